@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +53,11 @@ def machine_settings(*, max_examples: int, steps: int) -> settings:
     if settings.get_current_profile_name() == "long":
         return settings()
     return settings(max_examples=max_examples, stateful_step_count=steps)
+
+
+def variables(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the environment for settings such as `store__timeout`."""
+    return {f"ZCPROTO_{name.upper()}": value for name, value in settings.items()}
 
 
 def whole_lines(log: str) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ condition). It is longer, because on an idle machine the limit of the test comes
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -30,6 +32,16 @@ def busyness() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+def end_process(item: Any) -> None:
+    """Print the stacks of all threads, and end this process."""
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    if capture is not None:
+        capture.suspend_global_capture(in_=True)
+    print(f"\n{item.nodeid}: goes on after its timeout", file=sys.__stderr__)
+    faulthandler.dump_traceback(sys.__stderr__)
+    os._exit(1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: Any, settings: Any) -> bool | None:
     """Start the limit of a test. Implements a hook of pytest-timeout."""
@@ -43,9 +55,10 @@ def pytest_timeout_set_timer(item: Any, settings: Any) -> bool | None:
         if left > 0:
             return
         if is_over:
-            pytest_timeout.timeout_timer(item, settings)  # prints all stacks and ends the process
-        left, is_over = SWALLOWED_S, True
-        pytest_timeout.timeout_sigalrm(item, settings)
+            end_process(item)
+        else:
+            left, is_over = SWALLOWED_S, True
+            pytest_timeout.timeout_sigalrm(item, settings)
 
     def cancel() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -16,9 +16,10 @@ from cryptography import x509
 from tests.admin.chromium import Chromium, Tab
 from tests.admin.https_client import add
 from tests.admin.test_figures_of_workers import group_of_one
+from tests.client.conftest import options_for
 from tests.interop.support import needs
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, Client, ServerThread
+from tests.server.helpers import Client, ServerThread
 from zcproto.alerts import AlertKind
 from zcproto.client import connect_blocking
 from zcproto.http.messages import HttpResponse, Route, text_response
@@ -162,10 +163,9 @@ def test_figures_update_and_nothing_else_is_requested(serve: Serve, show: Open) 
 
 def test_streams_are_shown_once_there_are_some(serve: Serve, show: Open) -> None:
     server = serve()
-    ca_file = server.home / "certs" / "ca.crt"
     with (
         server.client("operator") as operator,
-        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+        connect_blocking(f"127.0.0.1:{server.port}", **options_for(server)) as client,
     ):
         tab = open_figures(show, server, operator)
         assert not tab.run("document.querySelector('#streams-card').checkVisibility()")

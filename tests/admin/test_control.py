@@ -234,7 +234,7 @@ answers = []
 for _ in range(50):
     try:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(TIMEOUT)
+            connection.settimeout(900)
             connection.connect(path)
             connection.sendall(b"GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
             answer = b""

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import ssl
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from tests.server.helpers import (
 )
 from tests.tls.hellos import with_suites
 from zcproto.app.app import App, default_app
-from zcproto.config.model import TlsConfig
 
 INVALID_ARGUMENT, UNAUTHENTICATED, RESOURCE_EXHAUSTED = 3, 16, 8
 PROTOCOL_ERROR, FRAME_TOO_LARGE, REPLAYED, STALE_TIMESTAMP = 64, 65, 66, 67
@@ -130,12 +128,12 @@ def test_http_alpn_is_refused_if_http_is_off(serve: Serve, alpn: tuple[str, ...]
 
 
 def test_truncated_client_hello_times_out(serve: Serve) -> None:
-    server = serve(tls__handshake_timeout=1.0)
+    server = serve(loop_factory=asyncio.new_event_loop)
     with bystander(server), server.tcp() as raw:
         raw.sendall(first_hello()[:100])
-        began = time.monotonic()
+        server.until(lambda: server.server.parts.listener.connections == 2)
+        server.advance(30)
         read_to_end(raw)
-        assert time.monotonic() - began < TlsConfig().handshake_timeout
         assert failures(server, "handshake_timeout") == 1
 
 
@@ -204,7 +202,7 @@ def test_frame_sent_byte_by_byte_is_decoded(shared: ServerThread) -> None:
 
 def test_reused_stream_in_flight_ends_the_connection(shared: ServerThread) -> None:
     with shared.client("ada") as client:
-        client.send(client.request("sleep", {"ms": 60_000}, stream=7))
+        client.send(client.request("sleep", {"ms": 3_600_000}, stream=7))
         assert fatal(client, client.request("echo", {}, stream=7)) == PROTOCOL_ERROR
     shared.until(lambda: shared.server.state.tasks.running == 0)
 
@@ -392,13 +390,13 @@ def test_client_that_never_reads_is_closed(serve: Serve) -> None:
         reset(client.tls)
 
 
+@pytest.mark.usefixtures("long_login_delay")
 def test_key_guessing_is_throttled(serve: Serve) -> None:
     server = serve(limits__login_failures=3)
     with bystander(server), server.client() as client:
         guess = {"scheme": "api_key", "user": "ada", "key": "wrong", "client": "eve/1"}
         codes = [client.refused("session.open", guess).code for _ in range(20)]
-        assert codes[:3] == [UNAUTHENTICATED] * 3
-        assert codes.count(RESOURCE_EXHAUSTED) >= 7
+        assert codes == [UNAUTHENTICATED] * 3 + [RESOURCE_EXHAUSTED] * 17
 
 
 # --- disconnects at every point --------------------------------------------------------------------------
@@ -410,7 +408,7 @@ def with_session(client: Client) -> None:
 
 def while_method_runs(client: Client) -> None:
     client.open_session("ada")
-    client.send(client.request("sleep", {"ms": 60_000}))
+    client.send(client.request("sleep", {"ms": 3_600_000}))
 
 
 def before_reading_answer(client: Client) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,34 @@ BODY = b'{"id":"1"}'
 LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
 
 
+class HeldCommand(Command):
+    """A command whose timeout begins when its program has written a line to a file."""
+
+    def __init__(self, place: Path, arguments: Sequence[str]) -> None:
+        super().__init__(arguments, timeout=0.01, environ={})
+        self._place = place
+
+    async def _begin(self, *arguments: Any) -> subprocess.Popen[bytes]:
+        process = await super()._begin(*arguments)
+        await asyncio.to_thread(eventually, lambda: self._place.exists() and "\n" in self._place.read_text())
+        return process
+
+
 @pytest.fixture(params=LOOPS, ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Deliver a message to a program, with each event loop."""
+    """Deliver a message to a program, with each event loop. It hangs after it has written to `hangs_after`."""
 
     def deliver(
-        *arguments: str, body: bytes = BODY, timeout: float = 30.0, environ: dict[str, str] | None = None
+        *arguments: str,
+        body: bytes = BODY,
+        environ: dict[str, str] | None = None,
+        hangs_after: Path | None = None,
     ) -> str:
-        sink = Command(arguments, timeout=timeout, environ=environ or {})
+        sink = (
+            Command(arguments, timeout=TIMEOUT, environ=environ or {})
+            if hangs_after is None
+            else HeldCommand(hangs_after, arguments)
+        )
 
         async def main() -> str:
             return await sink.deliver(body)
@@ -93,8 +113,8 @@ def test_program_that_does_not_read_is_accepted(run: Callable[..., str]) -> None
 def test_timeout_kills_program_and_its_children(run: Callable[..., str], tmp_path: Path) -> None:
     place = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {place}; wait"
-    with pytest.raises(Undelivered, match="the program did not end within 3 s") as caught:
-        run("/bin/sh", "-c", script, timeout=3.0)
+    with pytest.raises(Undelivered, match=r"the program did not end within 0\.01 s") as caught:
+        run("/bin/sh", "-c", script, hangs_after=place)
     assert caught.value.tries == TRIES
     for pid in map(int, place.read_text().split()):
         eventually(lambda pid=pid: not is_running(pid))
@@ -111,8 +131,8 @@ def test_detached_child_holding_the_pipe_blocks_nothing(run: Callable[..., str],
     place = tmp_path / "pid"
     script = f"setsid sh -c 'echo $$ > {place}; exec sleep 600' &"
     try:
-        with pytest.raises(Undelivered, match="the program did not end within 3 s"):
-            run("/bin/sh", "-c", script, timeout=3.0)
+        with pytest.raises(Undelivered, match=r"the program did not end within 0\.01 s"):
+            run("/bin/sh", "-c", script, hangs_after=place)
     finally:
         os.kill(int(place.read_text()), 9)
 
@@ -120,7 +140,7 @@ def test_detached_child_holding_the_pipe_blocks_nothing(run: Callable[..., str],
 async def test_cancelled_delivery_leaves_nothing(tmp_path: Path) -> None:
     place = tmp_path / "pid"
     script = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    task = asyncio.create_task(Command(python(script), timeout=600.0, environ={}).deliver(BODY))
+    task = asyncio.create_task(Command(python(script), timeout=TIMEOUT, environ={}).deliver(BODY))
     await asyncio.to_thread(eventually, lambda: place.exists() and place.read_text())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -140,7 +160,7 @@ async def test_cancelled_start_kills_program(monkeypatch: pytest.MonkeyPatch) ->
             begun.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Slow)
-    task = asyncio.create_task(Command(["/bin/true"], timeout=600.0, environ={}).deliver(BODY))
+    task = asyncio.create_task(Command(["/bin/true"], timeout=TIMEOUT, environ={}).deliver(BODY))
     await asyncio.to_thread(asked.wait, TIMEOUT)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -153,7 +173,7 @@ async def test_program_deleted_meanwhile_is_a_failure(tmp_path: Path) -> None:
     program = tmp_path / "page"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)
-    sink = Command([str(program)], timeout=10.0, environ={})
+    sink = Command([str(program)], timeout=TIMEOUT, environ={})
     assert sink.where == str(program)
     assert await sink.deliver(BODY) == "exit code 0"
     before = set(os.listdir("/proc/self/fd"))
@@ -165,7 +185,7 @@ async def test_program_deleted_meanwhile_is_a_failure(tmp_path: Path) -> None:
 
 async def test_temporary_file_replaces_memfd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    assert await Command(["/bin/cat"], timeout=10.0, environ={}).deliver(BODY) == 'exit code 0: {"id":"1"}'
+    assert await Command(["/bin/cat"], timeout=TIMEOUT, environ={}).deliver(BODY) == 'exit code 0: {"id":"1"}'
 
 
 def test_program_that_cannot_run_is_refused_at_start(tmp_path: Path) -> None:

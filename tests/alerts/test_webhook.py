@@ -32,7 +32,7 @@ def certificate(server_pairs: ServerPairs) -> tuple[Path, Path]:
 
 
 def webhook(
-    url: str, ca_file: Path | None, clock: FakeClock, timeout: float = 10.0, **options: Any
+    url: str, ca_file: Path | None, clock: FakeClock, timeout: float = TIMEOUT, **options: Any
 ) -> Webhook:
     return Webhook(url, options.get("secret", SECRET), ca_file=ca_file, timeout=timeout, clock=clock)
 
@@ -147,7 +147,7 @@ async def test_endless_response_is_abandoned(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
     with Receiver(certificate, flood) as receiver, pytest.raises(Undelivered, match="is longer than"):
-        await webhook(receiver.url, ca_file, clock, timeout=30.0).deliver(BODY)
+        await webhook(receiver.url, ca_file, clock).deliver(BODY)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ async def test_connection_refused_is_reported(clock: FakeClock) -> None:
         await webhook(f"http://127.0.0.1:{port}/a-secret-path", None, clock).deliver(BODY)
     assert "secret" not in str(caught.value)
     with pytest.raises(Undelivered, match=r"no-such-name\.invalid cannot be reached"):
-        await webhook("https://no-such-name.invalid/", None, clock, timeout=60.0).deliver(BODY)
+        await webhook("https://no-such-name.invalid/", None, clock).deliver(BODY)
 
 
 async def test_next_address_is_tried(

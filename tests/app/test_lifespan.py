@@ -230,7 +230,7 @@ def test_server_does_not_listen_if_the_lifespan_fails_to_start(
 
     monkeypatch.setattr("zcproto.runtime.server.bind", bind)
     with pytest.raises(LifespanError, match=message):
-        serve(failing(when), server__lifespan_timeout=0.1)
+        serve(failing(when), server__lifespan_timeout=0.1 if when == "wait at start" else "1h")
 
 
 def test_lifespans_that_have_started_end_if_a_later_one_fails(recorder: Recorder, serve: Serve) -> None:
@@ -248,9 +248,10 @@ def test_lifespan_ends_if_the_port_is_taken(recorder: Recorder, serve: Serve) ->
 
 
 @pytest.mark.parametrize("when", ["raise at end", "wait at end"])
-async def test_failure_at_the_end_is_kept(when: str) -> None:
+async def test_failure_at_the_end_is_kept(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifespan_module, "CANCELLED_TIME", TIMEOUT)
     lifespans = Lifespans(failing(when).lifespans(), {})
-    await lifespans.start(5.0, never)
+    await lifespans.start(TIMEOUT, never)
     await lifespans.stop(0.1)
     assert isinstance(lifespans.failure, LifespanError)
     assert "did not end" in str(lifespans.failure)
@@ -272,7 +273,7 @@ async def test_lifespan_that_cannot_be_cancelled_is_stuck(monkeypatch: pytest.Mo
     monkeypatch.setattr(lifespan_module, "CANCELLED_TIME", 0.01)
     release = asyncio.Event()
     lifespans = Lifespans(failing("stuck at end", release).lifespans(), {})
-    await lifespans.start(5.0, never)
+    await lifespans.start(TIMEOUT, never)
     await lifespans.stop(0.01)
     assert lifespans.is_stuck
     release.set()
@@ -288,7 +289,7 @@ async def test_lifespan_stuck_at_the_start_is_not_waited_for_again(monkeypatch: 
     with pytest.raises(LifespanError, match="did not start within"):
         await lifespans.start(0.01, never)
     assert lifespans.is_stuck
-    await asyncio.wait_for(lifespans.stop(30.0), TIMEOUT)
+    await asyncio.wait_for(lifespans.stop(2 * TIMEOUT), TIMEOUT)
     assert lifespans.is_stuck
     release.set()
     async with asyncio.timeout(TIMEOUT):
@@ -300,7 +301,7 @@ async def test_cancelled_start_ends_the_lifespan(recorder: Recorder) -> None:
     app = recorder.app("app")
     app.include(failing("wait at start"))
     lifespans = Lifespans(app.lifespans(), {})
-    start = asyncio.create_task(lifespans.start(30.0, never))
+    start = asyncio.create_task(lifespans.start(TIMEOUT, never))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     start.cancel()
@@ -395,6 +396,6 @@ async def test_any_async_context_manager_is_a_lifespan() -> None:
     values: dict[App[Any], Any] = {}
     app = App(lifespan=lambda app: Manager())
     lifespans = Lifespans(app.lifespans(), values)
-    await lifespans.start(5.0, never)
+    await lifespans.start(TIMEOUT, never)
     assert values == {app: 7}
     await lifespans.stop(5.0)

@@ -8,6 +8,7 @@ import pytest
 
 from bench.scenarios.accelerator_fuzz import SOURCE, fuzz
 from tests.interop.support import needs
+from tests.limits import TIMEOUT
 from zcproto.errors import ZcprotoError
 
 pytestmark = needs("gcc")
@@ -43,7 +44,7 @@ def test_fault_is_found(what: str, tmp_path: Path) -> None:
     assert text.count(right) == 1
     faulty = tmp_path / "_accelerator.c"
     faulty.write_text(text.replace(right, wrong))
-    (fault,) = fuzz(faulty, 60.0, 1).faults
+    (fault,) = fuzz(faulty, TIMEOUT, 1).faults
     assert found in fault
 
 

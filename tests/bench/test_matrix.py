@@ -16,6 +16,13 @@ from bench.scenarios.matrix_site import CLUSTER, DEPLOYMENTS, MEMORY, SENTINEL, 
 from bench.valkey import VALKEY as PROGRAM
 from tests.stores.valkey.server_process import needs
 
+
+@pytest.fixture(autouse=True)
+def usual_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let outages exceed the timeout of the store."""
+    monkeypatch.delenv("ZCPROTO_STORE__TIMEOUT")
+
+
 GOOD = CellResult(VALKEY, "store killed", "before", "refresh", ())
 BAD = CellResult(VALKEY, "store killed", "after", "open", ("it was lost",))
 

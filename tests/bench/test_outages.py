@@ -103,8 +103,8 @@ def test_outage_loses_no_request_and_no_revocation(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs(VALKEY)
-    monkeypatch.setattr(module, "RECOVER_S", 60.0)
-    monkeypatch.setattr(module, "NEWS_S", 3.0)
+    monkeypatch.delenv("ZCPROTO_STORE__TIMEOUT")  # shorter than the outage
+    monkeypatch.setattr(module, "CHURN_S", 15.0)
     made = run_outages(QUICK, tmp_path, [name])[name]
     assert made.sent >= 200
     assert (made.lost, made.failed) == (0, Counter())

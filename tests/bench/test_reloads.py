@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ from zcproto.config.changes import TAKES_EFFECT, Effect
 from zcproto.errors import ConfigError
 
 QUICK = ReloadPlan(reloads=10, connections=10, rate=200.0, interval_s=0.1)
+
+
+@pytest.fixture(autouse=True)
+def changes_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the file have the last word on what it changes."""
+    monkeypatch.delenv("ZCPROTO_LIMITS__WRITE_TIMEOUT")
 
 
 @pytest.fixture
@@ -55,6 +63,18 @@ def test_correct_reloads_pass(home: Home) -> None:
     report = reload_under_load(home, QUICK)
     assert report.reasons() == []
     assert [report.row(key).value for key in ("reloads", "changing", "refused")] == [10, 5, 1]
+
+
+def test_reloads_that_outlast_the_load_are_carried_out(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Callable[[Home], Any] = module.ask_reload
+
+    def slow(home: Home) -> Any:
+        time.sleep(0.2)
+        return real(home)
+
+    monkeypatch.setattr(module, "ask_reload", slow)
+    monkeypatch.setattr(module, "TAIL_S", 0.05)
+    assert reload_under_load(home, replace(QUICK, interval_s=0.0)).reasons() == []
 
 
 def test_wrong_answer_to_reload_fails(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

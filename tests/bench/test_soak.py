@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ def test_short_soak_has_no_wrong_answer(
 ) -> None:
     """Churn, a rotation, a reload and a full disk in each cycle."""
     monkeypatch.setattr(module, "OUTAGE_CHANCE", 1.0)
-    for name in ("SEEN_S", "RECOVER_S", "GONE_S"):
-        monkeypatch.setattr(module, name, 60.0)
+    monkeypatch.setattr(module, "SoakPlan", partial(SoakPlan, lifetime_s=3_600.0, refresh_lifetime_s=7_200.0))
     file = tmp_path / "soak.json"
     code = main(["scenario", "soak", "--minutes", "0.1", "--seed", "7", "--json", str(file)])
     printed = capsys.readouterr()

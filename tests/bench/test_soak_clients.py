@@ -18,6 +18,7 @@ from bench.scenarios.soak_clients import (
     is_uncertain,
     programs,
 )
+from tests.limits import TIMEOUT
 from zcproto.errors import Code
 
 PYTHON = ("asyncio", "blocking")
@@ -100,6 +101,9 @@ def test_python_clients_lose_no_call_and_wrong_answers_are_found(
     found = {name: command for name, command in programs().items() if name in PYTHON}
     found["swapped"] = [found["asyncio"][0], "-c", SWAPPED]
     monkeypatch.setattr(module, "programs", lambda: found)
+    monkeypatch.setattr(module, "TIMEOUT_MS", round(TIMEOUT * 1000))
+    monkeypatch.setattr(module, "NO_ANSWER_S", 2 * TIMEOUT)
+    monkeypatch.setenv("ZCPROTO_SERVER__UPGRADE_TIMEOUT", "1h")
     seen: list[SoakClientsOutcome] = []
     soak_clients = module.soak_clients
 

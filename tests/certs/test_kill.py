@@ -15,7 +15,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -272,20 +271,17 @@ def test_crash_while_cancelling_leaves_keys_announced_or_set_aside(made: Path, t
 
 
 KILLS = 60
-SECONDS = 90.0
 
 
 def test_writer_killed_at_random_moments_leaves_old_or_new_pair(made: Path) -> None:
-    command = [sys.executable, "-m", "tests.certs.test_kill", str(made), "20260601", str(SECONDS)]
+    command = [sys.executable, "-m", "tests.certs.test_kill", str(made), "20260601"]
     done = subprocess.run(
         command, capture_output=True, check=False, text=True, timeout=TIMEOUT, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)
-    assert report["kills"] >= KILLS // 3  # on a machine that is busy with other things
-    assert report["old"] > 0
-    assert report["new"] > 0
-    assert report["finished"] > 0
+    assert report["kills"] == KILLS
+    assert all(report.values())
 
 
 def write_for_ever(folder: Path, now: datetime, output: int) -> None:
@@ -309,14 +305,13 @@ def kill_a_writer(folder: Path, now: datetime, after_s: float) -> list[datetime]
     return [datetime.fromisoformat(line) for line in lines]
 
 
-def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:
+def main(folder: Path, seed: int) -> dict[str, int]:
     chance = random.Random(seed)
     pool_keys(setattr)
-    deadline = time.monotonic() + seconds
     before = managed.ensure(folder, BOTH, NOW)
     now, patience = NOW, 1.0
     report = {"kills": 0, "old": 0, "new": 0, "finished": 0}
-    while report["kills"] < KILLS and time.monotonic() < deadline:
+    while report["kills"] < KILLS:
         times = kill_a_writer(folder, now, patience * chance.choice([0.01, 0.03, 0.1]) * chance.random())
         now = times[-1]
         announced = announced_pins(folder)
@@ -337,4 +332,4 @@ def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))

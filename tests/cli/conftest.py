@@ -1,8 +1,30 @@
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from tests.limits import TIMEOUT
+
+LIMITS = {
+    "backends": ["TIMEOUT_S"],
+    "connect": ["DEFAULT_TIMEOUT", "MAX_CONNECT_TIMEOUT"],
+    "control": ["CONNECT_S", "MARGIN_S"],
+    "health": ["LIMIT_S"],
+    "login": ["TIMEOUT_S"],
+    "session": ["TIMEOUT_S"],
+    "status": ["STATUS_S"],
+}
+"""Limits of commands, by module, which a busy machine may exceed."""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the commands of this process wait. A test of a limit sets it."""
+    for module, names in LIMITS.items():
+        for name in names:
+            monkeypatch.setattr(import_module(f"zcproto.cli.{module}"), name, TIMEOUT)
 
 
 @pytest.fixture

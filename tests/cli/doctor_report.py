@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from zcproto.cli import main
+from zcproto.cli.doctor import MAX_TIMEOUT
 
 Capture = pytest.CaptureFixture[str]
 NOW = datetime.now(UTC)
@@ -48,11 +49,11 @@ class Report:
 
 @pytest.fixture
 def doctor(capsys: Capture) -> Doctor:
-    """Run the doctor, and assert that the exit code is 1 exactly if there are faults."""
+    """Run the doctor patiently, and assert that the exit code is 1 exactly if there are faults."""
 
     def doctor(*arguments: str) -> Report:
         capsys.readouterr()
-        code = main(["doctor", "--json", *arguments])
+        code = main(["doctor", "--json", "--timeout", str(MAX_TIMEOUT), *arguments])
         report = Report(code, capsys.readouterr().out)
         assert report.code == (1 if report.faults else 0)
         return report

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from tests.limits import TIMEOUT
 from tests.sessions import helpers
 from tests.sessions.helpers import NewSession
+from zcproto.cli.connect import TrustChoice
+from zcproto.client import Client
 from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.home import Home
 from zcproto.common.roles import NO_ROLES
 from zcproto.sessions import SessionRegistry, SessionSettings, token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
@@ -42,15 +49,38 @@ async def _with_store(store: SessionStore, records: list[SessionRecord]) -> list
         await store.close()
 
 
+def store_of(home: Path) -> SqliteStore:
+    return SqliteStore(home / "sessions.db", timeout=TIMEOUT)
+
+
+class LoopAhead(asyncio.SelectorEventLoop):
+    """An event loop whose time a test advances, so that a deadline is over after a certain step."""
+
+    ahead_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead_s
+
+
+def connect_patiently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exclude connecting from the timeout of `zcproto call`."""
+    make_client = TrustChoice.make_client
+
+    def make_patient_client(trust: TrustChoice, home: Home, address: str, **options: Any) -> Client:
+        return make_client(trust, home, address, **{**options, "connect_timeout": TIMEOUT})
+
+    monkeypatch.setattr(TrustChoice, "make_client", make_patient_client)
+
+
 def fill(home: Path, *sessions: NewSession) -> None:
     """Store sessions in the file of a home folder."""
     home.mkdir(mode=0o700, exist_ok=True)
-    asyncio.run(_with_store(SqliteStore(home / "sessions.db"), [each.record for each in sessions]))
+    asyncio.run(_with_store(store_of(home), [each.record for each in sessions]))
 
 
 def kept(home: Path) -> list[SessionRecord]:
     """Return the sessions in the file."""
-    return asyncio.run(_with_store(SqliteStore(home / "sessions.db"), []))
+    return asyncio.run(_with_store(store_of(home), []))
 
 
 def id_of(session: NewSession) -> str:

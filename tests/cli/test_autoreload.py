@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import ROOT, TIMEOUT, eventually
+from tests.helpers import variables
+from tests.server.helpers import PATIENT, PATIENT_CLIENT, ROOT, TIMEOUT, eventually
 from zcproto import BlockingClient, connect_blocking
 from zcproto.cli import autoreload, main
 from zcproto.cli.autoreload import supervise
@@ -51,7 +52,7 @@ class Reloading:
             stdout=self._output,
             stderr=self._output,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **variables(PATIENT), "PYTHONPATH": str(ROOT)},
         )
 
     def wait_until_listening(self) -> None:
@@ -71,7 +72,7 @@ class Reloading:
 
     def client(self) -> BlockingClient:
         ca_file = self.home / "certs" / "ca.crt"
-        return connect_blocking(f"localhost:{self.port}", ca_file=ca_file, home=self.home)
+        return connect_blocking(f"localhost:{self.port}", ca_file=ca_file, home=self.home, **PATIENT_CLIENT)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import variables
 from tests.limits import TIMEOUT
 from tests.load.helpers import verified_result
+from tests.server.helpers import PATIENT
 from zcproto.cli import connect, main
 from zcproto.load import command
 from zcproto.load.command import Outputs
@@ -196,7 +198,7 @@ def test_invalid_address_is_an_error(keys: Path, home: Path, capsys: Capture) ->
 def test_missing_connection_is_reported_before_the_run(
     keys: Path, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect, "MAX_CONNECT_TIMEOUT", 0.1)
+    monkeypatch.setattr(connect, "START_TIMEOUT", 0.0)
     assert main(["bench", "127.0.0.1:1", "--keys", str(keys), "--connections", "9"]) == 3
     out, err = capsys.readouterr()
     assert out == ""
@@ -216,7 +218,11 @@ def server(home: Path) -> Iterator[str]:
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
     process = subprocess.Popen(
-        zcproto("serve", "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        zcproto("serve", "--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **variables(PATIENT)},
     )
     assert process.stdout is not None
     yield process.stdout.readline().split()[-1]

@@ -19,12 +19,13 @@ from typing import Any
 import click
 import pytest
 
+from tests.cli.helpers import LoopAhead, connect_patiently
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.items import Items
-from zcproto.cli import main
+from zcproto.cli import connect, main
 from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, TrustChoice
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
@@ -228,9 +229,19 @@ def test_precondition_of_the_method_is_an_error(
     assert "not yet" in capsys.readouterr().err
 
 
-def test_timeout_applies_to_the_whole_stream(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+def test_timeout_applies_to_the_whole_stream(
+    serve: Serve, call: Callable[..., int], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app, _, closed = app_with_stream()
-    assert call("count", '{"to": 2}', "--timeout", "1", server=serve(app)) == 1
+    loop = LoopAhead()
+
+    def is_over(item: Any) -> Any:
+        loop.ahead_s = TIMEOUT
+        return to_json(item)
+
+    monkeypatch.setattr(connect, "new_event_loop", lambda: loop)
+    monkeypatch.setattr(connect, "to_json", is_over)  # when the first item is printed
+    assert call("count", '{"to": 2}', "--timeout", str(TIMEOUT), server=serve(app)) == 1
     captured = capsys.readouterr()
     assert [json.loads(line)["n"] for line in captured.out.splitlines()] == [0]
     assert "DEADLINE_EXCEEDED" in captured.err
@@ -334,17 +345,24 @@ def one_line(text: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("method", "params", "says"),
+    ("method", "params", "timeout", "says"),
     [
-        ("no.such", "{}", "UNIMPLEMENTED"),
-        ("sleep", '{"ms": -1}', "INVALID_ARGUMENT"),
-        ("sleep", '{"ms": 60000}', "DEADLINE_EXCEEDED"),
+        ("no.such", "{}", TIMEOUT, "UNIMPLEMENTED"),
+        ("sleep", '{"ms": -1}', TIMEOUT, "INVALID_ARGUMENT"),
+        ("sleep", '{"ms": 60000}', 1.0, "DEADLINE_EXCEEDED"),
     ],
 )
 def test_error_response_is_one_line_and_exit_code_1(
-    call: Callable[..., int], capsys: Capture, method: str, params: str, says: str
+    call: Callable[..., int],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    params: str,
+    timeout: float,
+    says: str,
 ) -> None:
-    assert call(method, params, "--timeout", "1") == 1
+    connect_patiently(monkeypatch)
+    assert call(method, params, "--timeout", str(timeout)) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert says in err
@@ -377,12 +395,13 @@ def test_wrong_key_is_exit_code_1(
 
 
 def test_connection_refused_is_exit_code_3(
-    call: Callable[..., int], key_file: Path, home: Path, capsys: Capture
+    key_file: Path, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(connect, "START_TIMEOUT", 0.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        options = ["--user", "ada", "--key-file", str(key_file), "--timeout", "1"]
+        options = ["--user", "ada", "--key-file", str(key_file)]
         assert main(["call", address, "echo", *options]) == 3
     err = capsys.readouterr().err
     assert "refused" in err

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.limits import TIMEOUT
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
 from zcproto.cli import main, store
@@ -216,7 +217,7 @@ def test_device_is_removed(devices: DeviceFile, capsys: Capture) -> None:
 
 
 def kept(home: Path) -> SessionStore:
-    return SqliteStore(home / "sessions.db", timeout=5)
+    return SqliteStore(home / "sessions.db", timeout=TIMEOUT)
 
 
 def record(number: int, user: str, key: str) -> SessionRecord:

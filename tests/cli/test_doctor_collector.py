@@ -10,7 +10,9 @@ import pytest
 
 from bench.server_process import free_port
 from tests.cli.doctor_report import Doctor, Report, doctor
+from tests.limits import TIMEOUT
 from tests.telemetry.helpers import Collector
+from zcproto.telemetry import export
 
 __all__ = ["doctor"]
 
@@ -24,14 +26,15 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture
-def check(home: Path, doctor: Doctor, collector: Collector) -> Check:
+def check(home: Path, doctor: Doctor, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> Check:
     """Run the doctor with these keys of `[telemetry]`."""
+    monkeypatch.setattr(export, "TRY_S", TIMEOUT)
 
-    def check(more: str = "", endpoint: str = collector.address) -> Report:
+    def check(more: str = "", endpoint: str = collector.address, timeout: str = "1m") -> Report:
         home.mkdir(0o700)
         (home / "config.toml").write_text(
             f"[server]\nport = {free_port()}\n[store]\nurl = 'memory'\n"
-            f"[telemetry]\nendpoint = '{endpoint}'\n{more}"
+            f"[telemetry]\nendpoint = '{endpoint}'\ntimeout = '{timeout}'\n{more}"
         )
         return doctor()
 
@@ -55,7 +58,7 @@ def test_collector_that_refuses_is_a_warning(check: Check, collector: Collector)
 
 
 def test_collector_that_is_down_is_a_warning(check: Check) -> None:
-    found = check("traces = true\ntimeout = '100ms'", endpoint=f"http://127.0.0.1:{free_port()}")
+    found = check("traces = true", endpoint=f"http://127.0.0.1:{free_port()}", timeout="100ms")
     assert "check telemetry.endpoint" in found.one("collector", "warning")
 
 

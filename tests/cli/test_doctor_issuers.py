@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 
 from bench.server_process import free_port
-from tests.alerts.receiver import Receiver, answer
+from tests.alerts.receiver import Answer, Receiver, answer
 from tests.auth.issuer import jwk, key_set
 from tests.cli.doctor_report import Doctor, Report, doctor
 from tests.conftest import ServerPairs
@@ -42,12 +43,19 @@ def check(home: Path, doctor: Doctor, receiver: Receiver, ca_file: Path) -> Chec
     ) -> Report:
         issuer = receiver.url.partition("/hook")[0]
         metadata = json.dumps({"issuer": issuer, "jwks_uri": f"{issuer}/keys"}).encode()
-        header = f"Date: {date or formatdate(time.time() + ahead_s, usegmt=True)}"
-        receiver.answers[:] = [answer(200, header, body=metadata), answer(200, header, body=key_set(*keys))]
+
+        def answer_now(body: bytes) -> Answer:
+            def respond(connection: Any, ended: object) -> None:
+                header = f"Date: {date or formatdate(time.time() + ahead_s, usegmt=True)}"
+                connection.sendall(answer(200, header, body=body))
+
+            return respond
+
+        receiver.answers[:] = [answer_now(metadata), answer_now(key_set(*keys))]
         home.mkdir(0o700)
         (home / "config.toml").write_text(
             f"[server]\nport = {free_port()}\n[store]\nurl = 'memory'\n[auth.oidc]\nissuer = '{issuer}'\n"
-            f"audience = 'zcproto'\nca_file = '{ca_file}'\n{more}"
+            f"audience = 'zcproto'\nca_file = '{ca_file}'\ntimeout = '1m'\n{more}"
         )
         return doctor()
 

@@ -114,6 +114,7 @@ def test_server_that_sends_byte_by_byte_cannot_extend_the_limit(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     times = iter(range(100))
+    monkeypatch.setattr(health, "LIMIT_S", 2.0)
     monkeypatch.setattr(health, "system_clock", type("Clock", (), {"now": lambda: float(next(times))}))
     with answering(home, b"H", b"T"):
         assert "did not answer within 2 s" in failed(capsys)

@@ -140,7 +140,7 @@ async def test_tokens_are_kept_and_refreshed(home: Path, site: Site, ca_file: Pa
     path = home / FILE
     assert path.stat().st_mode & 0o777 == 0o600
     fresh = stored_login(Home(home))
-    site.answers({"access_token": "second", "expires_in": 600})
+    site.answers({"access_token": "second", "expires_in": 36_000})
     assert await fresh() == {"scheme": "jwt", "token": "second"}
     assert await fresh() == {"scheme": "jwt", "token": "second"}
     form = parse_qs(site.receiver.received[-1].body.decode())

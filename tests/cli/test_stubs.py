@@ -22,7 +22,7 @@ from tests.docs.blocks import blocks_of, change
 from tests.docs.messages import ROOT
 from tests.helpers import run_mypy
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY
+from tests.server.helpers import KEY, PATIENT_CLIENT
 from zcproto.cli import main
 from zcproto.cli.signatures import signatures
 from zcproto.cli.stub_python import Python
@@ -162,7 +162,11 @@ def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
 
     async def use() -> None:
         async with zcproto.connect(
-            f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=server.home / "certs" / "ca.crt"
+            f"127.0.0.1:{server.port}",
+            user="ada",
+            key=KEY,
+            ca_file=server.home / "certs" / "ca.crt",
+            **PATIENT_CLIENT,
         ) as client:
             api = shop.Api(client)
             order = {

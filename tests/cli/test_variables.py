@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.cli.helpers import LoopAhead, connect_patiently
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.cli import main
+from zcproto.cli import connect, main
+from zcproto.client import client, dial
 
 __all__ = ["Serve"]
 
@@ -117,15 +121,30 @@ def test_remote_server_is_verified_by_the_store_of_the_system(home: Path, capsys
     assert err.endswith("; check the host name and DNS\n")
 
 
+@pytest.mark.parametrize(("options", "seconds"), [([], 60), (["--timeout", "7"], 7)])
 def test_call_waits_for_the_server_within_its_timeout(
-    home: Path, caplog: pytest.LogCaptureFixture, capsys: Capture
+    home: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    seconds: int,
 ) -> None:
+    connect_patiently(monkeypatch)
+    loop = LoopAhead()
+
+    def is_over(*arguments: Any) -> None:
+        loop.ahead_s = TIMEOUT
+        dial.report_wait(*arguments)
+
+    monkeypatch.setattr(connect, "new_event_loop", lambda: loop)
+    monkeypatch.setattr(client, "report_wait", is_over)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        assert main(["call", address, "server.info", "--timeout", "0.3"]) == 3
+        assert main(["call", address, "server.info", *options]) == 3
     assert caplog.messages == [
-        f"{address}: nothing listens there yet; waiting up to 0.3 s for the server to start"
+        f"{address}: nothing listens there yet; waiting up to {seconds} s for the server to start"
     ]
     assert capsys.readouterr().err == (
         f"zcproto: no connection: {address}: Connection refused, and {home}/certs/ca.crt does not exist; start the"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import KEY, PATIENT_CLIENT, ServerThread
+from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.client.client import Client, connect
 
 
@@ -21,19 +22,33 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 ConnectTo = Callable[..., Client]
+Blocking = Callable[..., BlockingClient]
+
+
+def options_for(server: ServerThread, user: str | None = "ada", **options: Any) -> dict[str, Any]:
+    """Return the options of a patient client, by default with a session of ada and the server's CA."""
+    if user is not None:
+        options = {"user": user, "key": KEY, **options}
+    if not {"ca_file", "pins", "verify", "system_store"} & options.keys():
+        options["ca_file"] = server.home / "certs" / "ca.crt"
+    return {**PATIENT_CLIENT, **options}
 
 
 @pytest.fixture
 def connect_to() -> ConnectTo:
-    """Return a factory of clients, by default with a session of ada and the server's CA."""
+    """Return a factory of clients with `options_for`."""
 
-    def make(
-        server: ServerThread, user: str | None = "ada", host: str = "127.0.0.1", **options: Any
-    ) -> Client:
-        if user is not None:
-            options = {"user": user, "key": KEY, **options}
-        if not {"ca_file", "pins", "verify", "system_store"} & options.keys():
-            options["ca_file"] = server.home / "certs" / "ca.crt"
-        return connect(f"{host}:{server.port}", **options)
+    def make(server: ServerThread, *user: str | None, host: str = "127.0.0.1", **options: Any) -> Client:
+        return connect(f"{host}:{server.port}", **options_for(server, *user, **options))
+
+    return make
+
+
+@pytest.fixture
+def blocking() -> Blocking:
+    """Return a factory of blocking clients with `options_for`."""
+
+    def make(server: ServerThread, *user: str | None, **options: Any) -> BlockingClient:
+        return connect_blocking(f"127.0.0.1:{server.port}", **options_for(server, *user, **options))
 
     return make

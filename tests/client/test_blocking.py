@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.client.conftest import Blocking
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread, eventually
@@ -36,21 +36,6 @@ from zcproto.errors import (
     TlsError,
     Unauthenticated,
 )
-
-Blocking = Callable[..., BlockingClient]
-
-
-@pytest.fixture
-def blocking() -> Blocking:
-    """Return a factory of blocking clients."""
-
-    def make(server: ServerThread, user: str | None = "ada", **options: Any) -> BlockingClient:
-        if user is not None:
-            options = {"user": user, "key": KEY, **options}
-        ca_file = server.home / "certs" / "ca.crt"
-        return connect_blocking(f"127.0.0.1:{server.port}", ca_file=ca_file, **options)
-
-    return make
 
 
 @contextlib.contextmanager
@@ -84,7 +69,7 @@ def test_a_call_returns_its_result(shared: ServerThread, blocking: Blocking) -> 
     with blocking(shared) as client:
         assert client.call("echo", x=1) == {"x": 1}
         assert client.call("echo", {"timeout": 1}, y=2) == {"timeout": 1, "y": 2}
-        assert client.call("echo", timeout=5, idempotency_key="k") == {}
+        assert client.call("echo", timeout=TIMEOUT, idempotency_key="k") == {}
         assert client.session is not None
         assert client.session.user == "ada"
         assert client.welcome["server"] == "zcproto"
@@ -99,7 +84,7 @@ def test_blocking_call_raises_the_same_errors_as_async(shared: ServerThread, blo
         with pytest.raises(InvalidArgument):
             client.call("sleep", ms=-1)
         with pytest.raises(DeadlineExceeded):
-            client.call("sleep", ms=60_000, timeout=0.05)
+            client.call("sleep", ms=3_600_000, timeout=0.05)
         assert client.call("echo", x=1) == {"x": 1}
 
 
@@ -182,7 +167,7 @@ def test_close_fails_pending_calls_of_other_threads(shared: ServerThread, blocki
     client.open()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         before = shared.stats["running"]
-        call = pool.submit(client.call, "sleep", ms=60_000)
+        call = pool.submit(client.call, "sleep", ms=3_600_000)
         shared.until(lambda: shared.server.state.tasks.running > before)
         client.close()
         with pytest.raises(ConnectionClosed):
@@ -241,7 +226,7 @@ def test_ctrl_c_cancels_only_the_call(serve: Serve, blocking: Blocking) -> None:
 
     with blocking(server) as client:
         with ctrl_c(lambda: server.stats["running"]), pytest.raises(KeyboardInterrupt):
-            client.call("sleep", ms=60_000, timeout=None)
+            client.call("sleep", ms=3_600_000, timeout=None)
         server.until(lambda: server.server.state.tasks.running == 0)
         assert client.call("echo", x=1) == {"x": 1}
 
@@ -249,7 +234,9 @@ def test_ctrl_c_cancels_only_the_call(serve: Serve, blocking: Blocking) -> None:
 PROGRAM = """
 import sys
 import zcproto
-client = zcproto.connect_blocking(sys.argv[1], user="ada", key=sys.argv[2], ca_file=sys.argv[3])
+client = zcproto.connect_blocking(
+    sys.argv[1], user="ada", key=sys.argv[2], ca_file=sys.argv[3], timeout=900, connect_timeout=900
+)
 client.open()
 print(client.call("echo", x=1), flush=True)
 """
@@ -294,20 +281,22 @@ def test_both_clients_have_the_same_methods_and_options() -> None:
     assert options(Client.session_for) == options(BlockingClient.session_for)
 
 
-def test_blocking_call_adds_no_polling_delay(shared: ServerThread, blocking: Blocking) -> None:
-    with blocking(shared) as client:
-        client.call("echo")
-        assert client._loop is not None
-        loop = client._loop
+def test_blocking_call_does_not_poll(
+    shared: ServerThread, blocking: Blocking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts: list[float | None] = []
 
-        def median_s(act: Callable[[], object]) -> float:
-            seconds = []
-            for _ in range(100):
-                start = time.perf_counter()
-                act()
-                seconds.append(time.perf_counter() - start)
-            return statistics.median(seconds)
+    def record(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                timeouts.append(args[-1])
+            return function(*args)
 
-        # Relative to the change of threads alone, which a busy machine slows down as well.
-        switch_s = median_s(lambda: asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result())
-        assert median_s(lambda: client.call("echo")) < 0.05 + 20 * switch_s
+        return call
+
+    wait = threading.Condition.wait
+    with blocking(shared) as client, monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", record(time.sleep))
+        patch.setattr(threading.Condition, "wait", lambda self, timeout=None: record(wait)(self, timeout))
+        client.call("sleep", ms=50)
+    assert set(timeouts) <= {None}

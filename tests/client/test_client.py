@@ -151,7 +151,7 @@ async def test_timed_out_call_is_cancelled_on_the_server(serve: Serve, connect_t
     async with connect_to(server) as client:
         slow = asyncio.create_task(client.call("sleep", ms=400))
         with pytest.raises(DeadlineExceeded):
-            await client.call("sleep", ms=60_000, timeout=0.05)
+            await client.call("sleep", ms=3_600_000, timeout=0.05)
         assert await slow == {}
         await asyncio.to_thread(server.until, lambda: server.server.state.tasks.running == 0)
 
@@ -159,7 +159,7 @@ async def test_timed_out_call_is_cancelled_on_the_server(serve: Serve, connect_t
 async def test_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server) as client:
-        call = asyncio.create_task(client.call("sleep", ms=60_000))
+        call = asyncio.create_task(client.call("sleep", ms=3_600_000))
         while server.stats["running"] == 0:  # noqa: ASYNC110 - it is in another thread
             await asyncio.sleep(0.005)
         call.cancel()
@@ -221,7 +221,7 @@ async def test_draining_server_answers_calls_in_flight(serve: Serve, connect_to:
         call = asyncio.create_task(client.call("wait"))
         while server.stats["running"] == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-        server.begin_drain(10)
+        server.begin_drain(TIMEOUT)
         server.in_loop(go_on.set)
         assert await call == 1
 
@@ -309,7 +309,7 @@ async def test_call_waits_for_reconnect(serve: Serve, connect_to: ConnectTo) -> 
 
 async def test_close_fails_calls_in_flight(shared: ServerThread, connect_to: ConnectTo) -> None:
     client = await connect_to(shared)
-    call = asyncio.create_task(client.call("sleep", ms=60_000))
+    call = asyncio.create_task(client.call("sleep", ms=3_600_000))
     await asyncio.sleep(0)
     await client.close()
     with pytest.raises(ConnectionClosed):

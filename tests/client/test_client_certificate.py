@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import trustme
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import ServerThread
 from tests.tls.identities import (
     DAY,
     Identity,
@@ -29,7 +29,6 @@ from tests.tls.identities import (
 )
 from zcproto import auth
 from zcproto.app.authentication import CallableAuthenticator
-from zcproto.client.blocking import connect_blocking
 from zcproto.client.client import connect
 from zcproto.client.dial import LoopResources, Trust
 from zcproto.client.options import ConnectOptions
@@ -99,13 +98,12 @@ async def test_client_certificate_is_accepted(
     assert failures(server) == {}
 
 
-def test_blocking_client_accepts_a_certificate(asking: Asking, identity: Identity) -> None:
+def test_blocking_client_accepts_a_certificate(
+    asking: Asking, identity: Identity, blocking: Blocking
+) -> None:
     server = asking()
-    with connect_blocking(
-        f"127.0.0.1:{server.port}",
-        user="ada",
-        key=KEY,
-        ca_file=server.home / "certs" / "ca.crt",
+    with blocking(
+        server,
         certificate=str(identity.certificate),
         key_file=locked(identity.key, b"hunter2"),
         key_passphrase=lambda: "hunter2",
@@ -211,16 +209,16 @@ async def test_refused_certificate_raises_cause_and_cure(
     server = asking(crl=revocation_list(client_ca, *([ada] if case == "revoked" else [])))
     with pytest.raises(TlsError) as caught:
         # The refusal is raised at once: waiting for the lingering close or the timeout would hang this test.
-        await connect_to(server, connect_timeout=3600, **shown_in(case, client_ca, ada, tmp_path))
+        await connect_to(server, **shown_in(case, client_ca, ada, tmp_path))
     assert caught.value.failure == failure
     assert words in caught.value.detail
     assert failures(server) == {counted: 1}
     assert server.stats["connections_opened"] == 0
 
 
-def test_refused_certificate_raises_in_blocking_client(asking: Asking) -> None:
+def test_refused_certificate_raises_in_blocking_client(asking: Asking, blocking: Blocking) -> None:
     server = asking()
-    client = connect_blocking(f"127.0.0.1:{server.port}", ca_file=server.home / "certs" / "ca.crt")
+    client = blocking(server, None)
     with pytest.raises(TlsError, match="certificate_required"):
         client.open()
 

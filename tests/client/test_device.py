@@ -26,6 +26,7 @@ from tests.client.helpers import (
     turns,
 )
 from tests.helpers import WALL
+from tests.limits import TIMEOUT
 from tests.server.helpers import ServerThread
 from zcproto.auth import PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
@@ -429,7 +430,7 @@ class PairingServer:
         UserFile(home / "users.toml").add_digest("ada", None)
         self.codes = PairingFile(home / "pairing.toml")
         self.server = ServerThread(home, certs, users_file=True)
-        self.trust = {"ca_file": home / "certs" / "ca.crt"}
+        self.trust = {"ca_file": home / "certs" / "ca.crt", "timeout": TIMEOUT}
 
     @property
     def address(self) -> str:

@@ -25,13 +25,14 @@ from tests.conftest import ServerPairs
 from tests.helpers import WALL
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
-from tests.server.helpers import ServerThread
+from tests.server.helpers import PATIENT_CLIENT, ServerThread
 from zcproto.client.address import Address
 from zcproto.client.client import Client, connect
 from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _ip_of, _resources, connect_error
 from zcproto.client.known_hosts import FILE_NAME, KnownHosts
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
+from zcproto.testing import MovableClock
 
 REFUSED = "Connection refused; start the server, or check the host and the port"
 WRONG_PIN = "sha256/" + "A" * 43 + "="
@@ -101,7 +102,7 @@ async def test_untrusted_server_gets_no_application_data(
     if trust.get("pins") == ["right"]:
         trust = {**trust, "pins": server.server.pins}
     with pytest.raises(TlsError) as caught:
-        await connect(f"{host}:{server.port}", user="ada", key="secret", **trust)
+        await connect(f"{host}:{server.port}", user="ada", key="secret", **{**PATIENT_CLIENT, **trust})
     assert caught.value.failure == failure
     assert caught.value.detail
     stats = server.stats
@@ -347,7 +348,7 @@ async def test_connection_refused_names_address_and_cause(silent_socket: tuple[s
 
 async def test_unknown_host_raises() -> None:
     with pytest.raises(CannotConnect, match=r"^no-such-host\.invalid:7443: "):
-        await connect("no-such-host.invalid")
+        await connect("no-such-host.invalid", **PATIENT_CLIENT)
 
 
 async def test_dns_that_does_not_answer_is_an_error(
@@ -363,7 +364,10 @@ async def test_dns_that_does_not_answer_is_an_error(
         await connect("slow.example", connect_timeout=0.05)
     ca_file = shared.home / "certs" / "ca.crt"
     async with connect(
-        ["slow.example", f"localhost:{shared.port}"], address_order="listed", ca_file=ca_file
+        ["slow.example", f"localhost:{shared.port}"],
+        address_order="listed",
+        ca_file=ca_file,
+        **PATIENT_CLIENT,
     ) as client:
         assert client.endpoint is not None
         assert client.endpoint.host == "localhost"
@@ -372,7 +376,7 @@ async def test_dns_that_does_not_answer_is_an_error(
 async def test_address_that_refuses_is_skipped(shared: ServerThread) -> None:
     addresses = f"127.0.0.1:{free_port()},localhost:{shared.port}"
     ca_file = shared.home / "certs" / "ca.crt"
-    async with connect(addresses, address_order="listed", ca_file=ca_file) as client:
+    async with connect(addresses, address_order="listed", ca_file=ca_file, **PATIENT_CLIENT) as client:
         assert client.endpoint is not None
         assert (client.endpoint.host, client.endpoint.port) == ("localhost", shared.port)
         assert client.welcome["server"]
@@ -426,10 +430,12 @@ async def test_ca_that_the_server_creates_before_it_listens_is_awaited(
         writer.close()
 
     address, listening = silent_socket
-    opening = asyncio.create_task(connect(address, ca_file=tmp_path / "ca.crt").open())
+    opening = asyncio.create_task(
+        connect(address, ca_file=tmp_path / "ca.crt", start_timeout=TIMEOUT, **PATIENT_CLIENT).open()
+    )
     while not caplog.messages:  # noqa: ASYNC110 - the log has no event
         await asyncio.sleep(0.01)
-    assert "waiting up to 10 s for the server to start" in caplog.text
+    assert "waiting up to 900 s for the server to start" in caplog.text
     os.symlink(ca_file, tmp_path / "ca.crt")  # an attempt may be reading it
     server = await asyncio.start_server(leave, sock=listening, ssl=tls_13(server_pairs))
     with pytest.raises(ConnectionClosed, match="closed"):  # after the handshake: the CA was trusted
@@ -491,7 +497,7 @@ async def test_server_without_tls_is_reported_as_such(says: bytes, failure: str)
 
     async with plain_server(speak) as address:
         with pytest.raises(TlsError) as caught:
-            await connect(address)
+            await connect(address, **PATIENT_CLIENT)
         assert caught.value.failure == failure
 
 
@@ -509,7 +515,7 @@ async def test_invalid_welcome_raises(server_pairs: ServerPairs, ca_file: Path) 
 
     async with plain_server(speak, tls_13(server_pairs)) as address:
         with pytest.raises(ConnectionClosed) as caught:
-            await connect(address, ca_file=ca_file)
+            await connect(address, ca_file=ca_file, **PATIENT_CLIENT)
         assert caught.value.code is Code.FRAME_TOO_LARGE
 
 
@@ -519,7 +525,7 @@ async def test_close_after_handshake_raises(server_pairs: ServerPairs, ca_file: 
 
     async with plain_server(leave, tls_13(server_pairs)) as address:
         with pytest.raises(ConnectionClosed):
-            await connect(address, ca_file=ca_file)
+            await connect(address, ca_file=ca_file, **PATIENT_CLIENT)
 
 
 async def test_late_tls_alert_raises_after_the_close() -> None:
@@ -534,7 +540,7 @@ async def test_late_tls_alert_raises_after_the_close() -> None:
         await may_close.wait()
 
     async with plain_server(speak) as address:
-        connecting = asyncio.create_task(connect(address).open())
+        connecting = asyncio.create_task(connect(address, **PATIENT_CLIENT).open())
         await closed.wait()
         assert not connecting.done()  # the caller may stop the loop at once, while the connection is open
         may_close.set()
@@ -543,12 +549,15 @@ async def test_late_tls_alert_raises_after_the_close() -> None:
 
 
 async def test_late_tls_alert_without_close_raises_at_the_connect_timeout() -> None:
-    refused, reset = asyncio.Event(), asyncio.Event()
+    refused, raised, reset = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10_000)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        await refused.wait()
+        while await reader.read(10_000):
+            pass
+        refused.set()
+        await raised.wait()
         with contextlib.suppress(ConnectionError):
             while True:
                 writer.write(b"still here")
@@ -556,10 +565,15 @@ async def test_late_tls_alert_without_close_raises_at_the_connect_timeout() -> N
                 await asyncio.sleep(0)
         reset.set()
 
+    clock = MovableClock()
     async with plain_server(stay) as address:
-        with pytest.raises(TlsError, match="does not speak TLS"):
-            await connect(address, connect_timeout=0.5)
-        refused.set()
+        with clock.drive(asyncio.get_running_loop()):
+            connecting = asyncio.create_task(connect(address, **PATIENT_CLIENT).open())
+            await refused.wait()
+            clock.advance(TIMEOUT)
+            with pytest.raises(TlsError, match="does not speak TLS"):
+                await connecting
+        raised.set()
         await reset.wait()
 
 
@@ -580,7 +594,7 @@ async def test_connect_can_be_cancelled() -> None:
         await reader.read()
 
     async with plain_server(silence) as address:
-        connecting = asyncio.create_task(connect(address).open())
+        connecting = asyncio.create_task(connect(address, **PATIENT_CLIENT).open())
         await connected.wait()
         connecting.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
-from zcproto.client.blocking import connect_blocking
 from zcproto.client.handlers import Call
 from zcproto.errors import (
     Aborted,
@@ -42,7 +41,7 @@ class Methods:
         self.errors: list[BaseException] = []
 
         @self.app.method("ask")
-        async def ask(context: Context, method: str, params: dict[str, Any], seconds: float = 20.0) -> Any:
+        async def ask(context: Context, method: str, params: dict[str, Any], seconds: float = TIMEOUT) -> Any:
             try:
                 return await context.client.call(method, params, timeout=seconds)
             except BaseException as error:
@@ -54,7 +53,7 @@ class Methods:
             assert self.server is not None
             for client in self.server.server.clients(user=user, handles=method):
                 try:
-                    return await client.call(method)
+                    return await client.call(method, timeout=TIMEOUT)
                 except ZcprotoError as error:
                     self.errors.append(error)
                     raise
@@ -64,7 +63,7 @@ class Methods:
         async def ask_size(size: int) -> int:
             assert self.server is not None
             (client,) = self.server.server.clients(handles="big")
-            return len(await client.call("big", n=size))
+            return len(await client.call("big", timeout=TIMEOUT, n=size))
 
         @self.app.method("echo")
         def echo(x: int) -> int:
@@ -81,7 +80,7 @@ class Waiting:
     async def run(self) -> None:
         self.began.set()
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(3_600)
         finally:
             self.cancelled.set()
 
@@ -101,6 +100,12 @@ def server(serve: Serve, methods: Methods) -> ServerThread:
     return methods.server
 
 
+@pytest.fixture
+def movable(serve: Serve, methods: Methods) -> ServerThread:
+    """Return a server whose time a test moves, by less than a call of the client may take."""
+    return serve(methods.app, loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
+
+
 def test_method_calls_its_client_and_gets_the_result(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
         client = connect_to(server)
@@ -117,7 +122,7 @@ def test_method_calls_its_client_and_gets_the_result(server: ServerThread, conne
                 "echo": 7,
             }
         assert (seen[0].method, seen[0].user, seen[0].cancelled) == ("approve", "ada", True)
-        assert 0 < seen[0].time_left <= 20.0
+        assert 0 < seen[0].time_left <= TIMEOUT
 
     run(main())
 
@@ -156,19 +161,22 @@ def test_error_of_the_handler_is_raised_in_the_method_and_aborts_it(
 
 
 def test_call_without_answer_ends_at_its_deadline(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
+    movable: ServerThread, methods: Methods, connect_to: ConnectTo
 ) -> None:
     async def main() -> None:
-        client = connect_to(server)
+        client = connect_to(movable)
         waiting = Waiting()
         client.handler("wait")(waiting.run)
 
         async with client:
+            call = asyncio.ensure_future(client.call("ask", method="wait", params={}, seconds=600.0))
+            await waiting.began.wait()
+            movable.advance(600)
             with pytest.raises(Aborted):
-                await client.call("ask", method="wait", params={}, seconds=0.5)
+                await call
             await waiting.cancelled.wait()
         assert isinstance(methods.errors[0], DeadlineExceeded)
-        assert server.server.state.clients.ended["deadline"] == 1
+        assert movable.server.state.clients.ended["deadline"] == 1
 
     run(main())
 
@@ -337,9 +345,8 @@ def test_server_without_calls_is_unimplemented(serve: Serve, methods: Methods, c
     run(main())
 
 
-def test_blocking_client_handles_calls_in_threads(server: ServerThread) -> None:
-    ca_file = server.home / "certs" / "ca.crt"
-    client = connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file)
+def test_blocking_client_handles_calls_in_threads(server: ServerThread, blocking: Blocking) -> None:
+    client = blocking(server)
     threads: set[int] = set()
 
     @client.handler("add")
@@ -360,13 +367,13 @@ def test_blocking_client_handles_calls_in_threads(server: ServerThread) -> None:
     assert threading.get_ident() not in threads
 
 
-def test_blocking_handler_sees_that_its_call_was_withdrawn(server: ServerThread) -> None:
-    ca_file = server.home / "certs" / "ca.crt"
-    client = connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file, max_calls=1)
+def test_blocking_handler_sees_that_its_call_was_withdrawn(movable: ServerThread, blocking: Blocking) -> None:
+    client = blocking(movable, max_calls=1)
     withdrawn, go = threading.Event(), threading.Event()
 
     @client.handler("wait")
     def wait(call: Call) -> int:
+        movable.advance(600)
         go.wait(TIMEOUT)
         if call.cancelled:
             withdrawn.set()
@@ -374,7 +381,7 @@ def test_blocking_handler_sees_that_its_call_was_withdrawn(server: ServerThread)
 
     with client:
         with pytest.raises(Aborted, match="DEADLINE"):
-            client.call("ask", method="wait", params={}, seconds=0.5)
+            client.call("ask", method="wait", params={}, seconds=600.0)
         with pytest.raises(Aborted, match="RESOURCE_EXHAUSTED"):
             client.call("ask", method="wait", params={})
         go.set()

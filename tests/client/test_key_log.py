@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 import zcproto
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
-from zcproto.client.blocking import connect_blocking
+from tests.server.helpers import ServerThread
 from zcproto.client.dial import LoopResources, Trust
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import ConfigError
@@ -36,10 +35,9 @@ async def test_key_log_gets_the_secrets_of_a_connection(
     assert (await asyncio.to_thread(path.stat)).st_mode & 0o777 == 0o600
 
 
-def test_blocking_client_writes_the_key_log(shared: ServerThread, tmp_path: Path) -> None:
+def test_blocking_client_writes_the_key_log(shared: ServerThread, blocking: Blocking, tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    trust = {"ca_file": shared.home / "certs" / "ca.crt", "key_log_file": path}
-    with connect_blocking(f"127.0.0.1:{shared.port}", user="ada", key=KEY, **trust) as client:
+    with blocking(shared, key_log_file=path) as client:
         assert client.call("echo", x=1) == {"x": 1}
     assert lines(path) == 1
 

@@ -21,7 +21,7 @@ from tests.client.helpers import (
     turns,
 )
 from tests.server.conftest import Serve
-from tests.server.helpers import TIMEOUT
+from tests.server.helpers import PATIENT_CLIENT, TIMEOUT
 from zcproto.app.app import App, Context
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.client.blocking import connect_blocking
@@ -420,7 +420,10 @@ class TicketServer:
 
         self.thread = serve(app, users_file=True, **settings)
         self.address = f"127.0.0.1:{self.thread.port}"
-        self.trust: dict[str, Any] = {"ca_file": self.thread.home / "certs" / "ca.crt"}
+        self.trust: dict[str, Any] = {
+            "ca_file": self.thread.home / "certs" / "ca.crt",
+            **PATIENT_CLIENT,
+        }
 
     def ticket(self, user: str) -> dict[str, Any]:
         self.issued += 1

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.items import Items
-from zcproto.client.blocking import connect_blocking
 from zcproto.client.middleware import OutgoingCall
 from zcproto.common.middleware import CallNext
 from zcproto.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, PermissionDenied
@@ -128,18 +127,18 @@ def test_middleware_changes_what_is_sent(server: ServerThread, connect_to: Conne
         return await call_next(call)
 
     async def main() -> None:
-        async with connect_to(server, middleware=[change], timeout=7.0) as client:
+        async with connect_to(server, middleware=[change], timeout=TIMEOUT) as client:
             assert await client.call("add", {"a": 2}, idempotency_key="k") == 42
             assert await client.call("trace", timeout=None) == TRACE
-            async with client.stream("count", n=2, timeout=5.0) as stream:
+            async with client.stream("count", n=2, timeout=2 * TIMEOUT) as stream:
                 assert [item async for item in stream] == [0, 1]
                 assert stream.result == TRACE
 
     run(main())
     assert seen == [
-        OutgoingCall(method="add", params={"a": 2}, timeout=7.0, idempotency_key="k"),
+        OutgoingCall(method="add", params={"a": 2}, timeout=TIMEOUT, idempotency_key="k"),
         OutgoingCall(method="trace", params={}, timeout=None),
-        OutgoingCall(method="count", params={"n": 2}, timeout=5.0, is_stream=True),
+        OutgoingCall(method="count", params={"n": 2}, timeout=2 * TIMEOUT, is_stream=True),
     ]
 
 
@@ -274,15 +273,9 @@ def test_sessions_of_other_users_have_the_middleware_of_the_client(
 
 
 def test_blocking_client_has_middleware_for_calls_and_streams(
-    server: ServerThread, recorder: Recorder
+    server: ServerThread, blocking: Blocking, recorder: Recorder
 ) -> None:
-    with connect_blocking(
-        f"127.0.0.1:{server.port}",
-        user="ada",
-        key=KEY,
-        ca_file=server.home / "certs" / "ca.crt",
-        middleware=[recorder.named("a")],
-    ) as client:
+    with blocking(server, middleware=[recorder.named("a")]) as client:
         assert client.call("add", a=1, b=2) == 3
         assert [*client.stream("count", n=2)] == [0, 1]
     assert recorder.seen == [

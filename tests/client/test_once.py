@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.client.helpers import turns
+from tests.limits import TIMEOUT
 from zcproto.app.app import App
 from zcproto.errors import ConnectionClosed, FailedPrecondition
 from zcproto.testing import Link, MemoryServer, MovableClock
@@ -43,7 +44,7 @@ class Shop:
 @pytest.mark.parametrize("method", ["pay", "ship"])
 async def test_lost_answer_is_repeated_on_another_connection(method: str) -> None:
     shop = Shop()
-    async with shop.server, shop.server.connect("ada") as client:
+    async with shop.server, shop.server.connect("ada", timeout=TIMEOUT) as client:
         shop.link.hold("from_server")
         call = asyncio.create_task(client.call(method, amount=5, idempotency_key="order-7"))
         await turns()
@@ -56,7 +57,7 @@ async def test_lost_answer_is_repeated_on_another_connection(method: str) -> Non
 
 async def test_lost_answer_without_idempotency_key_raises() -> None:
     shop = Shop()
-    async with shop.server, shop.server.connect("ada") as client:
+    async with shop.server, shop.server.connect("ada", timeout=TIMEOUT) as client:
         shop.link.hold("from_server")
         call = asyncio.create_task(client.call("pay", amount=5))
         await turns()
@@ -69,24 +70,28 @@ async def test_lost_answer_without_idempotency_key_raises() -> None:
 
 async def test_another_client_of_the_user_gets_the_stored_answer() -> None:
     shop = Shop()
-    async with shop.server as server, server.connect("ada") as client, server.connect("ada") as another:
+    async with (
+        shop.server as server,
+        server.connect("ada", timeout=TIMEOUT) as client,
+        server.connect("ada", timeout=TIMEOUT) as another,
+    ):
         calls = [
             asyncio.create_task(client.call("ship", amount=5, idempotency_key="k")),
-            asyncio.create_task(another.call("ship", amount=5, idempotency_key="k", timeout=7)),
+            asyncio.create_task(another.call("ship", amount=5, idempotency_key="k", timeout=TIMEOUT / 2)),
         ]
         await turns()
         shop.may_ship.set()
         assert await asyncio.gather(*calls) == [{"number": 1, "amount": 5}] * 2
         with pytest.raises(FailedPrecondition, match="another request"):
             await another.call("ship", amount=6, idempotency_key="k")
-        async with server.connect("bob") as bob:
+        async with server.connect("bob", timeout=TIMEOUT) as bob:
             assert (await bob.call("ship", amount=6, idempotency_key="k"))["number"] == 2
     assert shop.paid == [5, 6]
 
 
 async def test_answer_of_timed_out_call_can_be_fetched_later() -> None:
     shop = Shop()
-    async with shop.server, shop.server.connect("ada") as client:
+    async with shop.server, shop.server.connect("ada", timeout=TIMEOUT) as client:
         call = asyncio.create_task(client.call("ship", amount=5, idempotency_key="k"))
         await turns()
         call.cancel()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.client.helpers import (
     Action,
     ScriptedServer,
@@ -28,7 +28,6 @@ from tests.client.helpers import (
 from tests.helpers import WALL
 from tests.server.helpers import KEY, ServerThread
 from zcproto.client import kept_session, session_file
-from zcproto.client.blocking import connect_blocking
 from zcproto.client.client import Client, connect
 from zcproto.client.credentials import SchemeLogin
 from zcproto.client.session_file import SessionFile, identity_of
@@ -117,15 +116,9 @@ def test_session_belongs_to_all_addresses_in_any_order(path: Path) -> None:
     assert servers == ["a.example:7443,b.example:7443"] * 2 + ["a.example:7443"]
 
 
-def test_blocking_client_continues_the_session(shared: ServerThread, path: Path) -> None:
+def test_blocking_client_continues_the_session(shared: ServerThread, blocking: Blocking, path: Path) -> None:
     def once() -> str:
-        with connect_blocking(
-            f"127.0.0.1:{shared.port}",
-            user="ada",
-            key=KEY,
-            ca_file=shared.home / "certs" / "ca.crt",
-            session_file=path,
-        ) as client:
+        with blocking(shared, session_file=path) as client:
             client.call("echo")
             assert client.session is not None
             return client.session.id

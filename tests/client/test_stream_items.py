@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.client.test_streams import run
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.items import Items
-from zcproto.client.blocking import connect_blocking
 from zcproto.client.streams import Stream
 from zcproto.errors import InvalidArgument, NotFound
 
@@ -47,7 +46,7 @@ class Methods:
         @self.app.method("deaf")
         async def deaf(said: Items[str]) -> None:
             try:
-                await asyncio.sleep(60)
+                await asyncio.sleep(3_600)
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
@@ -72,7 +71,7 @@ class Source:
                 self.taken += 1
                 yield bytes(size)
             if self._then_wait:
-                await asyncio.sleep(60)
+                await asyncio.sleep(3_600)
             if self._error is not None:
                 raise self._error
         finally:
@@ -243,13 +242,12 @@ def test_one_task_sends_at_a_time(server: ServerThread, connect_to: ConnectTo) -
     run(main())
 
 
-def test_blocking_client_sends_items(server: ServerThread) -> None:
+def test_blocking_client_sends_items(server: ServerThread, blocking: Blocking) -> None:
     def chunks() -> Iterator[Any]:
         for _ in range(100):
             yield bytes(1_000)
 
-    ca_file = server.home / "certs" / "ca.crt"
-    with connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client:
+    with blocking(server) as client:
         with client.stream("upload", items=chunks()) as stream:
             assert stream.finished() == [100, 100_000]
         with client.stream("chat") as stream:
@@ -260,7 +258,9 @@ def test_blocking_client_sends_items(server: ServerThread) -> None:
             assert stream.result == "bye"
 
 
-def test_items_that_block_hold_up_neither_the_stream_nor_the_client(server: ServerThread) -> None:
+def test_items_that_block_hold_up_neither_the_stream_nor_the_client(
+    server: ServerThread, blocking: Blocking
+) -> None:
     is_asked, go_on, is_closed = threading.Event(), threading.Event(), threading.Event()
 
     def chunks() -> Iterator[bytes]:
@@ -271,9 +271,8 @@ def test_items_that_block_hold_up_neither_the_stream_nor_the_client(server: Serv
         finally:
             is_closed.set()
 
-    ca_file = server.home / "certs" / "ca.crt"
     with (
-        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+        blocking(server) as client,
         client.stream("upload", items=chunks()),
     ):
         assert is_asked.wait(TIMEOUT)
@@ -282,14 +281,13 @@ def test_items_that_block_hold_up_neither_the_stream_nor_the_client(server: Serv
     assert is_closed.wait(TIMEOUT)
 
 
-def test_error_of_items_that_block_fails_the_stream(server: ServerThread) -> None:
+def test_error_of_items_that_block_fails_the_stream(server: ServerThread, blocking: Blocking) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"x"
         raise OSError("the disk is full")
 
-    ca_file = server.home / "certs" / "ca.crt"
     with (
-        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+        blocking(server) as client,
         client.stream("upload", items=chunks()) as stream,
         pytest.raises(OSError, match="disk"),
     ):

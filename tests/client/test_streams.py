@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import ServerThread, eventually
 from zcproto.app.app import App
 from zcproto.app.context import Context
-from zcproto.client.blocking import connect_blocking
 from zcproto.errors import (
     Cancelled,
     ConnectionClosed,
@@ -184,9 +183,15 @@ def test_item_timeout_leaves_the_stream(
 ) -> None:
     async def main() -> None:
         async with connect_to(server) as client:
+
+            async def use() -> None:
+                async with client.stream("count", n=3, pause=3_600.0, item_timeout=0.5) as stream:
+                    await asyncio.to_thread(eventually, lambda: methods.made)
+                    async for _ in stream:
+                        pass
+
             with pytest.raises(DeadlineExceeded):
-                async for _ in client.stream("count", n=3, pause=20.0, item_timeout=0.5):
-                    pass
+                await use()
             await client.call("add", a=1, b=2)
             server.until(lambda: methods.closed == 1)
 
@@ -197,7 +202,7 @@ def test_timeout_of_the_whole_stream(server: ServerThread, connect_to: ConnectTo
     async def main() -> None:
         async with connect_to(server) as client:
             with pytest.raises(DeadlineExceeded):
-                async for _ in client.stream("count", n=3, pause=20.0, timeout=0.2):
+                async for _ in client.stream("count", n=3, pause=3_600.0, timeout=0.2):
                     pass
 
     run(main())
@@ -205,7 +210,7 @@ def test_timeout_of_the_whole_stream(server: ServerThread, connect_to: ConnectTo
 
 def test_second_task_that_iterates_fails(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
-        async with connect_to(server) as client, client.stream("count", n=3, pause=20.0) as stream:
+        async with connect_to(server) as client, client.stream("count", n=3, pause=3_600.0) as stream:
             await stream.receive()
             first = asyncio.ensure_future(stream.receive())
             await asyncio.sleep(0)
@@ -223,7 +228,7 @@ def test_revoked_session_cuts_the_stream(
         async with (
             connect_to(server) as client,
             connect_to(server) as other,
-            client.stream("count", n=3, pause=20.0) as stream,
+            client.stream("count", n=3, pause=3_600.0) as stream,
         ):
             await stream.receive()
             assert client.session is not None
@@ -238,7 +243,7 @@ def test_revoked_session_cuts_the_stream(
 def test_closed_session_ends_the_stream_after_its_items(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
         client = await connect_to(server)
-        async with client.stream("count", n=3, pause=20.0) as stream:
+        async with client.stream("count", n=3, pause=3_600.0) as stream:
             await client.call("add", a=1, b=2)
             await client.close()
             assert (await stream.receive())[0] == 0
@@ -248,9 +253,10 @@ def test_closed_session_ends_the_stream_after_its_items(server: ServerThread, co
     run(main())
 
 
-def test_blocking_stream_yields_items_and_leaves_early(server: ServerThread, methods: Methods) -> None:
-    ca_file = server.home / "certs" / "ca.crt"
-    with connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client:
+def test_blocking_stream_yields_items_and_leaves_early(
+    server: ServerThread, methods: Methods, blocking: Blocking
+) -> None:
+    with blocking(server) as client:
         with client.stream("count", n=100, window=(3, 1_000)) as stream:
             assert [number for number, _ in stream] == [*range(100)]
             assert stream.result == {"sent": 100}

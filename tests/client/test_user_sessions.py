@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import ConnectTo
+from tests.client.conftest import Blocking, ConnectTo
 from tests.client.helpers import (
     ScriptedServer,
     client_of,
@@ -26,7 +26,6 @@ from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
 from zcproto.app.context import Context
-from zcproto.client.blocking import connect_blocking
 from zcproto.client.client import Client, UserSession, connect
 from zcproto.client.credentials import Device
 from zcproto.errors import (
@@ -385,10 +384,9 @@ def test_revoked_session_ends_alone(serve: Serve, connect_to: ConnectTo) -> None
     asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
 
-def test_blocking_client_has_sessions_of_several_users(serve: Serve) -> None:
+def test_blocking_client_has_sessions_of_several_users(serve: Serve, blocking: Blocking) -> None:
     server = serve(application())
-    ca_file = server.home / "certs" / "ca.crt"
-    with connect_blocking(f"127.0.0.1:{server.port}", ca_file=ca_file) as client:
+    with blocking(server, None) as client:
         session = client.session_for(user="bob", key=KEY)
         assert "127.0.0.1" in repr(session)
         with client.session_for(user="ada", key=KEY) as first, session as second:

@@ -66,7 +66,7 @@ class Pair:
     async def connected(self, name: str = "worker 1", **options: Any) -> LinkClient:
         client = self.client(name, **options)
         client.start()
-        await client.ready(5)
+        await client.ready(TIMEOUT)
         await until(lambda: any(link.name == name for link in self.server.links))
         return client
 
@@ -215,7 +215,7 @@ async def test_client_reconnects_to_a_restarted_server_and_waiting_calls_fail(pa
         await client.call("echo")
     pair.released.set()
     await restart
-    await client.ready(5)
+    await client.ready(TIMEOUT)
     assert client.link is not first
     assert await client.call("echo", 1) == [1]
     assert seen == ["down: the other process closed the connection", "up: coordinator"]
@@ -261,7 +261,7 @@ async def test_client_waits_for_a_server_that_is_not_there_yet(tmp_path: Path) -
     await until(lambda: "No such file" in client.reason)
     server = LinkServer(listen_unix(path, 16), Topics(), name="late")
     await server.start()
-    await client.ready(5)
+    await client.ready(TIMEOUT)
     await client.close()
     await server.close()
 
@@ -273,7 +273,7 @@ async def test_server_that_stops_answering_is_lost_although_its_socket_is_open(p
     pair.link._handle = lambda *message: None  # type: ignore[method-assign] # reads, and does nothing
     await until(lambda: lost)
     assert lost[0] == "the other process does not answer"
-    await client.ready(5)
+    await client.ready(TIMEOUT)
     await until(lambda: len(pair.server.links) == 1)
     assert await client.call("echo", 1) == [1]
 
@@ -282,7 +282,7 @@ async def test_call_finds_a_silent_server_without_a_heartbeat(pair: Pair) -> Non
     client = await pair.connected(silence=0.02, heartbeat=3600.0)
     pair.link._handle = lambda *message: None  # type: ignore[method-assign] # reads, and does nothing
     with pytest.raises(LinkLost, match="the other process does not answer"):
-        await client.call("echo", 1, within=60.0)
+        await client.call("echo", 1, within=TIMEOUT)
 
 
 async def test_idle_link_is_kept_by_pings(pair: Pair) -> None:
@@ -442,7 +442,7 @@ async def test_server_that_closes_answers_the_calls_that_run_and_begins_no_other
     client = await pair.connected()
     running = asyncio.create_task(client.call("wait"))
     await until(lambda: pair.served)
-    closing = asyncio.create_task(pair.server.close(within=5))
+    closing = asyncio.create_task(pair.server.close(within=TIMEOUT))
     late = asyncio.create_task(client.call("echo"))
     await asyncio.sleep(0)
     pair.released.set()

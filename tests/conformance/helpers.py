@@ -7,16 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.limits import TIMEOUT
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance import scenarios
 from zcproto_conformance.check import Check
-from zcproto_conformance.harness import PATIENCE, Fixtures
+from zcproto_conformance.harness import Fixtures
 from zcproto_conformance.run import PASSED, Result, run_checks
 
 PYTHON_CLIENT = (sys.executable, "-m", "zcproto_conformance.python_client")
-SLOW = 2 * PATIENCE
-"""For a machine on which other tests run at the same time."""
-
 SCRIPTED = {check.name: check for check in scenarios.scripted()}
 
 
@@ -24,7 +22,7 @@ async def results_of(
     checks: Sequence[Check],
     command: Sequence[str] = PYTHON_CLIENT,
     *,
-    patience: float = SLOW,
+    patience: float = TIMEOUT,
     jobs: int = 1,
 ) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from tests.conformance.faults import FAULTS, fault_of
 from tests.conformance.faults.__main__ import run_against_faults
 from tests.conformance.faults.mutation import Unmatched, fault
 from tests.conformance.helpers import SCRIPTED
+from tests.limits import TIMEOUT
 from tests.wire.vectors import FOLDER
 from zcproto.client.retry import Backoff
 from zcproto.errors import CallError
@@ -91,13 +92,13 @@ def test_fault_that_does_not_match_the_source_is_reported() -> None:
 async def test_fault_that_cannot_be_applied_ends_the_run() -> None:
     without = [replace(check, name=f"{check.name}-of-tomorrow") for check in SCRIPTED.values()][:4]
     with pytest.raises(KitError, match=r"cannot apply its fault: .*unexpected.*KeyError"):
-        await run_against_faults(without, jobs=2)
+        await run_against_faults(without, patience=TIMEOUT, jobs=2)
 
 
 async def test_scenarios_detect_their_faults() -> None:
     chosen = [SCRIPTED[f"scripted/{name}"] for name in FAILS_FAST]
     chosen += [check for check in vectors.checks(FOLDER) if check.name in FAULTS]
-    results = await run_against_faults(chosen, patience=20.0, jobs=6)
+    results = await run_against_faults(chosen, patience=TIMEOUT, jobs=6)
     for result in results:
         assert result.result == FAILED, result.check.name
         assert FAILS_FAST.get(result.check.name.removeprefix("scripted/"), "instead of") in result.why, result

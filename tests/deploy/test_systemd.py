@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.helpers import ROOT, TIMEOUT, Client
+from tests.helpers import variables
+from tests.server.helpers import PATIENT, ROOT, TIMEOUT, Client
 from zcproto.auth import UserFile
 from zcproto.cli import EXIT_UNUSABLE
 from zcproto.config import Config
@@ -148,7 +149,7 @@ def test_server_runs_under_the_system_call_filter(tmp_path: Path, certs: Path) -
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **variables(PATIENT), "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
     try:

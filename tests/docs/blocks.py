@@ -33,7 +33,9 @@ from typing import Final, NamedTuple, Self
 
 from bench.server_process import free_port
 from tests.docs.messages import ROOT
+from tests.helpers import variables
 from tests.limits import TIMEOUT
+from tests.server.helpers import PATIENT
 from zcproto.auth import UserFile
 
 PROGRAMS: Final = {"c", "go", "js", "python", "rust", "typescript"}
@@ -209,6 +211,20 @@ for requirement in sys.argv[2:]:
     assert set(extras) <= set(known), requirement
 """
 """Checks that a `pip install` names packages that are installed, and extras that they have."""
+
+
+ZCPROTO: Final = f"""
+import sys
+from zcproto.cli import connect, main
+make_client = connect.TrustChoice.make_client
+def make_patient_client(trust, home, address, **options):
+    options |= {{"connect_timeout": {TIMEOUT}, "start_timeout": {TIMEOUT}}}
+    return make_client(trust, home, address, **options)
+connect.TrustChoice.make_client = make_patient_client
+connect.DEFAULT_TIMEOUT = {TIMEOUT}
+sys.exit(main())
+"""
+"""The command line, which waits for a connection as long as a busy machine takes."""
 
 
 class RunningServer(NamedTuple):
@@ -390,6 +406,7 @@ class Reader:
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}",
             "PYTHONPYCACHEPREFIX": str(self._pycache),
+            **variables(PATIENT),
             **self._exported,
             "NODE_CLIENT": str(ROOT / "clients" / "typescript"),
             "ZCPROTO_SERVER__PORT": self._with_ports(" 7443").strip(),
@@ -401,7 +418,8 @@ class Reader:
         self._bin.mkdir()
         python = shlex.quote(sys.executable)
         for name, command in {
-            "zcproto": f'ZCPROTO_LOG__FORMAT=console exec {python} -m zcproto "$@"',  # as on a terminal
+            # Its log is as on a terminal.
+            "zcproto": f'ZCPROTO_LOG__FORMAT=console exec {python} -c {shlex.quote(ZCPROTO)} "$@"',
             "python": f'exec {python} "$@"',
             "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"',
             "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from bench.server_process import free_port
+from tests.docs.blocks import ZCPROTO
 from tests.docs.messages import ROOT
+from tests.helpers import variables
 from tests.limits import TIMEOUT
+from tests.server.helpers import PATIENT
 
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q .\n"
 
@@ -24,10 +28,11 @@ def test_readme_blocks_run_by_one_paste_in_an_empty_folder(tmp_path: Path) -> No
     assert pasted.count(INSTALL) == 1
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, module in (("python", ""), ("zcproto", " -m zcproto")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
+    for name, program in (("python", ""), ("zcproto", f"-c {shlex.quote(ZCPROTO)}")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {program} "$@"\n')
         (programs / name).chmod(0o755)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ZCPROTO_")} | {
+        **variables(PATIENT),
         "HOME": str(tmp_path),
         "PYTHONPATH": str(ROOT),
         "ZCPROTO_SERVER__PORT": port,

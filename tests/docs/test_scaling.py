@@ -11,7 +11,8 @@ import pytest
 from bench.server_process import free_port
 from tests.docs.blocks import blocks_of
 from tests.docs.messages import ROOT
-from tests.server.helpers import configuration, eventually
+from tests.limits import TIMEOUT
+from tests.server.helpers import PATIENT_CLIENT, configuration, eventually
 from zcproto import connect_blocking
 from zcproto.app.app import App
 from zcproto.config import Config, load_config
@@ -60,7 +61,13 @@ def test_client_is_served_through_haproxy(tmp_path: Path) -> None:
         with subprocess.Popen(["haproxy", "-db", "-f", file]) as haproxy:
             try:
                 with connect_blocking(
-                    f"localhost:{port}", user="ada", key=key, ca_file=server.ca_file, home=tmp_path / "client"
+                    f"localhost:{port}",
+                    user="ada",
+                    key=key,
+                    ca_file=server.ca_file,
+                    home=tmp_path / "client",
+                    start_timeout=TIMEOUT,
+                    **PATIENT_CLIENT,
                 ) as client:
                     assert client.call("session.info")["address"] == "127.0.0.1"
                 # The health check has sent a PROXY header and has spoken HTTPS.

@@ -41,7 +41,7 @@ def main(path: str, seconds: float, seed: int) -> None:
         for target in map(target_named, TARGETS)
     ]
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not cases or time.monotonic() < end:
         for _ in range(BATCH):
             check_random(source)
             for target, made in searches:

@@ -19,6 +19,7 @@ import atheris
 from tests.fuzz.corpus import CORPUS
 from tests.fuzz.target import Target, check_input
 from tests.fuzz.targets import target_named
+from tests.limits import TIMEOUT
 
 INSTRUMENTED = ["zcproto", "h11"]
 """Packages whose coverage guides the search; atheris instruments whole packages only."""
@@ -26,7 +27,7 @@ INSTRUMENTED = ["zcproto", "h11"]
 INSTRUMENTED_FACTOR = 8.0
 """Upper bound of how many times slower instrumented code is."""
 
-HANG_TIMEOUT_S = 20
+HANG_TIMEOUT_S = round(TIMEOUT)
 """Time after which libFuzzer reports an input as hanging."""
 
 MAX_MEMORY_MIB = 2_048

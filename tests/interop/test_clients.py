@@ -244,7 +244,7 @@ def standard_server(certificate: Path) -> Iterator[int]:
 
 def curl(port: int, name: str, ca_file: Path | None) -> Outcome:
     host = f"[{name}]" if ":" in name else name
-    command: Command = ["curl", "--silent", "--show-error", "--noproxy", "*", "--tlsv1.3", "--max-time", "20"]
+    command: Command = ["curl", "--silent", "--show-error", "--noproxy", "*", "--tlsv1.3"]
     command += ["--connect-to", f"{host}:{port}:127.0.0.1:{port}", f"https://{host}:{port}/"]
     return run_client([*command, *([] if ca_file is None else ["--cacert", ca_file])])
 

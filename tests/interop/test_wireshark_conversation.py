@@ -6,7 +6,6 @@ import asyncio
 import base64
 import random
 import ssl
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +35,7 @@ from tests.server.helpers import (
     HEADER,
     KEY,
     NO_TOKEN,
+    PATIENT_CLIENT,
     PING,
     PONG,
     REQUEST,
@@ -44,6 +44,7 @@ from tests.server.helpers import (
     AnsweredError,
     Frame,
     ServerThread,
+    eventually,
 )
 from zcproto.client.client import connect
 
@@ -85,18 +86,21 @@ class Conversation(NamedTuple):
     """Secrets in the frames, which must be masked."""
 
 
-async def run_library_client(port: int, ca_file: Path, keys: Path) -> None:
+async def run_library_client(port: int, server: ServerThread, keys: Path) -> None:
     """Send calls with all options, a large body, a cancelled call, and a failing one with the library's client."""
+    ca_file = server.home / "certs" / "ca.crt"
     options: dict[str, Any] = {"user": "ada", "key": KEY, "ca_file": ca_file, "key_log_file": keys}
-    async with connect(f"127.0.0.1:{port}", **options) as client:
+    async with connect(f"127.0.0.1:{port}", **options, **PATIENT_CLIENT) as client:
         values = {"text": "hällo", "list": [1, -2, 2.5, None, True, b"\x01\x02"], "deep": {"n": 2**64 - 1}}
         assert await client.call("echo", values, idempotency_key="order-7", traceparent=TRACE) == values
         assert await client.call("echo", large=LARGE) == {"large": LARGE}
         with pytest.raises(zcproto.Unimplemented):
             await client.call("no.such.method")
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await client.call("sleep", ms=60_000)
+        late = asyncio.create_task(client.call("sleep", ms=60_000))
+        await asyncio.to_thread(server.until, lambda: server.server.state.tasks.running)
+        late.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late
         assert await client.call("echo", after="it") == {"after": "it"}
 
 
@@ -112,7 +116,7 @@ def conversation(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ):
         patch.setenv("ZCPROTO_HOME", str(home / "client"))
         keys, ca_file = folder / "keys", home / "certs" / "ca.crt"
-        asyncio.run(run_library_client(proxy.port, ca_file, keys))
+        asyncio.run(run_library_client(proxy.port, server, keys))
         context = helpers.client_context(ca_file)
         context.keylog_filename = str(keys)
 
@@ -120,7 +124,7 @@ def conversation(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             return RecordingClient(proxy.port, ca_file, context)
 
         first, second = open_client(), open_client()
-        secrets = [KEY.encode(), *exchange_frames(first, second)]
+        secrets = [KEY.encode(), *exchange_frames(first, second, proxy.capture)]
         first.frames += replayed_frames(open_client())
         server.begin_drain(0.2)  # GOAWAY
         for client in (first, second):
@@ -132,7 +136,7 @@ def conversation(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield Conversation(folder, proxy.capture.write(folder / "capture.pcap"), keys, frames, secrets)
 
 
-def exchange_frames(first: RecordingClient, second: RecordingClient) -> list[bytes]:
+def exchange_frames(first: RecordingClient, second: RecordingClient, capture: Capture) -> list[bytes]:
     """Exchange frames that the library's client does not send, and return the secrets in them."""
     first.open_session("ada")
     second.open_session("ada")
@@ -147,8 +151,9 @@ def exchange_frames(first: RecordingClient, second: RecordingClient) -> list[byt
     first.answer()
     small = first.request("echo", {"data": "in three pieces"})
     for piece in (small[:3], small[3:50], small[50:]):
+        known = len(capture.packets)
         first.send(piece)
-        time.sleep(0.005)  # so that writes are not merged
+        eventually(lambda known=known: len(capture.packets) > known)  # or writes would be merged
     first.answer()
     assert first.is_open()  # PING, PONG
     first.send(first.request("sleep", {"ms": 60_000}))

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from zcproto.load import generator
+from tests.load.helpers import wait_long
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_long(monkeypatch)
 
 
 @pytest.fixture
@@ -18,10 +23,3 @@ def children() -> Callable[[], list[int]]:
 
     before = alive()
     return lambda: [pid for pid in alive() if pid not in before]
-
-
-@pytest.fixture
-def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the timeouts of the generator."""
-    monkeypatch.setattr(generator, "ANSWER_TIMEOUT", 1.0)
-    monkeypatch.setattr(generator, "CLOSE_TIMEOUT", 3.0)

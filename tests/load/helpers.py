@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from tests.server.helpers import KEY, ServerThread
+import pytest
+
+from tests.limits import TIMEOUT
+from tests.server.helpers import KEY, PATIENT, ServerThread
 from zcproto.app.app import App
 from zcproto.load.caller import ServerStats
 from zcproto.load.generator import Generator
@@ -60,6 +64,8 @@ def share(server: ServerThread | None = None, **changes: Any) -> Share:
         "verify_rate": 5000.0,
         "seed": 1,
         "origin": time.monotonic(),
+        "connect_timeout_s": TIMEOUT,
+        "answer_timeout_s": TIMEOUT,
     }
     return Share(**{**usual, **changes})
 
@@ -142,11 +148,36 @@ async def all_phases(generator: Generator) -> None:
     await generator.close()
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any]) -> None:
     """Wait for a condition that this loop or the server's thread fulfils."""
 
     async def poll() -> None:
         while not condition():  # noqa: ASYNC110 - it happens in another thread
             await asyncio.sleep(0.002)
 
-    await asyncio.wait_for(poll(), seconds)
+    await asyncio.wait_for(poll(), TIMEOUT)
+
+
+def wait_long(patch: pytest.MonkeyPatch) -> None:
+    """Let loads of this process and servers that it starts wait, however slow the machine is."""
+    for name in (
+        *("caller.TIMEOUT", "plan.ANSWER_TIMEOUT", "plan.CONNECT_TIMEOUT", "run.CLOSED_TIMEOUT"),
+        *("demo.server.END_TIMEOUT", "demo.server.START_TIMEOUT", "worker_pool.END_TIMEOUT"),
+    ):
+        patch.setattr(f"zcproto.load.{name}", TIMEOUT)
+    for name, value in PATIENT.items():
+        patch.setenv(f"ZCPROTO_{name.upper()}", value)
+
+
+@contextmanager
+def timing_out(generator: Generator, when: Callable[[], object]) -> Iterator[None]:
+    """Let the generator's waits time out in the body as soon as a condition holds."""
+    wait = generator._wait
+
+    async def wait_until(done: Callable[[], bool], limit_s: float) -> None:
+        await until(lambda: done() or when())
+        await wait(done, 0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "_wait", wait_until)
+        yield

@@ -5,17 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
-from tests.load.helpers import all_phases, app_with, share, until
+from tests.load.helpers import all_phases, app_with, share, timing_out, until
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.errors import Aborted
-from zcproto.load import generator as module
 from zcproto.load.generator import Generator
 from zcproto.load.record import RequestKind
-
-pytestmark = pytest.mark.usefixtures("short_limits")
 
 
 async def test_generator_run_is_verified_and_leaves_nothing(serve: Serve) -> None:
@@ -108,8 +103,7 @@ async def test_request_numbers_are_unique_across_processes(serve: Serve) -> None
     assert {number % 2 for number in seen} == {0, 1}
 
 
-async def test_load_with_large_payload_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 30.0)
+async def test_load_with_large_payload_ends(serve: Serve) -> None:
     generator = Generator(share(serve(), payload_bytes=100_000), asyncio.get_running_loop())
     await all_phases(generator)
     assert generator.record.tallies[RequestKind.LOAD].equal == 40
@@ -164,12 +158,14 @@ async def test_late_answer_stays_lost(serve: Serve) -> None:
     server = serve(app_with(echo))
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
-    await generator.load()
-    assert generator.record.tallies[RequestKind.LOAD].lost == 1
+    tally = generator.record.tallies[RequestKind.LOAD]
+    with timing_out(generator, lambda: tally.equal == 39):
+        await generator.load()
+    assert tally.lost == 1
     server.in_loop(release.set)
     await generator.verify()
     assert generator.record.tallies[RequestKind.LAST].equal == 4
-    assert generator.record.tallies[RequestKind.LOAD].equal == 39
+    assert tally.equal == 39
     await generator.close()
 
 
@@ -185,11 +181,13 @@ async def test_late_error_stays_lost(serve: Serve) -> None:
     server = serve(app_with(echo))
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
-    await generator.load()
+    tally = generator.record.tallies[RequestKind.LOAD]
+    with timing_out(generator, lambda: tally.equal == 39):
+        await generator.load()
     server.in_loop(release.set)
     await generator.verify()
-    assert generator.record.tallies[RequestKind.LOAD].lost == 1
-    assert generator.record.tallies[RequestKind.LOAD].errors == {}
+    assert tally.lost == 1
+    assert tally.errors == {}
     await generator.close()
 
 

@@ -17,9 +17,6 @@ from zcproto.load import generator as module
 from zcproto.load.generator import Generator, PendingRequest, Stage, code_name
 from zcproto.load.record import RequestKind
 
-pytestmark = pytest.mark.usefixtures("short_limits")
-
-
 # --- connections that cannot be made ----------------------------------------------------------------------
 
 
@@ -122,17 +119,19 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-async def test_silent_server_times_out(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
-    generator = Generator(share(server=None, port=silent), asyncio.get_running_loop())
+async def test_silent_server_times_out(silent: int) -> None:
+    part = share(server=None, port=silent, connect_timeout_s=0.2)
+    generator = Generator(part, asyncio.get_running_loop())
     await all_phases(generator)
     assert sum(generator.record.lost_connections.values()) == 4
-    assert generator.record.lost_connections.keys() <= {"TLS: handshake_timeout", "no session in time"}
+    assert generator.record.lost_connections.keys() <= {
+        *("TLS: handshake_timeout", "no session in time"),
+        "no TCP connection in time",  # on a busy machine
+    }
 
 
 async def test_tcp_connect_timeout_is_counted(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.1)
-    generator = Generator(share(serve()), asyncio.get_running_loop())
+    generator = Generator(share(serve(), connect_timeout_s=0.1), asyncio.get_running_loop())
     loop = asyncio.get_running_loop()
 
     async def never(*_: Any, **__: Any) -> None:
@@ -175,7 +174,7 @@ async def test_stopped_load_closes_its_sessions(serve: Serve) -> None:
     await until(lambda: generator.record.tallies[RequestKind.LOAD].equal > 10)
     generator.stop()
     await load
-    assert generator.record.tallies[RequestKind.LOAD].sent < 1000
+    assert generator.record.tallies[RequestKind.LOAD].sent < 400 * 60
     await generator.close()
     assert generator.record.tallies[RequestKind.CLOSE].equal == 4
     server.until_left()
@@ -201,13 +200,13 @@ async def test_stop_before_the_start_skips_all_phases(serve: Serve) -> None:
 
 async def test_connect_phase_can_be_stopped(serve: Serve) -> None:
     server = serve()
-    slow = share(server, connections=100, arrival_rate=50.0, credentials=[["user-1", KEY]] * 100)
+    slow = share(server, connections=1_000, arrival_rate=10.0, credentials=[["user-1", KEY]] * 1_000)
     generator = Generator(slow, asyncio.get_running_loop())
     connect = asyncio.create_task(generator.connect())
     await until(lambda: generator.record.ready >= 2)
     generator.stop()
     await connect
-    assert generator.record.ready < 100
+    assert generator.record.ready < 1_000
     await generator.close()
     server.until_left()
 

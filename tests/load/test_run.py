@@ -154,7 +154,7 @@ async def test_stopped_run_closes_its_sessions(serve: Serve) -> None:
     result = await run(plan_for(server, duration_s=60.0), StoppingView(), stop)
     assert result.interrupted
     assert result.verdict is Verdict.INTERRUPTED
-    assert 5 < result.record.tallies[RequestKind.LOAD].equal < 6_000
+    assert 5 < result.record.tallies[RequestKind.LOAD].equal < 200 * 60
     assert result.record.tallies[RequestKind.LAST].planned == 0
     assert result.record.tallies[RequestKind.CLOSE].equal == 10
     server.until_left()
@@ -186,6 +186,18 @@ async def test_connections_that_stay_open_are_waited_for(
     result = await run(plan_for(server), view, Stop())
     view.client.close()
     assert result.readings[Moment.CLOSED].stats.connections == 2
+
+
+async def test_connections_are_verified_after_what_runs_beside_the_load(serve: Serve) -> None:
+    server, view = serve(), RecordingView()
+    seen: list[tuple[list[str], int]] = []
+
+    async def beside() -> None:
+        seen.append(([name for name, _, _ in view.phases], server.stats["connections"]))
+
+    result = await run(plan_for(server), view, Stop(), after_load=beside)
+    assert seen == [(["connect", "load"], 11)]
+    assert result.verdict is Verdict.VERIFIED
 
 
 async def test_unknown_host_raises_config_error() -> None:

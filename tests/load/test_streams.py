@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.helpers import RecordingView, all_phases, plan_for, share, until, users
+from tests.limits import TIMEOUT
+from tests.load.helpers import RecordingView, all_phases, plan_for, share, timing_out, until, users
 from tests.server.conftest import Serve
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
@@ -21,8 +22,6 @@ from zcproto.load.report import as_json, figures
 from zcproto.load.result import Verdict
 from zcproto.load.run import Stop, run
 from zcproto.load.streams import LoadStream, opening_times
-
-pytestmark = pytest.mark.usefixtures("short_limits")
 
 STREAM = {"stream": "repeat", "items_per_stream": 10, "interval_s": 0.01}
 
@@ -132,7 +131,7 @@ async def unary(n: int, data: bytes, count: int, interval: float) -> Any:
 
 async def stuck(n: int, data: bytes, count: int, interval: float) -> AsyncIterator[Any]:
     yield {"n": n, "data": data}
-    await asyncio.sleep(60)
+    await asyncio.sleep(TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +148,9 @@ async def test_faults_of_streams_are_counted(
     serve: Serve, method: Callable[..., Any], outcome: tuple[int, int, int], errors: dict[str, int]
 ) -> None:
     generator = Generator(share(serve(app_with(method)), **STREAM), asyncio.get_running_loop())
-    await all_phases(generator)
     items, tally = generator.record.items, generator.record.tallies[RequestKind.LOAD]
+    with timing_out(generator, lambda: method is stuck and items.equal == 4):
+        await all_phases(generator)
     assert (items.equal, items.unequal, items.lost) == outcome
     assert (tally.equal, tally.failed) == (0, 4)
     assert tally.errors == errors

@@ -15,8 +15,6 @@ from zcproto.load.record import RequestKind
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, run
 
-pytestmark = pytest.mark.usefixtures("short_limits")
-
 GREET = Target("greet", {"name": "ada", "raw": b"\x00\xff"}, ("hello ada",))
 
 

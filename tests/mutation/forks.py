@@ -32,6 +32,8 @@ import coverage
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.limits import busyness
+
 PACKAGE = Path(__file__).parent.parent.parent / "zcproto"
 OPTIONS = (
     *("-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutation.forks", "-m", "not slow", "--no-header"),
@@ -187,7 +189,7 @@ class Forks:
         os.close(writer)
         current, timeout_s = tests[0], LEAST_TIMEOUT_S
         try:
-            while select.select([reader], [], [], 3600.0 if report else timeout_s)[0]:
+            while select.select([reader], [], [], 3600.0 if report else timeout_s * busyness())[0]:
                 word = os.read(reader, 8).strip().decode()
                 if not word.isdecimal():  # empty if the process ended
                     return Result("passed") if word == "passed" else Result("failed", current)
@@ -244,7 +246,7 @@ class Forks:
                 start_new_session=True,
             )
             try:
-                output, _ = process.communicate(timeout=timeout_s)
+                output, _ = process.communicate(timeout=timeout_s * busyness())
             except subprocess.TimeoutExpired:
                 return Result("timed out", tests[-1])
             finally:

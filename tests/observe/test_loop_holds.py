@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from zcproto.app.app import App
@@ -224,7 +225,7 @@ class Holder:
         began, first = time.monotonic(), self.samples
         while self.samples < first + 2 * LEAST_SEEN or time.monotonic() < began + 2 * HELD:
             time.sleep(0.001)
-            assert time.monotonic() < began + 30
+            assert time.monotonic() < began + TIMEOUT
 
 
 @pytest.fixture
@@ -272,9 +273,14 @@ def test_methods_and_middleware_that_hold_the_loop_are_counted_and_logged(
     holds = server.server.parts.loop_lag.holds
     assert holds is not None
     expected = {"middleware check": 1, "plain": 1, "later": 1}
-    eventually(lambda: len(lines) == len(expected))  # written after it is counted
-    assert holds.counts == expected
-    found = [(event, fields["what"]) for event, fields in lines]
-    assert found == [("loop.held", name) for name in expected]
-    assert all(fields["seconds"] >= HELD for _, fields in lines)
-    assert lines[1][1]["at"].startswith("observe/test_loop_holds.py:")
+
+    def found() -> dict[str, dict[str, Any]]:  # beside others, for which a busy machine has had no processor
+        return {
+            each["what"]: each for event, each in lines if event == "loop.held" and each["what"] in expected
+        }
+
+    eventually(lambda: len(found()) == len(expected))  # written after it is counted
+    assert {name: count for name, count in holds.counts.items() if name in {*expected, "quick"}} == expected
+    assert [*found()] == [*expected]
+    assert all(each["seconds"] >= HELD for each in found().values())
+    assert found()["plain"]["at"].startswith("observe/test_loop_holds.py:")

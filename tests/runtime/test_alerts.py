@@ -89,12 +89,19 @@ def start(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path)
                 "alerts__webhook": receiver.url,
                 "alerts__webhook_secret_file": str(secret),
                 "alerts__webhook_ca_file": str(ca_file),
+                "alerts__webhook_timeout": "1m",
                 **settings,
             }
             server = ServerThread(home or tmp_path / "home", certs, users_file=users_file, **chosen)
             return AlertingServer(stack.enter_context(server), receiver)
 
         yield start
+
+
+@pytest.fixture
+def slow_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a drain all the time that the delivery takes."""
+    monkeypatch.setattr("zcproto.alerts.service.STOP_S", TIMEOUT)
 
 
 def refused(call: Callable[[], object]) -> int:
@@ -184,6 +191,7 @@ def test_revocation_by_operator_raises_alert(start: Start) -> None:
 @pytest.mark.parametrize(
     ("setting", "severities"), [("any", ["info", "warning"]), ("operators", ["warning"]), ("rate", [])]
 )
+@pytest.mark.usefixtures("slow_delivery")
 def test_revocation_alerts_follow_the_setting(start: Start, setting: str, severities: list[str]) -> None:
     alerting = start(alerts__revocations=setting)
     with alerting.server.client("ada") as one, alerting.server.client("operator") as operator:
@@ -334,6 +342,7 @@ def test_failed_webhook_is_retried_with_the_same_id(start: Start) -> None:
     eventually(lambda: alerting.alerts.queues[0].delivered == 1)
 
 
+@pytest.mark.usefixtures("slow_delivery")
 def test_queued_alerts_are_delivered_on_shutdown(start: Start) -> None:
     alerting = start()
     alerting.server.in_loop(
@@ -346,7 +355,7 @@ def test_queued_alerts_are_delivered_on_shutdown(start: Start) -> None:
 def test_hanging_webhook_delays_neither_calls_nor_shutdown(
     start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alerting = start(hang, alerts__webhook_timeout="1m")
+    alerting = start(hang)
     raise_one(alerting)
     alerting.receiver.until(1)
     with alerting.server.client("ada") as client:

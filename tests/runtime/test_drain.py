@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import uvloop
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import (
     ERROR,
     GOAWAY,
@@ -79,8 +79,7 @@ def server(request: pytest.FixtureRequest, serve: Serve, methods: WaitingMethods
 
 def test_drain_closes_idle_clients_with_goaway_and_close_notify(server: ServerThread) -> None:
     clients = [server.client("ada") for _ in range(3)] + [server.client()]
-    started = time.monotonic()
-    server.begin_drain(30.0)
+    server.begin_drain(TIMEOUT)
     for client in clients:
         frames, how = client.rest_until_closed()
         assert [frame.kind for frame in frames] == [GOAWAY]
@@ -88,14 +87,13 @@ def test_drain_closes_idle_clients_with_goaway_and_close_notify(server: ServerTh
         assert how == "close_notify"
         client.close()
     server.join()
-    assert time.monotonic() - started < 15.0
     assert server.server.state.counters.connections_ended == {"draining": 4}
 
 
 def test_drain_sends_goaway_in_several_turns(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zcproto.server.state.CONNECTIONS_PER_TURN", 2)
     clients = [server.client() for _ in range(5)]
-    server.begin_drain(30.0)
+    server.begin_drain(TIMEOUT)
     for client in clients:
         assert client.rest_until_closed()[0][0].kind == GOAWAY
         client.close()
@@ -106,7 +104,7 @@ def test_drain_waits_for_running_methods(server: ServerThread, methods: WaitingM
     with server.client("ada") as client:
         client.send(client.request("wait"), client.request("wait"))
         eventually(lambda: len(methods.running) == 2)
-        server.begin_drain(30.0)
+        server.begin_drain(TIMEOUT)
         assert client.receive().kind == GOAWAY
         # New requests are refused; running ones continue.
         refused = client.refused("echo")
@@ -130,7 +128,7 @@ def test_request_cancelled_during_drain_ends_the_connection(
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: methods.running)
-        server.begin_drain(30.0)
+        server.begin_drain(TIMEOUT)
         assert client.receive().kind == GOAWAY
         client.cancel(client.stream)
         frames, how = client.rest_until_closed()
@@ -177,7 +175,7 @@ def test_server_that_leaves_serves_on_and_lets_its_clients_connect_again_at_once
         assert client.call("echo", {"x": 1}) == {"x": 1}
         client.send(client.request("wait"))
         eventually(lambda: methods.running)
-        server.begin_drain(30.0)
+        server.begin_drain(TIMEOUT)
         at_once = {"retry_after_ms": 0}
         assert client.receive().value == {"reason": "draining", **at_once}
         assert client.refused("echo").details == at_once
@@ -196,7 +194,7 @@ def test_connect_during_drain_is_refused(server: ServerThread, methods: WaitingM
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: methods.running)
-        server.begin_drain(30.0)
+        server.begin_drain(TIMEOUT)
         assert client.receive().kind == GOAWAY
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", server.port))
@@ -212,7 +210,7 @@ def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, metho
         server.until(lambda: server.server.parts.listener.connections == 2)
         client.send(client.request("wait"))
         eventually(lambda: methods.running)
-        server.begin_drain(30.0)
+        server.begin_drain(TIMEOUT)
         assert client.receive().kind == GOAWAY
         with context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as late:
             data = b""
@@ -235,7 +233,7 @@ def test_session_opened_during_a_drain_does_not_fail_its_end(serve: Serve) -> No
     with server.client() as client:
         client.send(client.request("session.open", {"scheme": "slow"}))
         eventually(lambda: logins)
-        server.begin_drain(30.0)
+        server.begin_drain(TIMEOUT)
         assert client.receive().kind == GOAWAY
         server.in_loop(lambda: logins[0].set_result(Identity("ada")))
         assert client.answer().kind == RESPONSE
@@ -291,12 +289,14 @@ def test_concurrent_drains_are_one_drain(server: ServerThread, methods: WaitingM
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: methods.running)
-        drains = [asyncio.run_coroutine_threadsafe(server.server.drain(30.0), server.loop) for _ in range(2)]
+        drains = [
+            asyncio.run_coroutine_threadsafe(server.server.drain(TIMEOUT), server.loop) for _ in range(2)
+        ]
         assert client.receive().kind == GOAWAY
         server.in_loop(lambda: methods.running[0].set_result("x"))
         client.rest_until_closed()
     for drain in drains:
-        drain.result(5)
+        drain.result(TIMEOUT)
     server.join()
 
 
@@ -304,7 +304,7 @@ def test_cancelled_drain_can_be_repeated(server: ServerThread, methods: WaitingM
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: methods.running)
-        first = asyncio.run_coroutine_threadsafe(server.server.drain(30.0), server.loop)
+        first = asyncio.run_coroutine_threadsafe(server.server.drain(TIMEOUT), server.loop)
         assert client.receive().kind == GOAWAY
         first.cancel()
         server.begin_drain(0)

@@ -12,6 +12,7 @@ import pytest
 
 import zcproto
 from tests.helpers import run_mypy
+from tests.server.helpers import PATIENT_CLIENT
 from zcproto.client.client import Client
 from zcproto.common.roles import NO_ROLES, OPERATORS
 
@@ -34,7 +35,12 @@ def config(log: zcproto.LogConfig | None = None) -> zcproto.Config:
 
 def connect(server: zcproto.Server, user: str, key: str) -> Client:
     return zcproto.connect(
-        f"localhost:{server.port}", user=user, key=key, ca_file=server.ca_file, home=server.home.path
+        f"localhost:{server.port}",
+        user=user,
+        key=key,
+        ca_file=server.ca_file,
+        home=server.home.path,
+        **PATIENT_CLIENT,
     )
 
 

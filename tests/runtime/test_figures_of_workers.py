@@ -26,6 +26,9 @@ CONFIG = """
 [certificates]
 key_types = ["ecdsa-p256"]
 
+[server]
+hang_timeout = "1h"
+
 [http]
 metrics = "open"
 """

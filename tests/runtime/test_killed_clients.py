@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import zcproto
-from tests.server.helpers import KEY, ROOT, AnsweredError, ServerThread, eventually
+from tests.server.helpers import KEY, PATIENT_CLIENT, ROOT, AnsweredError, ServerThread, eventually
 from tests.server.process import ServerProcess
 from tests.stores.valkey.server_process import running
 from zcproto.auth import UserFile
@@ -26,7 +26,8 @@ import asyncio, sys, zcproto
 
 async def main(port, key, home, file=None):
     async with zcproto.connect(
-        f"127.0.0.1:{port}", user="ada", key=key, ca_file=f"{home}/certs/ca.crt", session_file=file
+        f"127.0.0.1:{port}", user="ada", key=key, ca_file=f"{home}/certs/ca.crt", session_file=file,
+        timeout=900, connect_timeout=900
     ) as client:
         print(client.session.id, flush=True)
         await asyncio.sleep(3600)
@@ -106,7 +107,12 @@ def test_one_client_too_many_that_always_comes_back_never_ends_the_session_of_an
     async def main(port: int, ca_file: Path) -> None:
         def client() -> zcproto.Client:
             return zcproto.connect(
-                f"127.0.0.1:{port}", user="ada", key=KEY, ca_file=ca_file, home=tmp_path / "client"
+                f"127.0.0.1:{port}",
+                user="ada",
+                key=KEY,
+                ca_file=ca_file,
+                home=tmp_path / "client",
+                **PATIENT_CLIENT,
             )
 
         clients = [await client() for _ in range(PER_USER)]
@@ -133,7 +139,12 @@ def test_client_whose_session_was_evicted_while_it_was_disconnected_logs_in_agai
     async def main(port: int, ca_file: Path) -> None:
         def client() -> zcproto.Client:
             return zcproto.connect(
-                f"127.0.0.1:{port}", user="ada", key=KEY, ca_file=ca_file, home=tmp_path / "client"
+                f"127.0.0.1:{port}",
+                user="ada",
+                key=KEY,
+                ca_file=ca_file,
+                home=tmp_path / "client",
+                **PATIENT_CLIENT,
             )
 
         async with client() as evicted:

@@ -75,6 +75,7 @@ async def wait():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, number: int) -> None:
+    (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "1h"')
     (home / "gate.py").write_text(GATE)
     with ServerProcess(home, certs, app="gate:app") as server:
         with (
@@ -116,6 +117,7 @@ def test_process_cancels_methods_after_the_drain_limit(home: Path, certs: Path, 
 
 
 def test_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> None:
+    (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "1h"')
     with ServerProcess(home, certs) as server, server.client("ada", key) as client:
         client.send(client.request("sleep", {"ms": 3_600_000}), client.request("time"))
         client.answer(client.stream)
@@ -277,7 +279,7 @@ def test_serve_runs_until_a_signal_and_drains(home: Path) -> None:
 
 
 class SlowServer:
-    """A fake server whose drain the test ends."""
+    """A fake server whose drain is interrupted by a second signal, unless it has ended before."""
 
     def __init__(self, running: int = 0) -> None:
         self.drains = 0
@@ -294,16 +296,16 @@ class SlowServer:
 
     async def drain(self) -> None:
         self.drains += 1
+        if not self.drained.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
         await self.drained.wait()
 
 
 async def run_until_exit(server: Any) -> None:
-    """Run `_serve` with two signals; it must exit."""
-    loop = asyncio.get_running_loop()
+    """Run `_serve` until a signal; it must exit."""
 
     def ready(_: Server) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        loop.call_later(0.01, os.kill, os.getpid(), signal.SIGINT)
 
     with pytest.raises(ExitError):
         await run._serve(server, ready, ServiceManager(), {})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import ROOT, eventually
+from tests.server.helpers import PATIENT_CLIENT, ROOT, eventually
 from tests.server.process import ServerProcess
 from zcproto import connect
 from zcproto.auth import UserFile
@@ -26,8 +26,9 @@ CONFIG = """
 key_types = ["ecdsa-p256"]
 
 [server]
-drain_timeout = "2s"
-upgrade_timeout = "20s"
+drain_timeout = "1h"
+hang_timeout = "1h"
+upgrade_timeout = "59m"
 """
 PLACE = """
 import os
@@ -126,7 +127,7 @@ async def test_upgrade_keeps_sessions_and_loses_no_request(server: ServerProcess
     token, parent = call(server, key, None)
     assert parent == first
     ca_file = server.home / "certs" / "ca.crt"
-    options: dict[str, Any] = {"user": "ada", "key": key, "ca_file": ca_file}
+    options: dict[str, Any] = {"user": "ada", "key": key, "ca_file": ca_file, **PATIENT_CLIENT}
     async with connect(f"127.0.0.1:{server.port}", **options) as kept:
         assert await kept.call("parent") == first
         server.signal(signal.SIGUSR2)
@@ -189,7 +190,7 @@ def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
     server: ServerProcess, key: str
 ) -> None:
     token, _ = call(server, key, None)
-    (server.home / "config.toml").write_text(CONFIG.replace('"20s"', '"1s"'))
+    (server.home / "config.toml").write_text(CONFIG.replace('"59m"', '"1s"'))
     server.signal(signal.SIGHUP)
     eventually(lambda: len(server.events("config.reloaded")) == 3)  # the supervisor's is before the workers'
     (server.home / "placed.py").write_text(HANGING)

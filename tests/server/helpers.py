@@ -29,6 +29,7 @@ from zcproto.config import Config, load_config
 from zcproto.runtime.build import SINGLE, WorkerRole
 from zcproto.runtime.reload import Reloaded
 from zcproto.testing import LocalServer
+from zcproto.tls.transport import TlsPhase
 
 T = TypeVar("T")
 
@@ -44,9 +45,26 @@ def wall() -> int:
     return time.time_ns() // 1_000_000
 
 
+PATIENT = {
+    "http__idle_timeout": "1h",
+    "http__request_timeout": "5m",
+    "limits__login_timeout": "10m",
+    "limits__write_timeout": "10m",
+    "server__lifespan_timeout": "1h",
+    "sessions__open_timeout": "5m",
+    "store__timeout": "10s",
+    "tls__handshake_timeout": "30s",
+}
+"""The longest timeouts, which no busy machine exceeds. A test that waits for one sets it."""
+
+PATIENT_CLIENT: dict[str, Any] = {"timeout": TIMEOUT, "connect_timeout": TIMEOUT}
+"""The same for the options of a client."""
+
+
 def configuration(home: Path, **settings: Any) -> Config:
     """Return a configuration; `limits__max_streams=4` sets `max_streams` in `[limits]`."""
     usual = {
+        **PATIENT,
         "server__port": 0,
         "certificates__key_types": ["ecdsa-p256"],
         "limits__login_failures": 100,
@@ -67,18 +85,20 @@ def identify(user: Any = None, key: Any = None) -> Identity | None:
 
 
 class TestClock:
-    """The system clock with an adjustable wall time."""
+    """The system clock with an adjustable wall time, and a monotonic time that `ServerThread.advance` moves."""
 
-    __slots__ = ("ahead_ms",)
+    __slots__ = ("ahead_ms", "ahead_s")
     __test__ = False
-
-    now = staticmethod(time.monotonic)
 
     def __init__(self) -> None:
         self.ahead_ms = 0
+        self.ahead_s = 0.0
 
     def wall(self) -> int:
         return wall_ms() + self.ahead_ms
+
+    def now(self) -> float:
+        return time.monotonic() + self.ahead_s
 
 
 class ServerThread(LocalServer):
@@ -86,6 +106,8 @@ class ServerThread(LocalServer):
 
     `in_loop` runs a function in the server's thread; `until` waits for a condition there.
     """
+
+    _stuck_after_s = TIMEOUT
 
     def __init__(
         self,
@@ -111,6 +133,8 @@ class ServerThread(LocalServer):
         def new_loop() -> asyncio.AbstractEventLoop:
             loop = loop_factory()
             loop.set_exception_handler(lambda _, context: self.faults.append(context))
+            if isinstance(loop, asyncio.BaseEventLoop):
+                loop.time = self.clock.now  # type: ignore[method-assign]
             return loop
 
         super().__init__(
@@ -159,6 +183,11 @@ class ServerThread(LocalServer):
         """Wait until a condition holds in the server's thread."""
         eventually(lambda: self.in_loop(condition))
 
+    def advance(self, seconds: float) -> None:
+        """Let time pass for a server on asyncio's loop: what is due by then happens in the next turn."""
+        assert isinstance(self.loop, asyncio.BaseEventLoop), "the time of uvloop cannot be moved"
+        self.in_loop(lambda: setattr(self.clock, "ahead_s", self.clock.ahead_s + seconds))
+
     @property
     def stats(self) -> dict[str, Any]:
         return self.in_loop(self.server.statistics)
@@ -180,7 +209,11 @@ class ServerThread(LocalServer):
     def leftovers(self) -> dict[str, int]:
         """Return the counts of everything that a connection may leave behind."""
         server = self.server
-        state = server.state
+        state, wheel = server.state, server.parts.acceptor.wheel
+
+        def not_open(entry: Any) -> bool:
+            """Return whether a deadline counts: that of a completed handshake stays until its time."""
+            return getattr(entry, "_phase", None) is not TlsPhase.OPEN
 
         def count() -> dict[str, int]:
             state.log_soon.write()  # queued log lines are not leftovers
@@ -190,7 +223,7 @@ class ServerThread(LocalServer):
                 "sites": server.parts.listener.most_per_address,
                 "adopting": len(server.parts.listener._adopting),
                 "by_session": len(state.session_connections),
-                "wheel": len(server.parts.acceptor.wheel),
+                "wheel": sum(not_open(entry) for bucket in wheel._buckets.values() for entry in bucket),
                 "handlers": state.tasks.running,
                 "handshakes": server.parts.acceptor.handshakes_in_progress,
                 "pending": server.parts.acceptor.pending.places,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.helpers import whole_lines
-from tests.server.helpers import ROOT, TIMEOUT, Client
+from tests.server.helpers import PATIENT, ROOT, TIMEOUT, Client
 
 
 def home_with(folder: Path, certs: Path, config: str) -> Path:
@@ -20,6 +20,17 @@ def home_with(folder: Path, certs: Path, config: str) -> Path:
     shutil.copytree(certs, home / "certs")
     (home / "config.toml").write_text(config)
     return home
+
+
+def patient(home: Path) -> dict[str, str]:
+    """Return the variables of the longest timeouts, except for those that the configuration sets."""
+    file = home / "config.toml"
+    config = file.read_text() if file.exists() else ""
+    return {
+        f"ZCPROTO_{name.upper()}": value
+        for name, value in PATIENT.items()
+        if name.partition("__")[2] not in config
+    }
 
 
 class ServerProcess:
@@ -38,7 +49,7 @@ class ServerProcess:
             stderr=self._log,
             text=True,
             cwd=home,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**patient(home), **os.environ, "PYTHONPATH": str(ROOT)},
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -168,9 +169,12 @@ def test_connection_carries_sessions_of_several_devices(harness: DeviceServer) -
 
 
 def test_bound_token_without_proof_leaves_no_session(tmp_path: Path, certs: Path) -> None:
-    harness = DeviceServer(tmp_path / "home", certs, sessions__open_timeout="1s")
+    harness = DeviceServer(
+        tmp_path / "home", certs, loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h"
+    )
     with harness.server, harness.open() as client, harness.client() as other:
         assert needs_attach(other.refused("echo", token=client.token))
+        harness.server.advance(300)
         frames, how = other.rest_until_closed()
         assert frames[-1].value["reason"] == "no_session"
         assert how == "close_notify"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ServerPairs
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, ServerThread
 from tests.server.test_jwt_scheme import application, login
@@ -49,6 +50,7 @@ class ProviderProcess:
             "roles": ["billing"],
             "ca_file": str(ca_file),
             "keys_min_interval": "1s",
+            "timeout": "1m",
         }
 
     def _line(self) -> str:
@@ -147,7 +149,7 @@ async def test_device_logs_in_when_a_person_confirms_its_code(
             (code,) = re.findall("confirm the code (.*)", capsys.readouterr().err)
             await asyncio.to_thread(provider.run, f"approve {code} ada")
 
-    site = Provider(provider.issuer, ssl.create_default_context(cafile=ca_file), 10.0)
+    site = Provider(provider.issuer, ssl.create_default_context(cafile=ca_file), TIMEOUT)
     ask = {"client_id": "cli", "scope": "openid offline_access", "resource": "https://zcproto.example"}
     found = await device_login(site, ask, approve)
     assert found["refresh_token"]

@@ -226,13 +226,14 @@ def test_bad_proxy_header_does_not_affect_others(server: ServerThread) -> None:
 HAPROXY = """
 defaults
     mode tcp
-    timeout connect 10s
-    timeout client 30s
-    timeout server 30s
+    timeout connect 15m
+    timeout client 15m
+    timeout server 15m
 listen version_2
     bind 127.0.0.1:{good}
     bind [::1]:{good}
-    server it 127.0.0.1:{port} send-proxy-v2 proxy-v2-options crc32c,unique-id,authority check check-send-proxy
+    default-server check inter 15m check-send-proxy
+    server it 127.0.0.1:{port} send-proxy-v2 proxy-v2-options crc32c,unique-id,authority
 listen version_1
     bind 127.0.0.1:{bad}
     server it 127.0.0.1:{port} send-proxy

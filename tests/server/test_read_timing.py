@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.server.conftest import Serve
@@ -30,6 +32,7 @@ def test_timed_read_is_answered_normally(serve: Serve) -> None:
     quick, bad = list(app)
     server = serve(app)
     with server.client("ada") as client:
+        began = time.perf_counter()
         for _ in range(20):
             server.in_loop(lambda: setattr(server.server.state, "timed_part", -1))
             assert client.call("quick") == 1
@@ -40,7 +43,7 @@ def test_timed_read_is_answered_normally(serve: Serve) -> None:
         assert "unknown method" in refused.message
     assert quick.calls == 20
     assert sum(quick.durations.counts) == 20
-    assert 0 < quick.durations.total < 20
+    assert 0 < quick.durations.total < time.perf_counter() - began
     assert bad.calls == 1
     assert sum(quick.waits.counts) == 0, "it never waits"
 
@@ -54,7 +57,7 @@ def test_one_read_per_interval_is_timed(serve: Serve, monkeypatch: pytest.Monkey
         begin = (server.server.state.clock.wall() // interval + 1) * interval
         for offset, timed in [(0, 1), (1, 1), (interval - 1, 1), (interval, 2), (0, 3), (interval, 4)]:
             monkeypatch.setattr(clock, "wall", lambda _, wall=begin + offset: wall)
-            client.call("quick")
+            client.call("quick", timestamp=begin + offset)
             assert sum(quick.durations.counts) == timed
     assert quick.calls == 6
 
@@ -63,9 +66,9 @@ def test_every_waiting_call_is_measured(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         sleep = server.server.state.methods["sleep"]
-        before = sum(sleep.waits.counts)
+        before, began = sum(sleep.waits.counts), time.perf_counter()
         for _ in range(10):
             client.call("sleep", {"ms": 2})  # timers of the loop may be a millisecond early
         client.call("sleep", {"ms": 0}, meta={"idempotency_key": "a"})
         assert sum(sleep.waits.counts) - before == 11
-        assert 0.01 <= sleep.waits.total < 10
+        assert 0.01 <= sleep.waits.total < time.perf_counter() - began

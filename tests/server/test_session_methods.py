@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -459,9 +460,10 @@ def test_session_methods_need_a_session(connect: Callable[..., Client], method: 
 
 
 def test_connection_left_without_session_gets_goaway(serve: Serve) -> None:
-    server = serve(sessions__open_timeout="1s")
+    server = serve(loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
     with server.client("ada") as client:
         client.call("session.close")
+        server.advance(300)
         frames, how = client.rest_until_closed()
         assert [frame.kind for frame in frames] == [GOAWAY]
         assert frames[0].value == {"reason": "no_session", "retry_after_ms": 0}
@@ -470,8 +472,9 @@ def test_connection_left_without_session_gets_goaway(serve: Serve) -> None:
 
 
 def test_connection_that_opens_no_session_gets_goaway(serve: Serve) -> None:
-    server = serve(sessions__open_timeout="1s")
+    server = serve(loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
     with server.client() as client, server.client("ada") as other:
+        server.advance(300)
         frames, how = client.rest_until_closed()
         assert [frame.value["reason"] for frame in frames] == ["no_session"]
         assert how == "close_notify"
@@ -479,8 +482,9 @@ def test_connection_that_opens_no_session_gets_goaway(serve: Serve) -> None:
 
 
 def test_idle_connection_gets_goaway(serve: Serve) -> None:
-    server = serve(limits__idle_timeout="1s")
+    server = serve(loop_factory=asyncio.new_event_loop)
     with server.client("ada") as client:
+        server.advance(300)
         frames, how = client.rest_until_closed()
         assert [frame.value["reason"] for frame in frames] == ["idle"]
         assert how == "close_notify"

@@ -11,7 +11,6 @@ from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import StoreTime
-from tests.stores.sqlite.harness import LONG
 from zcproto.common.link import LinkClient, LinkServer, Topics
 from zcproto.common.unix_socket import listen_unix
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
@@ -40,7 +39,7 @@ class HubHarness:
         """Start the process with the store."""
         path = None if self._in_memory else self._folder / "home" / "sessions.db"
         self.hub = StoreHub(
-            store or SqliteStore(path, answers=answers, time=self.time, timeout=LONG),
+            store or SqliteStore(path, answers=answers, time=self.time, timeout=TIMEOUT),
             is_lasting=not self._in_memory,
             now=self.clock.now,
             entropy=self.entropy,
@@ -59,9 +58,11 @@ class HubHarness:
     def remote(self, answers: AnswerLimits = DEFAULT_LIMITS) -> tuple[RemoteStore, LinkClient]:
         """Return the store of another process, not opened, and its connection for calls."""
         path = self._folder / "link.sock"
-        calls = LinkClient(path, Topics(), name="worker", silence=LONG, random=lambda: 0.0)
+        calls = LinkClient(path, Topics(), name="worker", silence=TIMEOUT, random=lambda: 0.0)
         calls.start()
-        store = RemoteStore(path, calls, name="worker", silence=LONG, answers=answers, entropy=self.entropy)
+        store = RemoteStore(
+            path, calls, name="worker", silence=TIMEOUT, answers=answers, entropy=self.entropy
+        )
         self.remotes.append((store, calls))
         return store, calls
 

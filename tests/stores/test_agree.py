@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import DAY, HOUR, IDLE, LEASE, MINUTE, WALL, digest, rotation, session
 from tests.stores.memory_store import MemoryStore
@@ -104,7 +105,7 @@ class Both:
 @pytest.mark.parametrize("seed", range(6))
 async def test_memory_and_sqlite_return_the_same(tmp_path: Path, seed: int) -> None:
     both = Both(seed)
-    file = SqliteStore(tmp_path / "home" / "sessions.db", timeout=20.0, time=lambda: both.wall)
+    file = SqliteStore(tmp_path / "home" / "sessions.db", timeout=TIMEOUT, time=lambda: both.wall)
     await file.open(lambda change: None)
     settings = SessionSettings(idle_timeout_ms=IDLE, dead_keep_ms=1_000 * DAY, max_sessions=1_000)
     memory = MemoryStore(SessionRegistry(settings, CountedEntropy()), time=lambda: both.wall)
@@ -119,7 +120,9 @@ async def test_memory_and_sqlite_return_the_same(tmp_path: Path, seed: int) -> N
 
 
 async def test_grouped_operations_have_the_same_effect_as_single_ones(tmp_path: Path) -> None:
-    alone, grouped = (SqliteStore(tmp_path / name / "sessions.db", timeout=20.0) for name in ("one", "many"))
+    alone, grouped = (
+        SqliteStore(tmp_path / name / "sessions.db", timeout=TIMEOUT) for name in ("one", "many")
+    )
     for store in (alone, grouped):
         await store.open(lambda change: None)
     chance = random.Random(7)

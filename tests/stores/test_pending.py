@@ -24,7 +24,7 @@ from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.pending import WASTE, PendingRevocations, Revocation
 
 WALL = 1_767_225_600_000
-WITHIN = 10.0
+WITHIN = TIMEOUT
 ROOT = Path(__file__).parents[2]
 
 Open = Callable[..., Any]

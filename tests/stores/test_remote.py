@@ -39,7 +39,8 @@ from zcproto.stores.base import (
 
 
 @pytest.fixture
-async def harness(tmp_path: Path) -> AsyncIterator[HubHarness]:
+async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubHarness]:
+    monkeypatch.setattr(remote, "CONNECT_LIMIT_S", TIMEOUT)
     harness = HubHarness(tmp_path)
     yield harness
     await harness.close()
@@ -119,16 +120,27 @@ async def test_store_is_back_when_both_connections_are(
     assert store._calls.link is not None
 
 
-async def test_connection_lost_before_both_are_up_is_joined_again(harness: HubHarness) -> None:
+async def test_connection_lost_before_both_are_up_is_joined_again(
+    harness: HubHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await harness.start()
     store = await harness.opened()
-    store._calls._pause = 0.2
+    is_waited_for, may_be_up, ready = asyncio.Event(), asyncio.Event(), store._calls.ready
+
+    async def ready_later(within: float) -> None:
+        is_waited_for.set()
+        await may_be_up.wait()
+        await ready(within)
+
+    monkeypatch.setattr(store._calls, "ready", ready_later)
     await harness.stop()
     await harness.start()
-    await until(lambda: len(harness.hub._members) == 1)  # and waits for the connection for calls
+    await is_waited_for.wait()
     first = store._urgent.link
     assert first is not None
     first.lose("lost")
+    await until(lambda: store._urgent.link not in (None, first))
+    may_be_up.set()
     await until(lambda: ChangeKind.ALL in stored_changes(harness.changes[0]))
     assert store._urgent.link is not first
     assert [*harness.hub._members]
@@ -184,14 +196,14 @@ async def test_ping_joins_again_after_a_store_that_could_not_be_opened(harness: 
 async def test_opening_fails_without_a_process_and_can_be_repeated(
     harness: HubHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CONNECT_LIMIT_S", 0.05)
     store, _ = harness.remote()
-    for _ in range(2):
-        with pytest.raises(StoreUnavailable, match="No such file"):
-            await store.open(lambda change: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "CONNECT_LIMIT_S", 0.05)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="No such file"):
+                await store.open(lambda change: None)
     with pytest.raises(StoreUnavailable):
         await store.ping()
-    monkeypatch.undo()
     await harness.start()
     await store.open(lambda change: None)
     assert await store.count() == 0
@@ -238,7 +250,7 @@ async def test_claim_of_a_process_whose_connection_is_lost_is_an_orphan(harness:
 async def test_operation_of_a_process_that_has_not_joined_is_refused(harness: HubHarness) -> None:
     await harness.start()
     store, calls = harness.remote()
-    await calls.ready(5)
+    await calls.ready(TIMEOUT)
     store._is_joined = True
     with pytest.raises(StoreUnavailable, match="has to connect again"):
         await store.count()

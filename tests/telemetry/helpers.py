@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
 from tests.limits import TIMEOUT
 from zcproto.app.app import App
+from zcproto.config import TelemetryConfig
 from zcproto.telemetry.requests import ChosenIds, RequestTracing
 from zcproto.telemetry.spans import trace_calls, tracer_of
 from zcproto.testing import MemoryServer
@@ -58,9 +59,9 @@ class Spans:
         return tracing
 
     @asynccontextmanager
-    async def serve(self, app: App[Any]) -> AsyncIterator[MemoryServer]:
+    async def serve(self, app: App[Any], **options: Any) -> AsyncIterator[MemoryServer]:
         """Run a server in memory and follow its requests."""
-        async with MemoryServer(app) as server:
+        async with MemoryServer(app, **options) as server:
             self.trace(server, app)
             yield server
 
@@ -77,6 +78,12 @@ def chain(spans: tuple[ReadableSpan, ...]) -> list[ReadableSpan]:
         place = span.context.span_id
     assert not children, "not one chain"
     return ordered
+
+
+def patient_config(address: str) -> TelemetryConfig:
+    """Return a configuration that sends spans to a collector, as long as that takes."""
+    config = TelemetryConfig(traces=True, endpoint=address)
+    return config.model_copy(update={"timeout": TIMEOUT, "flush_timeout": TIMEOUT})
 
 
 class Collector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.limits import TIMEOUT
+from tests.telemetry.helpers import patient_config
 from zcproto.common.clock import system_clock, system_entropy
-from zcproto.config import TelemetryConfig
 from zcproto.telemetry.collector import MAX_ANSWER, CollectorSession
 from zcproto.telemetry.export import Telemetry
 
@@ -75,7 +77,7 @@ def answer_without_end(handler: BaseHTTPRequestHandler) -> None:
 
 async def counts_of(address: str) -> tuple[int, int]:
     """Send a span; return how many were sent, and how many failed."""
-    telemetry = Telemetry(TelemetryConfig(traces=True, endpoint=address), system_clock, system_entropy)
+    telemetry = Telemetry(patient_config(address), system_clock, system_entropy)
     assert telemetry.tracer_provider is not None
     telemetry.tracer_provider.get_tracer("test").start_span("one").end()
     await telemetry.stop()
@@ -111,19 +113,15 @@ async def test_compressed_answer_is_not_decompressed() -> None:
 def test_connection_is_used_again() -> None:
     with server_with(answer_with(200, b"x" * 1000)) as (address, seen), CollectorSession() as session:
         for _ in range(3):
-            assert session.post(address, b"data", timeout=10).status_code == 200
+            assert session.post(address, b"data", timeout=TIMEOUT).status_code == 200
         assert seen == ["connection", "/", "/", "/"]
 
 
 def test_answer_that_takes_longer_than_a_request_may_is_an_error() -> None:
-    moments = iter(range(0, 1000, 20))
-
-    def now() -> float:
-        return next(moments)
-
+    moments = itertools.count(step=2 * TIMEOUT)
     with (
         server_with(answer_with(200, b"x" * 20_000)) as (address, _),
-        CollectorSession(now) as session,
+        CollectorSession(lambda: next(moments)) as session,
         pytest.raises(OSError, match="takes too long"),
     ):
-        session.post(address, b"data", timeout=10)
+        session.post(address, b"data", timeout=TIMEOUT)

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 from tests.limits import TIMEOUT
-from tests.server.helpers import KEY, configuration, identify
+from tests.server.helpers import KEY, PATIENT_CLIENT, configuration, identify
 from tests.server.process import ServerProcess, home_with
-from tests.telemetry.helpers import Collector
+from tests.telemetry.helpers import Collector, patient_config
 from zcproto.admin.metrics import server_metrics
 from zcproto.app.app import App
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import UserFile
+from zcproto.client.blocking import connect_blocking
 from zcproto.client.client import Client, connect
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.config import LogConfig, TelemetryConfig
@@ -74,12 +75,17 @@ def make_app() -> App[Any]:
 
 
 def server_of(home: Path, certs: Path, collector: Collector, **settings: Any) -> Server:
+    """Return a server that sends what it has when it ends, as long as that takes, unless `settings` differ."""
     home.mkdir(mode=0o700, exist_ok=True)
     shutil.copytree(certs, home / "certs")
     usual = {"telemetry__traces": True, "telemetry__endpoint": collector.address}
+    config = configuration(home, **{**usual, **settings})
+    patient = dict.fromkeys(
+        {"delay", "flush_timeout", "timeout"} - config.telemetry.model_fields_set, TIMEOUT
+    )
     return Server(
         make_app(),
-        configuration(home, **{**usual, **settings}),
+        config.model_copy(update={"telemetry": config.telemetry.model_copy(update=patient)}),
         home=home,
         authenticators=[CallableAuthenticator("api_key", identify)],
         control=False,
@@ -88,7 +94,8 @@ def server_of(home: Path, certs: Path, collector: Collector, **settings: Any) ->
 
 def client_of(server: Server, **options: Any) -> Client:
     """Return a client of a server that has started."""
-    return connect(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=server.ca_file, **options)
+    credentials: dict[str, Any] = {"user": "ada", "key": KEY, "ca_file": server.ca_file}
+    return connect(f"127.0.0.1:{server.port}", **{**PATIENT_CLIENT, **credentials, **options})
 
 
 async def test_spans_arrive_at_the_collector_when_the_server_ends(
@@ -100,7 +107,6 @@ async def test_spans_arrive_at_the_collector_when_the_server_ends(
     settings = {
         "telemetry__headers_file": str(headers),
         "telemetry__service_name": "greeter",
-        "telemetry__delay": "1m",
     }
     server = server_of(tmp_path / "home", certs, collector, **settings)
     async with server, client_of(server, middleware=[trace_calls()]) as client:
@@ -150,8 +156,7 @@ async def test_collector_that_is_down_costs_no_call_and_the_end_has_a_limit(
 
 async def test_refused_batch_is_counted(collector: Collector) -> None:
     collector.status = 400
-    config = TelemetryConfig(traces=True, endpoint=collector.address)
-    telemetry = Telemetry(config, system_clock, system_entropy)
+    telemetry = Telemetry(patient_config(collector.address), system_clock, system_entropy)
     assert telemetry.tracer_provider is not None
     telemetry.tracer_provider.get_tracer("test").start_span("one").end()
     await telemetry.stop()
@@ -238,13 +243,22 @@ def test_each_worker_sends_what_it_has_when_it_ends(
         metrics = true
         endpoint = "{collector.address}"
         delay = "1m"
+        timeout = "1m"
+        flush_timeout = "8s"
         """
     home = home_with(tmp_path, certs, config)
-    key = UserFile(home / "users.toml").add("ada")
+    options: dict[str, Any] = {
+        "user": "ada",
+        "key": UserFile(home / "users.toml").add("ada"),
+        "ca_file": home / "certs" / "ca.crt",
+        "home": tmp_path / "client",
+        **PATIENT_CLIENT,
+    }
     with ServerProcess(home, certs, "--workers", "2") as server:
         for number in range(4):
-            with server.client("ada", key) as client:
-                client.call("echo", {"number": number})
+            # This client tries again while a worker waits for the coordinator.
+            with connect_blocking(f"localhost:{server.port}", **options) as client:
+                client.call("echo", number=number)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
     assert len(collector.spans()) == 4
@@ -308,7 +322,7 @@ async def test_keys_that_are_not_set_leave_the_choice_to_the_variables(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-from=variable")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "named")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
-    telemetry = built(traces=True)
+    telemetry = built(traces=True, flush_timeout=8.0)
     assert telemetry is not None
     assert telemetry.ratio is None
     assert telemetry.tracer_provider is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,6 +19,7 @@ from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.client.handlers import Call
 from zcproto.client.middleware import OutgoingCall
+from zcproto.client.retry import MAX_RETRY_AFTER_MS
 from zcproto.errors import (
     CallError,
     ConnectionClosed,
@@ -28,7 +30,7 @@ from zcproto.errors import (
     Unavailable,
 )
 from zcproto.telemetry import trace_calls, trace_handlers, trace_requests
-from zcproto.testing import LocalServer, MemoryServer
+from zcproto.testing import LocalServer, MemoryServer, MovableClock
 
 KEY = "c3VwZXItc2VjcmV0LWtleS1vZi1hZGEtMDEyMzQ1Njc4OWFi"
 
@@ -40,6 +42,7 @@ def spans() -> Spans:
 
 def make_app() -> App[Any]:
     app: App[Any] = App()
+    delays = itertools.chain([1], itertools.repeat(MAX_RETRY_AFTER_MS))  # a second retry would be too late
 
     @app.method
     def add(a: int, b: int) -> int:
@@ -62,13 +65,9 @@ def make_app() -> App[Any]:
     def fail(kind: str) -> None:
         raise {
             "not_found": NotFound("no such thing"),
-            "unavailable": Unavailable(f"try key={KEY}", {"retry_after_ms": 300}),  # once within 0.5 s
+            "unavailable": Unavailable(f"try key={KEY}", {"retry_after_ms": next(delays)}),
             "value": ValueError(f"token: {KEY}"),
         }[kind]
-
-    @app.method
-    async def wait() -> None:
-        await asyncio.get_running_loop().create_future()
 
     @app.method
     async def count(n: int, fails: bool = False) -> AsyncIterator[int]:
@@ -264,14 +263,15 @@ async def test_error_of_a_method(
     app = make_app()
     async with (
         spans.serve(app) as server,
-        server.connect("ada", middleware=spans.middleware, timeout=0.5) as client,
+        server.connect("ada", middleware=spans.middleware) as client,
     ):
         with pytest.raises(raised):
             await client.call("fail", kind=kind)
     call, *methods = sorted(spans.ended, key=lambda span: span.kind is SpanKind.SERVER)
+    assert len(methods) == (2 if kind == "unavailable" else 1)
     assert attributes(call)["rpc.status_code"] == attributes(call)["error.type"] == code
     assert call.status.status_code is StatusCode.ERROR
-    for method in methods:  # an unavailable one is called again
+    for method in methods:
         assert method.parent is not None
         assert method.parent.span_id == call.context.span_id
         assert attributes(method)["rpc.status_code"] == code
@@ -285,7 +285,7 @@ async def test_spans_hold_no_secret(spans: Spans, kind: str) -> None:
     app = make_app()
     async with (
         spans.serve(app) as server,
-        server.connect("margaret", middleware=spans.middleware, timeout=0.5) as client,
+        server.connect("margaret", middleware=spans.middleware) as client,
     ):
         with pytest.raises(CallError):
             await client.call("fail", kind=kind)
@@ -329,10 +329,19 @@ async def test_incident_in_the_log_names_the_trace(spans: Spans, capsys: pytest.
 
 
 async def test_method_past_its_deadline_is_a_fault_of_the_server(spans: Spans) -> None:
-    app = make_app()
-    async with spans.serve(app) as server, server.connect("ada") as client:
+    app, runs, clock = make_app(), asyncio.Event(), MovableClock()
+
+    @app.method
+    async def run() -> None:
+        runs.set()
+        await asyncio.get_running_loop().create_future()
+
+    async with spans.serve(app, clock=clock) as server, server.connect("ada") as client:
+        call = asyncio.create_task(client.call("run", timeout=30))
+        await runs.wait()
+        clock.advance(30)
         with pytest.raises(DeadlineExceeded):
-            await client.call("wait", timeout=1)
+            await call
     assert attributes(spans.only())["rpc.status_code"] == "DEADLINE_EXCEEDED"
 
 

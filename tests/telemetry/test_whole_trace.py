@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.limits import TIMEOUT
-from tests.server.helpers import ROOT
+from tests.server.helpers import PATIENT_CLIENT, ROOT, eventually
 from tests.server.process import ServerProcess, home_with
 from tests.telemetry.helpers import SAMPLED, Collector
 from zcproto.auth import UserFile
@@ -30,7 +30,8 @@ key_types = ["ecdsa-p256"]
 traces = true
 service_name = "{name}"
 endpoint = "{endpoint}"
-delay = "1m"
+delay = "100ms"
+timeout = "1m"
 """
 
 LAST = """
@@ -57,7 +58,7 @@ from zcproto.telemetry import trace_calls
 
 @asynccontextmanager
 async def lifespan(app: App) -> AsyncIterator[Client]:
-    options = {{"user": "gateway", "key": {key!r}, "ca_file": {ca!r}}}
+    options = {{"user": "gateway", "key": {key!r}, "ca_file": {ca!r}, **{patient!r}}}
     async with zcproto.connect({address!r}, middleware=[trace_calls()], **options) as client:
         yield client
 
@@ -87,13 +88,16 @@ class Shop:
         (homes["last"] / "last.py").write_text(LAST)
         last = stack.enter_context(ServerProcess(homes["last"], certs, app="last:app"))
         ca = str(homes["last"] / "certs" / "ca.crt")
-        source = FIRST.format(key=gateway.reveal(), ca=ca, address=f"localhost:{last.port}")
+        source = FIRST.format(
+            key=gateway.reveal(), ca=ca, address=f"localhost:{last.port}", patient=PATIENT_CLIENT
+        )
         (homes["first"] / "first.py").write_text(source)
         self.first = stack.enter_context(ServerProcess(homes["first"], certs, app="first:app"))
         self._servers = [self.first, last]
 
     def spans(self) -> dict[str, list[Any]]:
-        """End the servers; return what they have recorded, by their names."""
+        """Return the three spans of the servers, by their names, and end the servers."""
+        eventually(lambda: len(self.collector.spans()) >= 3)
         for server in self._servers:
             server.signal(signal.SIGTERM)
             assert server.wait() == 0, server.log

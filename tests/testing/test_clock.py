@@ -37,6 +37,7 @@ def app(sleeps: asyncio.Event) -> App:
     return app
 
 
+@pytest.mark.usefixtures("stopped_time")
 async def test_method_that_sleeps_wakes_when_the_clock_is_advanced(app: App, sleeps: asyncio.Event) -> None:
     clock = MovableClock()
     async with connect_in_memory(app, user="ada", clock=clock) as client:
@@ -46,6 +47,7 @@ async def test_method_that_sleeps_wakes_when_the_clock_is_advanced(app: App, sle
         assert await call == "slept"
 
 
+@pytest.mark.usefixtures("stopped_time")
 async def test_deadline_of_a_call_passes_when_the_clock_is_advanced(app: App, sleeps: asyncio.Event) -> None:
     clock = MovableClock()
     async with connect_in_memory(app, user="ada", clock=clock) as client:
@@ -57,6 +59,7 @@ async def test_deadline_of_a_call_passes_when_the_clock_is_advanced(app: App, sl
             await call
 
 
+@pytest.mark.usefixtures("stopped_time")
 async def test_session_expires_when_the_clock_is_advanced(app: App) -> None:
     clock = MovableClock()
     config = Config(sessions=SessionsConfig(lifetime=HOUR, refresh=False))
@@ -74,8 +77,8 @@ async def test_session_is_kept_while_the_clock_advances_in_steps(app: App) -> No
     async with connect_in_memory(app, user="ada", clock=clock) as client:
         assert client.session is not None
         opened = client.session.id
-        for _ in range(6):
-            clock.advance(HOUR - 60)
+        for _ in range(12):
+            clock.advance(HOUR / 2)
             await client.call("left")
         assert client.session.id == opened
 

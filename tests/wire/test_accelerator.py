@@ -235,9 +235,10 @@ def test_usable_metadata_needs_no_second_reading(meta: Any) -> None:
 def test_values_are_cut_alike(kind: str) -> None:
     bodies = [encode_body(value) for value in MSGPACK[kind]] if kind in MSGPACK else [BROKEN[kind]]
     for body in bodies:
-        for around in (b"", b"\x91", b"\x81\xa1a", b"\x92\xc2"):
+        is_large = len(body) > 60_000  # its size and its depth need not be combined
+        for around in (b"", b"\x91", b"\x81\xa1a", b"\x92\xc2")[: 1 if is_large else None]:
             data = frame(body=b"\xc3") + frame(counter=7, body=around + body) + frame(counter=8, body=b"\xc0")
-            for max_depth in (0, 1, 2, 64, 65):
+            for max_depth in (2,) if is_large else (0, 1, 2, 64, 65):
                 check_cut(data, 2**32, *RULES[1:-1], max_depth)
 
 

@@ -10,21 +10,18 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from zcproto.app.app import App
 from zcproto.auth import UserFile
 from zcproto.client import BlockingClient, Client
 from zcproto.common.process import new_event_loop
-from zcproto.config import CertificatesConfig, Config, StoreConfig
+from zcproto.config import CertificatesConfig, Config, StoreConfig, TlsConfig
 from zcproto.runtime.server import Server
 from zcproto.testing.incidents import record_incident
 from zcproto.testing.memory import Users
 
 T = TypeVar("T")
-
-TIMEOUT_S: Final = 30.0
-"""Seconds after which the server's thread is stuck."""
 
 
 class LocalServer:
@@ -36,6 +33,9 @@ class LocalServer:
     Unless `config` names a port it listens on a free one of 127.0.0.1. Without `config` it issues an ECDSA
     certificate, and keeps sessions in memory. `home` is a new folder by default; `options` are those of `Server`.
     """
+
+    _stuck_after_s = 30.0
+    """Seconds after which the server's thread is stuck, and a connection: a machine that runs tests may be busy."""
 
     def __init__(
         self,
@@ -51,7 +51,8 @@ class LocalServer:
             home = Path(self._ending.enter_context(tempfile.TemporaryDirectory(prefix="zcproto-")))
         if config is None:
             certificates = CertificatesConfig(key_types=("ecdsa-p256",))  # issued in milliseconds
-            config = Config(certificates=certificates, store=StoreConfig(url="memory"))
+            tls = TlsConfig(handshake_timeout=self._stuck_after_s)
+            config = Config(certificates=certificates, store=StoreConfig(url="memory"), tls=tls)
         if "port" not in config.server.model_fields_set:
             config = config.model_copy(update={"server": config.server.model_copy(update={"port": 0})})
         self.server = Server(app, config, home=home, **options)
@@ -92,10 +93,10 @@ class LocalServer:
         """Drain like `Server.drain`, and wait for the end. Leaving the block does it with a limit of 0."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             self.loop.call_soon_threadsafe(self.server.begin_drain, limit)
-        self._thread.join(TIMEOUT_S)
+        self._thread.join(self._stuck_after_s)
         if self._thread.is_alive():
             raise TimeoutError(
-                f"the server did not end in {TIMEOUT_S:g} s: one of its methods blocks the loop"
+                f"the server did not end in {self._stuck_after_s:g} s: one of its methods blocks the loop"
             )
 
     def _run(self) -> None:
@@ -122,11 +123,15 @@ class LocalServer:
         async def call() -> T:
             return function()
 
-        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(TIMEOUT_S)
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(self._stuck_after_s)
 
     def connect(self, user: str | None = None, **options: Any) -> Client:
         """Return a client, as `zcproto.connect` does. The user is added if necessary; None opens no session."""
-        usual = {"ca_file": self.ca_file, "home": self.home / "client"}
+        usual = {
+            "ca_file": self.ca_file,
+            "home": self.home / "client",
+            "connect_timeout": self._stuck_after_s,
+        }
         return Client(self.address, self.users.options(user, usual | options))
 
     def connect_blocking(self, user: str | None = None, **options: Any) -> BlockingClient:

@@ -19,7 +19,7 @@ import javax.net.ssl.TrustManagerFactory;
  */
 public final class Welcome {
     private static final int HEADER_BYTES = 8;
-    private static final int TIMEOUT_MS = 10_000;
+    private static final int TIMEOUT_MS = 900_000;
     private static final int REFUSED = 3;
 
     private Welcome() {}

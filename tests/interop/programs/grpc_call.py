@@ -25,7 +25,7 @@ channel = grpc.secure_channel(
     [("grpc.ssl_target_name_override", name)],
 )
 try:
-    sys.stdout.buffer.write(channel.unary_unary("/test.Echo/Echo")(b"accepted", timeout=20))
+    sys.stdout.buffer.write(channel.unary_unary("/test.Echo/Echo")(b"accepted"))
 except grpc.RpcError as error:
     print(error, file=sys.stderr)
     sys.exit(3)

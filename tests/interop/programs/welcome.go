@@ -18,7 +18,7 @@ import (
 
 const (
 	headerBytes = 8
-	timeout     = 10 * time.Second
+	timeout     = 900 * time.Second
 	refused     = 3
 )
 

@@ -9,7 +9,7 @@ import { isIP } from "node:net";
 import { checkServerIdentity, connect } from "node:tls";
 
 const HEADER_BYTES = 8;
-const TIMEOUT_MS = 10_000;
+const TIMEOUT_MS = 900_000;
 const REFUSED = 3;
 
 const [port, name, caFile] = process.argv.slice(2);

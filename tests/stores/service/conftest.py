@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FaultyStore
 from tests.stores.service.harness import SessionProcess, StartProcess
@@ -17,13 +18,20 @@ from zcproto.config.model import LogConfig
 from zcproto.observe import log as log_module
 from zcproto.observe.output import StandardError
 from zcproto.sessions import SessionSettings
+from zcproto.stores import operations
 from zcproto.stores import revoker as revoker_module
+from zcproto.stores import sync as sync_module
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the disk of a busy machine more time than the short timeouts of these tests."""
-    monkeypatch.setattr(revoker_module, "MIN_DISK_S", 5.0)
+    """Let the timeouts of these tests end operations that hang, not those of a busy machine.
+
+    A late timer counts for one part of a timeout. None of the operations that work takes so many turns of the loop.
+    """
+    monkeypatch.setattr(operations, "_TURNS", 50)
+    monkeypatch.setattr(revoker_module, "MIN_DISK_S", TIMEOUT)
+    monkeypatch.setattr(sync_module, "CLOSE_LIMIT_S", TIMEOUT)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.stores.faulty import FAILS, WORKS
 from tests.stores.service.harness import FaultyStoreView, SessionProcess, StartProcess, raw, refused
 from zcproto.errors import Code, ResourceExhausted, Unavailable
@@ -93,7 +94,7 @@ async def test_racing_logins_neither_exceed_the_limit_nor_end_each_others_sessio
     start_process: StartProcess,
 ) -> None:
     process = await start_process(per_user=5)
-    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.sync.breaker.timeout = TIMEOUT
 
     async def login() -> OpenedSession | None:
         try:

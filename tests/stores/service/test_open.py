@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FAILS, FaultyStore
 from tests.stores.service.harness import (
@@ -101,7 +102,7 @@ async def test_user_who_logs_in_without_end_is_refused_and_others_are_served(
     start_process: StartProcess,
 ) -> None:
     process = await start_process(per_user=2 * OPENINGS_PER_USER)
-    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.sync.breaker.timeout = TIMEOUT
     process.store.late["create"] = asyncio.Event()
     waiting = [asyncio.ensure_future(process.open()) for _ in range(OPENINGS_PER_USER)]
     await asyncio.sleep(0)
@@ -116,7 +117,7 @@ async def test_user_who_logs_in_without_end_is_refused_and_others_are_served(
 
 
 async def test_session_revoked_while_it_is_opened_is_not_returned(process: SessionProcess) -> None:
-    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.sync.breaker.timeout = TIMEOUT
     process.store.late["create"] = asyncio.Event()
     opening = asyncio.ensure_future(process.open())
     while not process.store.registry.kept:  # noqa: ASYNC110 - the store has no event to wait for

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY, WORKS
 from tests.stores.service.harness import (
     HOUR_MS,
@@ -257,7 +258,7 @@ async def test_revocation_during_recovery_is_replayed_before_it_ends(process: Se
     first, second = await process.open(), await process.open()
     await process.outage()
     await process.revoke(first)
-    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.sync.breaker.timeout = TIMEOUT
     process.store.mode = WORKS
     process.store.gate = asyncio.Event()
     process.clock.advance(MAX_DELAY_S)
@@ -287,7 +288,7 @@ async def test_slow_store_and_file_are_written_concurrently(
 ) -> None:
     monkeypatch.setattr(revoker_module, "_STORE_ALONE", 0.0)
     process = await start_process(shared=True)
-    process.sync.breaker.timeout = 30.0
+    process.sync.breaker.timeout = TIMEOUT
     opened, other = await process.open(), await process.open()
     for each, failed in ((opened, False), (other, True)):
         process.store.gate = asyncio.Event()

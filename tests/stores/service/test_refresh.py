@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER
 from tests.stores.service.harness import (
     ADDRESS,
@@ -207,7 +208,7 @@ async def test_session_is_found_by_its_refresh_token(start_process: StartProcess
 
 async def test_session_revoked_while_it_is_refreshed_stays_ended(process: SessionProcess) -> None:
     opened = await process.open()
-    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.sync.breaker.timeout = TIMEOUT
     process.store.late["rotate"] = asyncio.Event()
     refreshing = asyncio.ensure_future(process.refresh(opened))
     while process.store.registry.refresh_reused + process.store.calls.count("rotate") < 1:  # noqa: ASYNC110

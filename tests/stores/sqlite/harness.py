@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.stores.contract import StoreTime
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore
-
-LONG = 20.0
-"""A timeout that never expires on a busy machine."""
 
 
 class SqliteHarness:
@@ -27,7 +25,7 @@ class SqliteHarness:
 
     def new(self, **options: Any) -> SqliteStore:
         """Return a store that is not open."""
-        defaults = {"timeout": LONG, "on_notice": self._notice, "time": self.time}
+        defaults = {"timeout": TIMEOUT, "on_notice": self._notice, "time": self.time}
         store = SqliteStore(self.path, **(defaults | options))
         self.stores.append(store)
         return store

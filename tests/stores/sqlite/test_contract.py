@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.stores.contract import (
     FIVE,
     WALL,
@@ -15,7 +16,7 @@ from tests.stores.contract import (
     opened,
     session,
 )
-from tests.stores.sqlite.harness import LONG, SqliteHarness
+from tests.stores.sqlite.harness import SqliteHarness
 from zcproto.errors import Code
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import SessionStore, StoreUnavailable
@@ -53,7 +54,7 @@ class MemorySqliteHarness(SqliteHarness):
     """Stores in memory."""
 
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
-        store = SqliteStore(None, timeout=LONG, answers=answers, time=self.time, on_notice=self._notice)
+        store = SqliteStore(None, timeout=TIMEOUT, answers=answers, time=self.time, on_notice=self._notice)
         self.stores.append(store)
         await store.open(lambda change: pytest.fail("no other process changes this store"))
         return store

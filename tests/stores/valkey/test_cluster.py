@@ -11,7 +11,6 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from tests.limits import TIMEOUT
 from tests.stores.contract import (
     DAY,
     FIVE,
@@ -25,7 +24,7 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, is_done, opened
+from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, impatient, is_done, opened
 from tests.stores.valkey.server_process import PROGRAMS, free_port, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
@@ -80,7 +79,7 @@ async def test_sessions_are_distributed_over_a_cluster(empty_cluster: ClusterOf)
 
 async def test_limit_applies_to_concurrent_openings_in_a_cluster(empty_cluster: ClusterOf) -> None:
     url = empty_cluster.url
-    async with opened(url, timeout=10.0) as (store, _), opened(url, timeout=10.0) as (other, _):
+    async with opened(url) as (store, _), opened(url) as (other, _):
         racing = [session(number) for number in range(50)]
         results = await asyncio.gather(
             *((store, other)[number % 2].create(record, FIVE) for number, record in enumerate(racing))
@@ -102,11 +101,11 @@ async def test_refreshed_token_leads_to_its_session_as_long_as_it_lasts(empty_cl
 
 async def test_lowered_limit_of_answers_applies_at_once_in_a_cluster(empty_cluster: ClusterOf) -> None:
     body = digest("body")
-    async with opened(empty_cluster.url, timeout=10.0) as (store, _):
+    async with opened(empty_cluster.url) as (store, _):
         for number in range(80):
             await store.claim("alice", f"key {number}", body, LEASE)
             await store.keep_answer("alice", f"key {number}", b"answer", KEEP)
-    async with opened(empty_cluster.url, timeout=10.0, answers=AnswerLimits(count=16)) as (store, _):
+    async with opened(empty_cluster.url, answers=AnswerLimits(count=16)) as (store, _):
         assert await store.claim("alice", "late", body, LEASE) == Claim(ClaimState.NEW)
 
 
@@ -219,10 +218,10 @@ async def test_failover_to_a_replica_in_a_cluster(empty_cluster: ClusterOf) -> N
         await asyncio.gather(*(store.create(each, FIVE) for each in MANY))
         await until(lambda: _offset(replica) >= _offset(empty_cluster.nodes[primary]))
         empty_cluster.nodes[primary].stop()
-        async with asyncio.timeout(TIMEOUT):
+        with impatient(store, 1.0):
             assert not await is_done(lambda: store.list(mine[0].user))
-        replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
-        await until(lambda: is_done(lambda: store.list(mine[0].user)))
+            replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
+            await until(lambda: is_done(lambda: store.list(mine[0].user)))
         assert ALL in changes
         await until(lambda: is_done(store.count))
         assert await store.list() == MANY

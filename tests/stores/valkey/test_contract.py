@@ -23,7 +23,7 @@ class ValkeyHarness:
         self.stores: list[ValkeyStore] = []
 
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
-        store = ValkeyStore(self.url, answers=answers, time=self.time, timeout=10.0)
+        store = ValkeyStore(self.url, answers=answers, time=self.time)
         if answers is not DEFAULT_LIMITS:
             store._shards = 1  # in a cluster each shard has a part of the limits
         self.stores.append(store)

@@ -65,7 +65,7 @@ async def store(server: ServerProcess, notices: Notices) -> AsyncIterator[Valkey
     """Return a store with two sessions of alice and one of bob."""
     server.command("FLUSHALL")
     scheme = "redis+cluster" if "--cluster-enabled" in server.options else "redis"
-    store = ValkeyStore(f"{scheme}://{server.address}", timeout=5.0, on_notice=notices)
+    store = ValkeyStore(f"{scheme}://{server.address}", on_notice=notices)
     await store.open(lambda change: None)
     for record in (ONE, TWO, THREE):
         assert await store.create(record, FIVE) == Created()

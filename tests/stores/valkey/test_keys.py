@@ -67,7 +67,7 @@ def time() -> StoreTime:
 async def store(server: ServerProcess, time: StoreTime) -> AsyncIterator[ValkeyStore]:
     server.command("FLUSHALL")
     limits = AnswerLimits(3 * 16, 100 * 16, 3, 60)
-    store = ValkeyStore(url_of(server), timeout=5.0, answers=limits, time=time)
+    store = ValkeyStore(url_of(server), answers=limits, time=time)
     await store.open(lambda change: pytest.fail(f"no other process changes this store: {change}"))
     yield store
     await store.close()
@@ -400,7 +400,7 @@ async def test_answers_are_bounded_in_total(store: ValkeyStore, server: ServerPr
 
 async def test_bytes_of_answers_are_bounded_in_total(server: ServerProcess) -> None:
     server.command("FLUSHALL")
-    store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(10_000, 16 * 100, 1_000, 60))
+    store = ValkeyStore(url_of(server), answers=AnswerLimits(10_000, 16 * 100, 1_000, 60))
     await store.open(lambda change: None)
     for number in range(150):
         await store.claim(f"user-{number}", "k", digest("body"), LEASE)

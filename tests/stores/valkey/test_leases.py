@@ -48,9 +48,7 @@ async def stores(server: ServerProcess, time: StoreTime) -> AsyncIterator[tuple[
     scheme = "redis+cluster" if "--cluster-enabled" in server.options else "redis"
     async with AsyncExitStack() as stack:
         made = [
-            await stack.enter_async_context(
-                helpers.opened(f"{scheme}://{server.address}", timeout=5.0, time=time)
-            )
+            await stack.enter_async_context(helpers.opened(f"{scheme}://{server.address}", time=time))
             for _ in range(2)
         ]
         one, other = (store for store, _ in made)

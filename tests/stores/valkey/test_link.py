@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
+from tests.limits import TIMEOUT
 from tests.stores.valkey.server_process import until
 from zcproto.errors import ConfigError
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.valkey.link import Link, Target
+from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
 from zcproto.stores.valkey.servers import check_server
 
 HELLO = b"%3\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n$7\r\nversion\r\n$5\r\n8.1.1\r\n$5\r\nproto\r\n:3\r\n"
@@ -93,7 +94,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 async def link(scripted: ScriptedServer, recorder: Recorder) -> AsyncIterator[Link]:
-    link = await Link.connect(scripted.target, SILENCE, recorder.news, recorder.lost)
+    link = await Link.connect(scripted.target, TIMEOUT, recorder.news, recorder.lost)
     yield link
     await link.close()
 
@@ -142,6 +143,7 @@ async def test_cancelled_command_does_not_change_the_order_of_replies(
 
 
 async def test_silent_connection_is_lost(link: Link, scripted: ScriptedServer, recorder: Recorder) -> None:
+    link._silence = SILENCE
     other = asyncio.ensure_future(link.call("GET", "b"))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(SILENCE):
@@ -156,6 +158,8 @@ async def test_silent_connection_is_lost(link: Link, scripted: ScriptedServer, r
 
 
 async def test_blocked_event_loop_does_not_count_as_silence(link: Link, scripted: ScriptedServer) -> None:
+    link._silence = SILENCE
+
     async def impatient() -> None:
         async with asyncio.timeout(SILENCE):
             await link.call("GET", "a")
@@ -176,25 +180,23 @@ async def test_caller_with_a_shorter_timeout_does_not_lose_the_connection(
     link: Link, scripted: ScriptedServer
 ) -> None:
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(SILENCE / 4):
+        async with asyncio.timeout(SILENCE):
             await link.call("GET", "a")
+    await asyncio.sleep(2 * LAST_CHECK_S)
     assert not link.lost
 
 
 async def test_connection_with_other_replies_is_not_silent(link: Link, scripted: ScriptedServer) -> None:
-    first = asyncio.ensure_future(link.call("GET", "a"))
-    await until(lambda: len(scripted.received) == 1)
-
-    async def slow() -> None:
-        async with asyncio.timeout(SILENCE):
-            await link.call("GET", "b")
-
-    second = asyncio.ensure_future(slow())
+    link._silence = SILENCE
+    first, second = (asyncio.ensure_future(link.call("GET", name)) for name in "ab")
     await until(lambda: len(scripted.received) == 2)
     scripted.say(b"+one\r\n")
     assert await first == b"one"
-    with pytest.raises(TimeoutError):
+    await asyncio.sleep(SILENCE)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
         await second
+    await asyncio.sleep(2 * LAST_CHECK_S)
     assert not link.lost
     third = asyncio.ensure_future(link.call("GET", "c"))
     await until(lambda: len(scripted.received) == 3)
