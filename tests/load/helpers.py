@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import variables
 from tests.limits import TIMEOUT
 from tests.server.helpers import KEY, PATIENT, ServerThread
 from zcproto.app.app import App
@@ -165,8 +166,8 @@ def wait_long(patch: pytest.MonkeyPatch) -> None:
         *("demo.server.END_TIMEOUT", "demo.server.START_TIMEOUT", "worker_pool.END_TIMEOUT"),
     ):
         patch.setattr(f"zcproto.load.{name}", TIMEOUT)
-    for name, value in PATIENT.items():
-        patch.setenv(f"ZCPROTO_{name.upper()}", value)
+    for name, value in variables(PATIENT).items():
+        patch.setenv(name, value)
 
 
 @contextmanager

@@ -343,9 +343,8 @@ def test_orphaned_child_ends_and_deletes_its_folder(
     def serve(arguments: list[str]) -> int:
         parent.send(b"input is ignored")
         parent.die()
-        for _ in range(
-            round(TIMEOUT * 100)
-        ):  # a signal just before `signal.pause` would leave it waiting for ever
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end:  # a signal just before `signal.pause` would leave it waiting for ever
             time.sleep(0.01)
         raise AssertionError("SIGTERM did not end it")
 

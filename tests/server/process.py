@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from tests.helpers import whole_lines
+from tests.helpers import variables, whole_lines
 from tests.server.helpers import PATIENT, ROOT, TIMEOUT, Client
 
 
@@ -26,11 +26,9 @@ def patient(home: Path) -> dict[str, str]:
     """Return the variables of the longest timeouts, except for those that the configuration sets."""
     file = home / "config.toml"
     config = file.read_text() if file.exists() else ""
-    return {
-        f"ZCPROTO_{name.upper()}": value
-        for name, value in PATIENT.items()
-        if name.partition("__")[2] not in config
-    }
+    return variables(
+        {name: value for name, value in PATIENT.items() if name.partition("__")[2] not in config}
+    )
 
 
 class ServerProcess:
