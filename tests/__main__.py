@@ -59,7 +59,7 @@ GROUPS = (
 )
 """The longest first."""
 
-CONCURRENT = 4
+CONCURRENT = 7
 """Groups that run at the same time, because they mostly wait for timeouts and other programs."""
 
 HANG_S = 7_200.0
