@@ -57,10 +57,7 @@ GROUPS = (
     Group(("docs", "interop")),
     Group(FRAMES, {VARIABLE: "off"}),
 )
-"""The longest first."""
-
-CONCURRENT = 7
-"""Groups that run at the same time, because they mostly wait for timeouts and other programs."""
+"""They run at the same time: no test depends on how busy the machine is."""
 
 HANG_S = 7_200.0
 """A test that goes on for so long ends its process: its own limit (tests/limits.py) needs a main thread that runs
@@ -112,7 +109,7 @@ def run_groups(options: list[str], *, is_quick: bool, is_another_python: bool) -
     """Run all groups, then check the coverage. Return True if everything passed."""
     coverage = [] if is_quick else [f"--cov=zcproto.{room}" for room in COVERED]
     coverage += ["--cov-branch", "--cov-report="] if coverage else []
-    with ThreadPoolExecutor(CONCURRENT) as pool, tempfile.TemporaryDirectory() as folder:
+    with ThreadPoolExecutor(len(GROUPS)) as pool, tempfile.TemporaryDirectory() as folder:
 
         def test(group: Group, number: int) -> tuple[bool, Path]:
             report = Path(folder) / f"report.{number}"

@@ -200,8 +200,10 @@ Driver = Generator[Any, Any, None]
 
 @types.coroutine
 def _begin() -> Generator[None, None, None]:
-    """Wait for the first step of the task, in a coroutine that runs already: otherwise a task that is cancelled
-    before, as by uvloop's timers, would end without it."""
+    """Yield once, so that the coroutine has begun before its task exists.
+
+    A task that is cancelled before its first step, as by uvloop's timers, ends without running its coroutine.
+    """
     yield
 
 
