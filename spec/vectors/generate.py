@@ -24,6 +24,7 @@ from makers import (
     freshness,
     headers,
     items,
+    retry,
     segments,
     signatures,
     streams,
@@ -45,7 +46,7 @@ SUBJECTS = {
     "bodies-invalid": bodies_invalid,
     "segments": segments,
 }
-TEXTS = {"text": text, "signatures": signatures}
+TEXTS = {"text": text, "signatures": signatures, "retry": retry}
 
 
 def documents() -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import Kind, Side
 from zcproto.wire.message import METHOD_MAX_LENGTH
 
-FILES = [*FRAME_FILES, "arrival", "text", "signatures", "conversation", "tables"]
+FILES = [*FRAME_FILES, "arrival", "text", "signatures", "retry", "conversation", "tables"]
 WITH_VECTORS = [name for name in FILES if name != "tables"]
 SPECIFICATION = SPEC / "zcp1.md"
 
