@@ -36,6 +36,7 @@ def test_rejected_session_looks_like_unknown_token_each_time(pair: ConnectionPai
         unknown = pair.answer()
         assert refused.error == unknown.error
         assert refused.error.code == Code.UNAUTHENTICATED
+        assert refused.error.details == {"reason": "unknown_token"}
     assert list(pair.server.sessions) == []
     assert admission.checked_users == ["ada", "ada"]
 
@@ -65,5 +66,5 @@ def test_rejected_bound_session_is_not_asked_to_attach(pair: ConnectionPair) -> 
     assert pair.send(pair.request(1, "session.attach", token=opened.token)) == []
     refused = pair.answer().error
     assert refused.code == Code.UNAUTHENTICATED
-    assert refused.details == {}
+    assert refused.details == {"reason": "unknown_token"}
     assert admission.checked_users == ["ada"]

@@ -8,7 +8,9 @@ from zcproto.errors import Code
 from zcproto.wire.message import decode_error, encode_error
 
 TOKEN_ERRORS: Final = {
-    Code.UNAUTHENTICATED: encode_error(Code.UNAUTHENTICATED, "unknown token: open a session"),
+    Code.UNAUTHENTICATED: encode_error(
+        Code.UNAUTHENTICATED, "unknown token: open a session", {"reason": "unknown_token"}
+    ),
     Code.TOKEN_EXPIRED: encode_error(Code.TOKEN_EXPIRED, "token expired: refresh it or open a session"),
     Code.TOKEN_REVOKED: encode_error(Code.TOKEN_REVOKED, "token revoked: open a session"),
     Code.SESSION_REPLACED: encode_error(
