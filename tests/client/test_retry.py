@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+from math import inf
 from typing import Any
 
 import pytest
 
+from tests.wire.vectors import document
 from zcproto.client.retry import (
     FIRST_DELAY,
     MAX_DELAY,
+    Attempt,
     Backoff,
+    Shown,
     Then,
+    deadline_ms,
     is_transient,
     retry_after_ms,
     what_next,
@@ -111,3 +116,70 @@ def test_backoff_reset_starts_at_100_ms() -> None:
 def test_retry_after_is_added_in_full_to_the_jitter() -> None:
     assert Backoff(lambda: 0.0).next(1_500) == 1.5
     assert Backoff(lambda: 0.5).next(1_500) == pytest.approx(1.55)
+
+
+# --- the vectors of the specification -----------------------------------------------------------------
+
+VECTORS = {vector["name"]: vector for vector in document("retry")["vectors"]}
+STEPS = {
+    Then.AT_ONCE: "send",
+    Then.CATCH_UP: "send",
+    Then.LATER: "wait",
+    Then.RENEW: "refresh",
+    Then.REOPEN: "reopen",
+    Then.REPLACE: "reopen",
+    Then.ATTACH: "attach",
+    Then.RAISE: "report",
+}
+
+
+def attempt_of(request: dict[str, Any], random: float) -> Attempt:
+    """Return the retries of a call that has taken the steps of a vector before."""
+    attempt = Attempt(lambda: random)
+    attempt.done = {then for then, name in STEPS.items() if name in request["done"]}
+    for _ in range(request["delays"]):
+        attempt.backoff.next()
+    return attempt
+
+
+@pytest.mark.parametrize("name", [name for name in VECTORS if name.startswith("retry-")])
+def test_decision_vectors(name: str) -> None:
+    vector = VECTORS[name]
+    request, has = vector["request"], vector["client"]
+    attempt = attempt_of(request, vector["random"])
+    left = inf if request["time_left_ms"] is None else request["time_left_ms"] / 1000
+    if "connection" in vector["outcome"]:
+        was_run = vector["outcome"]["connection"] == "lost"
+        step = attempt.after_loss(is_repeatable=request["idempotent"] or not was_run, left=left)
+    else:
+        error = vector["outcome"]["error"]
+        step = attempt.after_error(
+            CallError.from_wire(error["code"], "x", error["details"]),
+            Shown(request["token"]),
+            opens=has["credentials"] is not None,
+            is_draining=request["draining"],
+            left=left,
+        )
+    expected: dict[str, Any] = {"step": STEPS[step.then]}
+    if step.then is Then.RENEW and not has["refresh_token"]:
+        expected = {"step": "reopen", "after_ms": 0}
+    elif step.then is Then.LATER:
+        expected["after_ms"] = pytest.approx(step.delay * 1000)
+    elif step.then is Then.REPLACE:
+        backoff = Backoff(lambda: vector["random"])
+        delays = [backoff.next() for _ in range(has["reopenings"] + 1)]
+        expected["after_ms"] = pytest.approx(delays[-1] * 1000)
+    elif step.then is Then.REOPEN:
+        expected["after_ms"] = 0
+    assert vector["expect"] == expected
+
+
+@pytest.mark.parametrize("name", [name for name in VECTORS if name.startswith("deadline-")])
+def test_deadline_vectors(name: str) -> None:
+    vector = VECTORS[name]
+    timeout = vector["timeout_ms"]
+    sent = [
+        None if timeout is None or at >= timeout else deadline_ms((timeout - at) / 1000)
+        for at in vector["attempts_at_ms"]
+    ]
+    assert sent == vector["expect"]["deadline_ms"]

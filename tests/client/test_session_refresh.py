@@ -32,7 +32,6 @@ from zcproto.errors import (
     DeadlineExceeded,
     SessionReplaced,
     TokenRevoked,
-    Unauthenticated,
 )
 
 HOUR_S = 3_600
@@ -361,7 +360,6 @@ async def test_unanswered_refresh_falls_back_to_the_key() -> None:
     [
         (Code.TOKEN_REVOKED, TokenRevoked),
         (Code.SESSION_REPLACED, SessionReplaced),
-        (Code.UNAUTHENTICATED, Unauthenticated),
     ],
 )
 @scripted

@@ -18,12 +18,14 @@ from tests.client.helpers import (
     numbers,
     refreshable,
     scripted,
+    token,
     turns,
 )
 from zcproto.errors import (
     CallError,
     Code,
     ConnectionClosed,
+    DeadlineExceeded,
     InternalError,
     ResourceExhausted,
     SessionReplaced,
@@ -61,6 +63,16 @@ async def test_retry_delay_without_retry_after_doubles_to_30_s() -> None:
     times = [request.at for request in server.calls()]
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 30], rel=1e-3)
+
+
+@scripted
+async def test_deadline_of_each_attempt_is_what_is_left_of_the_timeout() -> None:
+    server = ScriptedServer()
+    server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=400), cut)
+    async with client_of(server, random=numbers(0.0)) as client:
+        server.delay = 1.0  # of the next connection
+        await client.call("echo", timeout=2.0, idempotency_key="once")
+    assert [request.meta.deadline_ms for request in server.calls()] == pytest.approx([2000, 1600, 600], abs=1)
 
 
 @scripted
@@ -215,6 +227,145 @@ async def test_unauthenticated_raises_without_retry() -> None:
                 await client.call("echo")
         assert server.methods == ["session.open", "echo", "echo"]
         assert await client.call("echo", x=1) == {"x": 1}  # the method itself may have refused the first call
+
+
+# --- UNAUTHENTICATED with unknown_token: open another session after a delay, retry once ---------------
+
+UNKNOWN_TOKEN = {"reason": "unknown_token"}
+
+
+@scripted
+async def test_unknown_token_opens_another_session_after_jitter_and_is_retried() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+    async with client_of(server, random=numbers(0.5)) as client:
+        start = now()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.methods == ["session.open", "echo", "session.open", "echo"]
+        opened, retried = server.requests[2:]
+        assert opened.at - start == pytest.approx(0.05)
+        assert retried.token == token(2)
+        assert client.session is not None
+        assert client.session.id == "session-2"
+    assert len(server.links) == 1
+
+
+@scripted
+async def test_second_unknown_token_raises() -> None:
+    server = ScriptedServer()
+    server.script("echo", *[fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)] * 2)
+    async with client_of(server) as client:
+        with pytest.raises(Unauthenticated) as caught:
+            await client.call("echo")
+        assert caught.value.details == UNKNOWN_TOKEN
+        assert server.methods == ["session.open", "echo"] * 2
+        assert await client.call("echo", x=1) == {"x": 1}  # with the session that was opened
+
+
+@scripted
+async def test_concurrent_calls_with_an_unknown_token_share_one_new_session() -> None:
+    server = ScriptedServer()
+    server.script("echo", *[fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)] * 20)
+    async with client_of(server) as client:
+        results = await asyncio.gather(*(client.call("echo", x=x) for x in range(20)))
+    assert results == [{"x": x} for x in range(20)]
+    assert len(server.calls("session.open")) == 2
+
+
+@scripted
+async def test_call_whose_unknown_token_was_replaced_meanwhile_is_retried_without_another_session() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        slow = await server.hold_call(client, x="slow")
+        held = server.calls()[0]
+        server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+        await client.call("echo", x="fast")
+        held.fail(Code.UNAUTHENTICATED, UNKNOWN_TOKEN)
+        assert await slow == {"x": "slow"}
+    assert len(server.calls("session.open")) == 2
+
+
+@scripted
+async def test_delay_of_new_sessions_doubles_until_one_has_lasted_5_s() -> None:
+    server = ScriptedServer()
+    async with client_of(server, random=numbers(0.5)) as client:
+        delays = []
+        for pause in (0, 1, 4.9, 0, 5.1, 0):
+            await asyncio.sleep(pause)
+            server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+            start = now()
+            await client.call("echo")
+            delays.append(server.calls("session.open")[-1].at - start)
+    assert delays == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.05, 0.1])
+
+
+@scripted
+async def test_call_with_an_unknown_token_times_out_while_no_session_may_be_opened() -> None:
+    server = ScriptedServer()
+    server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+    async with client_of(server) as client:
+        with pytest.raises(DeadlineExceeded, match="the server has lost the session"):
+            await client.call("echo", timeout=0.04)
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods[:4] == ["session.open", "echo", "session.open", "echo"]
+
+
+@scripted
+async def test_wrong_key_after_an_unknown_token_is_final() -> None:
+    server = ScriptedServer()
+    server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+    async with client_of(server) as client:
+        server.script("session.open", fail(Code.UNAUTHENTICATED))
+        for _ in range(3):
+            with pytest.raises(Unauthenticated):
+                await client.call("echo")
+    assert server.methods == ["session.open", "echo", "session.open"]
+
+
+@scripted
+async def test_refresh_with_an_unknown_token_opens_a_session_after_jitter() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", fail(Code.UNAUTHENTICATED))
+    async with client_of(server) as client:
+        start = now()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.methods == ["session.open", "echo", "session.refresh", "session.open", "echo"]
+        assert server.requests[3].at - start == pytest.approx(0.05)
+
+
+@scripted
+async def test_unknown_token_on_a_new_connection_opens_a_session_before_the_next_call() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+        await server.lose()
+        await asyncio.sleep(1)
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.methods == ["session.open", "session.info", "session.open", "echo"]
+
+
+@scripted
+async def test_handlers_are_registered_again_after_an_unknown_token_without_a_call() -> None:
+    server = ScriptedServer(calls={"max": 32})
+    client = client_of(server)
+
+    @client.handler("approve")
+    async def approve() -> None: ...
+
+    async with client:
+        server.script("session.handle", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
+        await server.lose()
+        await asyncio.sleep(5)
+        assert server.methods == [
+            "session.open",
+            "session.handle",
+            "session.handle",
+            "session.open",
+            "session.handle",
+        ]
 
 
 @scripted

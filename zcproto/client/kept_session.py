@@ -85,11 +85,11 @@ class KeptSessionManager(SessionManager):
             if connection.ready:
                 return connection
 
-    def _opens_instead(self, error: CallError) -> bool:
+    def _opens_instead(self, error: CallError, *, must: bool) -> bool:
         if self.session is not None and self.session is self._resumed and error.code in ENDED_BY_REFUSAL:
             self._drop_resumed()
             return True
-        return super()._opens_instead(error)
+        return super()._opens_instead(error, must=must)
 
     async def close(self, connection: ClientProtocol | None) -> None:
         """Keep the session in the file for the next client. Without the file, end it."""

@@ -5,7 +5,9 @@ Decides only; the callers wait, refresh and send again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
@@ -15,6 +17,7 @@ from zcproto.tls.failure import TlsFailure
 FIRST_DELAY: Final = 0.1
 MAX_DELAY: Final = 30.0
 MAX_RETRY_AFTER_MS: Final = 3_600_000
+MAX_DEADLINE_MS: Final = 2**53
 _MS: Final = 1000
 
 
@@ -26,7 +29,17 @@ class Then(Enum):
     AT_ONCE = "at_once"  # retry at once, once
     RENEW = "renew"  # refresh or open the session, then retry once
     REOPEN = "reopen"  # open another session, then retry once
+    REPLACE = "replace"  # the server has lost the session: open another after a delay, then retry once
     ATTACH = "attach"  # prove the session's key on this connection, then retry once
+    CATCH_UP = "catch_up"  # retry at once with the present token, once
+
+
+class Shown(Enum):
+    """Which token a request had."""
+
+    PRESENT = "present"
+    EARLIER = "earlier"  # of a session, or of a refresh, that another one has followed
+    NONE = "none"
 
 
 _BY_CODE: Final = {
@@ -62,6 +75,8 @@ def what_next(error: CallError) -> Then:
         return Then.ATTACH
     if error.code is Code.UNAUTHENTICATED and error.details.get("certificate") is True:
         return Then.REOPEN  # the session is bound to the previous client certificate
+    if error.code is Code.UNAUTHENTICATED and error.details.get("reason") == "unknown_token":
+        return Then.REPLACE
     return _BY_CODE.get(error.code, Then.RAISE)
 
 
@@ -118,6 +133,14 @@ class Backoff:
         self._ceiling = FIRST_DELAY
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next step of a call, and the seconds before it."""
+
+    then: Then
+    delay: float = 0.0
+
+
 class Attempt:
     """The retries of one call so far. Calls create it at the first error, because most have none."""
 
@@ -138,3 +161,53 @@ class Attempt:
             return False
         self.done.add(then)
         return True
+
+    def after_error(
+        self,
+        error: CallError,
+        shown: Shown,
+        *,
+        opens: bool,
+        is_draining: bool = False,
+        left: float = math.inf,
+    ) -> Step:
+        """Return the next step of a call after an error (section 11.1).
+
+        Args:
+            shown: the token of the request.
+            opens: whether the client can open another session.
+            is_draining: whether the server of this connection goes away. It asks to wait for itself alone.
+            left: seconds until the call's timeout.
+        """
+        then = what_next(error)
+        if then is Then.LATER:
+            return self.wait(0 if is_draining else retry_after_ms(error.details), left)
+        if shown is Shown.NONE and then is not Then.AT_ONCE:
+            return _REPORT
+        if shown is Shown.EARLIER and (error.code in SESSION_IS_OVER or then in _CONCERNS_TOKEN):
+            then = Then.CATCH_UP
+        elif then is Then.REPLACE and not opens:
+            return _REPORT
+        return Step(then) if then is not Then.RAISE and self.once(then) else _REPORT
+
+    def after_loss(self, *, is_repeatable: bool, left: float = math.inf) -> Step:
+        """Return the next step of a call whose connection was lost before its answer.
+
+        `is_repeatable`: it certainly did not run, or the server runs it once. The retry is delayed: the call itself
+        may be what crashes the server.
+        """
+        return self.wait(0, left) if is_repeatable else _REPORT
+
+    def wait(self, retry_after_ms: int, left: float) -> Step:
+        """Return the step of a retry after a delay, which ends before the call's timeout."""
+        delay = self.backoff.next(retry_after_ms)
+        return Step(Then.LATER, delay) if delay < left else _REPORT
+
+
+_REPORT: Final = Step(Then.RAISE)
+_CONCERNS_TOKEN: Final = frozenset({Then.RENEW, Then.REPLACE})
+
+
+def deadline_ms(left: float) -> int:
+    """Return the `deadline_ms` of a request with so many seconds until its call's timeout."""
+    return min(math.ceil(left * _MS), MAX_DEADLINE_MS)

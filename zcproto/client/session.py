@@ -24,7 +24,7 @@ from typing import Any, Final
 from zcproto.client.connections import join
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin
 from zcproto.client.protocol import ClientProtocol, PendingCall
-from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
+from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Shown, Then, retry_after_ms, what_next
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.secret import SecretBytes
@@ -41,6 +41,9 @@ CLOSE_TIMEOUT: Final = 2.0
 REFRESH_GRACE: Final = 5.0
 """Seconds from the first use of a refresh token in which it may be used again if the answer was lost: half the
 server's default grace."""
+
+STABLE_AFTER: Final = 5.0
+"""Seconds after which the delays of sessions that the server loses start again."""
 
 MAX_LOST: Final = 3
 """Maximum of lost answers to `session.open` in a row: each may leave a session that counts towards the limit."""
@@ -151,6 +154,7 @@ class SessionManager:
 
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
     From `noted_until` on, pass the time of a call to `used`.
+    `is_lost`: the server does not know the token, and another session has not been opened yet.
     `on_changed` is called after each change of the token, with the previous one.
     """
 
@@ -178,11 +182,14 @@ class SessionManager:
     _attaching: tuple[bytes, ClientProtocol, PendingCall] | None = field(default=None, init=False)
     _refreshed_early_at: float = field(default=-NEVER, init=False)
     _not_before: float = field(default=-NEVER, init=False)  # of the next renewal
+    is_lost: bool = field(default=False, init=False)
+    _opened_at: float = field(default=-NEVER, init=False)
     _backoff: Backoff = field(init=False)  # of sessions that expire at once
+    _lost_backoff: Backoff = field(init=False)  # of sessions that the server has lost
     _checked_revocation: tuple[bytes, bytes] | None = field(default=None, init=False)  # salt and token
 
     def __post_init__(self) -> None:
-        self._backoff = Backoff(self.random)
+        self._backoff, self._lost_backoff = Backoff(self.random), Backoff(self.random)
         self._device = self.credentials if isinstance(self.credentials, DeviceKey) else None
         self._login = self.credentials if isinstance(self.credentials, SchemeLogin) else None
 
@@ -198,7 +205,13 @@ class SessionManager:
     @property
     def expires_at_once(self) -> bool:
         """Whether the next renewal is delayed, because the last session had expired already."""
-        return self._loop.time() < self._not_before
+        return self._loop.time() < self._not_before and not self.is_lost
+
+    def shown(self, token: bytes) -> Shown:
+        """Return which token a request had. One of another session than that which is over is not earlier."""
+        if token == NO_TOKEN:
+            return Shown.NONE
+        return Shown.PRESENT if token == self.token or self.is_over else Shown.EARLIER
 
     def require(self) -> None:
         """Require a session for calls from now on. Forget a revoked, refused or unauthenticated one.
@@ -265,6 +278,23 @@ class SessionManager:
             self.expired(token)
         return True
 
+    def lost(self, token: bytes) -> None:
+        """Handle an unknown token: open another session after a delay, once for all calls (section 11.2).
+
+        The store has lost the refresh token as well.
+        """
+        if token == self.token and not self.is_lost:
+            self._delay_opening()
+            self._drop_refresh_token()
+            self.expired(token)
+
+    def _delay_opening(self) -> None:
+        now = self._loop.time()
+        if now - self._opened_at >= STABLE_AFTER:
+            self._lost_backoff.reset()
+        self.is_lost = True
+        self._not_before = now + self._lost_backoff.next()
+
     def unauthenticated(self, token: bytes) -> None:
         """Handle UNAUTHENTICATED for a token: keep sending it until the application asks for a session again."""
         self._unauthenticated_token = token
@@ -274,7 +304,7 @@ class SessionManager:
         if token != self.token:
             return
         self._over = error
-        self.session = None
+        self.session, self.is_lost = None, False
         self.token = NO_TOKEN
         self._wheel.discard(self)
         self._update_validity()
@@ -361,8 +391,11 @@ class SessionManager:
 
     def refused(self, token: bytes, error: CallError) -> None:
         """Handle the error that a request got which only shows the token."""
-        if what_next(error) is Then.REOPEN:
+        then = what_next(error)
+        if then is Then.REOPEN:
             self.reopen(token)
+        elif then is Then.REPLACE and self.credentials is not None:
+            self.lost(token)
         elif error.code is Code.UNAUTHENTICATED:
             self.unauthenticated(token)
         elif error.code is Code.TOKEN_EXPIRED:
@@ -410,9 +443,7 @@ class SessionManager:
 
     async def _renew(self, must: bool) -> None:
         """Get a new token. Unless it `must`, because the old one is still valid, give up at the first error."""
-        delay = self._not_before - self._loop.time()
-        if delay > 0:
-            await asyncio.sleep(delay)
+        await self._delayed()
         backoff = Backoff(self.random)
         stale_retried = attach_tried = False
         lost = 0
@@ -448,8 +479,9 @@ class SessionManager:
                     attach_tried = True
                     with contextlib.suppress(CallError):  # the next attempt gets the same error
                         await self.attach(connection, self.token)
-                elif method == "session.refresh" and self._opens_instead(error):
+                elif method == "session.refresh" and self._opens_instead(error, must=must):
                     must = True
+                    await self._delayed()
                 elif not must and error.code not in SESSION_IS_OVER:
                     self._wheel.set(self, self._next_refresh())
                     return
@@ -458,12 +490,20 @@ class SessionManager:
                         self.ended(self.token, error)
                     raise
             else:
+                if method == "session.open":
+                    self._opened_at = self._loop.time()
                 self._adopt(result, connection)
                 if self._device is not None and method == "session.open":
                     connection.proved.add(self._device)
                 elif self._device is not None and self._device not in connection.proved:
                     self.present_now(connection)
                 return
+
+    async def _delayed(self) -> None:
+        """Wait until the next session may be opened."""
+        delay = self._not_before - self._loop.time()
+        if delay > 0:
+            await asyncio.sleep(delay)
 
     def _login_to_fetch(self, now: float) -> SchemeLogin | None:
         """Return the login that must be fetched before the next request; None if it needs none."""
@@ -483,11 +523,18 @@ class SessionManager:
         assert self.credentials is not None  # checked by `require`
         return "session.open", {**self.credentials.params(connection), "client": self.client}
 
-    def _opens_instead(self, error: CallError) -> bool:
-        """Return whether to open a session, because the refresh token has expired, may be spent, or is bound to the
-        previous certificate."""
-        is_rebound = what_next(error) is Then.REOPEN and self._can_reopen
-        if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_rebound:
+    def _opens_instead(self, error: CallError, *, must: bool) -> bool:
+        """Return whether to open a session, because the refresh token has expired, may be spent, is bound to the
+        previous certificate, or is unknown when the token is no longer valid."""
+        then = what_next(error)
+        if error.code is Code.UNAUTHENTICATED and then in (Then.RAISE, Then.REPLACE):
+            if not must:
+                return False
+            self._delay_opening()
+        elif then is Then.REOPEN:
+            if not self._can_reopen:
+                return False
+        elif error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:
             return False
         self._drop_refresh_token()
         return True
@@ -508,7 +555,7 @@ class SessionManager:
         session = self._session_of(result, connection)
         connection.conversation.session_ended(self.token)
         connection.cancel_calls(self.token)  # unless the refreshed session has taken them over
-        self.session = session
+        self.session, self.is_lost = session, False
         self._previous_token, self.token = self.token, session.token_bytes
         self._begin(session)
         if session.valid_until - now < MIN_REFRESH_INTERVAL:

@@ -11,7 +11,6 @@ Must not know: when connections are made (`connections.py`) and sessions opened 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import metadata
@@ -27,10 +26,13 @@ from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
 from zcproto.client.registration import Registrar
 from zcproto.client.retry import (
+    MAX_DEADLINE_MS,
     SESSION_IS_OVER,
     Attempt,
     Random,
+    Step,
     Then,
+    deadline_ms,
     is_interruption,
     retry_after_ms,
     what_next,
@@ -38,15 +40,13 @@ from zcproto.client.retry import (
 from zcproto.client.session import ClientSession, SessionManager
 from zcproto.client.session_file import SessionFile
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
-from zcproto.common.clock import MS_PER_SECOND, Clock
+from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 from zcproto.wire.message import Credit
-
-MAX_DEADLINE_MS: Final = 2**53
 
 UNSET: Final[Any] = object()
 
@@ -194,11 +194,9 @@ class SessionClient:
                 attempt = attempt or Attempt(self._random)
                 await self._after_error(error, attempt, connection, token, deadline)
             except ConnectionClosed as error:
-                if self._closed or not (connection.unanswered_not_run or idempotency_key is not None):
-                    raise
                 attempt = attempt or Attempt(self._random)
-                # Delay the retry: the call itself may be what crashes the server.
-                await self._wait(attempt.backoff.next(), error, deadline)
+                is_repeatable = connection.unanswered_not_run or idempotency_key is not None
+                await self._after_loss(error, attempt, deadline, is_repeatable=is_repeatable)
             now, meta = self._now(), None
 
     async def _call_within_middleware(self, call: OutgoingCall) -> Any:
@@ -291,15 +289,14 @@ class SessionClient:
             asked = 0
             if isinstance(error, CallError) and not connection.draining:
                 asked = retry_after_ms(error.details)
-            await self._wait(attempt.backoff.next(asked), error, request.deadline)
+            await self._wait(attempt.wait(asked, request.deadline - self._loop.time()), error)
         elif pending.half.was_answered_to:
             raise error
         elif isinstance(error, CallError):
             await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
-        elif self._closed or not connection.unanswered_not_run:
-            raise error
         else:
-            await self._wait(attempt.backoff.next(), error, request.deadline)
+            is_repeatable = connection.unanswered_not_run
+            await self._after_loss(error, attempt, request.deadline, is_repeatable=is_repeatable)
 
     def _endpoint(self) -> Endpoint | None:
         connection = self._connections.current
@@ -316,31 +313,36 @@ class SessionClient:
         self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
     ) -> None:
         """Wait until a call may be sent again after an error; raise the error if it may not."""
-        then = what_next(error)
+        sessions = self._sessions
+        step = attempt.after_error(
+            error,
+            sessions.shown(token),
+            opens=sessions.credentials is not None,
+            is_draining=connection.draining,
+            left=deadline - self._loop.time(),
+        )
+        then = step.then
         if then is Then.LATER:
-            # The next connection waits for a server that goes away, unless it is to another one.
-            asked = 0 if connection.draining else retry_after_ms(error.details)
-            await self._wait(attempt.backoff.next(asked), error, deadline)
-        elif then is Then.AT_ONCE and attempt.once(then):
-            return
-        elif token == NO_TOKEN:
-            raise error
-        elif then is Then.ATTACH and attempt.once(then):
+            await self._wait(step, error)
+        elif then is Then.ATTACH:
             await self._attach(error, attempt, connection, token, deadline)
-        elif then is Then.REOPEN and attempt.once(then) and self._sessions.reopen(token):
-            return
-        elif then is Then.RENEW and attempt.once(then):
-            self._sessions.expired(token)
-        elif error.code in SESSION_IS_OVER:
-            if token != self._sessions.token and not self._sessions.is_over and attempt.once(then):
-                return  # it was the token of an earlier session
-            self._sessions.ended(token, error)
+        elif then is Then.RENEW:
+            sessions.expired(token)
+        elif then is Then.REPLACE:
+            sessions.lost(token)
+        elif then is Then.REOPEN and not sessions.reopen(token):
+            sessions.unauthenticated(token)
             raise error
-        elif isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
-            await self._present_token(error, connection, token, deadline)
-        else:
-            if error.code is Code.UNAUTHENTICATED:
-                self._sessions.unauthenticated(token)
+        elif then is Then.RAISE:
+            if token == NO_TOKEN:
+                raise error
+            if isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
+                await self._present_token(error, connection, token, deadline)
+                return
+            if error.code in SESSION_IS_OVER:
+                sessions.ended(token, error)
+            elif error.code is Code.UNAUTHENTICATED:
+                sessions.unauthenticated(token)
             raise error
 
     async def _attach(
@@ -360,11 +362,20 @@ class SessionClient:
                 attempt.done.discard(Then.ATTACH)  # it was not carried out
             await self._after_error(refused, attempt, connection, token, deadline)
 
-    async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
-        """Wait before a retry. Raise the error at once if the deadline is earlier."""
-        if self._loop.time() + delay >= deadline:
+    async def _after_loss(
+        self, error: ConnectionClosed, attempt: Attempt, deadline: float, *, is_repeatable: bool
+    ) -> None:
+        """Wait until a call may be sent again after its connection was lost; raise the error if it may not."""
+        is_repeatable = is_repeatable and not self._closed
+        left = deadline - self._loop.time()
+        await self._wait(attempt.after_loss(is_repeatable=is_repeatable, left=left), error)
+
+    @staticmethod
+    async def _wait(step: Step, error: ZcprotoError) -> None:
+        """Wait before a retry, or raise the error without one."""
+        if step.then is Then.RAISE:
             raise error
-        await asyncio.sleep(delay)
+        await asyncio.sleep(step.delay)
 
     async def _present_token(
         self, error: InvalidArgument, connection: ClientProtocol, token: bytes, deadline: float
@@ -385,6 +396,8 @@ class SessionClient:
             reason = "no answer" if cause is None else f"no connection ({cause})"
             if self._sessions.is_fetching_login:
                 reason = "the function given as login has not returned: no session"
+            elif self._sessions.is_lost:
+                reason = "the server has lost the session: no other one"
             elif self._sessions.expires_at_once:
                 reason = "the server opens only expired sessions; report it to its operator: no session"
             raise DeadlineExceeded(f"{reason} within the call's timeout") from cause
@@ -460,7 +473,7 @@ class _Opener:
 
 def _deadline_meta(left: float) -> dict[str, Any]:
     """Return the metadata of a request with so many seconds until its deadline."""
-    return {"deadline_ms": min(math.ceil(left * MS_PER_SECOND), MAX_DEADLINE_MS)}
+    return {"deadline_ms": deadline_ms(left)}
 
 
 def _meta(
