@@ -7,7 +7,7 @@ from typing import Final
 from tests.conformance.faults.mutation import Fault, fault
 
 _CLIENT: Final = "zcproto.client.session_client:SessionClient"
-_AFTER: Final = f"{_CLIENT}._after_error"
+_ATTEMPT: Final = "zcproto.client.retry:Attempt"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVE: Final = f"{_CONNECTION}.receive_data"
@@ -29,6 +29,11 @@ SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
 def then(code: str, then: str) -> tuple[str, str, str]:
     """Change what the client does after an error with this code."""
     return _WHAT_NEXT, _BY_CODE, f"return Then.{then} if error.code is Code.{code} else {_BY_CODE[7:]}"
+
+
+def more_than_once(then: str) -> tuple[str, str, str]:
+    """Take a step as often as its error occurs."""
+    return f"{_ATTEMPT}.after_error", "self.once(then)", f"(then is Then.{then} or self.once(then))"
 
 
 _INVALID_RESPONSE_IS_FATAL: Final = fault(
@@ -201,7 +206,7 @@ CALLS: Final[dict[str, Fault]] = {
     ),
 }
 
-_LOST: Final = "if self._closed or not (connection.unanswered_not_run or idempotency_key is not None):"
+_LOST: Final = "is_repeatable = connection.unanswered_not_run or idempotency_key is not None"
 
 GOAWAY: Final[dict[str, Fault]] = {
     "goaway-with-calls-in-flight": fault(
@@ -254,11 +259,11 @@ GOAWAY: Final[dict[str, Fault]] = {
         (f"{_CLIENT}.call", _LOST, _LOST.replace("connection.unanswered_not_run", "connection.draining")),
     ),
     "lost-call-without-idempotency-key": fault(
-        "retries a lost call", (f"{_CLIENT}.call", _LOST, "if self._closed:")
+        "retries a lost call", (f"{_CLIENT}.call", _LOST, "is_repeatable = True")
     ),
     "lost-call-with-idempotency-key": fault(
         "does not retry a lost call with an idempotency key",
-        (f"{_CLIENT}.call", _LOST, "if self._closed or not connection.unanswered_not_run:"),
+        (f"{_CLIENT}.call", _LOST, "is_repeatable = connection.unanswered_not_run"),
     ),
     "reconnect-after-network-failure": fault(
         "treats a truncation as a clean end",
@@ -284,11 +289,15 @@ GOAWAY: Final[dict[str, Fault]] = {
     "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", then("RESOURCE_EXHAUSTED", "RAISE")),
     "retry-after": fault(
         "ignores retry_after_ms",
-        (_AFTER, "0 if connection.draining else retry_after_ms(error.details)", "0"),
+        (f"{_ATTEMPT}.after_error", "0 if is_draining else retry_after_ms(error.details)", "0"),
     ),
     "retry-within-deadline": fault(
         "waits beyond the deadline of a call",
-        (f"{_CLIENT}._wait", "if self._loop.time() + delay >= deadline:", "if False:"),
+        (f"{_ATTEMPT}.wait", "if delay < left", "if True"),
+    ),
+    "retry-reduces-deadline": fault(
+        "sends the whole timeout with each attempt",
+        (f"{_CLIENT}.call", "meta = _deadline_meta(deadline - now)", "meta = _deadline_meta(timeout)"),
     ),
     "limit-reached": LIMIT_IS_RETRIED,
     "other-errors-are-not-retried": fault(
@@ -329,8 +338,9 @@ SESSIONS: Final[dict[str, Fault]] = {
         "writes its token to standard error",
         (
             f"{_MANAGER}._adopt",
-            "self.session = session\n",
-            "self.session = session; print(session.token, file=__import__('sys').stderr, flush=True)\n",
+            "self.session, self.is_lost = session, False\n",
+            "self.session, self.is_lost = session, print("
+            "session.token, file=__import__('sys').stderr, flush=True)\n",
         ),
     ),
     "no-session": fault(
@@ -350,6 +360,16 @@ SESSIONS: Final[dict[str, Fault]] = {
         ),
     ),
     "too-many-sessions": LIMIT_IS_RETRIED,
+    "unknown-token": fault(
+        "refreshes a session whose token is unknown", (_WHAT_NEXT, "return Then.REPLACE", "return Then.RENEW")
+    ),
+    "unknown-token-twice": fault(
+        "opens a session after each unknown token of a call", more_than_once("REPLACE")
+    ),
+    "unknown-token-backoff": fault(
+        "opens another session at once",
+        (f"{_MANAGER}._delay_opening", "now + self._lost_backoff.next()", "now"),
+    ),
     "unauthenticated": fault("retries after UNAUTHENTICATED", then("UNAUTHENTICATED", "AT_ONCE")),
     "expired-token": fault("gives up at TOKEN_EXPIRED", then("TOKEN_EXPIRED", "RAISE")),
     "refresh-rotation": fault(
@@ -361,11 +381,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     ),
     "expired-twice": fault(
         "refreshes after each TOKEN_EXPIRED",
-        (
-            _AFTER,
-            "elif then is Then.RENEW and attempt.once(then):",
-            "elif then is Then.RENEW:",
-        ),
+        more_than_once("RENEW"),
     ),
     "expired-without-refresh-token": fault(
         "refreshes without a refresh token",
@@ -396,8 +412,8 @@ SESSIONS: Final[dict[str, Fault]] = {
         "opens a session after a refused refresh",
         (
             f"{_MANAGER}._opens_instead",
-            "if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_rebound:",
-            "if False:",
+            "elif error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:",
+            "elif False:",
         ),
     ),
     "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", then("TOKEN_REVOKED", "RENEW")),
@@ -449,11 +465,7 @@ DEVICES: Final[dict[str, Fault]] = {
     ),
     "attach-refused-twice": fault(
         "attaches after each refusal",
-        (
-            _AFTER,
-            "elif then is Then.ATTACH and attempt.once(then):",
-            "elif then is Then.ATTACH:",
-        ),
+        more_than_once("ATTACH"),
     ),
     "attach-without-device-key": fault(
         "retries without attaching",

@@ -430,9 +430,9 @@ FRESHNESS: Final[dict[str, Fault]] = {
     "stale-twice": fault(
         "retries after each STALE_TIMESTAMP",
         (
-            "zcproto.client.session_client:SessionClient._after_error",
-            "elif then is Then.AT_ONCE and attempt.once(then):",
-            "elif then is Then.AT_ONCE:",
+            "zcproto.client.retry:Attempt.after_error",
+            "self.once(then)",
+            "(then is Then.AT_ONCE or self.once(then))",
         ),
     ),
 }

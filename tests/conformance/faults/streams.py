@@ -189,7 +189,7 @@ STREAMS: Final[dict[str, Fault]] = {
     ),
     "stream-of-a-replaced-session": fault(
         "goes on with a replaced session",
-        (f"{_CLIENT}._after_error", "self._sessions.ended(token, error)", "pass"),
+        (f"{_CLIENT}._after_error", "sessions.ended(token, error)", "pass"),
     ),
     "stream-after-goaway": fault(
         "forgets its streams at GOAWAY",
@@ -213,8 +213,8 @@ STREAMS: Final[dict[str, Fault]] = {
         *_OPENS_AGAIN,
         (
             f"{_CLIENT}._after_stream_error",
-            "elif self._closed or not connection.unanswered_not_run:",
-            "elif self._closed:",
+            "is_repeatable = connection.unanswered_not_run",
+            "is_repeatable = True",
         ),
     ),
     "stream-of-a-closed-connection": fault(

@@ -260,6 +260,25 @@ async def _(harness: Harness) -> None:
     await ended
 
 
+@scenario(
+    "retry-reduces-deadline", "6.3, 11.1: the deadline_ms of a retry is what is left of the call's timeout"
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    timeout_ms = 1000 * round(harness.patience) + _DELAY_MS
+    call = await peer.client.call("echo", {}, timeout_ms=timeout_ms)
+    first = await peer.connection.expect_request("echo")
+    peer.connection.respond_error(first, UNAVAILABLE, {"retry_after_ms": _DELAY_MS})
+    again = await peer.connection.expect_request("echo")
+    before, left = first.meta.get("deadline_ms"), again.meta.get("deadline_ms")
+    expect(
+        isinstance(before, int) and isinstance(left, int) and left <= before - _DELAY_MS * 0.8,
+        f"deadline_ms is {left} after a delay of {_DELAY_MS} ms, and was {before} before",
+    )
+    peer.connection.respond(again, "later")
+    await call.expect_result("later")
+
+
 @scenario("limit-reached", "11.1: RESOURCE_EXHAUSTED with limit is reported to the application")
 async def _(harness: Harness) -> None:
     peer = await harness.connect()

@@ -25,7 +25,7 @@ from zcproto_conformance.connection import (
     Frame,
     Responder,
 )
-from zcproto_conformance.errors import expect
+from zcproto_conformance.errors import CheckFailed, expect
 from zcproto_conformance.harness import USER, ConnectedClient, Harness, Session
 from zcproto_conformance.values import typed
 
@@ -160,6 +160,62 @@ async def _(harness: Harness) -> None:
     peer.connection.respond_error(await peer.connection.expect_request("echo"), UNAUTHENTICATED)
     await call.expect_code(UNAUTHENTICATED)
     await peer.connection.expect_silence("after UNAUTHENTICATED")
+
+
+_UNKNOWN: Final = {"reason": "unknown_token"}
+
+
+@scenario(
+    "unknown-token",
+    "11.1: an unknown token causes one new session for all calls, without a refresh, and one retry of each",
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    calls = await peer.client.calls("echo", 3)
+    for request in await peer.connection.expect_requests("echo", 3):
+        peer.connection.respond_error(request, UNAUTHENTICATED, _UNKNOWN)
+    session = await harness.answer_session_open(peer.connection)
+    for _ in range(3):
+        await _answer_retry(peer, session.token)
+    for number, call in enumerate(calls):
+        await call.expect_result({"n": number})
+
+
+@scenario("unknown-token-twice", "11.1: a second unknown token is reported to the application")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), UNAUTHENTICATED, _UNKNOWN)
+    await harness.answer_session_open(peer.connection)
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), UNAUTHENTICATED, _UNKNOWN)
+    await call.expect_code(UNAUTHENTICATED)
+    await peer.connection.expect_silence("after a second unknown token")
+
+
+_MANY: Final = 10
+_MANY_SECONDS: Final = 2.0
+
+
+@scenario(
+    "unknown-token-backoff", "11.2: a client whose sessions become unknown opens others ever more slowly"
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    until = asyncio.get_running_loop().time() + _MANY_SECONDS
+    for _ in range(_MANY):
+        call = await peer.client.call("echo", {})
+        request = await peer.connection.expect_request("echo")
+        peer.connection.respond_error(request, UNAUTHENTICATED, _UNKNOWN)
+        try:
+            async with asyncio.timeout_at(until):
+                session = await harness.answer_session_open(peer.connection)
+        except TimeoutError:
+            # With full jitter ten of them take a minute; about one run in 100,000 is faster than the timeout.
+            await call.cancel()
+            return
+        await _answer_retry(peer, session.token)
+        await call.expect_result({})
+    raise CheckFailed(f"the client opened {_MANY} sessions in {_MANY_SECONDS:g} s")
 
 
 # --- refresh ----------------------------------------------------------------------------------------
