@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 
 from tests.connection.helpers import count_checks
@@ -223,6 +226,49 @@ def test_ended_sessions_leave_no_token_behind(pair: ConnectionPair) -> None:
     for each in sessions:
         pair.registry.close(each.session)
     assert pair.server._others == {}
+
+
+@pytest.mark.parametrize("cycle", ["closed", "refreshed", "refreshed-among-others"])
+def test_dead_tokens_of_ten_thousand_cycles_leave_nothing(cycle: str) -> None:
+    """Each cycle kept a token with its rules, about 1,000 bytes."""
+    pair = ConnectionPair(small_registry(refresh=True))
+    ended = notify_connection(pair)
+    opened = pair.login("eve")
+    other = pair.login("bob")
+
+    def run(cycles: int) -> None:
+        nonlocal opened
+        for _ in range(cycles):
+            pair.clock.advance(0.001)
+            if cycle == "refreshed-among-others":
+                pair.get(pair.request(1, token=other.token))
+            if cycle == "closed":
+                pair.registry.close(opened.session)
+                opened = pair.open_session("eve")
+            else:
+                opened = pair.registry.refresh(
+                    opened.refresh_token or b"",
+                    client="test/1",
+                    address="192.0.2.7",
+                    wall=pair.clock.wall(),
+                )
+            if cycle == "closed":
+                pair.get(pair.request(1, token=NO_TOKEN))  # session.open
+            pair.use(opened)
+            pair.get(pair.request(1))
+            pair.answers()
+            ended.clear()
+
+    run(200)  # the tables have their size
+    gc.collect()
+    before = sys.getallocatedblocks()
+    run(10_000)
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 1_000
+    assert users_of([pair.get(pair.request(1)), pair.get(pair.request(1, token=other.token))]) == [
+        "eve",
+        "bob",
+    ]
 
 
 def test_connection_of_one_session_keeps_no_other_tokens(pair: ConnectionPair) -> None:

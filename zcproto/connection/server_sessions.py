@@ -140,8 +140,10 @@ class ServerSessions(ServerOutput):
         return found if self._is_accepted(wall) else None
 
     def _set_aside(self) -> None:
-        """Keep the last accepted token, as another one takes its place."""
-        if self._session is not None:
+        """Keep the last accepted token while its session has it, as another one takes its place."""
+        session = self._session
+        known = None if session is None else self.sessions.get(session.id)
+        if known is not None and known.token == self._token:
             if self._others is None:
                 self._others = {}
             rules = self._rules or self._new_rules()
@@ -157,7 +159,7 @@ class ServerSessions(ServerOutput):
         if token != self._token:
             self._set_aside()
         self._see_generation()
-        self._token, self._session, self._recheck_at = NO_TOKEN, None, 0  # until this token is accepted
+        self._forget_last_token()  # until this token is accepted
         if token == NO_TOKEN:
             self._recheck_at = ALWAYS
             return None
@@ -199,7 +201,7 @@ class ServerSessions(ServerOutput):
         """Withdraw a proved key."""
         if key in self._proved:
             self._proved -= {key}
-            self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
+            self._forget_last_token()
             self._others = None
 
     # --- sessions -------------------------------------------------------------------------------
@@ -234,10 +236,18 @@ class ServerSessions(ServerOutput):
             self.deadline_moved = True
 
     def _forget_token_of(self, session_id: str) -> None:
-        """Drop what is kept aside of a session."""
+        """Drop what is kept of the token that a session had here."""
         known = self.sessions.get(session_id)
-        if known is not None and self._others is not None:
+        if known is None:
+            return
+        if self._others is not None:
             self._others.pop(known.token, None)
+        if known.token == self._token:
+            self._forget_last_token()
+
+    def _forget_last_token(self) -> None:
+        """Check the next frame whatever its token is."""
+        self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
 
     def _send_expiring(self, wall: int, now: float) -> None:
         """Send `session.expiring` for each session that is about to expire, once."""
