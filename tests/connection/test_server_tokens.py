@@ -607,7 +607,7 @@ def test_repr_hides_token_and_params(pair: ConnectionPair) -> None:
     opened = pair.login()
     request = pair.get(pair.request(1, params={"password": "hunter2"}))
     shown = [repr(pair.server), repr(request), repr(SessionJoined(opened.session.id))]
-    shown.append(repr(JoinedSession(opened.token, "ada", 1, 2.0)))
+    shown.append(repr(JoinedSession(opened.token, "ada", 1, 2.0, 3)))
     text = "".join(shown)
     assert opened.token.hex() not in text
     assert repr(opened.token)[2:-1] not in text

@@ -14,7 +14,7 @@ from zcproto.errors import (
     TokenRevoked,
     Unauthenticated,
 )
-from zcproto.sessions.token import TOKEN_SIZE
+from zcproto.sessions.token import TOKEN_SIZE, digest_of
 
 GRACE = 10 * SECOND
 LATER = WALL + GRACE
@@ -404,3 +404,70 @@ def test_messages_name_the_cure_and_no_user(error: type[Exception]) -> None:
     assert "alice" not in text
     assert token.hex() not in text
     assert opened.session.id not in text
+
+
+# --- observers of rotations -----------------------------------------------------------------------------
+
+
+def rotations(harness: RegistryHarness) -> list[tuple[str, bytes]]:
+    """Return what an observer gets from now on."""
+    seen: list[tuple[str, bytes]] = []
+    harness.registry.rotation_observers.append(lambda *rotation: seen.append(rotation))
+    return seen
+
+
+def test_refresh_notifies_of_the_new_token_once() -> None:
+    harness = RegistryHarness()
+    first = harness.open()
+    seen = rotations(harness)
+    second = harness.refresh(first.refresh_token)
+    assert seen == [(first.session.id, digest_of(second.token))]
+    harness.refresh(first.refresh_token)  # within the grace
+    assert len(seen) == 1
+
+
+def test_session_read_from_a_store_notifies_of_a_token_that_may_be_new() -> None:
+    harness = RegistryHarness()
+    opened = harness.open()
+    registry, raw_id = harness.registry, opened.session.raw_id
+    record = registry.record(raw_id)
+    assert record is not None
+    seen = rotations(harness)
+    registry.restore(record, make_room=True)
+    assert seen == [], "it has this token"
+    registry.restore(record._replace(token_digest=b"n" * 32), make_room=False)
+    assert seen == [(opened.session.id, b"n" * 32)]
+    registry.forget(raw_id)
+    registry.restore(record._replace(token_digest=b"m" * 32), make_room=True)
+    assert seen[1:] == [(opened.session.id, b"m" * 32)]
+    registry.forget(raw_id)
+    registry.restore(record._replace(token_digest=b"o" * 32))
+    assert len(seen) == 2, "a store is loaded before there are connections"
+
+
+def test_session_that_ends_before_its_rotation_is_announced_is_not_reported() -> None:
+    harness = RegistryHarness()
+    opened = harness.open()
+    seen = rotations(harness)
+    made = harness.registry.new_rotation(opened.refresh_token or b"", client="", address="", wall=WALL)
+    assert made is not None
+    harness.registry.rotate(made[0])
+    harness.registry.close(opened.session)
+    assert seen == []
+
+
+def test_session_expires_on_demand() -> None:
+    harness = RegistryHarness()
+    opened = harness.open()
+    expires_at = opened.session.expires_at
+    for session_id, wall in (
+        ("no id", expires_at),
+        ("A" * 22, expires_at),
+        (opened.session.id, expires_at - 1),
+    ):
+        harness.registry.touch(opened.session, expires_at - 1)
+        harness.registry.expire(session_id, wall)
+        assert harness.ended == []
+    harness.registry.expire(opened.session.id, expires_at)
+    assert [(each[0], each[1]) for each in harness.ended] == [(opened.session.id, Code.TOKEN_EXPIRED)]
+    assert harness.registry.lapsed == 1

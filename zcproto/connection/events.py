@@ -129,6 +129,12 @@ class SessionJoined(NamedTuple):
     session_id: str
 
 
+class SessionLeft(NamedTuple):
+    """A connection has lost a session: the token shown here has expired, or was replaced too long ago."""
+
+    session_id: str
+
+
 class FrameBuffered(NamedTuple):
     """The connection now holds up to `size` bytes of a frame whose header arrived at `began`; 0: it holds none.
 
@@ -179,6 +185,7 @@ ServerEvent = (
     | CallEnded
     | RequestEnded
     | SessionJoined
+    | SessionLeft
     | KeyWanted
     | TokenUnknown
     | FrameBuffered

@@ -38,6 +38,11 @@ LEFT: Final = encode_error(Code.CANCELLED, "cancelled by the caller", {"reason":
 WRONG_TOKEN: Final = encode_error(
     Code.CANCELLED, "frames of a stream carry the token of its OPEN", {"reason": "wrong_token"}
 )
+ROTATED: Final = encode_error(
+    Code.CANCELLED,
+    "the session has a newer token: show that on each connection after a refresh",
+    {"reason": "token_rotated"},
+)
 SLOW: Final = encode_error(
     Code.CANCELLED, "an item has waited too long for credit: read faster", {"reason": "slow"}
 )
@@ -48,7 +53,7 @@ SESSION_ENDED: Final = {
 """Cuts of streams: their code is CANCELLED, because the method has run."""
 
 CUT_REASONS: Final = (
-    *("caller", "deadline", "token_expired", "token_revoked", "session_replaced"),
+    *("caller", "deadline", "token_expired", "token_revoked", "token_rotated", "session_replaced"),
     *("draining", "slow", "stale", "wrong_token", "slow_frame"),
 )
 """Reasons for which a server cuts a stream."""

@@ -457,7 +457,7 @@ class ServerConnection(ServerSessions):
             streams.touch(self._held, self.sessions, self.registry, wall, now)
         reason = None
         if self._session_deadline <= now and self.sessions:
-            self._send_expiring(wall, now)
+            events += self._handle_sessions(wall, now)
         if self._session_deadline <= now:
             reason = GoAwayReason.NO_SESSION
         elif self._silent_at() <= now:

@@ -7,6 +7,7 @@ arrive.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Final
 
 from zcproto.accelerator import compiled
@@ -94,7 +95,9 @@ class ServerOutput:
     _held: dict[int, Request]
     _lingering: int
     _out: list[bytes]
-    _session_deadline: float  # without a session: of opening one; else of the next `session.expiring`
+    _session_deadline: (
+        float  # without a session: of opening one; else not later than what is due next for one
+    )
     _rules: RequestRules | None
     _streams: ServerStreams | None
 
@@ -191,7 +194,9 @@ class ServerOutput:
 
     def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
         """Cut the streams of a session that has ended."""
-        body = refusals.SESSION_ENDED[code]
+        return self._cut_streams(session_id, refusals.SESSION_ENDED[code], wall)
+
+    def _cut_streams(self, session_id: str, body: bytes, wall: int) -> list[RequestEnded]:
         return [
             self._cut(stream, body, wall)
             for stream in self.open_streams()
@@ -256,7 +261,7 @@ class ServerOutput:
         Raises Unavailable if the client does not handle the method here, ResourceExhausted at a limit.
         """
         known = self.sessions.get(session_id)
-        if known is None or self._calls is None or self.state is _CLOSED:
+        if known is None or known.cut_at != inf or self._calls is None or self.state is _CLOSED:
             raise Unavailable("the client handles no methods on this connection")
         call = self._calls.begin(session_id, known.token, method, now + timeout_s)
         self._send(CALL, call.number, call.token, body, wall)
@@ -305,12 +310,12 @@ class ServerOutput:
     # --- events ---------------------------------------------------------------------------------
 
     def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
-        """Send an event of a session. Return False if the session is not used on this connection.
+        """Send an event of a session. Return False if its newest token was not shown on this connection.
 
         Raises MessageError if the data cannot be encoded or is too large.
         """
         known = self.sessions.get(session_id)
-        if known is None or self.state is _CLOSED:
+        if known is None or known.cut_at != inf or self.state is _CLOSED:
             return False
         body = encode_body([name, data])
         if len(body) > self.settings.max_body:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from zcproto.connection import refusals
-from zcproto.connection.events import NEVER, KeyWanted, SessionJoined
+from zcproto.connection.events import NEVER, KeyWanted, ServerEvent, SessionJoined, SessionLeft
 from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.server_output import MS, ServerOutput
 from zcproto.connection.state import State
 from zcproto.errors import Code
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.sessions.session import BOUND
+from zcproto.sessions.token import digest_of
 from zcproto.wire.frame import EVENT, HEADER_SIZE, NO_TOKEN, REQUEST, TOKEN_SIZE
 from zcproto.wire.message import encode_body
 from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, read_request
@@ -27,9 +28,21 @@ ALWAYS: Final = 2**64
 TOUCH_INTERVAL_MS: Final = 1_000
 """Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
 
+ROTATION_GRACE_S: Final = 60.0
+"""How long streams go on after a refresh elsewhere until the newest token is shown (zcp1.md, section 9.6)."""
+
+_COARSE_FROM_S: Final = 10.0
+_COARSE_BY_S: Final = 1.0
+"""Deadlines further away than the first may be handled later by the second; see `DeadlineWheel`."""
+
 NO_KEYS: Final[frozenset[str]] = frozenset()
 _TOKEN_AT: Final = HEADER_SIZE - TOKEN_SIZE
 _CLOSED: Final = State.CLOSED
+
+
+def _soon(at: float, now: float) -> float:
+    """Return when to look at a deadline that must not be missed by the coarseness of timers."""
+    return at - _COARSE_BY_S if at - now > _COARSE_FROM_S else at
 
 
 class Edge(Protocol):
@@ -103,7 +116,14 @@ class ServerSessions(ServerOutput):
     def _is_current(self, session: Session, token: bytes, wall: int) -> bool:
         """Return whether a session accepted here is still used here, with the same valid token."""
         known = self.sessions.get(session.id)
-        return known is not None and known.token == token and self.registry.check_again(session, wall)
+        return (
+            known is not None and self._has_shown(known, token) and self.registry.check_again(session, wall)
+        )
+
+    @staticmethod
+    def _has_shown(known: JoinedSession, token: bytes) -> bool:
+        """Return whether a session is used here with this token, and not suspended."""
+        return known.token == token and known.cut_at == NEVER
 
     def _next_check(self, session: Session, wall: int) -> int:
         """Return until when frames with the token of a session, used now, are accepted."""
@@ -167,7 +187,7 @@ class ServerSessions(ServerOutput):
         if isinstance(session, Code):
             return refusals.of_token(session, is_closed=registry.closed)
         known = self.sessions.get(session.id)
-        is_known = known is not None and known.token == token
+        is_known = known is not None and self._has_shown(known, token)
         if not is_known and self.edge is not None and not self.edge.admits(session):
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
@@ -208,15 +228,26 @@ class ServerSessions(ServerOutput):
 
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session used here: one that a request of this connection opened, refreshed or attached."""
-        expiring_at = now + max(0, session.expiring_at - wall) / MS
+        due_at = now + max(0, session.expiring_at - wall) / MS
         # Before the open deadline the edge need not look: `handle_timeout` comes then.
-        if expiring_at < self._session_deadline:
+        if due_at < self._session_deadline:
             self.deadline_moved = True
-            self._session_deadline = expiring_at
+            self._session_deadline = due_at
         elif not self.sessions:
-            self._session_deadline = expiring_at
-        self._forget_token_of(session.id)  # refreshed
-        self.sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
+            self._session_deadline = due_at
+        known = self.sessions.get(session.id)
+        if known is None:
+            known = self.sessions[session.id] = JoinedSession(
+                token, session.user, session.expires_at, due_at, wall
+            )
+        else:  # refreshed
+            self._forget_token_of(session.id)
+            known.token, known.expires_at, known.due_at, known.cut_at = (
+                token,
+                session.expires_at,
+                due_at,
+                NEVER,
+            )
         if self._decoder is not None:
             self._decoder.limit = self.limit
         # Its next frame needs no check if no token has become invalid since that request was accepted, whatever
@@ -249,16 +280,55 @@ class ServerSessions(ServerOutput):
         """Check the next frame whatever its token is."""
         self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
 
-    def _send_expiring(self, wall: int, now: float) -> None:
-        """Send `session.expiring` for each session that is about to expire, once."""
-        self._session_deadline = NEVER
-        for joined in self.sessions.values():
-            if joined.expiring_at <= now:
-                joined.expiring_at = NEVER
-                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
-                self._send(EVENT, 0, joined.token, body, wall)
-            elif joined.expiring_at < self._session_deadline:
-                self._session_deadline = joined.expiring_at
+    def suspend(self, session_id: str, token_digest: bytes, wall: int, now: float) -> bool:
+        """Suspend a session that has a token with this digest now, unless it was shown here (zcp1.md, section 9.6).
+
+        Return True if it is suspended from now on: it gets neither events nor calls, and its streams have a limit.
+        """
+        known = self.sessions.get(session_id)
+        if known is None or known.cut_at != NEVER or digest_of(known.token) == token_digest:
+            return False
+        known.due_at, known.cut_at = NEVER, now + min(ROTATION_GRACE_S, max(0, known.expires_at - wall) / MS)
+        self._session_deadline = min(self._session_deadline, _soon(known.cut_at, now))
+        self.deadline_moved = True
+        return True
+
+    def is_suspended(self, session_id: str) -> bool:
+        """Return whether a session is not used here, or not with its newest token."""
+        known = self.sessions.get(session_id)
+        return known is None or known.cut_at != NEVER
+
+    def _handle_sessions(self, wall: int, now: float) -> list[ServerEvent]:
+        """Do what is due for sessions used here: announce an expiry, let a token expire, end a suspension."""
+        events: list[ServerEvent] = []
+        for session_id, joined in [*self.sessions.items()]:
+            if joined.cut_at <= now:
+                events += self._lose(session_id, refusals.ROTATED, wall, now)
+            elif joined.due_at <= now:
+                if wall < joined.expires_at:
+                    self._send_expiring(joined, wall, now)
+                else:
+                    joined.due_at = NEVER
+                    self.registry.expire(session_id, wall)  # its observers may make this connection leave it
+                    if session_id in self.sessions:  # the registry has forgotten it
+                        body = refusals.SESSION_ENDED[Code.TOKEN_EXPIRED]
+                        events += self._lose(session_id, body, wall, now)
+        if self.sessions:
+            dues = [min(joined.due_at, joined.cut_at) for joined in self.sessions.values()]
+            self._session_deadline = _soon(min(dues), now)
+        return events
+
+    def _send_expiring(self, joined: JoinedSession, wall: int, now: float) -> None:
+        """Send `session.expiring`, once."""
+        joined.due_at = now + (joined.expires_at - wall) / MS
+        body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
+        self._send(EVENT, 0, joined.token, body, wall)
+
+    def _lose(self, session_id: str, body: bytes, wall: int, now: float) -> list[ServerEvent]:
+        """End the use of a session here; `body` cuts its streams."""
+        cut = self._cut_streams(session_id, body, wall)
+        self.leave(session_id, now)
+        return [*cut, SessionLeft(session_id)]
 
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
         """Send `session.revoked` for a session used here, and remove it."""

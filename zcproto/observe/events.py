@@ -254,7 +254,8 @@ request.denied info (peer user what missing denied) by peer, limit per user, aud
     A session called a method that its roles do not allow: it has none of the missing roles, or one that denies it.
 stream.cut info (peer user what reason) by peer, limit per user
     A stream was cancelled because of its client or network: an item waited too long for credit (slow), a frame was
-    delayed for too long (stale), or had another token than the stream (wrong_token).
+    delayed for too long (stale), or had another token than the stream (wrong_token), or the session was refreshed
+    elsewhere and its new token not shown on this connection (token_rotated): an old client, or a stolen token.
 connection.certificate_revoked warning (peer connection) by peer, limit per address, audit failure
     A connection was closed because its client certificate was revoked.
 request.failed error (what incident exc_info peer connection) by peer, limit per method

@@ -119,12 +119,12 @@ class CallRunner:
         else:
             waiter.set_exception(error)
 
-    def session_ended(self, session_id: str, *, is_kept: bool) -> None:
-        """Fail the calls of a session. `is_kept`: keep its registration for a refresh."""
+    def session_ended(self, session_id: str, *, is_kept: bool, why: str) -> None:
+        """Fail the calls of a session. `is_kept`: keep its registration until its newest token is shown."""
         wall = self._state.clock.wall()
         for call in self._connection.withdraw_session(session_id, wall, is_kept=is_kept):
             self._state.clients.count("closed")
-            self._wake(call, None, ConnectionClosed("the session of the client has ended"))
+            self._wake(call, None, ConnectionClosed(why))
 
     def close(self, reason: str) -> None:
         """Fail all calls: the connection has ended."""

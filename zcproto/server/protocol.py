@@ -38,6 +38,7 @@ from zcproto.connection.events import (
     ServerEvent,
     ServerStream,
     SessionJoined,
+    SessionLeft,
     TokenUnknown,
 )
 from zcproto.connection.received_frames import REPORTED_STEP
@@ -46,7 +47,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
-from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
+from zcproto.server.dispatch import EXPIRED, ROTATED, SENT_AT_ONCE, Dispatcher
 from zcproto.server.eager import EagerWorker
 from zcproto.server.state import NO_METHODS, PART_BITS, ServerState, log
 from zcproto.server.streams import STREAM_TURN_BYTES, StreamRunner
@@ -302,6 +303,9 @@ class ServerProtocol(Dispatcher):
             self._state.session_connections.join(event.session_id, self)
             if self._calls is not None:
                 self._state.clients.resume(self, event.session_id)
+        elif event.__class__ is SessionLeft:
+            self._state.session_connections.leave(event.session_id, self)
+            self._suspend_calls(event.session_id, EXPIRED)
         elif event.__class__ is TokenUnknown:
             return self._look_up(event)
         elif event.__class__ is RequestEnded:
@@ -431,6 +435,18 @@ class ServerProtocol(Dispatcher):
             self._cut_streams()
         self._end_calls(session_id, reason)
         self.flush_soon()
+
+    def session_rotated(self, session_id: str, token_digest: bytes) -> None:
+        """Suspend a session that another token has replaced, unless this peer has shown that."""
+        connection = self._connection
+        if connection is not None and connection.suspend(session_id, token_digest, self.wall(), self.now()):
+            self._suspend_calls(session_id, ROTATED)
+            self.flush_soon()
+
+    def session_used_since(self, session_id: str) -> int | None:
+        """Return when this connection began to use a session, in wall time; None if it does not use it."""
+        known = None if self._connection is None else self._connection.sessions.get(session_id)
+        return None if known is None else known.since
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
         """Send an event about a session. Return False if it cannot be delivered."""

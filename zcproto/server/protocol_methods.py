@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from heapq import nlargest
 from typing import Any, Final
 
 from zcproto.app.app import App, Method
@@ -25,7 +26,7 @@ from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, DEVICE_KEY, OPERATOR
-from zcproto.sessions.token import digest_of, id_text
+from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_of, id_text
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, SIGNATURE_SIZE
 
@@ -33,6 +34,9 @@ CLIENT_MAX_LENGTH: Final = 128
 
 LISTED: Final = 1_000
 """Sessions in one answer: at most 500 KB, which every client accepts."""
+
+LISTED_CONNECTIONS: Final = 16
+"""Connections of one session in its description, the newest."""
 
 REVOKED_AT_ONCE: Final = 1_000
 
@@ -43,7 +47,7 @@ _SCHEMA_SHARE: Final = 4
 """All schemas in an answer of `server.info` take at most 1/4 of what a frame can carry."""
 
 _SHOWN: Final = ("id", "user", "created_at", "last_used_at", "expires_at", "client", "address", "bound")
-"""The fields of a session that its user sees."""
+"""The fields of a session that its user sees, beside its connections."""
 
 
 _signatures: dict[str, Signature] = {}
@@ -158,8 +162,10 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         await login.attach(
             key, session.user, signature, context.token, context.peer, context.now(), context.caller.channel()
         )
-        if registry.key_of(session) != key:
-            raise Unauthenticated("the session has ended; open another")
+        if registry.key_of(session) != key or not isinstance(
+            registry.check(context.token, context.wall()), Session
+        ):
+            raise Unauthenticated("the session has ended, or was refreshed meanwhile; open another")
         context.caller.prove(key)
         context.caller.join(session, context.token)
         return {}
@@ -173,9 +179,10 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         state.binding.check_refresh(session, client, context.peer)
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
-        opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer)
-        log_event("session.refreshed", context.caller, opened.session, client=client)
-        return answer_tokens(context.caller, opened)
+        with state.refreshing(context.caller, id_of(refresh_token[:FAMILY_SIZE])):
+            opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer)
+            log_event("session.refreshed", context.caller, opened.session, client=client)
+            return answer_tokens(context.caller, opened)
 
     def check_key(context: Context, session: SessionRecord) -> None:
         """Refuse to refresh a bound session whose key could be proved here but was not. Spends nothing.
@@ -225,13 +232,23 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
 
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
-        return _describe_info(registry.info(_session_of(context).id, context.wall()))
+        return describe_info(registry.info(_session_of(context).id, context.wall()))
 
     async def session_list(context: Context) -> list[dict[str, Any]]:
         """The sessions of this user, with `current` for the one that asks."""
         session = _session_of(context)
         sessions = await state.sessions.list(session.user)
-        return [{**_describe_info(info), "current": info.id == session.id} for info in sessions]
+        return [{**describe_info(info), "current": info.id == session.id} for info in sessions]
+
+    def describe_info(info: SessionInfo) -> dict[str, Any]:
+        used = (
+            (since, connection.peer)
+            for connection in state.session_connections.of(info.id)
+            if (since := connection.session_used_since(info.id)) is not None
+        )
+        newest = nlargest(LISTED_CONNECTIONS, used)
+        connections = [{"address": address, "since": since} for since, address in newest]
+        return {**{name: getattr(info, name) for name in _SHOWN}, "connections": connections}
 
     async def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:
         """End one session of this user by its `id`, or `all` of them, this one too."""
@@ -296,10 +313,6 @@ def cut_afterwards(context: Context) -> Iterator[AbstractContextManager[None]]:
 def _session_of(context: Context) -> Session:
     assert context.session is not None, "only public methods run without a session"
     return context.session
-
-
-def _describe_info(info: SessionInfo) -> dict[str, Any]:
-    return {name: getattr(info, name) for name in _SHOWN}
 
 
 def _check_client(client: str) -> None:

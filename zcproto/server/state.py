@@ -6,8 +6,8 @@ import asyncio
 import copy
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -32,6 +32,7 @@ from zcproto.server.threads import ThreadPool
 from zcproto.server.tracing import Tracing
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
+from zcproto.sessions.token import id_text
 from zcproto.stores.service import SessionService
 
 CONNECTIONS_PER_TURN: Final = 100
@@ -88,6 +89,8 @@ class Connection(CallConnection, Protocol):
     @property
     def streams_open(self) -> int: ...
     def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None: ...
+    def session_rotated(self, session_id: str, token_digest: bytes) -> None: ...
+    def session_used_since(self, session_id: str) -> int | None: ...
     def disprove(self, key: str) -> None: ...
     def announce(self, body: bytes) -> None: ...
     def cut_frame(self) -> None: ...
@@ -138,10 +141,18 @@ class SessionConnections:
                 del self._by_session[session_id]
                 self.on_changed(session_id)
 
-    def remove(self, session_id: str) -> Iterable[Connection]:
+    def of(self, session_id: str) -> Sequence[Connection]:
+        """Return the connections that use a session."""
+        users = self._by_session.get(session_id)
+        if users is None:
+            return ()
+        return (*users,) if isinstance(users, set) else (users,)
+
+    def remove(self, session_id: str) -> Sequence[Connection]:
         """Forget a session that has ended; return the connections that used it."""
-        users = self._by_session.pop(session_id, ())
-        return users if isinstance(users, set | tuple) else (users,)
+        users = self.of(session_id)
+        self._by_session.pop(session_id, None)
+        return users
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
@@ -201,12 +212,15 @@ class ServerState:
     """Prefix of connection ids, different in each process."""
     numbers: Iterator[int] = field(default_factory=partial(count, 1))
     """The numbers of connections, which take one when they are first logged."""
+    _refreshing: set[tuple[CallConnection, str]] = field(init=False, default_factory=set)
+    """Connections on which a session is being refreshed: they get its newest token."""
     log_soon: LogBatch = field(init=False)
     _drained: asyncio.Event = field(init=False, default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.log_soon = LogBatch(log, self.wheel, self.clock)
         self.registry.observers.append(self._session_ended)
+        self.registry.rotation_observers.append(self._session_rotated)
 
     async def wait_drained(self) -> None:
         """Wait until no connection is left, then a moment for requests with an idempotency key.
@@ -247,6 +261,7 @@ class ServerState:
     def close(self) -> None:
         self.log_soon.write()
         self.registry.observers.remove(self._session_ended)
+        self.registry.rotation_observers.remove(self._session_rotated)
 
     def add_methods(self, methods: Iterable[Method]) -> None:
         self.methods.update((method.name, method) for method in methods)
@@ -280,6 +295,24 @@ class ServerState:
             log.info("session.evicted", session=session_id)
         for connection in self.session_connections.remove(session_id):
             connection.session_ended(session_id, code, reason)
+
+    def _session_rotated(self, session_id: str, token_digest: bytes) -> None:
+        for connection in self.session_connections.of(session_id):
+            if (connection, session_id) not in self._refreshing:
+                connection.session_rotated(session_id, token_digest)
+
+    @contextmanager
+    def refreshing(self, connection: CallConnection, session_id: bytes) -> Iterator[None]:
+        """Keep a session in use on the connection that refreshes it: its newest token is sent there."""
+        key = connection, id_text(session_id)
+        self._refreshing.add(key)
+        try:
+            yield
+        finally:
+            self._refreshing.discard(key)
+            record = self.registry.record(session_id)
+            if record is not None:  # the refresh may have failed, or another one may have followed
+                connection.session_rotated(key[1], record.token_digest)
 
     def incident(self, what: str, error: BaseException, *, peer: str, connection: str) -> str:
         """Log an internal error with its traceback; return the incident id for the peer."""

@@ -52,8 +52,11 @@ class Exchange(Lifecycle):
             if not make_room:
                 return False
             self._evict()
-        table.add(record)
+        added = table.add(record)
         self._live += 1
+        if make_room or slot != NONE:  # not while a store is loaded: no connection has any of its sessions
+            self._note_rotation(added)
+            self._announce()
         return True
 
     def restore_ended(self, ended: EndedRecord) -> None:

@@ -23,9 +23,10 @@ from zcproto.errors import Code
 from zcproto.sessions.grace import GraceTable
 from zcproto.sessions.session import EndReason, SessionSettings
 from zcproto.sessions.table import FREE, LAPSED, LIVE, NONE, SessionTable
-from zcproto.sessions.token import id_text
+from zcproto.sessions.token import id_from_text, id_text
 
 Observer = Callable[[str, Code, EndReason], None]
+RotationObserver = Callable[[str, bytes], None]
 
 NEVER: Final = 2**63
 _ENDING_COST: Final = 4  # ending a session takes about as long as scanning this many
@@ -43,6 +44,7 @@ class Lifecycle:
         self._last_used_at = table.last_used_at
         self._apply(settings)
         self._ended: list[tuple[bytes, Code, EndReason]] = []  # not yet announced to observers
+        self._rotated_ids: list[bytes] = []  # likewise
         self._wall = 0  # of the last call that passed it; the time of death of sessions ended without one
         self._cursor = 0
         self._eviction_cursor = 0
@@ -53,6 +55,7 @@ class Lifecycle:
             NEVER  # a time from which on every token is refused; see `SessionRegistry.distrust`
         )
         self.observers: list[Observer] = []
+        self.rotation_observers: list[RotationObserver] = []
         self.opened = self.refreshed = self.expired = self.revoked = self.replaced = 0
         self.refresh_reused = self.checks_refused = self.sweeps = 0
 
@@ -139,6 +142,15 @@ class Lifecycle:
     def _is_forgotten(self, slot: int, wall: int) -> bool:
         return wall - self._last_used_at[slot] >= self._settings.dead_keep_ms
 
+    def expire(self, session_id: str, wall: int) -> None:
+        """Let a session lapse or end now if it is due, before `clean` finds it."""
+        raw = id_from_text(session_id)
+        slot = NONE if raw is None else self._slot_of(raw)
+        if slot != NONE:
+            self._wall = wall
+            self._expire_if_due(slot, wall)
+            self._announce()
+
     def _is_kept(self, slot: int) -> bool:
         return FREE < self._state[slot] <= LAPSED
 
@@ -197,10 +209,22 @@ class Lifecycle:
             self.revoked += 1
         self._end(slot, Code.TOKEN_REVOKED, reason)
 
+    def _note_rotation(self, slot: int) -> None:
+        """Note that a session has another token than it may have had."""
+        if self.rotation_observers:
+            self._rotated_ids.append(self._table.ids[slot])
+
     def _announce(self) -> None:
-        """Notify observers of the sessions ended since the last call."""
+        """Notify observers of the sessions that ended or got another token since the last call."""
         if self._ended:
             ended, self._ended = self._ended, []
             for session_id, code, reason in ended:
                 for observer in self.observers:
                     observer(id_text(session_id), code, reason)
+        if self._rotated_ids:
+            rotated, self._rotated_ids = self._rotated_ids, []
+            for session_id in rotated:
+                slot = self._slot_of(session_id)
+                if slot != NONE:
+                    for notify in self.rotation_observers:
+                        notify(id_text(session_id), self._table.tokens[slot])

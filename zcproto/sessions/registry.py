@@ -67,11 +67,12 @@ class SessionRegistry(Exchange):
     """All sessions of one process.
 
     `observers` are called with (session id, code, reason) when a live session ends: TOKEN_EXPIRED (also if a
-    refresh could revive it), TOKEN_REVOKED or SESSION_REPLACED; not for a refresh. `generation` grows whenever a
-    token may have become invalid. The other integers are counters: sessions `opened`, `refreshed`, `expired`,
-    `revoked` (neither closed by their clients nor ended by another server) and `replaced`; reused refresh tokens
-    that ended a session (`refresh_reused`); tokens refused by `check` (`checks_refused`); completed passes of
-    `clean` (`sweeps`).
+    refresh could revive it), TOKEN_REVOKED or SESSION_REPLACED; not for a refresh. `rotation_observers` are called
+    with (session id, digest of its token) when a session may have another token than before: after a refresh, and
+    when it is read from a store. `generation` grows whenever a token may have become invalid. Other integers are
+    counters: sessions `opened`, `refreshed`, `expired`, `revoked` (neither closed by their clients nor ended by
+    another server) and `replaced`; reused refresh tokens that ended a session (`refresh_reused`); tokens refused by
+    `check` (`checks_refused`); completed passes of `clean` (`sweeps`).
     """
 
     def __init__(self, settings: SessionSettings, entropy: Callable[[int], bytes]) -> None:
@@ -434,6 +435,7 @@ class SessionRegistry(Exchange):
         table.last_used_at[slot] = wall
         table.expires_at[slot] = min(wall + settings.lifetime_ms, table.refresh_expires_at[slot])
         self.generation += 1
+        self._note_rotation(slot)
         return old
 
     def _rotated(
@@ -441,6 +443,7 @@ class SessionRegistry(Exchange):
     ) -> OpenedSession:
         self._grace.keep(self._table.ids[slot], spent, token, refresh_token, wall)
         self.refreshed += 1
+        self._announce()
         return self._opened(slot, token, refresh_token)
 
     # Listing and revoking
