@@ -488,6 +488,82 @@ async def test_refreshed_token_is_shown_on_further_connections() -> None:
 
 
 @scripted
+async def test_refreshed_token_is_shown_at_once_on_full_and_draining_connections() -> None:
+    fleet = Fleet(A, max_streams=2)
+    fleet[A].session = refreshable()
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(4)]
+        draining, full = fleet[A].links
+        draining.go_away()
+        await asyncio.sleep(1)
+        main = fleet[A].links[2]
+        client._sessions.expired(client._sessions.token)
+        await client.call("echo")
+        refresh, *_ = fleet[A].calls("session.refresh")
+        for link in (draining, full):
+            last = link.requests[-1]
+            assert (last.method, last.token) == ("session.info", client._sessions.token)
+            last.fail(Code.UNAVAILABLE if link is draining else Code.RESOURCE_EXHAUSTED)
+        assert refresh.link is main
+        await client.call("echo")
+        assert not draining.ended
+        for call in held:
+            call.cancel()
+
+
+@scripted
+async def test_handlers_are_registered_on_each_connection_before_other_requests() -> None:
+    fleet = Fleet(A, max_streams=2, calls={"max": 32})
+    fleet[A].session = refreshable()
+    client = fleet.client(max_connections=3)
+
+    @client.handler("ask")
+    async def ask(x: int = 0) -> int:
+        return x + 1
+
+    async with client:
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(5)]
+        main, *others = fleet[A].links
+        assert [link.requests[0].method for link in others] == ["session.handle", "session.handle"]
+        first = client._sessions.token
+        for link in fleet[A].links:
+            link.call(1, "ask", {"x": 1}, token=first)
+        await turns()
+        assert [link.answers for link in fleet[A].links] == [[(1, 2)]] * 3
+        for request in fleet[A].calls()[:4]:
+            request.respond(None)
+        await turns()
+        client._sessions.expired(first)
+        await client.call("echo")
+        newest = client._sessions.token
+        assert newest != first
+        for link in others:
+            shown = [request for request in link.requests if request.token == newest]
+            assert shown[0].method == "session.handle"
+        for link in fleet[A].links:
+            link.call(2, "ask", {"x": 2}, token=newest)
+        await turns()
+        assert [link.answers[1:] for link in fleet[A].links] == [[(2, 3)]] * 3
+        assert main.answers[-1] == (2, 3)
+        for call in held:
+            call.cancel()
+
+
+@scripted
+async def test_handlers_are_registered_first_after_a_reconnect() -> None:
+    fleet = Fleet(A, calls={"max": 32})
+    client = fleet.client()
+    client.handler("ask")(lambda: 1)
+    async with client:
+        calls = [asyncio.create_task(client.call("echo", idempotency_key=str(n))) for n in range(3)]
+        fleet[A].script("echo", silence, silence, silence)
+        await turns()
+        await fleet[A].lose()
+        await asyncio.gather(*calls)
+        assert fleet[A].link.requests[0].method == "session.handle"
+
+
+@scripted
 async def test_call_that_waits_for_room_can_be_cancelled() -> None:
     fleet = Fleet(A, max_streams=1)
     async with fleet.client(max_connections=2) as client:

@@ -228,7 +228,7 @@ class Client(SessionClient):
 
     def _further_connected(self, connection: ClientProtocol) -> None:
         for each in (self, *self._users):
-            each._sessions.present(connection)
+            each._show_session(connection, is_further=True)
 
     async def _show_users(self, connection: ClientProtocol) -> None:
         """Show the sessions of all users, as many at once as the server allows requests."""

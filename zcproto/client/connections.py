@@ -82,6 +82,12 @@ class ConnectionManager:
         """The cause of the last failed attempt, or of the last loss."""
         return self._endpoints.last_error
 
+    @property
+    def open(self) -> list[ClientProtocol]:
+        """All connections that have not ended, with those that take no more requests."""
+        current = [] if self.current is None else [self.current]
+        return [*current, *self.further, *(each for each in self._older if each.error is None)]
+
     async def get(self) -> ClientProtocol:
         """Return the connection for new calls; connect first if necessary, and retry transient failures.
 

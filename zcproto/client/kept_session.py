@@ -68,7 +68,7 @@ class KeptSessionManager(SessionManager):
                         self._drop_resumed()
             else:
                 self._resumed = None
-                self._begin(session)
+                self._begin(session, connection)
                 return True
             connection = await self._ready_connection()
         return False

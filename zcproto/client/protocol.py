@@ -375,6 +375,13 @@ class ClientProtocol(asyncio.Protocol):
         self._add_pending(call, stream, deadline)
         return stream, call
 
+    def show(self, token: bytes, deadline: float) -> PendingCall:
+        """Show a token, also while the server allows no other requests. Raises like `ClientConnection.show`."""
+        stream = self.conversation.show(token, self._clock.wall())
+        call = self._create_future()
+        self._add_pending(call, stream, deadline)
+        return stream, call
+
     def open_stream(
         self,
         method: str,

@@ -1,9 +1,13 @@
-"""Keeps the handlers of a session registered on the current connection, and their session in use.
+"""Keeps the handlers of a session registered on its connections, and their session in use.
 
-    connected, session opened, handler added  ->  session.handle  ->  wait for the next change
+    connected, session opened or refreshed, handler added  ->  session.handle  ->  wait for the next change
 
 Decides: when `session.handle` is sent, and sent again after an error by the table in `retry.py`; that the session
 of a client which only waits for calls is renewed, and shown to the server before its idle timeout.
+
+Rules:
+- Each connection has the registration, further ones too, and gets it before other requests: methods call back where
+  they were called.
 
 Must not know: what handlers do, how sessions are opened.
 """
@@ -21,7 +25,14 @@ from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
 from zcproto.common.clock import MS_PER_SECOND
-from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, LoginError, ZcprotoError
+from zcproto.errors import (
+    CallError,
+    ConnectionClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    LoginError,
+    ZcprotoError,
+)
 from zcproto.wire.frame import NO_TOKEN
 
 log = logging.getLogger("zcproto.client")
@@ -31,7 +42,7 @@ MIN_INTERVAL: Final = 1.0
 
 
 class Registrar:
-    """Registers the handlers of one session. It does nothing without handlers."""
+    """Registers the handlers of one session on its connections. It does nothing without handlers."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sessions: SessionManager, handlers: Handlers, random: Random
@@ -40,17 +51,41 @@ class Registrar:
         self._sessions = sessions
         self._handlers = handlers
         self._backoff = Backoff(random)
-        self._connection: ClientProtocol | None = None
-        self._sent: frozenset[str] = frozenset()  # on this connection
+        self._main: ClientProtocol | None = None
+        self._sent: dict[ClientProtocol, frozenset[str]] = {}  # what each connection has
+        self._begun: dict[ClientProtocol, tuple[frozenset[str], PendingCall]] = {}  # not yet awaited
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def connected(self, connection: ClientProtocol) -> bool:
-        """Use another connection. Return True if the session will be shown on it."""
-        self._connection, self._sent = connection, frozenset()
+    def connected(self, connection: ClientProtocol, *, is_further: bool = False) -> bool:
+        """Use another connection, beside the main one or in its place. Return True if that shows the session."""
+        if not is_further:
+            self._main = connection
+        self._sent[connection] = frozenset()
+        shows = bool(self._handlers.names) and "calls" in connection.conversation.welcome
+        if not (shows and not self._sessions.is_renewing and self.begin(connection)):
+            self.changed()
+        return shows
+
+    def begin(self, connection: ClientProtocol) -> bool:
+        """Send `session.handle` with the present token now, if possible. Return True if it was sent."""
+        names = self._handlers.names
+        if (
+            not (names and connection.ready and "calls" in connection.conversation.welcome)
+            or self._sessions.session is None
+            or self._sessions.needs_proof(connection)
+        ):
+            return False
+        self._sent[connection] = frozenset()
+        try:
+            stream, call = self._request(connection, names, self._sessions.token)
+        except InvalidArgument:  # too large for a connection without a session
+            return False
+        call.add_done_callback(lambda call: call.cancelled() or call.exception())  # mark it as retrieved
+        self._begun[connection] = names, (stream, call)
         self.changed()
-        return bool(self._handlers.names) and "calls" in connection.conversation.welcome
+        return True
 
     def add(self, handler: Handler) -> None:
         self._handlers.add(handler)
@@ -89,45 +124,61 @@ class Registrar:
 
     async def _step(self) -> float:
         """Send what is due. Return the seconds until the next step, unless something changes before."""
-        sessions, connection = self._sessions, self._connection
-        if connection is None or connection.draining:
+        for connection in [*self._sent]:
+            if connection.draining or connection.error is not None:
+                del self._sent[connection]
+                self._begun.pop(connection, None)
+        if not self._sent:
             return inf
-        if "calls" not in connection.conversation.welcome:
+        if not any("calls" in connection.conversation.welcome for connection in self._sent):
             log.warning("the server makes no calls; the handlers of this client are not used")
             return inf
         try:
-            await sessions.ensure()
+            await self._sessions.ensure()
         except LoginError as error:  # such as an identity provider that is down
             log.warning("handlers of this client wait for a session: %s", error)
             return self._backoff.next() + MIN_INTERVAL
         except ZcprotoError:  # the next call of the application raises it
             return inf
-        await connection.wait_ready()
         self._changed.clear()  # what follows reads everything again
-        if not connection.ready or connection is not self._connection or sessions.token == NO_TOKEN:
+        return min(await asyncio.gather(*map(self._register, self._sent)), default=inf)
+
+    async def _register(self, connection: ClientProtocol) -> float:
+        """Send what is due on a connection. Return the seconds until the next step."""
+        sessions = self._sessions
+        await connection.wait_ready()
+        if not connection.ready or "calls" not in connection.conversation.welcome:
+            return inf
+        if sessions.token == NO_TOKEN:
             return inf
         names, token = self._handlers.names, sessions.token
+        begun = self._begun.pop(connection, None)
         if not connection.conversation.handles(token):
-            self._sent = frozenset()
-        if names == self._sent and self._idle_left() > 0:
-            return max(self._idle_left(), MIN_INTERVAL)
+            self._sent[connection] = frozenset()
+        is_main = connection is self._main
+        if begun is None and names == self._sent[connection] and (not is_main or self._idle_left() > 0):
+            return max(self._idle_left(), MIN_INTERVAL) if is_main else inf
         try:
-            if sessions.needs_proof(connection):
-                await sessions.attach(connection, token)
-            await answer(connection, self._request(connection, names, token))
+            if begun is not None:
+                names, pending = begun
+            else:
+                if sessions.needs_proof(connection):
+                    await sessions.attach(connection, token)
+                pending = self._request(connection, names, token)
+            await answer(connection, pending)
         except ConnectionClosed:
             return inf  # there will be another connection
         except CallError as error:
             return await self._after_error(error, connection, token)
-        self._sent = names
+        self._sent[connection] = names
         self._backoff.reset()
-        return max(self._idle_left(), MIN_INTERVAL)
+        return max(self._idle_left(), MIN_INTERVAL) if is_main else inf
 
     def _request(self, connection: ClientProtocol, names: frozenset[str], token: bytes) -> PendingCall:
         now = self._loop.time()
         self._sessions.used(now)
         deadline = now + ANSWER_TIMEOUT
-        if names == self._sent:
+        if names == self._sent[connection]:
             return connection.request("session.info", None, token, None, deadline)
         self._handlers.user = "" if self._sessions.session is None else self._sessions.session.user
         return connection.handle(names, self._handlers.most, self._handlers, token, deadline)

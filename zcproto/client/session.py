@@ -155,7 +155,7 @@ class SessionManager:
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
     From `noted_until` on, pass the time of a call to `used`.
     `is_lost`: the server does not know the token, and another session has not been opened yet.
-    `on_changed` is called after each change of the token, with the previous one.
+    `on_changed` is called after each change of the token, with the previous one and the connection that it came by.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -166,7 +166,9 @@ class SessionManager:
     credentials: Credentials | None
     client: str
     random: Random
-    on_changed: Callable[[bytes], None] = field(default=lambda previous: None, init=False)
+    on_changed: Callable[[bytes, ClientProtocol], None] = field(
+        default=lambda previous, connection: None, init=False
+    )
     session: ClientSession | None = field(default=None, init=False)
     token: bytes = field(default=NO_TOKEN, init=False)
     _previous_token: bytes = field(default=NO_TOKEN, init=False)
@@ -326,13 +328,20 @@ class SessionManager:
         For a bound session, prove the device's key. This small request precedes larger ones, which the server
         refuses on a connection without a session.
         """
-        if self._renewing is None:
+        if not self.is_renewing:
             self.present_now(connection)
 
+    @property
+    def is_renewing(self) -> bool:
+        """Whether another token is being obtained."""
+        return self._renewing is not None
+
     def present_now(self, connection: ClientProtocol) -> None:
-        """Present the token like `present`, also one that was just obtained."""
-        if self.session is None or not connection.ready:
+        """Present the token like `present`, also one that was just obtained, and to a server that goes away."""
+        if self.session is None or connection.error is not None:
             return
+        if self.needs_proof(connection) and not connection.ready:
+            return  # it was not used there
         token = self.token
         _, call = self._show(connection)
 
@@ -346,7 +355,7 @@ class SessionManager:
     def _show(self, connection: ClientProtocol) -> PendingCall:
         if self._device is not None and self.needs_proof(connection):
             return self._attach(connection, self._device)
-        return connection.request("session.info", None, self.token, None, self._loop.time() + ANSWER_TIMEOUT)
+        return connection.show(self.token, self._loop.time() + ANSWER_TIMEOUT)
 
     def _attach(self, connection: ClientProtocol, device: DeviceKey) -> PendingCall:
         """Prove the device's key on a connection. Concurrent callers share one request."""
@@ -557,7 +566,7 @@ class SessionManager:
         connection.cancel_calls(self.token)  # unless the refreshed session has taken them over
         self.session, self.is_lost = session, False
         self._previous_token, self.token = self.token, session.token_bytes
-        self._begin(session)
+        self._begin(session, connection)
         if session.valid_until - now < MIN_REFRESH_INTERVAL:
             self._not_before = now + MIN_REFRESH_INTERVAL + self._backoff.next()
         else:
@@ -568,9 +577,9 @@ class SessionManager:
         now = self._loop.time()
         return ClientSession(result, server_wall=server_wall, now=now, jitter=self.random())
 
-    def _begin(self, session: ClientSession) -> None:
-        """Use a session that the server has accepted."""
-        self.on_changed(self._previous_token)
+    def _begin(self, session: ClientSession, connection: ClientProtocol) -> None:
+        """Use a session that the server has accepted on a connection."""
+        self.on_changed(self._previous_token, connection)
         can_refresh = session.can_refresh(self._loop.time())
         self._wheel.set(self, session.refresh_at if can_refresh else NEVER)
 

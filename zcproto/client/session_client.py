@@ -96,11 +96,14 @@ class SessionClient:
         self._registrar = Registrar(self._loop, self._sessions, self._handlers, self._random)
         self._sessions.on_changed = self._session_changed
 
-    def _session_changed(self, previous: bytes) -> None:
-        """Show another token on all connections; on that which it came by it is known."""
-        for connection in self._connections.further:
-            connection.conversation.session_ended(previous)
-            self._sessions.present_now(connection)
+    def _session_changed(self, previous: bytes, connection: ClientProtocol) -> None:
+        """Show another token on each connection but the one that it came by (zcp1.md, section 9.6)."""
+        for other in self._connections.open:
+            if other is not connection:
+                other.conversation.session_ended(previous)
+                other.cancel_calls(previous)
+                if not self._registrar.begin(other):
+                    self._sessions.present_now(other)
         self._registrar.changed()
 
     # --- state ------------------------------------------------------------------------------------
@@ -442,9 +445,9 @@ class SessionClient:
         """Whether the server revoked or refused the session: only the application may open another one."""
         return self._sessions.is_over
 
-    def _show_session(self, connection: ClientProtocol) -> None:
-        """Show the session on a new connection, and register its handlers there."""
-        if not self._registrar.connected(connection):
+    def _show_session(self, connection: ClientProtocol, *, is_further: bool = False) -> None:
+        """Show the session on a new connection, and register its handlers there, before other requests."""
+        if not self._registrar.connected(connection, is_further=is_further):
             self._sessions.present(connection)
 
     def _owns(self, token: bytes) -> bool:

@@ -141,6 +141,22 @@ class ClientOutput:
         self._send(head, stream, token, body, wall)
         return stream
 
+    def show(self, token: bytes, wall: int) -> int:
+        """Queue a `session.info` with a token, and return its stream.
+
+        Also after GOAWAY and at the limit of requests in flight: a refused request shows the token, too.
+        Raises Unavailable before WELCOME, ConnectionClosed after the end.
+        """
+        if self.state not in (State.OPEN, State.DRAINING):
+            self._refuse_request()
+        stream = self._next_stream
+        while stream in self.in_flight:
+            stream = stream % MAX_STREAM + 1
+        self._next_stream = stream % MAX_STREAM + 1
+        self.in_flight[stream] = self._last_token = token
+        self._send(REQUEST, stream, token, encode_body(["session.info", None]), wall)
+        return stream
+
     def open_stream(
         self,
         method: str,
