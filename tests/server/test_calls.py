@@ -327,6 +327,93 @@ def test_cancellation_before_the_answer_of_the_same_turn_drops_it(client: CallPe
     assert task.cancelled()
 
 
+# --- several connections of a client -------------------------------------------------------------------
+
+
+def further(client: CallPeer, *methods: str) -> CallPeer:
+    """Return another connection of the client's session, which registers methods."""
+    peer = CallPeer(client.harness)
+    peer.opened, peer.token = client.opened, client.token  # type: ignore[attr-defined]
+    peer.send(peer.request(98, "big", {"n": 0, "size": 0}))
+    peer.answers()
+    if methods:
+        peer.handle(*methods)
+    return peer
+
+
+def answered(peer: CallPeer, *callers: CallPeer) -> bool:
+    """Let a method that was called on one connection call back; return whether that arrives on `peer`."""
+    caller = callers[0] if callers else peer
+    caller.send(caller.request(7, "call", {"method": "approve"}))
+    peer.harness.turn()
+    calls = [answer for answer in peer.answers() if answer.raw[1] == CALL]
+    for call in calls:
+        peer.send(peer.result(call.stream, "yes"))
+    peer.harness.turn()
+    return bool(calls)
+
+
+def test_method_on_a_further_connection_calls_the_connection_that_has_registered(
+    client: CallPeer, harness: Harness
+) -> None:
+    other = further(client)
+    assert answered(client, other)
+    (answer,) = other.answers()
+    assert (answer.stream, answer.value) == (7, "yes")
+
+
+def test_method_calls_its_own_connection_if_that_has_registered(client: CallPeer) -> None:
+    newest = further(client, "approve")
+    assert answered(client)
+    assert newest.sent() == []
+    assert answered(newest)
+
+
+def test_method_calls_the_newest_connection_of_its_session_that_takes_calls(
+    client: CallPeer, harness: Harness
+) -> None:
+    connections = [client, *(further(client, "approve", "ask") for _ in range(3)), further(client, "ask")]
+    caller = further(client)
+    second, third, newest = connections[1:4]
+    stranger = CallPeer(harness)
+    stranger.login()
+    stranger.handle("approve")
+    assert answered(newest, caller)
+    caller.answers()
+    newest.protocol.go_away(GoAwayReason.DRAINING)
+    assert answered(third, caller)
+    caller.answers()
+    third.lose()
+    session_id: str = client.opened.session.id  # type: ignore[attr-defined]
+    harness.in_loop(lambda: second.protocol.session_rotated(session_id, b"n" * 32))
+    second.answers()
+    assert answered(client, caller)
+    assert stranger.sent() == []
+
+
+def test_call_without_any_registration_of_the_session_is_unavailable(client: CallPeer) -> None:
+    other = further(client)
+    client.handle()
+    other.send(other.request(7, "call", {"method": "approve"}))
+    other.harness.turn()
+    assert "no methods on this connection" in other.answers()[0].error.message
+    assert client.sent() == []
+
+
+def test_client_with_several_connections_is_listed_once(client: CallPeer, harness: Harness) -> None:
+    find = harness.state.clients.find
+    newest = further(client, "approve")
+    elsewhere = further(client, "approve")
+    elsewhere.protocol.peer = "198.51.100.9"
+    assert [each._connection for each in find()] == [
+        elsewhere.protocol,
+        newest.protocol,
+    ]  # who would be called
+    assert [each._connection for each in find("ada", "ask")] == [client.protocol]
+    newest.lose()
+    assert [each._connection for each in find("ada")] == [elsewhere.protocol, client.protocol]
+
+
 # --- the end of sessions and connections ---------------------------------------------------------------
 
 

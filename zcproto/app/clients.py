@@ -11,20 +11,22 @@ DEFAULT_TIMEOUT: Final = 30.0
 
 
 class ClientConnections(Protocol):
-    """The connection of a client, as a call to it uses it."""
+    """A connection of a client, as a call to it uses it."""
 
     async def call_client(
         self,
+        user: str,
         session_id: str,
         method: str,
         params: Mapping[str, Any],
         timeout: float,  # noqa: ASYNC109  it is sent
         traceparent: str | None,
-    ) -> Any: ...
+    ) -> Any:
+        """Call a method of the client here, or where its session has registered it."""
 
 
 class ConnectedClient:
-    """The client of one session on one connection.
+    """The client of one session. A call goes to this connection, or to another of the session that handles it.
 
     `context.client` is that of the running call; `server.clients` lists the others.
     """
@@ -54,14 +56,16 @@ class ConnectedClient:
         Pass params by name, or in a mapping if a name is one of this function's own. `timeout` in seconds is sent
         as the call's deadline. Nothing is repeated: treat every failure of an approval as a refusal.
 
-        Raises Unavailable if the client handles no such method here, ResourceExhausted at a limit, DeadlineExceeded
+        Raises Unavailable if the client handles no such method, ResourceExhausted at a limit, DeadlineExceeded
         after the timeout, ConnectionClosed if the connection or the session ended and the call may have run, the
         CallError of the handler, InvalidArgument for params that cannot be sent.
         """
         if params is not None:
             named = {**params, **named}
         try:
-            return await self._connection.call_client(self.session_id, method, named, timeout, traceparent)
+            return await self._connection.call_client(
+                self.user, self.session_id, method, named, timeout, traceparent
+            )
         except (CallError, ConnectionClosed) as error:
             error.of_client = True
             raise

@@ -507,6 +507,10 @@ class ClientProtocol(asyncio.Protocol):
             await self._waiting.wait(was_woken=was_woken, pass_on=self._update_ready)
             was_woken = True
 
+    def pass_on(self) -> None:
+        """Let the next caller of `wait_ready` go on: this one sends nothing."""
+        self._update_ready()
+
     def _update_ready(self) -> None:
         conversation = self.conversation
         free = self.free_streams

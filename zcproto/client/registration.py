@@ -145,19 +145,24 @@ class Registrar:
 
     async def _register(self, connection: ClientProtocol) -> float:
         """Send what is due on a connection. Return the seconds until the next step."""
-        sessions = self._sessions
-        await connection.wait_ready()
-        if not connection.ready or "calls" not in connection.conversation.welcome:
-            return inf
-        if sessions.token == NO_TOKEN:
-            return inf
-        names, token = self._handlers.names, sessions.token
-        begun = self._begun.pop(connection, None)
-        if not connection.conversation.handles(token):
-            self._sent[connection] = frozenset()
-        is_main = connection is self._main
-        if begun is None and names == self._sent[connection] and (not is_main or self._idle_left() > 0):
-            return max(self._idle_left(), MIN_INTERVAL) if is_main else inf
+        sessions, was_woken = self._sessions, False
+        while True:
+            names, token = self._handlers.names, sessions.token
+            if connection.draining or connection.error is not None or token == NO_TOKEN:
+                return inf
+            if "calls" not in connection.conversation.welcome:
+                return inf
+            if not connection.conversation.handles(token):
+                self._sent[connection] = frozenset()
+            begun = self._begun.pop(connection, None)
+            if begun is None and not self._is_due(connection, names):
+                if was_woken:
+                    connection.pass_on()
+                return self._next_step(connection)
+            if begun is not None or connection.ready:
+                break
+            await connection.wait_ready()
+            was_woken = True
         try:
             if begun is not None:
                 names, pending = begun
@@ -172,7 +177,14 @@ class Registrar:
             return await self._after_error(error, connection, token)
         self._sent[connection] = names
         self._backoff.reset()
-        return max(self._idle_left(), MIN_INTERVAL) if is_main else inf
+        return self._next_step(connection)
+
+    def _is_due(self, connection: ClientProtocol, names: frozenset[str]) -> bool:
+        """Return whether a request has to be sent: a registration, or one that only shows the session."""
+        return names != self._sent[connection] or (connection is self._main and self._idle_left() <= 0)
+
+    def _next_step(self, connection: ClientProtocol) -> float:
+        return max(self._idle_left(), MIN_INTERVAL) if connection is self._main else inf
 
     def _request(self, connection: ClientProtocol, names: frozenset[str], token: bytes) -> PendingCall:
         now = self._loop.time()

@@ -2,7 +2,8 @@
 
     session.handle -> `add`;  the session or its connection ends -> `remove`
     the session expires -> `suspend`;  it was refreshed and is used on the connection -> `resume`
-    server.clients -> `find`: the newest registration first
+    server.clients -> `find`: the newest registration first; one for each session and address
+    a method calls -> `handling`: another connection of the session, if its own does not handle the method
 
 Rules:
 - The names that clients register, and the calls to them, are limited for each user.
@@ -14,10 +15,10 @@ It must not know: what is on the wire, who calls.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.errors import ResourceExhausted
@@ -57,6 +58,21 @@ class Registration:
 
 class Registering(ClientConnections, Protocol):
     """A connection that registers methods of its client."""
+
+    peer: str
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    async def call_here(
+        self,
+        session_id: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+    ) -> Any:
+        """Call a method that the client has registered on this connection."""
 
     def unregister(self, session_id: str) -> None:
         """Drop the registration of a session, here too."""
@@ -159,14 +175,33 @@ class RegisteredClients:
                 del self._by_user[user], self._names[user]
 
     def find(self, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
-        """Return the clients of a user, or of all users, that handle a method, or any: the newest first."""
+        """Return the clients of a user, or of all users, that handle a method, or any: the newest first.
+
+        A client that has several connections is listed once, for its newest registration.
+        """
         users = self._by_user.values() if user is None else [self._by_user.get(user, {})]
-        return [
-            found.client
-            for registrations in users
-            for found in reversed(registrations.values())
-            if not found.is_suspended and (handles is None or handles in found.methods)
-        ]
+        clients: dict[tuple[str, str], ConnectedClient] = {}
+        for registrations in users:
+            for (connection, session_id), found in reversed(registrations.items()):
+                if not found.is_suspended and (handles is None or handles in found.methods):
+                    clients.setdefault((session_id, connection.peer), found.client)
+        return [*clients.values()]
+
+    def handles(self, connection: Registering, session_id: str, method: str) -> bool:
+        """Return whether a session has registered a method on a connection, and is not suspended there."""
+        found = self._find(connection, session_id)
+        return found is not None and not found.is_suspended and method in found.methods
+
+    def handling(self, user: str, session_id: str, method: str) -> Registering | None:
+        """Return the connection on which a session has registered a method last, of those that take calls."""
+        for connection, owner in reversed(self._by_user.get(user, {})):
+            if (
+                owner == session_id
+                and not connection.is_draining
+                and self.handles(connection, session_id, method)
+            ):
+                return connection
+        return None
 
     # --- calls -----------------------------------------------------------------------------------------
 

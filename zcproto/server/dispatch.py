@@ -28,6 +28,7 @@ from zcproto.common.network import network_of
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
+from zcproto.connection.state import State
 from zcproto.errors import (
     Aborted,
     CallError,
@@ -40,6 +41,7 @@ from zcproto.errors import (
     ZcprotoError,
 )
 from zcproto.server.calls import CallRunner
+from zcproto.server.clients import Registering
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.state import PART_BITS, ServerState, log
@@ -165,7 +167,31 @@ class Dispatcher(asyncio.Protocol):
             self._state.clients.suspend(self, session_id)
             self._calls.session_ended(session_id, is_kept=True, why=why)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether the client was asked to leave, or the conversation has ended."""
+        return self._connection is None or self._connection.state is not State.OPEN
+
     async def call_client(
+        self,
+        user: str,
+        session_id: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+    ) -> Any:
+        """Call a method of a session's client and return its result.
+
+        The client may have registered the method on another of its connections only: the newest one is called then.
+        """
+        clients = self._state.clients
+        connection: Registering = self
+        if not clients.handles(self, session_id, method):
+            connection = clients.handling(user, session_id, method) or self
+        return await connection.call_here(session_id, method, params, timeout, traceparent)
+
+    async def call_here(
         self,
         session_id: str,
         method: str,
@@ -173,7 +199,7 @@ class Dispatcher(asyncio.Protocol):
         timeout: float,  # noqa: ASYNC109  it is sent
         traceparent: str | None,
     ) -> Any:
-        """Call a method of the client, for a session, and return its result."""
+        """Call a method that the client has registered on this connection, and return its result."""
 
         async def call(traceparent: str | None) -> Any:
             if self._calls is None:

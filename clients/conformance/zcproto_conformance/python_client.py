@@ -133,8 +133,9 @@ class Conform:
             "client": step.get("client_name"),
             "home": Path(step["home"]),
         }
-        if "max_calls" in step:
-            options["max_calls"] = step["max_calls"]
+        for name in ("max_calls", "max_connections"):
+            if name in step:
+                options[name] = step[name]
         for name in ("timeout", "connect_timeout"):
             if f"{name}_ms" in step:
                 options[name] = step[f"{name}_ms"] / _MS

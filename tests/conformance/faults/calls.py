@@ -376,6 +376,10 @@ SESSIONS: Final[dict[str, Fault]] = {
         "always uses its first refresh token",
         (f"{_MANAGER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
     ),
+    "refresh-shown-on-each-connection": fault(
+        "shows a new token only where it takes new calls",
+        (f"{_CLIENT}._session_changed", "self._connections.open", "self._connections.further"),
+    ),
     "concurrent-calls-share-one-refresh": fault(
         "refreshes once per call", (f"{_MANAGER}.ensure", "if self._renewing is None:", "if True:")
     ),

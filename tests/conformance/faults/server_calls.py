@@ -7,20 +7,28 @@ from typing import Final
 from tests.conformance.faults.mutation import Fault, fault
 
 _PROTOCOL: Final = "zcproto.client.protocol:ClientProtocol"
-_STEP: Final = "zcproto.client.registration:Registrar._step"
+_REGISTRAR: Final = "zcproto.client.registration:Registrar"
+_REGISTER: Final = f"{_REGISTRAR}._register"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVED: Final = f"{_CONNECTION}._received_call"
 _OUTPUT: Final = "zcproto.connection.client_output:ClientOutput"
 _CALLS: Final = "zcproto.connection.client_calls:ClientCalls"
 _RECEIVE: Final = f"{_CALLS}.receive"
 
+_REGISTERED_ONCE: Final = (
+    (f"{_REGISTRAR}.connected", "= frozenset()", "= self._handlers.names if self._sent else frozenset()"),
+    (f"{_REGISTRAR}.connected", "and self.begin(connection)", "and False"),
+    (_REGISTER, "if not connection.conversation.handles(token):", "if False:"),
+)
+"""As if each connection had what the first one has."""
+
 SERVER_CALLS: Final[dict[str, Fault]] = {
     "handle": fault(
         "registers the new method alone",
         (
-            _STEP,
+            _REGISTER,
             "names, token = self._handlers.names, sessions.token",
-            "names, token = self._handlers.names - self._sent, sessions.token",
+            "names, token = self._handlers.names - self._sent[connection], sessions.token",
         ),
     ),
     "call": fault(
@@ -103,7 +111,8 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     ),
     "handle-without-calls": fault(
         "registers methods whatever WELCOME announces",
-        (_STEP, 'if "calls" not in connection.conversation.welcome:', "if False:"),
+        (f"{_REGISTRAR}._step", 'if not any("calls" in', 'if False and not any("calls" in'),
+        (_REGISTER, 'if "calls" not in connection.conversation.welcome:', "if False:"),
         (f"{_OUTPUT}.handle", 'if self.state is State.OPEN and "calls" not in self.welcome:', "if False:"),
     ),
     "call-result-of-max-frame": fault(
@@ -115,12 +124,15 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     ),
     "handle-after-reconnect": fault(
         "registers its methods once",
+        *_REGISTERED_ONCE,
+    ),
+    "handle-on-further-connections": fault(
+        "registers its methods on the main connection alone",
         (
-            "zcproto.client.registration:Registrar.connected",
-            "self._connection, self._sent = connection, frozenset()",
-            "self._connection = connection",
+            "zcproto.client.client:Client._further_connected",
+            "each._show_session(connection, is_further=True)",
+            "each._sessions.present(connection)",
         ),
-        (_STEP, "if not connection.conversation.handles(token):", "if False:"),
     ),
     "call-after-a-refresh": fault(
         "forgets a registration with the refresh of its session",
@@ -137,19 +149,14 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     "handle-with-an-expired-token": fault(
         "counts a registration that was refused",
         (
-            _STEP,
+            _REGISTER,
             "return await self._after_error(error, connection, token)",
             "self._sessions.refused(token, error)",
         ),
     ),
     "handle-after-a-lost-refresh": fault(
         "registers on the first connection alone",
-        (
-            "zcproto.client.registration:Registrar.connected",
-            "self._connection, self._sent = connection, frozenset()",
-            "self._connection = connection",
-        ),
-        (_STEP, "self._sent = frozenset()", "pass"),
+        *_REGISTERED_ONCE,
     ),
     "calls-of-a-revoked-session": fault(
         "runs the handlers of a session on that has ended",

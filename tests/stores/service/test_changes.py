@@ -12,6 +12,7 @@ from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWit
 from zcproto.errors import Code
 from zcproto.sessions import Session
 from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.token import digest_of
 from zcproto.stores import sync as sync_module
 from zcproto.stores.base import Change, ChangeKind
 
@@ -85,6 +86,25 @@ async def test_session_in_use_whose_end_is_reported_ends_without_asking_the_stor
     assert other.check(unused.token) is Code.UNAUTHENTICATED  # forgotten: the store is asked if it comes back
     await other.settle()
     assert len(other.store.calls) == calls
+
+
+async def test_refresh_by_another_process_is_reported_to_those_that_use_the_session(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    seen: dict[str, list[tuple[str, bytes]]] = {"one": [], "other": []}
+    for name, process in (("one", one), ("other", other)):
+        process.registry.rotation_observers.append(lambda *rotation, name=name: seen[name].append(rotation))
+    refreshed = await one.refresh(opened)
+    newest = (opened.session.id, digest_of(refreshed.token))
+    assert seen == {"one": [newest], "other": []}
+    other.store.report_change(raw(opened))
+    await other.settle()
+    assert seen == {"one": [newest], "other": [newest]}
 
 
 async def test_session_in_use_refreshed_by_another_process_has_the_new_token(

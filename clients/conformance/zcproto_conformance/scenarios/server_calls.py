@@ -91,6 +91,33 @@ async def _(harness: Harness) -> None:
     await call.expect_result("answer")
 
 
+@scenario(
+    "handle-on-further-connections",
+    "19.1: a client registers its methods on each connection of the session before it sends other requests there",
+)
+async def _(harness: Harness) -> None:
+    welcome = {**WELCOME, "max_streams": 1}
+    peer = await harness.connect_with_session(welcome=welcome, max_connections=2)
+    await handle(peer, "approve")
+    first = await peer.client.call("sleep", {})
+    request = await peer.connection.expect_request("sleep")
+    second = await peer.client.call("echo", {})
+    further = await harness.next_welcomed(**welcome)
+    registration = await further.expect_request("session.handle")
+    expect(registration.token == peer.session.token, "session.handle was sent with another token")
+    expect(registration.params["methods"] == ["approve"], f"the params are {registration.params}")
+    further.respond(registration, {})
+    echo = await further.expect_request("echo")
+    further.call(1, "approve", {"tool": "shell"}, peer.session.token)
+    await (await peer.client.called()).answer(True)
+    result = await further.expect_frame("RESULT", 1)
+    expect(result.value is True, f"RESULT is {result.value!r} instead of true")
+    further.respond(echo, "after an approval")
+    await second.expect_result("after an approval")
+    peer.connection.respond(request, None)
+    await first.expect_result(None)
+
+
 @scenario("call-of-an-error", "19.2: an error of a handler is a FAILURE with its code")
 async def _(harness: Harness) -> None:
     peer = await connect(harness, "approve")

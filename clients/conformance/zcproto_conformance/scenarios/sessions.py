@@ -14,6 +14,7 @@ from zcproto_conformance.codes import (
     TOKEN_EXPIRED,
     TOKEN_REVOKED,
     UNAUTHENTICATED,
+    UNAVAILABLE,
 )
 from zcproto_conformance.connection import (
     BEFORE_SESSION,
@@ -262,6 +263,31 @@ async def _(harness: Harness) -> None:
         fresh = await _answer_refresh(harness, peer)
         await _answer_retry(peer, fresh.token)
         await call.expect_result({"n": number})
+
+
+@scenario(
+    "refresh-shown-on-each-connection",
+    "9.6: a new token is shown at once on each further connection of the session, also one that drains",
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    draining = peer.connection
+    old = await peer.client.call("sleep", {})
+    request = await draining.expect_request("sleep")
+    draining.goaway()
+    peer.connection = await harness.next_resumed(peer.session)
+    call = await peer.client.call("echo", {"n": 1})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    draining.auto_responses.clear()
+    fresh = await _answer_refresh(harness, peer)
+    shown = await draining.next_frame("a request with the new token on the other connection")
+    expect(shown.kind == "REQUEST", f"received {shown} after a refresh on another connection")
+    expect(shown.token == fresh.token, "a request was sent with a token other than the new one")
+    draining.respond_error(shown, UNAVAILABLE, {"retry_after_ms": 0})
+    await _answer_retry(peer, fresh.token)
+    await call.expect_result({"n": 1})
+    draining.respond(request, "still answered")
+    await old.expect_result("still answered")
 
 
 @scenario("concurrent-calls-share-one-refresh", "9.6: all calls that need a new token wait for one refresh")
