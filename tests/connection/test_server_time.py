@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from tests.helpers import NOW, WALL, ConnectionPair, small_registry
-from zcproto.connection.events import NEVER, ConnectionEnded, RequestEnded, SessionLeft
+from zcproto.connection.events import (
+    NEVER,
+    ConnectionEnded,
+    GoAwayReason,
+    RequestEnded,
+    SessionLeft,
+)
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import Code
@@ -273,6 +279,24 @@ def test_first_session_moves_the_deadline_only_if_it_expires_before_the_open_dea
     late.send(late.request(1, token=opened.token))
     assert late.server.deadline_moved
     assert late.server.next_deadline() == NOW + 90
+
+
+def test_requests_of_a_session_that_left_are_answered_before_the_connection_closes() -> None:
+    """A clean end after GOAWAY means that requests without an answer were not run."""
+    pair = lifetimes()
+    opened = pair.login()
+    run = pair.hold(pair.request(1))
+    public = pair.hold(pair.request(2, token=NO_TOKEN))
+    assert pair.server.suspend(opened.session.id, b"n" * 32, pair.clock.wall(), pair.clock.now())
+    pair.clock.advance(60)
+    assert pair.timeout() == [SessionLeft(opened.session.id)]
+    pair.clock.advance(10)
+    assert pair.timeout() == [
+        RequestEnded(run, Code.CANCELLED),
+        ConnectionEnded(None, GoAwayReason.NO_SESSION),
+    ]
+    assert [(answer.kind, answer.stream) for answer in pair.answers()] == [(Kind.ERROR, 1), (Kind.GOAWAY, 0)]
+    assert pair.server.is_held(public)
 
 
 def test_session_joined_in_last_tenth_gets_session_expiring_immediately() -> None:

@@ -58,6 +58,9 @@ CUT_REASONS: Final = (
 )
 """Reasons for which a server cuts a stream."""
 
+NO_SESSION: Final = encode_error(
+    Code.CANCELLED, "this connection has had no session for too long", {"reason": "token_expired"}
+)
 SLOW_FRAME: Final = encode_error(Code.CANCELLED, "a frame of this connection took too long to arrive")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 

@@ -460,10 +460,13 @@ class ServerConnection(ServerSessions):
             events += self._handle_sessions(wall, now)
         if self._session_deadline <= now:
             reason = GoAwayReason.NO_SESSION
+            # Without an answer they would count as not run (zcp1.md, section 16).
+            begun = [held for held in self._held.values() if held.session is not None]
+            events += [self._cut(request, refusals.NO_SESSION, wall) for request in begun]
         elif self._silent_at() <= now:
             if self._decoder is not None and self._decoder.header_at is not None:
                 reason = GoAwayReason.SLOW_FRAME
-                unanswered = [*self._held.values()]  # without an answer they would count as not run
+                unanswered = [*self._held.values()]  # likewise
                 events += [self._cut(request, refusals.SLOW_FRAME, wall) for request in unanswered]
             elif streams is not None and streams.pinged_at > self._last_frame:
                 if not streams.ping.has_advanced(streams.sent_bytes - unsent):
