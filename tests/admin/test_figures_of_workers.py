@@ -18,8 +18,9 @@ from tests.server.helpers import ServerThread
 from zcproto.admin.merge import Depth, Report, Whole
 from zcproto.admin.parts import Parts
 from zcproto.admin.whole import Collector, Member, RemoteWhole, Reporter, read_report, read_status
+from zcproto.cli.status import lines_of
 from zcproto.common.clock import system_clock
-from zcproto.errors import Code
+from zcproto.errors import Code, Unavailable
 from zcproto.runtime.build import WorkerRole
 from zcproto.sessions.token import token_text
 
@@ -112,6 +113,30 @@ def test_status_and_page_show_the_whole_and_each_worker(server: ServerThread) ->
     page = json.loads(answer.body)
     assert [line["worker"] for line in page["workers"]] == ["coordinator", "1", "2", "3"]
     assert page["ready"]
+
+
+def whole_without_workers(parts: Parts) -> Whole:
+    """Let a coordinator stand for a server whose workers have all ended."""
+    collector = Collector(1, 2, system_clock, join_s=0)
+    collector.read = partial(read_report, parts, Member(0, 1))
+    return RemoteWhole(collector.answer)
+
+
+def test_status_shows_that_no_worker_serves(serve: Serve) -> None:
+    server = serve(role=WorkerRole(whole=whole_without_workers))
+    status = asyncio.run_coroutine_threadsafe(read_status(server.server.parts), server.loop).result(TIMEOUT)
+    assert [line["state"] for line in status["workers"]] == ["serving", "absent", "absent"]
+    assert not status["draining"]
+    text = "\n".join(line for line, _ in lines_of(status))
+    assert "NO WORKER SERVES" in text.splitlines()[0]
+    assert "workers: 0 of 2 serving" in text
+
+
+def test_status_is_unavailable_while_no_process_is_built(serve: Serve) -> None:
+    server = serve(role=WorkerRole(whole=coordinator_alone))
+    asked = asyncio.run_coroutine_threadsafe(read_status(server.server.parts), server.loop)
+    with pytest.raises(Unavailable, match="retry"):
+        asked.result(TIMEOUT)
 
 
 def test_server_stats_are_those_of_all_workers(server: ServerThread) -> None:

@@ -445,10 +445,13 @@ class RemoteWhole:
                 (report,) = _open(await self._ask(_seal(depth)), 1)
             return unpack_report(report)
         except (OSError, ValueError, ZcprotoError) as error:  # TimeoutError is an OSError
-            raise Unavailable(
-                "the figures of all workers cannot be collected just now; retry",
-                {"retry_after_ms": MS_PER_SECOND},
-            ) from error
+            raise _no_figures() from error
+
+
+def _no_figures() -> Unavailable:
+    return Unavailable(
+        "the figures of all workers cannot be collected just now; retry", {"retry_after_ms": MS_PER_SECOND}
+    )
 
 
 # --- reports of the whole ------------------------------------------------------------------------------------
@@ -459,7 +462,9 @@ async def read_status(parts: Parts) -> dict[str, Any]:
     if parts.whole is None:
         return status_report(take_snapshot(parts))
     report = await parts.whole.report()
-    return finish_status(report.status, report.workers)
+    if not report.status:  # no process is built
+        raise _no_figures()
+    return finish_status({"draining": False, **report.status}, report.workers)  # without it if no worker answers
 
 
 _NO_WORKER: Final[Mapping[str, Any]] = {

@@ -101,7 +101,10 @@ def lines_of(report: Mapping[str, Any]) -> list[Line]:
 
 def _server(report: Mapping[str, Any]) -> Iterator[Line]:
     process, connections, sessions = report["process"], report["connections"], report["sessions"]
+    states = {each["state"] for each in report.get("workers", []) if each["worker"] != "coordinator"}
     state = "DRAINING" if report["draining"] else "serving"
+    if states and states.isdisjoint({"serving", "draining"}):
+        state = "NO WORKER SERVES"
     yield f"zcproto {report['version']}  {', '.join(report['addresses'])}  {state}", "head"
     yield _row(
         "process",
