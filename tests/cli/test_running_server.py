@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,11 +23,13 @@ from tests.capabilities import obeying_file_modes
 from tests.server.conftest import Serve
 from tests.server.helpers import TIMEOUT, ServerThread, eventually
 from tests.server.process import ServerProcess
+from zcproto.admin import control as control_socket
 from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile
 from zcproto.certs import managed
 from zcproto.certs.managed import ManagedSettings
+from zcproto.cli import control as control_module
 from zcproto.cli import main
 from zcproto.cli import status as status_module
 from zcproto.cli.status import duration, frame, lines_of, size, span
@@ -252,6 +255,25 @@ def test_log_level_is_printed_and_set(running: ServerThread, capsys: Capture) ->
         assert main(["log", "level", "loud"]) == 2
     finally:
         set_level(before)
+
+
+def test_upgrade_reports_a_failure_after_many_questions(
+    running: ServerThread, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server admits few connections at once to its control socket."""
+    monkeypatch.setattr(control_socket, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(control_module, "POLL_S", 0.01)
+    server, sleeps = running.server, iter(range(20))
+
+    def sleep(seconds: float) -> None:
+        if next(sleeps, None) is None:
+            server.upgrade_failure = "no database"
+        time.sleep(seconds)
+
+    monkeypatch.setattr(control_module, "time", SimpleNamespace(sleep=sleep))
+    server.on_upgrade_requested = lambda: None
+    assert main(["upgrade"]) == 1
+    assert "the new one has failed: no database; see its log" in capsys.readouterr().err
 
 
 def test_drain_starts_the_end_of_the_server(running: ServerThread, capsys: Capture) -> None:

@@ -180,7 +180,7 @@ def test_upgrade_is_rolled_back_if_a_lifespan_fails(server: ServerProcess, key: 
     (server.home / "placed.py").write_text(FAILING)
     code, output = upgrade(server)
     assert code == 1
-    assert "the old server serves on; the new one has failed: it ended with exit code" in output
+    assert "the new one has failed: the lifespan of the application did not start: it raised" in output
     assert call(server, key, token) == (token, server.process.pid)
     assert (server.home / "control.sock").is_socket()
     assert (server.home / "workers.sock").is_socket()
@@ -196,12 +196,26 @@ def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
     (server.home / "placed.py").write_text(HANGING)
     code, output = upgrade(server)
     assert code == 1, output
-    assert "the old server serves on; the new one has failed" in output
+    reason = "it did not serve within 1 s (server.upgrade_timeout)"
+    assert f"the old server serves on; the new one has failed: {reason}" in output
     (slow,) = server.events("upgrade.slow")
     assert slow["seconds"] == 1.0
-    assert not is_running(slow["pid"])
+    eventually(lambda: not is_running(slow["pid"]))
     assert call(server, key, token) == (token, server.process.pid)
     assert call(server, key, None)[1] == server.process.pid
+
+
+def test_upgrade_to_one_worker_names_the_setting(tmp_path: Path, certs: Path, key: str) -> None:
+    config = tmp_path / "home" / "config.toml"
+    config.write_text(CONFIG + "workers = 2\n")
+    with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
+        config.write_text(CONFIG + "workers = 1\n")
+        code, output = upgrade(server)
+        assert code == 1
+        assert (
+            "the new one has failed: server.workers = 1: one process cannot take over from several" in output
+        )
+        assert call(server, key, None)[1] == server.process.pid
 
 
 def test_upgrade_is_rolled_back_if_the_successor_is_killed(server: ServerProcess, key: str) -> None:

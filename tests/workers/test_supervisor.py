@@ -19,10 +19,10 @@ from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
 from zcproto.errors import CertificateError, ConfigError, LifespanError
 from zcproto.workers import supervisor as module
-from zcproto.workers.channel import Channel
-from zcproto.workers.child import COORDINATOR
+from zcproto.workers.channel import Channel, Message
+from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN
 from zcproto.workers.failures import failure_of
-from zcproto.workers.handover import Step
+from zcproto.workers.handover import Input, Step
 from zcproto.workers.successor import Successor
 from zcproto.workers.supervisor import Supervisor
 
@@ -673,6 +673,68 @@ def test_upgrade_is_requested_by_usr2(run: Run) -> None:
     os.kill(running.pid, signal.SIGUSR2)
     running.next("start_successor")
     assert running.stop() == 0
+
+
+class FakeSuccessor:
+    """A successor that notes signals. `failure` is the supervisor's."""
+
+    pid = 7
+    failure = ""
+    is_ending = False
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.signals: list[str] = []
+
+    @property
+    def reason(self) -> str | None:
+        return None
+
+    def terminate(self) -> None:
+        self.signals.append("terminate")
+
+    def kill(self) -> None:
+        self.signals.append("kill")
+
+
+@contextlib.contextmanager
+def upgrading() -> Iterator[tuple[Supervisor, FakeSuccessor, Channel, Channel]]:
+    """Yield a supervisor, its successor, the other end of its channel, and that of the coordinator's."""
+    ours, theirs = Channel.pair()
+    coordinators, coordinator = Channel.pair()
+    successor: Any = FakeSuccessor(ours)
+    with unstarted() as supervisor:
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(supervisor._service, "start_successor", lambda: successor)
+        supervisor.coordinator.channel = coordinators
+        supervisor._upgrade(Input.REQUESTED)
+        yield supervisor, successor, theirs, coordinator
+    for each in (ours, theirs, coordinators, coordinator):
+        each.close()
+
+
+def test_late_upgrade_is_reported_before_its_successor_has_ended() -> None:
+    with upgrading() as (supervisor, successor, _, coordinator):
+        supervisor._check_successor(1_005.1)
+        reason = "it did not serve within 5 s (server.upgrade_timeout)"
+        assert coordinator.receive() == [("upgrade_failed", {"reason": reason})]
+        assert successor.signals == ["terminate"]
+        assert successor.failure == reason
+        supervisor._handle_message(supervisor.coordinator, Message("upgrade", {}))
+        assert coordinator.receive() is not None
+
+
+def test_successor_that_closes_its_channel_may_end_by_itself() -> None:
+    """A signal could come before it has printed what is wrong."""
+    with upgrading() as (supervisor, successor, theirs, _):
+        theirs.send("failed", **failure_of(ConfigError(["workers = 1"])))
+        theirs.close()
+        supervisor._handle_successor()
+        supervisor._handle_successor()
+        assert "workers = 1" in successor.failure
+        assert successor.signals == []
+        supervisor._check_successor(1_000.0 + MARGIN + KILLED_LIMIT)
+        assert successor.signals == ["kill"]
 
 
 # --- what a child inherits ---------------------------------------------------------------------------------------

@@ -464,7 +464,9 @@ async def read_status(parts: Parts) -> dict[str, Any]:
     report = await parts.whole.report()
     if not report.status:  # no process is built
         raise _no_figures()
-    return finish_status({"draining": False, **report.status}, report.workers)  # without it if no worker answers
+    return finish_status(
+        {"draining": False, **report.status}, report.workers
+    )  # without it if no worker answers
 
 
 _NO_WORKER: Final[Mapping[str, Any]] = {

@@ -8,6 +8,7 @@ Rules: a server that runs and cannot be asked is an error, and never mistaken fo
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -219,7 +220,10 @@ def upgrade(instance: Instance, as_json: bool) -> None:
     for _ in range(int((begun["timeout"] + MARGIN_S) / POLL_S)):
         time.sleep(POLL_S)
         try:
-            found = require_control(instance.home).get("/v1/upgrade")
+            with contextlib.closing(
+                require_control(instance.home)
+            ) as server:  # the server admits few at once
+                found = server.get("/v1/upgrade")
         except ControlError:  # between the old coordinator and the new one
             continue
         if found["supervisor"] != begun["supervisor"]:

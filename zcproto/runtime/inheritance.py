@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.workers.channel import Channel
+from zcproto.workers.failures import failure_of
 
 VARIABLE: Final = "ZCPROTO_UPGRADE"
 MAX_SIZE: Final = 4_096
@@ -51,6 +52,12 @@ class Inheritance:
             *(each.fileno() for each in (*self.sockets, *self.redirect_sockets)),
             *(number for each, lock in owned for number in (each.fileno(), lock)),
         ]
+
+    def report(self, error: Exception) -> None:
+        """Send the predecessor an error that has a message for the operator."""
+        failure = failure_of(error)
+        if failure["kind"] != "other":
+            self.channel.send("failed", **failure)
 
     @classmethod
     def from_environ(cls, environ: MutableMapping[str, str]) -> Self | None:

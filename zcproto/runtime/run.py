@@ -104,6 +104,10 @@ def serve(
         server.on_config = raise_limit_for
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(server, on_ready, manager, risks))
+    except Exception as error:
+        if inheritance is not None:
+            inheritance.report(error)
+        raise
     finally:
         finish_log()
 

@@ -10,12 +10,13 @@ MAX_FAULTS: Final = 20
 MAX_FAULT: Final = 500
 """Characters of a fault of the configuration: with six bytes for each, all of them fit into a message."""
 
-_ERRORS: Final = {"certificate": CertificateError, "lifespan": LifespanError}
-"""Errors with one sentence for the operator, by the `kind` of the message `failed`."""
-
 
 class ChildFailed(ZcprotoError):
-    """A process of the server failed by an error that has no message for the operator."""
+    """A process of the server failed by an error of its own that has no message for the operator, or was ended."""
+
+
+_ERRORS: Final = {"certificate": CertificateError, "lifespan": LifespanError, "process": ChildFailed}
+"""Errors with one sentence for the operator, by the `kind` of the message `failed`."""
 
 
 def failure_of(error: BaseException) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
@@ -24,6 +25,10 @@ class Successor:
         theirs: Channel,
     ) -> None:
         self.channel = channel
+        self.failure = ""
+        """Why it cannot serve, in its own words or in those of the server that waited for it."""
+        self.is_ending = False
+        """Whether it has closed its end of the channel: it ends by itself."""
         self._process = subprocess.Popen(  # noqa: S603 - our own
             command,
             env=environment,
@@ -34,9 +39,14 @@ class Successor:
 
     @property
     def reason(self) -> str | None:
-        """How it has ended; None while it runs."""
+        """Why, or how, it has ended; None while it runs."""
         code = self._process.poll()
-        return None if code is None else f"it ended with exit code {code}"
+        if code is None:
+            return None
+        how = (
+            f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+        )
+        return self.failure or how
 
     def terminate(self) -> None:
         self._process.terminate()

@@ -271,6 +271,8 @@ class Supervisor:
             limit = values.get("limit")
             self._begin_stop(float(limit) if isinstance(limit, int | float) else self._service.drain_limit())
         elif name == "upgrade" and is_coordinator and self._has_served and not self._is_stopping:
+            if self._handover.step is Step.ENDING:
+                self._report_upgrade("the new server of an earlier attempt still ends; repeat the command")
             self._upgrade(Input.REQUESTED)
 
     def _handle_ready(self, process: ChildProcess, values: dict[str, Any]) -> None:
@@ -463,8 +465,11 @@ class Supervisor:
                         worker.send("leave")
                     log.info("upgrade.done", pid=self._successor.pid)
                 else:
-                    self._successor_until = self._now() + MARGIN
-                    self._successor.terminate()
+                    self._successor_until = (
+                        self._now() + MARGIN + KILLED_LIMIT
+                    )  # it kills its processes first
+                    if not self._successor.is_ending:
+                        self._successor.terminate()
 
     def _start_successor(self) -> None:
         try:
@@ -495,11 +500,14 @@ class Supervisor:
     def _handle_successor(self) -> None:
         assert self._successor is not None
         messages = self._successor.channel.receive()
-        for name, _ in messages or ():
+        for name, values in messages or ():
             if name in ("prepared", "serving"):
                 self._upgrade(Input(name))
+            elif name == "failed":
+                self._successor.failure = self._successor.failure or str(failure_from("new server", values))
         if messages is None:
             self._selector.unregister(self._successor.channel)
+            self._successor.is_ending = True
             self._upgrade(Input.FAILED)
             self._reap()
 
@@ -507,7 +515,10 @@ class Supervisor:
         if self._successor is None or now < self._successor_until:
             return
         if self._handover.is_timed:
-            log.error("upgrade.slow", pid=self._successor.pid, seconds=self._service.upgrade_limit())
+            limit = self._service.upgrade_limit()
+            log.error("upgrade.slow", pid=self._successor.pid, seconds=limit)
+            self._successor.failure = f"it did not serve within {limit:g} s (server.upgrade_timeout)"
+            self._report_upgrade(self._successor.failure)  # its end may take longer
             self._upgrade(Input.FAILED)
         elif self._handover.step is Step.ENDING:
             self._successor.kill()
@@ -519,10 +530,13 @@ class Supervisor:
             self._successor.close()
             self._successor = None
         if not self._handover.is_retiring:
-            self._upgrade_failure = reason
-            self.coordinator.send("upgrade_failed", reason=reason)
+            self._report_upgrade(reason)
             log.error("upgrade.failed", reason=reason, cure="correct that; the old server serves on")
         self._upgrade(Input.SUCCESSOR_ENDED)
+
+    def _report_upgrade(self, failure: str) -> None:
+        self._upgrade_failure = failure
+        self.coordinator.send("upgrade_failed", reason=failure)
 
     def _handle_predecessor(self) -> None:
         assert self._predecessor is not None
@@ -548,7 +562,7 @@ class Supervisor:
 
     def _begin_stop(self, limit: float) -> None:
         self._is_stopping = self._reload.is_stopped = True
-        self._limit = limit
+        self._limit = limit if self._has_served else 0.0
         if self._has_served and self._predecessor is None:
             self._service.stopping(limit)
         for worker in self.workers:
