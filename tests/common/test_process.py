@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from zcproto.common.process import (
     collapse_heap,
     heap_trim,
     new_event_loop,
+    queued_seconds,
     raise_file_limit,
     tune_heap,
 )
@@ -34,6 +36,18 @@ def test_uvloop_is_used_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = new_event_loop()
     assert isinstance(loop, asyncio.BaseEventLoop)
     loop.close()
+
+
+def test_time_in_the_queue_of_the_processors_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    schedstat = tmp_path / "schedstat"
+    monkeypatch.setattr(
+        process, "Path", lambda name: schedstat if name == "/proc/7/schedstat" else Path(name)
+    )
+    assert queued_seconds(7) == 0.0
+    for text, seconds in (("1 2500000000 3\n", 2.5), ("", 0.0), ("1 x 3", 0.0)):
+        schedstat.write_text(text)
+        assert queued_seconds(7) == seconds
+    assert queued_seconds(os.getpid()) >= 0.0
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,60 @@ def test_shorter_limit_of_hung_processes_applies(
     assert ForkedService.hang_limit(cast("ForkedService", service)) == limit
 
 
+@pytest.mark.parametrize(("hang_limit", "limit"), [(4.0, 42.0), (40.0, 52.0), (None, None)])
+def test_limit_of_a_start_leaves_time_for_the_lifespan(hang_limit: float | None, limit: float | None) -> None:
+    config = Config.model_validate({"server": {"lifespan_timeout": 12.0}})
+    service = SimpleNamespace(hang_limit=lambda: hang_limit, _config=config)
+    assert ForkedService.start_limit(cast("ForkedService", service)) == limit
+
+
+HANGING_START = """
+import os
+from contextlib import suppress
+
+from zcproto.app.app import App
+from zcproto.workers import supervisor
+
+supervisor.REPORT_AFTER = 0.1
+app = App()
+
+
+@app.method("pid")
+def pid():
+    return os.getpid()
+
+
+def hang_once():
+    with suppress(FileNotFoundError):
+        os.rename("hang", "hangs")
+        with open("hangs") as pipe:
+            pipe.read()
+
+
+os.register_at_fork(after_in_child=hang_once)
+"""
+
+
+def test_alert_is_sent_although_the_coordinator_hangs_at_its_start(home: Path, certs: Path, key: str) -> None:
+    (home / "hanging.py").write_text(HANGING_START)
+    command = f'["/bin/sh", "-c", "cat >> {home}/alerts"]'
+    (home / "config.toml").write_text(f"{CONFIG}\n[alerts]\ncommand = {command}\n")
+    with ServerProcess(home, certs, "--workers", "2", app="hanging:app") as server:
+        first = pids(server)["coordinator"]
+        os.mkfifo(home / "hang")
+        os.kill(first, signal.SIGKILL)
+        eventually(
+            lambda: "worker.ended" in (home / "alerts").read_text() if (home / "alerts").exists() else ""
+        )
+        assert pids(server)["coordinator"] == first, "no other one is ready"
+        (began,) = server.events("alert.began")
+        assert (began["kind"], began["about"], began["worker"]) == ("worker.ended", "coordinator", "reporter")
+        with open(home / "hangs", "w"):
+            pass
+        eventually(lambda: pids(server)["coordinator"] != first)
+        server.client("ada", key).close()
+
+
 def test_removed_sockets_are_made_again(home: Path, certs: Path, key: str) -> None:
     with ServerProcess(home, certs, "--workers", "2") as server:
         before = pids(server)

@@ -10,7 +10,7 @@ import select
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ import pytest
 from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
 from zcproto.errors import CertificateError, ConfigError, LifespanError
+from zcproto.workers import child as child_module
 from zcproto.workers import supervisor as module
 from zcproto.workers.channel import Channel, Message
 from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN
@@ -53,6 +54,7 @@ class Service:
         self.note("listen")
 
     def serving(self) -> None:
+        self.options |= self.options.get("once_serving", {})
         self.note("serving")
 
     def process_ended(self, number: int) -> None:
@@ -88,6 +90,13 @@ class Service:
 
     def hang_limit(self) -> float | None:
         return self.options.get("hang_limit")
+
+    def start_limit(self) -> float | None:
+        return self.options.get("start_limit")
+
+    def report(self, ended: Sequence[tuple[str, str]]) -> int:
+        self.note("report", ended)
+        return 0
 
 
 class Running:
@@ -367,6 +376,85 @@ def test_hung_process_is_aborted_and_started_again(run: Run) -> None:
     running.serve()
     running.next("process_ended", 1)
     running.next("run", 1)
+
+
+def test_process_that_is_not_ready_in_time_is_aborted_and_started_again(run: Run) -> None:
+    counter_read, counter_write = os.pipe()
+    os.write(counter_write, b"12")
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        if number == 1 and os.read(counter_read, 1) == b"2":
+            faulthandler.disable()  # of pytest
+            os.read(lifeline, 1)  # the end of the supervisor
+        return obedient(number, channel, lifeline)
+
+    running = run(script, 1, once_serving={"start_limit": 0.5})
+    pids = running.serve()
+    os.kill(pids[1], signal.SIGKILL)
+    running.next("process_ended", 1)
+    hung = running.next("run", 1)
+    running.next("process_ended", 1)
+    os.write(counter_write, b"333")
+    assert running.next("run", 1)[0] != hung[0]
+    os.close(counter_read)
+    os.close(counter_write)
+
+
+def test_end_of_the_coordinator_is_reported_by_another_process_if_it_does_not_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPORT_AFTER", 0.1)
+    counter_read, counter_write = os.pipe()
+    os.write(counter_write, b"1")
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        if number == COORDINATOR and not select.select([counter_read], [], [], 0)[0]:
+            os.read(lifeline, 1)  # the second one is never ready
+        elif number == COORDINATOR:
+            os.read(counter_read, 1)
+        return obedient(number, channel, lifeline)
+
+    running = run(script, 1)
+    pids = running.serve()
+    os.kill(pids[COORDINATOR], signal.SIGKILL)
+    reporter, _, ended = running.next("report")
+    assert ended == [["coordinator", "SIGKILL"]]
+    assert reporter not in {running.pid, *pids.values()}
+    os.close(counter_read)
+    os.close(counter_write)
+
+
+@pytest.mark.parametrize(("silence", "is_late"), [(30.1, True), (29.9, False)])
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_time_in_which_a_process_waits_for_a_processor_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, silence: float, is_late: bool, is_ready: bool
+) -> None:
+    queued, signals = 5.0, []
+    monkeypatch.setattr(child_module, "queued_seconds", lambda pid: queued)
+    with unstarted(hang_limit=30.0, start_limit=30.0) as supervisor:
+        monkeypatch.setattr(supervisor, "_signal", lambda process, number: signals.append(number))
+        process = supervisor.workers[0]
+        process.pid, process.ready_at = 7, 900.0 if is_ready else None
+        process.heard(1_000.0)
+        queued += 100.0
+        supervisor._check_time(process, 1_100.0 + silence)
+        assert signals == ([signal.SIGABRT, signal.SIGCONT] if is_late else [])
+        supervisor._check_time(process, 1_100.0 + silence)
+        assert len(signals) == 2 * is_late, "once"
+        if is_late and not is_ready:
+            assert "was not ready within 30 s" in str(process.failure)
+
+
+def test_blocked_start_writes_its_stacks_before_it_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    signals: list[int] = []
+    with unstarted() as supervisor:
+        monkeypatch.setattr(supervisor, "_signal", lambda process, number: signals.append(number))
+        process = supervisor.workers[0]
+        process.pid = 7
+        supervisor._drain(process)
+        supervisor._check_time(process, 1_000.0 + MARGIN)
+        supervisor._check_time(process, 1_000.0 + 2 * MARGIN)
+        assert signals == [signal.SIGABRT, signal.SIGCONT, signal.SIGKILL]
 
 
 def beating(number: int, channel: Channel, lifeline: int) -> int:

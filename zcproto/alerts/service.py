@@ -205,9 +205,9 @@ class ServerAlerts:
         self.center.handle_time(self._clock.wall(), now)
         self._send()
 
-    async def stop(self) -> None:
-        """Deliver queued messages within `STOP_S`."""
-        await asyncio.gather(*(queue.stop(STOP_S) for queue in self.queues), *self._ending)
+    async def stop(self, within: float = STOP_S) -> None:
+        """Deliver queued messages within so many seconds."""
+        await asyncio.gather(*(queue.stop(within) for queue in self.queues), *self._ending)
 
     # --- output --------------------------------------------------------------------------------------
 

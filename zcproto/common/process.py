@@ -26,6 +26,8 @@ HEAP_SPARE: Final = 16 << 20
 """Bytes that may be free at the end of the heap before they return to the system."""
 
 
+_NS_PER_S: Final = 1e9
+
 _MADV_COLLAPSE: Final = 25
 HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 MAPPINGS: Final = Path("/proc/self/smaps")
@@ -38,6 +40,17 @@ MOST_COLLAPSED: Final = 64 << 20
 
 FILLED: Final = 0.75
 """The part of a mapping that is in use, at least, so that huge pages take little more memory."""
+
+
+def queued_seconds(pid: int) -> float:
+    """Return how long the main thread of a process was ready to run and had no processor; 0 if it is not known.
+
+    Linux has it in the second field of schedstat, in nanoseconds. A container that has used up its share waits too.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / _NS_PER_S
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def import_event_loop() -> None:

@@ -83,9 +83,10 @@ class ServerConfig(Settings):
     them together."""
     hang_timeout: Annotated[float | None, duration("1s", "1h", off=True)] = 30.0
     """How long the event loop of a worker or of the coordinator may stand still. Then the process is aborted,
-    writes the stack of each thread to stderr, and is started again. The default is longer than any pause of a busy
-    machine. WatchdogSec= of systemd applies if it is shorter. "off" is for a debugger in a worker. With one process
-    only systemd can notice."""
+    writes the stack of each thread to stderr, and is started again; so is one that is not ready within this time,
+    but at least 30 s, and `lifespan_timeout`. Time in which it waits for a processor does not count, on Linux.
+    WatchdogSec= of systemd applies if it is shorter. "off" is for a debugger in a worker. With one process only
+    systemd can notice."""
     proxy_protocol_from: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ()
     """The load balancers that send the client's address in a PROXY protocol header, version 2, before TLS
     begins. From these the header is required; from all others, who could forge any address with it, it is

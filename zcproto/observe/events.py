@@ -168,6 +168,9 @@ worker.ended error (worker pid reason retry_after_s)
 worker.hangs error (worker pid seconds)
     The event loop of a process did not run within server.hang_timeout, or WatchdogSec=; it is aborted, and writes
     its stacks to stderr.
+worker.not_ready error (worker pid seconds)
+    A process was not ready within server.lifespan_timeout and server.hang_timeout together; it is aborted, writes
+    its stacks to stderr, and is started again.
 worker.killed error (worker pid)
     A process did not end within its time and is killed.
 worker.silent warning (what pid cause), limit per event

@@ -43,6 +43,7 @@ from zcproto.errors import ConfigError
 from zcproto.observe.log import LogChange, finish_log, name_process, reopen_log
 from zcproto.runtime import joined
 from zcproto.runtime.alert_sources import on_process_ended
+from zcproto.runtime.build import build_alerts
 from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.gone import gone_calls
 from zcproto.runtime.inheritance import VARIABLE, Inheritance
@@ -73,6 +74,13 @@ ORPHAN_LIMIT: Final = 0.3
 
 LINK_BACKLOG: Final = 1_024
 """Workers, with two links each, that wait for a new coordinator."""
+
+LEAST_START: Final = 30.0
+"""Seconds that a process has to start, in addition to its lifespan, whatever the limit of hung ones is: it imports,
+reads certificates, and waits for the store."""
+
+REPORTED_WITHIN: Final = 20.0
+"""Seconds in which alerts are delivered without a coordinator."""
 
 BEATS: Final = 3
 """Beats of a process in the time after which it counts as hung."""
@@ -280,7 +288,29 @@ class ForkedService:
         limits = (self._manager.watchdog, self._config.server.hang_timeout)
         return min((limit for limit in limits if limit is not None), default=None)
 
+    def start_limit(self) -> float | None:
+        limit = self.hang_limit()
+        return None if limit is None else self._config.server.lifespan_timeout + max(limit, LEAST_START)
+
     # --- in the processes ----------------------------------------------------------------------------
+
+    def report(self, ended: Sequence[tuple[str, str]]) -> int:
+        """Raise alerts in place of a coordinator, in the child; return its exit code."""
+        name_process("reporter")
+        self._leave_files()
+        for each in (*self._sockets, *self._redirect_sockets, self._control, self._link):
+            if each is not None:
+                each.close()
+        try:
+            asyncio.run(_report(self._config, ended))
+        finally:
+            finish_log()
+        return 0
+
+    def _leave_files(self) -> None:
+        self._manager.close()
+        self._control_file.leave()
+        self._link_file.leave()
 
     def run(self, number: int, channel: Channel, lifeline: int) -> int:
         """Run a process until it is ordered to end, or its supervisor ends."""
@@ -294,9 +324,7 @@ class ForkedService:
             link=self._link if number == COORDINATOR else None,
         )
         name_process(place.name)
-        self._manager.close()
-        self._control_file.leave()
-        self._link_file.leave()
+        self._leave_files()
         threading.Thread(target=_end_with, args=(lifeline,), name="zcproto-lifeline", daemon=True).start()
         if sys.stderr is not None:
             faulthandler.enable()
@@ -363,6 +391,14 @@ class ForkedService:
         server.owns_log = True
         server.on_config = raise_limit_for
         return server
+
+
+async def _report(config: Config, ended: Sequence[tuple[str, str]]) -> None:
+    alerts = await build_alerts(config, system_clock, system_entropy)
+    alerts.start()
+    for name, reason in ended:
+        on_process_ended(alerts, name, reason)
+    await alerts.stop(REPORTED_WITHIN)
 
 
 def _read_share(read: ReadConfig, workers: int) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from zcproto.common.process import queued_seconds
 from zcproto.errors import ZcprotoError
 from zcproto.workers.channel import Channel
 from zcproto.workers.restarts import RestartPacer
@@ -30,7 +31,10 @@ class ChildProcess:
         self.channel: Channel | None = None
         self.ready_at: float | None = None
         self.heard_at = 0.0
+        """When its last message came; until it is ready, when it was started."""
+        self._queued = 0.0
         self.kill_at: float | None = None
+        self.is_aborted = False
         self.is_drained = False
         """Whether it was ordered to end."""
         self.start_at: float | None = 0.0
@@ -41,6 +45,14 @@ class ChildProcess:
     @property
     def is_running(self) -> bool:
         return bool(self.pid)
+
+    def heard(self, now: float) -> None:
+        """Begin to count its silence again."""
+        self.heard_at, self._queued = now, queued_seconds(self.pid)
+
+    def silence(self, now: float) -> float:
+        """Return the seconds since then, without those in which it waited for a processor."""
+        return now - self.heard_at - (queued_seconds(self.pid) - self._queued)
 
     def send(self, name: str, **values: Any) -> bool:
         return self.channel is not None and self.channel.send(name, **values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from zcproto.workers.channel import Channel
@@ -55,3 +56,9 @@ class SupervisedService(Protocol):
 
     def hang_limit(self) -> float | None:
         """Return the seconds within which a process must send a beat; None without a limit."""
+
+    def start_limit(self) -> float | None:
+        """Return the seconds within which a process must be ready; None without a limit."""
+
+    def report(self, ended: Sequence[tuple[str, str]]) -> int:
+        """Raise the alerts of processes that ended, by name and reason, in a child; return its exit code."""

@@ -9,8 +9,11 @@ Decides: which process runs, and when a process that does not obey is killed.
 Rules:
 - One thread without an event loop, TLS or keys, so that a fork is safe at any time.
 - A failure of any process at the first start ends the start: nothing listens, and the first failure is raised.
-- Later a process that ends is started again, alone. If no worker can be started for GIVE_UP seconds, the server
-  ends: connections would otherwise wait in the backlog for nothing.
+- Later a process that ends is started again, alone. So is one that hangs, before it is ready or later. Time in
+  which it waits for a processor does not count.
+- If no worker can be started for GIVE_UP seconds, the server ends: connections would otherwise wait in the backlog
+  for nothing.
+- The coordinator raises the alerts of processes that end. Without one, a child is forked for that.
 - A child starts with default signal handlers and only those descriptors that its work needs. It ends when the
   supervisor does: the other ends of its channel and of the lifeline are closed then.
 
@@ -27,7 +30,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NoReturn
 
 from zcproto.common.clock import Clock, system_clock
@@ -47,6 +50,12 @@ clients wait."""
 
 LATE: Final = 3.0
 """A turn of the supervisor that is late by this part of the limit of hung processes says nothing about them."""
+
+REPORT_AFTER: Final = 10.0
+"""Seconds for which the end of a process waits for a coordinator that reports it; then a child does that."""
+
+REPORT_LIMIT: Final = 60
+"""Seconds after which that process is ended by the system."""
 
 ABANDONED_LIMIT: Final = 0.3
 """Seconds that workers have to end whose server was to take over from one that was killed."""
@@ -89,6 +98,9 @@ class Supervisor:
         self._reload = Reload(service, self.coordinator, self.workers, self._now)
         self._ended: deque[tuple[str, str]] = deque(maxlen=MAX_ENDED)
         """Processes that have ended, and why, which the coordinator has yet to report."""
+        self._report_at = 0.0
+        self._reporter = 0
+        """The process id of the process that reports without a coordinator."""
         self._handover = Handover()
         self._successor: Successor | None = None
         self._successor_until = 0.0
@@ -156,6 +168,7 @@ class Supervisor:
         for each in self._processes():
             self._check_time(each, now)
         self._check_successor(now)
+        self._check_report(now)
         self._reload.check_time(now)
         if self._has_served and now >= self._next_tick:
             ready = sum(each.ready_at is not None for each in self.workers)
@@ -179,7 +192,7 @@ class Supervisor:
         now, limit = self._now(), self._service.hang_limit()
         if limit is not None and now - due > limit / LATE:
             for each in self._processes():  # this process was stopped, and perhaps all: they are not late yet
-                each.heard_at = now
+                each.heard(now)
         return events
 
     def _next_event(self) -> float:
@@ -205,14 +218,35 @@ class Supervisor:
         if process.kill_at is not None and now >= process.kill_at:
             process.kill_at = None
             log.error("worker.killed", worker=process.name, pid=process.pid)
-            self._signal(process, signal.SIGKILL)
+            if process.ready_at is None and not process.is_aborted:
+                self._abort(process, now)  # what it waits for is of interest
+            else:
+                self._signal(process, signal.SIGKILL)
+        if process.ready_at is None:
+            self._check_start(process, now)
+            return
         limit = self._service.hang_limit()
-        if limit is not None and process.ready_at is not None and now - process.heard_at > limit:
-            process.heard_at = now  # one signal each time
+        if limit is not None and now - process.heard_at > limit and process.silence(now) > limit:
+            process.heard(now)  # one signal each time
             log.error("worker.hangs", worker=process.name, pid=process.pid, seconds=limit)
-            process.kill_at = now + MARGIN
-            self._signal(process, signal.SIGABRT)  # it writes the stack of each thread
-            self._signal(process, signal.SIGCONT)  # if it was stopped
+            self._abort(process, now)
+
+    def _check_start(self, process: ChildProcess, now: float) -> None:
+        limit = self._service.start_limit()
+        if limit is None or not process.is_running or process.kill_at is not None:
+            return
+        if now - process.heard_at > limit and process.silence(now) > limit:
+            log.error("worker.not_ready", worker=process.name, pid=process.pid, seconds=limit)
+            process.failure = ChildFailed(
+                f"the process {process.name} was not ready within {limit:g} s; stderr has the stack of each thread"
+            )
+            self._abort(process, now)
+
+    def _abort(self, process: ChildProcess, now: float) -> None:
+        process.is_aborted = True
+        process.kill_at = now + MARGIN
+        self._signal(process, signal.SIGABRT)  # it writes the stack of each thread
+        self._signal(process, signal.SIGCONT)  # if it was stopped
 
     def _gives_up(self, now: float) -> bool:
         if any(each.ready_at is not None for each in self.workers):
@@ -259,7 +293,8 @@ class Supervisor:
 
     def _handle_message(self, process: ChildProcess, message: Message) -> None:
         name, values = message
-        process.heard_at = self._now()
+        if process.ready_at is not None:
+            process.heard(self._now())
         is_coordinator = process is self.coordinator
         if name == "ready":
             self._handle_ready(process, values)
@@ -279,6 +314,7 @@ class Supervisor:
         if process.ready_at is not None or self._is_stopping:
             return
         process.ready_at = self._now()
+        process.heard(process.ready_at)
         log.info("worker.ready", worker=process.name, pid=process.pid)
         if self._has_served:
             process.send("go")
@@ -309,6 +345,27 @@ class Supervisor:
 
     def _start(self, process: ChildProcess) -> None:
         ours, theirs = Channel.pair()
+
+        def run() -> int:
+            ours.close()
+            return self._service.run(process.number, theirs, self._life)
+
+        try:
+            pid = self._fork(run)
+        except OSError as error:  # no memory, or too many processes
+            ours.close()
+            theirs.close()
+            self._lose(process, f"fork: {error.strerror}")
+            return
+        theirs.close()
+        process.pid, process.channel, process.start_at = pid, ours, None
+        process.failure, process.ready_at, process.kill_at = None, None, None
+        process.is_drained = process.is_aborted = False
+        process.heard(self._now())
+        self._selector.register(ours, selectors.EVENT_READ, process)
+
+    def _fork(self, run: Callable[[], int]) -> int:
+        """Run a function in a child, which ends with what it returns. Return the process id. Raises OSError."""
         flush_log()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -318,22 +375,12 @@ class Supervisor:
         try:
             pid = os.fork()
             if not pid:
-                ours.close()
-                self._run_child(process.number, theirs, before)
-        except OSError as error:  # no memory, or too many processes
-            ours.close()
-            theirs.close()
-            self._lose(process, f"fork: {error.strerror}")
-            return
+                self._run_child(run, before)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        process.pid, process.channel, process.start_at = pid, ours, None
-        process.failure, process.ready_at, process.kill_at = None, None, None
-        process.is_drained, process.heard_at = False, self._now()
-        self._selector.register(ours, selectors.EVENT_READ, process)
+        return pid
 
-    def _run_child(self, number: int, channel: Channel, mask: Iterable[int]) -> NoReturn:
+    def _run_child(self, run: Callable[[], int], mask: Iterable[int]) -> NoReturn:
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -350,7 +397,7 @@ class Supervisor:
             for each in (peer, self._predecessor, *(process.channel for process in self._processes())):
                 if each is not None:
                     each.close()
-            code = self._service.run(number, channel, self._life)
+            code = run()
         except BaseException as error:  # nothing may return into the supervisor's code
             with contextlib.suppress(BaseException):
                 log.error("server.fault", what="run", exc_info=error)
@@ -374,6 +421,11 @@ class Supervisor:
                 self._handle_end(process, os.waitstatus_to_exitcode(status))
         if self._successor is not None and self._successor.reason is not None:
             self._lose_successor(self._successor.reason)
+        if self._reporter:
+            with contextlib.suppress(ChildProcessError):
+                if not os.waitpid(self._reporter, os.WNOHANG)[0]:
+                    return
+            self._reporter = 0
 
     def _handle_end(self, process: ChildProcess, code: int) -> None:
         if process.channel is not None:
@@ -421,8 +473,25 @@ class Supervisor:
         delay = process.pacer.ended(served)
         process.start_at = now + delay
         log.error("worker.ended", worker=process.name, pid=pid, reason=reason, retry_after_s=round(delay, 3))
+        if not self._ended:
+            self._report_at = now + REPORT_AFTER
         self._ended.append((process.name, reason[:MAX_REASON]))
         self._report_ended()
+
+    def _check_report(self, now: float) -> None:
+        """Fork a process that reports, if there is no coordinator for some time."""
+        if not self._ended or now < self._report_at or self._reporter or not self._has_served:
+            return
+        self._report_at = now + REPORT_AFTER
+        ended = list(self._ended)
+
+        def run() -> int:
+            signal.alarm(REPORT_LIMIT)
+            return self._service.report(ended)
+
+        with contextlib.suppress(OSError):  # no memory, or too many processes: later
+            self._reporter = self._fork(run)
+            self._ended.clear()
 
     def _report_ended(self) -> None:
         while self._ended and self.coordinator.ready_at is not None:
