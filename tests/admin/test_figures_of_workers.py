@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.admin.merge import Depth, Report, Whole
 from zcproto.admin.parts import Parts
+from zcproto.admin.snapshot import store_readiness
 from zcproto.admin.whole import Collector, Member, RemoteWhole, Reporter, read_report, read_status
 from zcproto.cli.status import lines_of
 from zcproto.common.clock import system_clock
@@ -158,6 +160,54 @@ def test_server_is_not_ready_before_a_worker_has_answered(serve: Serve) -> None:
     assert answer.status == 503
     report = json.loads(answer.body)
     assert (report["ready"], report["reasons"]) == (False, ["workers: none has answered"])
+
+
+def whole_without_store(parts: Parts) -> Whole:
+    """Let workers that see no failure themselves have a coordinator whose store fails."""
+
+    def read(depth: Depth) -> Report:
+        report = read_report(parts, Member(0, 1), depth)
+        return replace(report, readiness={**store_readiness(parts), "has_store": False})
+
+    collector = Collector(1, 1, system_clock, join_s=0)
+    collector.read = read
+    reporter = Reporter()
+    reporter.read = partial(read_report, parts, Member(1, 2))
+
+    async def answer(question: bytes) -> bytes:
+        return reporter.answer(question)
+
+    collector.joined(Member(1, 2), answer)
+    return RemoteWhole(collector.answer)
+
+
+def test_server_is_not_ready_without_the_store_of_its_coordinator(serve: Serve) -> None:
+    answer = ask(serve(role=WorkerRole(whole=whole_without_store)), "/readyz")
+    assert answer.status == 503
+    report = json.loads(answer.body)
+    assert not report["ready"]
+    assert "has_store" not in report
+
+
+def test_store_that_fails_is_a_reason_against_readiness(serve: Serve) -> None:
+    server = serve(store__url="sqlite")
+    parts = server.server.parts
+    assert server.in_loop(lambda: store_readiness(parts)) == {
+        "has_store": True,
+        "reasons": [],
+        "checks": {"store": "healthy"},
+    }
+
+    def fail() -> dict[str, Any]:
+        for _ in range(3):  # of workers
+            parts.store.breaker.failed("disk full", 0.0)
+        return store_readiness(parts)
+
+    assert server.in_loop(fail) == {
+        "has_store": False,
+        "reasons": ["store: it does not answer; known sessions continue, none can be opened"],
+        "checks": {"store": "degraded"},
+    }
 
 
 def test_worker_without_coordinator_refuses_figures_and_reports_its_own_readiness(

@@ -192,6 +192,21 @@ def answered(server: ServerProcess) -> list[dict[str, Any]]:
     return []
 
 
+def test_server_is_not_ready_while_its_coordinator_is_stopped(home: Path, certs: Path, key: str) -> None:
+    """Every login would fail, also if none is tried."""
+    (home / "config.toml").write_text(CONFIG + '\n[store]\ntimeout = "250ms"\n')
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        pid = pid_of(server, "coordinator")
+        eventually(lambda: get(server, "/readyz")[0] == 200)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: get(server, "/readyz")[0] == 503)
+            assert "store: it does not answer" in get(server, "/readyz")[1]
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: get(server, "/readyz")[0] == 200)
+
+
 def test_stopped_worker_is_named_and_the_rest_is_shown(server: ServerProcess, key: str) -> None:
     pid = pid_of(server, "1")
     os.kill(pid, signal.SIGSTOP)

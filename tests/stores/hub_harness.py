@@ -45,7 +45,8 @@ class HubHarness:
             entropy=self.entropy,
         )
         self.server = LinkServer(listen_unix(self._folder / "link.sock", 16), Topics(), name="coordinator")
-        StoreServer(self.hub).serve(self.server)
+        self.stores = StoreServer(self.hub)
+        self.stores.serve(self.server)
         await self.server.start()
         self.is_running = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ async def test_change_by_one_process_is_reported_to_the_others(harness: HubHarne
         await store.ping()  # its answer comes after the changes
     expected = [Change(ChangeKind.SESSION, record.id, ended(record))]
     assert harness.changes == [expected, [], expected]
+
+
+async def test_failures_of_operations_of_all_processes_are_counted_by_that_with_the_store(
+    harness: HubHarness,
+) -> None:
+    inner = FaultyStore(SessionSettings(), CountedEntropy())
+    await harness.start(inner)
+    failed: list[str] = []
+    harness.stores.on_failed = lambda reason, waited_s: failed.append(reason)
+    stores = [await harness.opened() for _ in range(2)]
+    for mode in (FAILS, DAMAGED, WORKS):
+        inner.mode = mode
+        for store in stores:
+            with suppress(StoreUnavailable):
+                await store.find(session().token_digest)
+    assert failed == ["the test makes it fail"] * 2
 
 
 async def test_kind_of_change_of_a_newer_process_drops_the_cache(harness: HubHarness) -> None:

@@ -105,6 +105,7 @@ last_renewal latest
 
 _READINESS: Final = """
 ready max
+has_store min
 reasons texts
 warnings texts
 checks.draining min

@@ -31,12 +31,16 @@ from zcproto.common.clock import MS_PER_SECOND
 from zcproto.observe.log import level
 from zcproto.observe.process import resident_bytes, used_cpu_s
 from zcproto.server.state import Counters
+from zcproto.sessions.health import HealthState
 from zcproto.tls.failure import TlsFailure
 
 API: Final = 1
 """The version of the control socket's resources. It changes when a field changes its meaning."""
 
 DAY_S: Final = 86_400
+
+_HEALTHY: Final = HealthState.HEALTHY.value
+_STORE_OUT: Final = "store: it does not answer; known sessions continue, none can be opened"
 
 _STATS_CERTIFICATE_KEYS: Final = ("file", "source", "site", "key_type", "pin", "seconds_left")
 
@@ -189,6 +193,17 @@ def certificate_report(certificates: Iterable[CertificateStatus]) -> list[dict[s
     ]
 
 
+def store_readiness(parts: Parts) -> dict[str, Any]:
+    """Return what a process that has the store for others adds to their readiness: without it none is ready."""
+    store = str(parts.state.sessions.statistics()["state"])
+    is_healthy = store == _HEALTHY
+    return {
+        "has_store": is_healthy,
+        "reasons": [] if is_healthy else [_STORE_OUT],
+        "checks": {"store": store},
+    }
+
+
 def readiness_report(parts: Parts) -> dict[str, Any]:
     """Return as JSON fields whether new clients should connect, and the checks with the reasons against it.
 
@@ -204,8 +219,8 @@ def readiness_report(parts: Parts) -> dict[str, Any]:
         reasons.append("draining: the server is stopping")
     if state.registry.closed:
         reasons.append("store: sessions cannot be checked, and every token is refused")
-    elif store != "healthy":
-        reasons.append("store: it does not answer; known sessions continue, none can be opened")
+    elif store != _HEALTHY:
+        reasons.append(_STORE_OUT)
     if not lives or min(seconds for _, seconds in lives) <= 0:
         reasons.append("certificate: a serving certificate has expired")
     return {

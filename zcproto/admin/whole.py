@@ -469,12 +469,8 @@ async def read_status(parts: Parts) -> dict[str, Any]:
     )  # without it if no worker answers
 
 
-_NO_WORKER: Final[Mapping[str, Any]] = {
-    "ready": False,
-    "reasons": ["workers: none has answered"],
-    "warnings": [],
-    "checks": {},
-}
+_NO_ANSWER: Final = "workers: none has answered"
+_NO_WORKER: Final[Mapping[str, Any]] = {"ready": False, "warnings": [], "checks": {}}
 """The readiness of a server in its first moments, or if no worker answers."""
 
 
@@ -482,7 +478,13 @@ async def read_readiness(parts: Parts) -> Mapping[str, Any]:
     """Return whether new clients should connect to the server. Raises Unavailable."""
     if parts.whole is None:
         return readiness_report(parts)
-    return {**_NO_WORKER, **(await parts.whole.report(Depth.READINESS)).readiness}
+    found = (await parts.whole.report(Depth.READINESS)).readiness
+    if "ready" not in found:
+        found = {**_NO_WORKER, **found, "reasons": [_NO_ANSWER, *found.get("reasons", ())]}
+    return {
+        **{key: value for key, value in found.items() if key != "has_store"},
+        "ready": found["ready"] and found.get("has_store", True),
+    }
 
 
 def stats_method(parts: Parts) -> Method:

@@ -60,6 +60,8 @@ class Joined:
     topics: Topics
     server: LinkServer | None = None
     client: LinkClient | None = None
+    stores: StoreServer | None = None
+    """Serves the coordinator's store to the workers, unless the store is one of several servers."""
     announce_end: Callable[[], None] = lambda: None
     """Let the workers know that this process, the coordinator, is about to end by order."""
 
@@ -72,6 +74,11 @@ class Joined:
         """Have the workers check the certificates now."""
         assert self.server is not None
         self.server.notify(CERTIFICATES)
+
+    def share_failures(self, store: StoreSync) -> None:
+        """Have the coordinator's store count what fails for workers: each may see too little of an outage."""
+        if self.stores is not None:
+            self.stores.on_failed = store.breaker.failed
 
     def take_left_revocations(self, store: StoreSync) -> None:
         """Have the coordinator's store take over the pending revocations of workers that end from now on."""
@@ -116,8 +123,10 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
         if hub is not None:
             hub.notify([Change(ChangeKind.AWAY)], None)
 
+    stores = None
     if hub is not None:
-        StoreServer(hub).serve(server)
+        stores = StoreServer(hub)
+        stores.serve(server)
     collector, whole = joined_figures.collect(
         server, topics, place, lambda: None if hub is None else hub.sessions
     )
@@ -135,7 +144,7 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
             throttle=throttle,
             whole=whole,
         )
-        yield Joined(role, topics, server=server, announce_end=announce_end)
+        yield Joined(role, topics, server=server, stores=stores, announce_end=announce_end)
     finally:
         collecting.cancel()
         announce_end()  # again: the drain may have been long

@@ -15,6 +15,7 @@ from typing import Final
 
 from zcproto.admin.merge import Depth, Report, Whole
 from zcproto.admin.parts import Parts
+from zcproto.admin.snapshot import store_readiness
 from zcproto.admin.whole import ANSWER_S, ASK_S, Collector, Member, RemoteWhole, Reporter, read_report
 from zcproto.common.clock import system_clock
 from zcproto.common.link import Link, LinkClient, LinkServer, Topics
@@ -84,7 +85,10 @@ def collect(
     def join(parts: Parts) -> Whole:
         def read(depth: Depth) -> Report:
             report, count = read_report(parts, member_of(place), depth), sessions()
-            if count is None or depth is Depth.READINESS:
+            if count is None:
+                return report
+            report = replace(report, readiness=store_readiness(parts))
+            if depth is Depth.READINESS:
                 return report
             status = {**report.status, "sessions": {**report.status["sessions"], "live": count}}
             series: Series = {**report.series, "zcproto_sessions": {("live",): count}}

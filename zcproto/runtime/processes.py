@@ -366,6 +366,7 @@ class ForkedService:
             self._first.end()
             part.topics.calls.update(gone_calls(server.parts))
             if server.parts.store is not None:
+                part.share_failures(server.parts.store)
                 part.take_left_revocations(server.parts.store)
 
     def _server(self, place: Place, part: Joined) -> Server:

@@ -134,13 +134,16 @@ class CircuitBreaker:
         except DamagedRecord:
             raise  # the store works
         except StoreUnavailable as error:
-            self.reason = error.reason
-            now = self.now()
-            self.health.failed(now, now - began)
+            self.failed(error.reason, self.now() - began)
             raise
         finally:
             self.in_flight -= 1
             self.durations.add(self.now() - began)
+
+    def failed(self, reason: str, waited_s: float) -> None:
+        """Count a failed operation, of this process or of another one that has the store through it."""
+        self.reason = reason
+        self.health.failed(self.now(), waited_s)
 
     async def attempt(self, operation: Awaitable[T], within: float | None = None) -> T:
         """Run an operation whatever the health, for probes. The outcome is not counted."""

@@ -103,6 +103,8 @@ class StoreServer:
 
     def __init__(self, hub: StoreHub) -> None:
         self._hub = hub
+        self.on_failed: Callable[[str, float], object] = lambda reason, waited_s: None
+        """Called with the reason of each operation that the store has failed, and how long it took."""
         self._members: dict[bytes, HubStore] = {}
         self._member_of: dict[Link, tuple[bytes, HubStore]] = {}
 
@@ -146,9 +148,13 @@ class StoreServer:
         member = self._members.get(member_id)
         if member is None:
             raise _refusal(StoreUnavailable("this process has to connect again"))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             return await operation(member, *arguments)
         except StoreUnavailable as error:
+            if not isinstance(error, DamagedRecord):
+                self.on_failed(error.reason, loop.time() - began)
             raise _refusal(error) from error
 
     async def _ping(self, member: HubStore) -> None:

@@ -435,8 +435,7 @@ class ChangeTracker:
     def handle(self, change: Change) -> None:
         """Handle a change by another process, reported by the store."""
         if change.kind is ChangeKind.LOST:
-            # If the store cannot be reached, the outage begins now, although no operation needs the store.
-            self._revoker.tasks.run_in_background(self._breaker.call(self._store.ping()))
+            self._revoker.tasks.run_in_background(self._check_connection())
             return
         self.count += 1
         if change.kind is not ChangeKind.SESSION:
@@ -464,6 +463,15 @@ class ChangeTracker:
         else:
             self._to_check[change.id] = self.count
             self.start_checking()
+
+    async def _check_connection(self) -> None:
+        """Begin an outage if the store cannot be reached, although no operation needs it."""
+        while self._breaker.health.is_healthy:
+            try:
+                await self._breaker.call(self._store.ping())
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY_PAUSE_S)
 
     def handle_all_ended(self) -> None:
         """Check sessions that were read while this process ended all in the store, which does not report them."""
