@@ -11,6 +11,7 @@ import sys
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,17 @@ async def test_revocations_survive_a_restart_in_order(opened: Open, path: Path) 
         one(2),
         Revocation(WALL, user='evil "\\\n\udc80 \u202e'),
         one(3),
+        replace(one(3), is_unverified=True),
+        replace(one(3), user="eve", is_unverified=True),
     ]
     for revocation in added:
         await pending.add(revocation, WITHIN)
     assert pending.entries == added
-    assert pending.get(one(2).id) == one(2)
-    assert pending.get(b"x" * 16) is None
+    assert pending.get(one(3).id, "ada") == one(3)
+    assert pending.get(one(3).id, "eve") == added[-1]
+    assert pending.unverified("eve") == 1
+    assert pending.get(one(2).id, None) == one(2)
+    assert pending.get(b"x" * 16, None) is None
     assert mode(path) == 0o600
     assert await reopened(pending, path) == added
 

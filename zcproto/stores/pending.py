@@ -21,6 +21,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Revocation:
     """The end of one session (`id`), of all sessions of `user`, or of all sessions.
 
     For a user or for all, it ends the sessions opened by `wall`. With an id, `user` is the session's user if known.
+    `is_unverified`: the process did not know the session, which is ended only if it is that user's.
     `bound_to` limits those of a user to a key. It is not written to the file.
     """
 
@@ -66,11 +68,12 @@ class Revocation:
     user: str | None = None
     code: Code = Code.TOKEN_REVOKED
     bound_to: str | None = None
+    is_unverified: bool = False
 
     @property
     def key(self) -> RevocationKey:
         """What it ends: a later revocation with the same key replaces it."""
-        return self.id, None if self.id else self.user, self.bound_to
+        return self.id, None if self.id and not self.is_unverified else self.user, self.bound_to
 
 
 class PendingRevocations:
@@ -84,6 +87,7 @@ class PendingRevocations:
         self._limit = limit
         self._file = _File(path)
         self._entries: dict[RevocationKey, Revocation] = {}
+        self._unverified: Counter[str | None] = Counter()
         self._worker: Worker | None = None
         self.damaged: list[Path] = []
 
@@ -94,9 +98,28 @@ class PendingRevocations:
     def entries(self) -> list[Revocation]:
         return list(self._entries.values())
 
-    def get(self, session_id: bytes) -> Revocation | None:
-        """Return the pending revocation of one session."""
-        return self._entries.get((session_id, None, None))
+    def get(self, session_id: bytes, user: str | None) -> Revocation | None:
+        """Return the pending revocation of one session by a user; None: by anyone whose session it is."""
+        waiting = self._entries.get((session_id, None, None))
+        if waiting is not None and user in (None, waiting.user):
+            return waiting
+        return None if user is None else self._entries.get((session_id, user, None))
+
+    def unverified(self, user: str) -> int:
+        """Return how many revocations of a user wait that may be of sessions of others, or of none."""
+        return self._unverified[user]
+
+    def _put(self, entry: Revocation) -> None:
+        if entry.is_unverified and entry.key not in self._entries:
+            self._unverified[entry.user] += 1
+        self._entries[entry.key] = entry
+
+    def _drop(self, entry: Revocation) -> None:
+        del self._entries[entry.key]
+        if entry.is_unverified:
+            self._unverified[entry.user] -= 1
+            if not self._unverified[entry.user]:
+                del self._unverified[entry.user]
 
     async def open(self) -> None:
         """Read the file. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
@@ -107,7 +130,10 @@ class PendingRevocations:
         except BaseException:
             await self.close()
             raise
-        self._entries = {entry.key: entry for entry in entries}
+        self._entries.clear()
+        self._unverified.clear()
+        for entry in entries:
+            self._put(entry)
         self.damaged = file.damaged
 
     async def close(self) -> None:
@@ -119,7 +145,8 @@ class PendingRevocations:
     async def take_left(self, within: float) -> None:
         """Take over the files of processes that have ended since `open`. Raises StoreUnavailable."""
         for entry in await self._submit(self._file.take_left, within):
-            self._entries.setdefault(entry.key, entry)
+            if entry.key not in self._entries:
+                self._put(entry)
 
     async def add(self, revocation: Revocation, within: float) -> None:
         """Store a revocation. It is in `entries` immediately, before anything is awaited.
@@ -128,7 +155,7 @@ class PendingRevocations:
         """
         if revocation.key not in self._entries and len(self._entries) >= self._limit:
             raise StoreUnavailable(f"{self._limit} revocations are waiting for the store")
-        self._entries[revocation.key] = revocation
+        self._put(revocation)
         await self._submit(partial(self._file.add, revocation), within)
 
     async def remove(self, revocations: Sequence[Revocation], within: float) -> None:
@@ -138,7 +165,7 @@ class PendingRevocations:
         """
         for revocation in revocations:
             if self._entries.get(revocation.key) is revocation:
-                del self._entries[revocation.key]
+                self._drop(revocation)
         await self._submit(partial(self._file.remove, list(revocations)), within)
 
     async def _submit(self, work: Callable[[], Any], within: float) -> Any:
@@ -308,6 +335,8 @@ class _File:
 
 def _line(revocation: Revocation) -> bytes:
     fields = [_VERSION, revocation.wall, int(revocation.code), revocation.id.hex(), revocation.user]
+    if revocation.is_unverified:
+        fields.append(True)
     text = json.dumps(fields, separators=(",", ":")).encode("ascii")
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
@@ -318,8 +347,8 @@ def _read_line(line: bytes) -> Revocation | None:
     if checksum != b"%08x" % zlib.crc32(text):
         return None
     try:
-        version, wall, code, session_id, user = json.loads(text)
-        revocation = Revocation(wall, bytes.fromhex(session_id), user, Code(code))
+        version, wall, code, session_id, user, *more = json.loads(text)
+        revocation = Revocation(wall, bytes.fromhex(session_id), user, Code(code), is_unverified=bool(more))
     except (ValueError, TypeError):
         return None
     is_valid = version == _VERSION and type(wall) is int and isinstance(user, str | None)

@@ -157,7 +157,8 @@ class Revoker:
         During an outage the revocation is written to the file. Raises Unavailable if that fails too.
         """
         breaker, timeout = self.breaker, self.breaker.timeout
-        self.remember(revocation)
+        if not revocation.is_unverified:  # else what it has ended is remembered
+            self.remember(revocation)
         within = max(timeout, MIN_DISK_S)
         writing: asyncio.Task[None] | None = None
         if breaker.health.is_healthy:
@@ -184,7 +185,7 @@ class Revoker:
         try:
             await (writing or self.pending.add(revocation, within))
         except StoreUnavailable as error:
-            if revocation.id:
+            if revocation.id and not revocation.is_unverified:
                 self.add_orphan(revocation.id)  # remembered at least until this process ends
             self._not_kept(error)
             raise breaker.unavailable() from error
@@ -197,7 +198,7 @@ class Revoker:
     async def _end(self, revocation: Revocation) -> list[EndedRecord]:
         store, code, wall = self._store, revocation.code, revocation.wall
         if revocation.id:
-            return await self.breaker.call(store.end([revocation.id], code, wall))
+            return await self.breaker.call(store.end([revocation.id], code, wall, _owner(revocation)))
         if revocation.user is not None:
             return await self.breaker.call(store.end_user(revocation.user, code, wall))
         await self.breaker.call(store.end_all(code, wall))
@@ -255,15 +256,15 @@ class Revoker:
     async def _end_again(self, call: Call, revocations: Sequence[Revocation]) -> list[Revocation]:
         """Apply revocations. Return those of single sessions that the store had no live session for."""
         found = set()
-        by_code: dict[Code, list[Revocation]] = {}
+        groups: dict[tuple[Code, str | None], list[Revocation]] = {}
         for revocation in revocations:
             if revocation.id:
-                by_code.setdefault(revocation.code, []).append(revocation)
-        for code, group in by_code.items():
+                groups.setdefault((revocation.code, _owner(revocation)), []).append(revocation)
+        for (code, user), group in groups.items():
             wall = max(
                 revocation.wall for revocation in group
             )  # few operations, and some tombstones live longer
-            found.update(await self._end_ids(call, [revocation.id for revocation in group], code, wall))
+            found.update(await self._end_ids(call, [revocation.id for revocation in group], code, wall, user))
         for revocation in revocations:
             if not revocation.id:
                 try:
@@ -272,10 +273,12 @@ class Revoker:
                     self._not_kept(error)
         return [revocation for revocation in revocations if revocation.id and revocation.id not in found]
 
-    async def _end_ids(self, call: Call, ids: Sequence[bytes], code: Code, wall: int) -> list[bytes]:
+    async def _end_ids(
+        self, call: Call, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
+    ) -> list[bytes]:
         found = []
         for first in range(0, len(ids), MAX_ENDED):
-            ended = await call(self._store.end(ids[first : first + MAX_ENDED], code, wall))
+            ended = await call(self._store.end(ids[first : first + MAX_ENDED], code, wall, user))
             self.apply_ended(ended)
             found += [each.id for each in ended]
         return found
@@ -419,6 +422,11 @@ class Revoker:
             await call(self._store.end(ids, Code.TOKEN_REVOKED, self.clock.wall()))
             for session_id in ids:
                 self._orphans.pop(session_id, None)
+
+
+def _owner(revocation: Revocation) -> str | None:
+    """Return the user whose session it must be; None if that was verified."""
+    return revocation.user if revocation.is_unverified else None
 
 
 def end_here(registry: SessionRegistry, ended: EndedRecord) -> None:

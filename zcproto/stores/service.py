@@ -394,20 +394,18 @@ class StoredSessionService(SessionService):
             assert known is not None
             await self._write(Revocation(wall, raw, known.user))
             return True
-        waiting = self.sync.pending.get(raw)
-        if waiting is not None and user in (None, waiting.user):  # the first attempt may have failed
+        waiting = self.sync.pending.get(raw, user)
+        if waiting is not None:  # the first attempt may have failed
             await self._write(waiting)
             return True
         if not self.is_shared or known is not None:
             return False
         # Also if it is remembered as ended: a failover may have lost that.
-        return bool(await self._ask(self.sync.tasks.finish(self._end_unknown(raw, wall, user))))
-
-    async def _end_unknown(self, session_id: bytes, wall: int, user: str | None) -> Sequence[EndedRecord]:
-        ended = await self._call(self._store.end([session_id], Code.TOKEN_REVOKED, wall, user))
-        self._registry.revoked += len(ended)
-        self.sync.revoker.apply_ended(ended)
-        return ended
+        if user is not None and self.sync.pending.unverified(user) >= registry.settings.per_user:
+            self.sync.breaker.check()  # no user has more sessions
+        ended = await self._write(Revocation(wall, raw, user, is_unverified=user is not None))
+        registry.revoked += len(ended or ())
+        return ended is None or bool(ended)
 
     async def revoke_user(
         self, user: str, reason: EndReason, suppress_event: SuppressEvent = _WITH_EVENT

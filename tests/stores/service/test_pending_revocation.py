@@ -272,15 +272,60 @@ async def test_revocation_during_recovery_is_replayed_before_it_ends(process: Se
     assert process.store.registry.kept == 0
 
 
-async def test_unknown_session_cannot_be_revoked_during_an_outage(start_process: StartProcess) -> None:
+@pytest.mark.parametrize("user", ["ada", None])
+@pytest.mark.parametrize("is_kept", [True, False], ids=["on disk", "in memory"])
+async def test_revocation_of_an_unknown_session_applies_after_the_outage(
+    start_process: StartProcess, user: str | None, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     await other.outage()
-    await refused(other.revoke(opened))
-    assert len(other.pending) == 0
+    if is_kept:
+        assert await other.revoke(opened, user)
+    else:  # the disk is full
+        with monkeypatch.context() as patch:
+            patch.setattr(other.pending._file, "_save", fail_to_write)
+            await refused(other.revoke(opened, user))
     await other.recover()
-    assert await other.revoke(opened)
+    assert one.store.registry.record(raw(opened)) is None
+    assert len(other.pending) == 0
+    assert other.registry.revoked == 0
+
+
+def fail_to_write() -> None:
+    raise OSError(28, "No space left on device")
+
+
+async def test_user_cannot_revoke_sessions_of_others_by_an_outage(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    first, second = await one.open("ada"), await one.open("ada")
+    await other.outage()
+    assert await other.revoke(second, "ada")
+    for opened in (first, second):
+        assert await other.revoke(opened, "eve")
+        assert await other.revoke(opened, "eve")  # a repetition takes no more room
+    assert other.pending.unverified("eve") == 2
+    await other.recover()
+    assert one.store.registry.record(raw(first)) is not None
+    assert one.store.registry.record(raw(second)) is None
+    assert other.pending.unverified("eve") == 0
+
+
+async def test_user_who_revokes_unknown_sessions_in_an_outage_is_bounded(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True, per_user=3)
+    other = await start_process(FaultyStoreView(one.store), per_user=2)
+    found = [await one.open("ada") for _ in range(3)]
+    await other.outage()
+    for opened in found[:2]:
+        assert await other.revoke(opened, "eve")
+    await refused(other.revoke(found[2], "eve"))
+    assert await other.revoke(found[2], "ada")
+    assert await other.revoke(found[1], None)
+    assert len(other.pending) == 4
 
 
 async def test_slow_store_and_file_are_written_concurrently(
