@@ -15,6 +15,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import zcproto
 from tests.cli import stub_app
@@ -434,6 +436,43 @@ def test_hostile_texts_stay_literals_in_python(tmp_path: Path) -> None:
     assert "\x1b" not in text
     (tmp_path / "evil_client.py").write_text(text)
     load(tmp_path / "evil_client.py")
+
+
+def written(*methods: dict[str, Any]) -> str:
+    writer = Python()
+    return writer.write(Stubs(methods, writer), "shop:app")
+
+
+@given(text=st.text(alphabet="\"'\\ a\n{", max_size=12))
+@example(text='closes """')
+@example(text='a""')
+@example(text='a \\"')
+def test_documentation_keeps_its_quotes_and_backslashes_in_python(text: str) -> None:
+    tree = ast.parse(written({"name": "echo", "doc": text, "schema": {}}))
+    (method,) = (node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef))
+    expected = "\n".join(line.strip() for line in text.strip().splitlines())
+    assert (ast.get_docstring(method, clean=True) or "") == expected
+
+
+def test_parameters_with_the_names_of_options_are_kept_in_python() -> None:
+    names = ["items", "timeout", "idempotency_key", "others", "call_items", "call_timeout", "call_others"]
+    properties = {name: {"type": "integer"} for name in names}
+    schema = {
+        "params": {"properties": properties, "additionalProperties": True},
+        "takes": {"type": "integer"},
+    }
+    tree = ast.parse(written({"name": "echo", "schema": schema}))
+    (method,) = (node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef))
+    assert {each.arg for each in method.args.kwonlyargs} == {*names, "call_items2", "call_timeout2"}
+    assert method.args.kwarg is not None
+    assert method.args.kwarg.arg == "others2"
+
+
+def test_module_that_is_not_python_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("zcproto.cli.stub_python._docstring", lambda text, indent: '"""')
+    path = tmp_path / "client.py"
+    assert main(["stubs", SOURCE, "--language", "python", "--output", str(path)]) == 1
+    assert not path.exists()
 
 
 def test_hostile_texts_stay_literals_in_typescript() -> None:

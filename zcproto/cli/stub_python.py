@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import keyword
 import re
 from typing import Any, ClassVar, Final
 
 from zcproto.cli.stub_types import Alias, Class, Language, StubMethod, Stubs, identifier, unique
+from zcproto.errors import ZcprotoError
 
 _IMPORTS: Final = (
     ("collections.abc", ("AsyncIterable", "Iterable")),
@@ -26,6 +28,8 @@ _TYPES: Final = frozenset({"int", "float", "str", "bool", "bytes", "list", "tupl
 """Names that no method may have: the annotations of the others would mean the method."""
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_ENDING_QUOTE: Final = re.compile(r'"(?="|\Z)')
+"""Quotes that could end a docstring: one before another, and the last character."""
 
 
 class Python(Language):
@@ -83,7 +87,15 @@ class Python(Language):
         parts.append("\n\n".join([head, *(code for _, code in methods)]))
         body = "\n\n\n".join(filter(None, parts))
         about = _docstring(f"Typed client of {source}, written by `zcproto stubs`: do not edit.", 0)
-        return f"{about}\n\nfrom __future__ import annotations\n\n{_imports(body)}\n\n\n{body}\n"
+        text = f"{about}\n\nfrom __future__ import annotations\n\n{_imports(body)}\n\n\n{body}\n"
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            raise ZcprotoError(
+                f"the methods of {source} cannot be written as Python: {error.msg}; report this with the answer of"
+                " server.info, or use another language"
+            ) from error
+        return text
 
 
 def _imports(body: str) -> str:
@@ -109,9 +121,7 @@ def _constant(value: str | int | None) -> str:
 
 
 def _docstring(text: str, indent: int) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
-    if escaped.endswith('"'):
-        escaped = escaped[:-1] + '\\"'
+    escaped = _ENDING_QUOTE.sub(r"\"", text.replace("\\", "\\\\"))
     lines = [f"{indent * ' '}{line.strip()}".rstrip() for line in escaped.splitlines()]
     return '"""' + "\n".join(lines).lstrip() + '"""'
 
@@ -129,9 +139,11 @@ def _method(method: StubMethod, name: str) -> tuple[str, str]:
     """Return the adapters of the types that a method returns, and the method of the class."""
     names = {each.name for each in method.params}
     items, timeout, key = (
-        f"call_{each}" if each in names else each for each in ("items", "timeout", "idempotency_key")
+        unique(f"call_{each}", names) if each in names else each
+        for each in ("items", "timeout", "idempotency_key")
     )
-    arguments, sent = _arguments(method)
+    others = unique("others", names)
+    arguments, sent = _arguments(method, others)
     adapter, head, result = f"_{name}", f"async def {name}", method.result
     adapters = [_adapter(adapter, result)]
     call, values = "await self._call", [adapter, _constant(method.name), sent]
@@ -149,7 +161,7 @@ def _method(method: StubMethod, name: str) -> tuple[str, str]:
         arguments += [f"{timeout}: float | None = UNSET", f"{key}: str | None = None"]
         values += [f"timeout={timeout}", f"idempotency_key={key}"]
     if method.others and sent != "params":
-        arguments.append(f"**others: {method.others}")
+        arguments.append(f"**{others}: {method.others}")
     body = [f"return {call}(", *(f"    {each}," for each in values), ")"]
     lines = [f"    {head}(", "        self,", "        *,", *(f"        {each}," for each in arguments)]
     lines.append(f"    ) -> {result}:")
@@ -162,12 +174,12 @@ def _adapter(name: str, kind: str) -> str:
     return f"{name}: TypeAdapter[{kind}] = TypeAdapter({kind})"
 
 
-def _arguments(method: StubMethod) -> tuple[list[str], str]:
-    """Return the parameters of a method, and the expression for the params that are sent."""
+def _arguments(method: StubMethod, others: str) -> tuple[list[str], str]:
+    """Return the parameters of a method, and the expression for the params that are sent; `others` are further ones."""
     if not all(_is_name(each.name) and each.name != "self" for each in method.params):
         return ["params: dict[str, Any]"], "params"
     arguments = [
         f"{each.name}: {each.type}{'' if each.is_required else ' = UNSET'}" for each in method.params
     ]
     pairs = [f"{_constant(each.name)}: {each.name}" for each in method.params]
-    return arguments, f"{{{', '.join([*pairs, *(['**others'] if method.others else [])])}}}"
+    return arguments, f"{{{', '.join([*pairs, *([f'**{others}'] if method.others else [])])}}}"
