@@ -160,10 +160,11 @@ def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
 
 def test_refresh_reuse_raises_one_alert_per_session(alerts: ServerAlerts) -> None:
     for _ in range(3):
-        on_refresh_reused(alerts, "abc", "192.0.2.7")
-    on_refresh_reused(alerts, "def", "192.0.2.8")
-    found = {each.about: (each.count, each.details["peer"]) for each in alerts.center.open_alerts()}
-    assert found == {"abc": (3, "192.0.2.7"), "def": (1, "192.0.2.8")}
+        on_refresh_reused(alerts, "abc", "ada", "192.0.2.7")
+    on_refresh_reused(alerts, "def", "ada", "192.0.2.8")
+    found = {each.about: (each.count, each.details) for each in alerts.center.open_alerts()}
+    details = {"user": "ada", "peer": "192.0.2.7"}
+    assert found == {"abc": (3, details), "def": (1, {**details, "peer": "192.0.2.8"})}
 
 
 def test_revocation_of_no_session_raises_no_alert(alerts: ServerAlerts) -> None:

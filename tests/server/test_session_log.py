@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -99,8 +100,8 @@ def test_failed_logins_are_logged_with_a_limit(serve: Serve, lines: Log) -> None
         assert refused(client, "session.open", scheme="nonsense") == 3
     found = lines()
     assert len(found) == 10
-    assert {(line["event"], line["level"], line["scheme"], line["peer"]) for line in found} == {
-        ("login.failed", "info", "api_key", "127.0.0.1")
+    assert {tuple(line[name] for name in ("event", "level", "scheme", "user", "peer")) for line in found} == {
+        ("login.failed", "info", "api_key", "ada", "127.0.0.1")
     }
     assert "a wrong key" not in str(found)
 
@@ -114,7 +115,44 @@ def test_failed_login_of_an_authenticator_that_is_awaited_is_logged(serve: Serve
     with server.client() as client:
         refused(client, "session.open", scheme="directory", user="ada")
     (line,) = lines()
-    assert (line["event"], line["scheme"], line["peer"]) == ("login.failed", "directory", "127.0.0.1")
+    assert (line["event"], line["scheme"], line["user"]) == ("login.failed", "directory", "ada")
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_name_in_a_failed_login_is_escaped_and_bounded(
+    serve: Serve, capsys: pytest.CaptureFixture[str], tmp_path: Path, form: Literal["json", "console"]
+) -> None:
+    audit = tmp_path / "audit.log"
+    server = serve()
+    configure_logging(LogConfig(level="info", format=form, audit_file=audit))
+    sent = "\n\x1b[31m\u202e\u2028" + 200 * "x"
+    with server.client() as client:
+        refused(client, "session.open", scheme="api_key", user=sent[:128], key="a wrong key")
+        refused(client, "session.open", scheme="api_key", user=sent, key="a wrong key")
+    configure_logging(LogConfig())
+    for text in (capsys.readouterr().err, audit.read_text()):
+        assert text.isascii()
+        assert "\x1b" not in text
+        first, *_ = found = [line for line in text.splitlines() if "login.failed" in line]
+        assert "\\n" in first
+        assert "x" * 120 in first
+        assert "x" * 121 not in text
+        assert len(found) == 2
+
+
+def test_failed_login_of_a_device_names_the_device(serve: Serve, lines: Log) -> None:
+    server = serve(users_file=True)
+    with server.client() as client:
+        refused(client, "session.open", scheme="ed25519", device="laptop", signature=bytes(64))
+    assert [line["user"] for line in lines() if line["event"] == "login.failed"] == ["device:laptop"]
+
+
+def test_failed_login_that_names_no_user_is_logged_without_one(serve: Serve, lines: Log) -> None:
+    server = serve(authenticators=[CallableAuthenticator("ticket", lambda ticket: None)])
+    with server.client() as client:
+        refused(client, "session.open", scheme="ticket", ticket="a")
+    (line,) = lines()
+    assert "user" not in line
 
 
 def test_refresh_token_reuse_is_logged_as_warning(serve: Serve, lines: Log) -> None:
@@ -129,7 +167,7 @@ def test_refresh_token_reuse_is_logged_as_warning(serve: Serve, lines: Log) -> N
         refused(client, "session.refresh", refresh_token=token, client="thief/1")
     (line,) = lines()
     assert (line["event"], line["level"]) == ("session.refresh_reused", "warning")
-    assert (line["session"], line["peer"]) == (client.opened["id"], "127.0.0.1")
+    assert (line["session"], line["user"], line["peer"]) == (client.opened["id"], "ada", "127.0.0.1")
 
 
 def test_log_contains_no_secret(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,8 +140,8 @@ session.revocation_rate: error, ends rate
 session.refresh_reused: error, ends quiet; session
     A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly. The
     session was ended for both holders.
-    Cure: Ask the user; check the address in the log. `zcproto session list --user NAME` shows the user's
-    other sessions.
+    Cure: Ask the user, whom the details name; check the address in the log. `zcproto session list --user NAME`
+    shows the user's other sessions.
 connection.replayed: error, ends rate
     Frames were refused as replays (error 66): they were received before, or belong to another connection.
     Within TLS only the client itself can send them.
@@ -153,7 +153,8 @@ connection.stale_frames: warning, ends rate
 login.throttled: warning, ends rate
     Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys are being
     guessed, or a program keeps using a wrong one.
-    Cure: The log event `login.failed` has the addresses. Block attackers in the firewall.
+    Cure: The log event `login.failed` has the addresses and the names that they sent. Block attackers in the
+    firewall.
 oidc.keys_failed: warning, ends resolved; issuer
     The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`; without any, as
     after a start, it is an error: logins by its tokens get UNAVAILABLE. Logins fetch the keys, so the alert ends

@@ -100,6 +100,12 @@ class Login:
         """The schemes that `session.open` accepts."""
         return tuple(self._authenticators)
 
+    def user_named(self, params: Mapping[str, Any], channel: Channel) -> str:
+        """Return the name for which failures of a login are counted, not proved by it: a user's, or "device:" and a
+        device's; or an empty text.
+        """
+        return self._namers[params["scheme"]](params, channel)
+
     def open(
         self,
         params: Mapping[str, Any],

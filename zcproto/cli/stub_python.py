@@ -175,7 +175,7 @@ def _adapter(name: str, kind: str) -> str:
 
 
 def _arguments(method: StubMethod, others: str) -> tuple[list[str], str]:
-    """Return the parameters of a method, and the expression for the params that are sent; `others` are further ones."""
+    """Return the parameters of a method, and the expression for the params that are sent, with `others`."""
     if not all(_is_name(each.name) and each.name != "self" for each in method.params):
         return ["params: dict[str, Any]"], "params"
     arguments = [

@@ -277,14 +277,14 @@ session.evicted info (session) by peer, limit per event, audit success
     A session that no connection used ended, because its user had reached sessions.per_user and logged in again.
 session.not_admitted info (peer connection session) by peer, limit per address, audit failure
     A token was refused from an address that its session is not bound to.
-session.refresh_reused warning (session peer) by peer, limit per address, audit failure
+session.refresh_reused warning (session user peer) by peer, limit per address, audit failure
     A spent refresh token was reused, so it may be stolen; the session was ended.
 oidc.keys_loaded info (issuer count)
     The keys of an identity provider were fetched: for the first time, after a failure, or others than before.
 oidc.keys_failed warning (issuer reason can_serve)
     The keys of an identity provider cannot be fetched. `can_serve`: the last ones serve, for `keys_stale`.
-login.failed info (peer connection scheme) by peer, limit per address, audit failure
-    A login failed.
+login.failed info (user peer connection scheme) by peer, limit per address, audit failure
+    A login failed. `user` is the name for which it counts, as sent: not proved, `device:NAME` for a device.
 login.certificate_refused info (peer reason) by peer, limit per address, audit failure
     A login by client certificate was refused: it names no user who may log in.
 login.device_refused info (peer reason) by peer, limit per address, audit failure

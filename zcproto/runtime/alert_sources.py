@@ -145,10 +145,11 @@ def on_issuer_answered(alerts: ServerAlerts, issuer: str) -> None:
     alerts.resolve(AlertKind.ISSUER_KEYS, f"the keys of {issuer} were fetched", about=issuer)
 
 
-def on_refresh_reused(alerts: ServerAlerts, session_id: str, address: str) -> None:
+def on_refresh_reused(alerts: ServerAlerts, session_id: str, user: str, address: str) -> None:
     """Raise an alert for a session that ended because its refresh token was reused."""
-    title = f"a refresh token was reused, last from {address}: its session was ended"
-    alerts.raise_(AlertKind.REFRESH_REUSED, title, about=session_id, details={"peer": address})
+    title = f"a refresh token{user and f' of {user}'} was reused, last from {address}: its session was ended"
+    details = {**({"user": user} if user else {}), "peer": address}
+    alerts.raise_(AlertKind.REFRESH_REUSED, title, about=session_id, details=details)
 
 
 def on_revoked(alerts: ServerAlerts, by: str, sessions: int, by_user: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from zcproto.app.app import App, Method
 from zcproto.app.context import CallConnection, Context
 from zcproto.auth import Enrollment, Identity, Login
-from zcproto.auth.identity import NO_CHANNEL
+from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.common.parameters import Signature
 from zcproto.common.roles import NO_ROLES, OPERATORS, Roles, roles_of
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
@@ -103,11 +103,11 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         _check_client(client)
         caller = context.caller
         peer, fields["scheme"] = caller.peer, scheme
+        channel = NO_CHANNEL if scheme in login.without_channel else caller.channel(context)
         try:
-            channel = NO_CHANNEL if scheme in login.without_channel else caller.channel(context)
             identity = login.open(fields, peer, state.clock.now(), channel)
         except Unauthenticated:
-            log_refused(context, scheme)
+            log_refused(context, fields, channel)
             raise
         if isinstance(identity, Identity) and not (identity.key or state.sessions.is_stored):
             user, roles, _, ends_at = identity
@@ -115,17 +115,22 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             opened = registry.open(user, client, peer, wall, frozenset(roles), "", external, ends_at)
             log_event("session.opened", caller, opened.session, scheme=scheme, client=client)
             return answer_tokens(caller, opened)
-        return open_later(context, identity, scheme, client)
+        return open_later(context, identity, fields, channel, client)
 
     async def open_later(
-        context: Context, identity: Identity | Coroutine[Any, Any, Identity], scheme: str, client: str
+        context: Context,
+        identity: Identity | Coroutine[Any, Any, Identity],
+        fields: dict[str, Any],
+        channel: Channel,
+        client: str,
     ) -> dict[str, Any]:
         """Open a session whose authenticator or store must be awaited."""
+        scheme: str = fields["scheme"]
         if not isinstance(identity, Identity):
             try:
                 identity = await identity
             except Unauthenticated:
-                log_refused(context, scheme)
+                log_refused(context, fields, channel)
                 raise
         opened = await state.sessions.open(
             identity.user,
@@ -146,8 +151,11 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         log_event("session.opened", context.caller, opened.session, scheme=scheme, client=client)
         return answer_tokens(context.caller, opened)
 
-    def log_refused(context: Context, scheme: str) -> None:
-        log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme)
+    def log_refused(context: Context, fields: dict[str, Any], channel: Channel) -> None:
+        named = login.user_named(fields, channel)
+        user = {"user": named} if named else {}
+        scheme = fields["scheme"]
+        log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme, **user)
 
     async def session_attach(context: Context, signature: bytes) -> dict[str, Any]:
         """Prove, by a signature of the device, the key of this bound session on this connection."""
@@ -179,8 +187,9 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         state.binding.check_refresh(session, client, context.peer)
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
+        user = "" if session is None else session.user
         with state.refreshing(context.caller, id_of(refresh_token[:FAMILY_SIZE])):
-            opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer)
+            opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer, user=user)
             log_event("session.refreshed", context.caller, opened.session, client=client)
             return answer_tokens(context.caller, opened)
 

@@ -76,8 +76,8 @@ _WITH_EVENT: Final = nullcontext()
 
 T = TypeVar("T")
 
-OnReuse = Callable[[str, str], None]
-"""Called with the id of a session that a spent refresh token has ended, and the address that sent it."""
+OnReuse = Callable[[str, str, str], None]
+"""Called with the id of a session that a spent refresh token has ended, its user, and the address that sent it."""
 
 log = get_logger("zcproto.sessions")
 
@@ -91,7 +91,7 @@ class SessionService:
     def __init__(self, registry: SessionRegistry, clock: Clock) -> None:
         self._registry = registry
         self._clock = clock
-        self.on_reuse: OnReuse = lambda session_id, address: None
+        self.on_reuse: OnReuse = lambda session_id, user, address: None
 
     @property
     def is_shared(self) -> bool:
@@ -107,19 +107,25 @@ class SessionService:
         """Open a session for an authenticated user. Raises like `SessionRegistry.open`, and Unavailable."""
         return self._registry.open(user, wall=self._clock.wall(), **opening)
 
-    async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
-        """Issue a new token pair. Raises like `SessionRegistry.refresh`, and Unavailable."""
+    async def refresh(
+        self, refresh_token: bytes, *, client: str, address: str, user: str = ""
+    ) -> OpenedSession:
+        """Issue a new token pair. `user` is the session's, to report a reuse.
+
+        Raises like `SessionRegistry.refresh`, and Unavailable.
+        """
         registry, wall = self._registry, self._clock.wall()
         reused = registry.refresh_reused
         try:
             return registry.refresh(refresh_token, client=client, address=address, wall=wall)
         finally:
             if registry.refresh_reused > reused:
-                self._report_reuse(id_of(refresh_token[:FAMILY_SIZE]), address)
+                self._report_reuse(id_of(refresh_token[:FAMILY_SIZE]), user, address)
 
-    def _report_reuse(self, session_id: bytes, address: str) -> None:
-        log.warning("session.refresh_reused", session=id_text(session_id), peer=address)
-        self.on_reuse(id_text(session_id), address)
+    def _report_reuse(self, session_id: bytes, user: str, address: str) -> None:
+        known = {"user": user} if user else {}
+        log.warning("session.refresh_reused", session=id_text(session_id), peer=address, **known)
+        self.on_reuse(id_text(session_id), user, address)
 
     # --- ending ------------------------------------------------------------------------------------
 
@@ -285,7 +291,9 @@ class StoredSessionService(SessionService):
 
     # --- refreshing --------------------------------------------------------------------------------
 
-    async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
+    async def refresh(
+        self, refresh_token: bytes, *, client: str, address: str, user: str = ""
+    ) -> OpenedSession:
         registry = self._registry
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         while True:
@@ -307,7 +315,7 @@ class StoredSessionService(SessionService):
             expires_at = made[0].expires_at
             rotation = replace(rotation, client=client, address=address, wall=wall, expires_at=expires_at)
             made = rotation, token, new_refresh_token
-        task = self._refreshing[session_id] = self.sync.tasks.spawn(self._rotate(refresh_token, *made))
+        task = self._refreshing[session_id] = self.sync.tasks.spawn(self._rotate(refresh_token, user, *made))
         task.add_done_callback(lambda _: self._refreshing.pop(session_id))
         await asyncio.wait([task])
         opened = task.result()
@@ -319,7 +327,7 @@ class StoredSessionService(SessionService):
         return opened
 
     async def _rotate(
-        self, spent_token: bytes, rotation: Rotation, token: bytes, refresh_token: bytes
+        self, spent_token: bytes, user: str, rotation: Rotation, token: bytes, refresh_token: bytes
     ) -> OpenedSession:
         changes, registry, wall = self.sync.changes, self._registry, rotation.wall
         count = changes.count
@@ -332,7 +340,7 @@ class StoredSessionService(SessionService):
             record = await self._call(self._store.rotate(rotation))
             if isinstance(record, NotRotated):
                 self._undecided.pop(rotation.spent_digest, None)
-                raise self._not_rotated(rotation, record)
+                raise self._not_rotated(rotation, user, record)
             if isinstance(record, Repeated):
                 pair = open_pair(spent_token, record.record.token_digest, record.sealed)
                 if pair is None:
@@ -365,10 +373,10 @@ class StoredSessionService(SessionService):
             registry.restore(record, make_room=True)
         return registry.apply_rotation(record, rotation.spent_digest, token, refresh_token, wall)
 
-    def _not_rotated(self, rotation: Rotation, refused: NotRotated) -> CallError:
+    def _not_rotated(self, rotation: Rotation, user: str, refused: NotRotated) -> CallError:
         if refused.reused:
             self._registry.refresh_reused += 1
-            self._report_reuse(rotation.id, rotation.address)
+            self._report_reuse(rotation.id, user, rotation.address)
             self.sync.revoker.end_reused(rotation.id)
         elif refused.code is not Code.UNAUTHENTICATED:
             self._registry.end(rotation.id, refused.code, EndReason.UNKNOWN, rotation.wall)

@@ -55,12 +55,12 @@ async def test_reused_refresh_token_ends_the_session_and_is_reported(
     opened = await process.open()
     again = await process.refresh(opened)
     process.clock.advance(60)
-    await refused(process.refresh(opened), TokenRevoked)
+    await refused(process.refresh(opened, user="ada"), TokenRevoked)
     assert process.check(again.token) is Code.TOKEN_REVOKED
     assert process.ended == [(opened.session.id, Code.TOKEN_REVOKED, "refresh token reused")]
     assert process.registry.refresh_reused == 1
     (line,) = [line for line in log if line["event"] == "session.refresh_reused"]
-    assert (line["session"], line["peer"]) == (opened.session.id, ADDRESS)
+    assert (line["session"], line["user"], line["peer"]) == (opened.session.id, "ada", ADDRESS)
     await refused(process.refresh(again), TokenRevoked)
     assert process.store.registry.kept == 0
 
