@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Callable, Iterator
@@ -52,7 +53,11 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_configure() -> None:
-    """Let tests interrupt their processes, which would inherit that a job in the background ignores SIGINT."""
+    """Let tests interrupt their processes, which would inherit that a job in the background ignores SIGINT.
+
+    Their files are not writable by others, whatever the umask of the caller: such a configuration is refused.
+    """
+    os.umask(0o022)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

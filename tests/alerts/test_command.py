@@ -203,5 +203,27 @@ def test_program_writable_by_others_is_refused(tmp_path: Path, mode: int) -> Non
     program = tmp_path / "page"
     program.touch()
     program.chmod(mode)
-    with pytest.raises(ConfigError, match=r"others may write to .*run: chmod go-w"):
+    with pytest.raises(
+        ConfigError, match=r"alerts\.command: .*others can change this file .*; run: chmod go-w"
+    ):
+        Command([str(program)], timeout=1.0, environ={})
+
+
+def test_program_that_others_can_replace_is_refused(tmp_path: Path) -> None:
+    program = tmp_path / "page"
+    program.touch(0o755)
+    Command([str(program)], timeout=1.0, environ={})
+    tmp_path.chmod(0o777)
+    with pytest.raises(
+        ConfigError, match=r"alerts\.command: .*others can change this folder .*; run: chmod go-w"
+    ):
+        Command([str(program)], timeout=1.0, environ={})
+
+
+def test_program_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "page"
+    program.touch(0o755)
+    owner = program.stat().st_uid
+    monkeypatch.setattr("zcproto.common.files.trusted_owners", lambda: {owner + 1})
+    with pytest.raises(ConfigError, match=rf"alerts\.command: .*belongs to another user \(uid {owner}\)"):
         Command([str(program)], timeout=1.0, environ={})

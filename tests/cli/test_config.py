@@ -70,10 +70,13 @@ def test_check_includes_the_environment(home: Path, capsys: Capture, monkeypatch
     assert capsys.readouterr().err.startswith('server.port = "x" (ZCPROTO_SERVER__PORT): must be')
 
 
-def test_check_includes_the_home_folder(home: Path, capsys: Capture) -> None:
+def test_check_includes_the_home_folder(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home.mkdir()
     home.chmod(0o777)
-    (home / "config.toml").write_text("[server]\nport = -1")
+    (home / "config.toml").touch()
+    monkeypatch.setenv("ZCPROTO_SERVER__PORT", "-1")
     assert main(["config", "check"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"{home}: others can change this folder (mode 0777); run: chmod go-w {home}"

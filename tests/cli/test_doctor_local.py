@@ -143,6 +143,35 @@ def test_files_readable_by_others_are_faults(
     assert cure in detail
 
 
+@pytest.mark.parametrize(("place", "mode"), [("config.toml", 0o666), ("", 0o777)])
+def test_configuration_that_others_can_change_is_a_fault(
+    folder: Path, doctor: Doctor, tmp_path: Path, place: str, mode: int
+) -> None:
+    elsewhere = tmp_path / "etc"
+    elsewhere.mkdir()
+    (elsewhere / "config.toml").write_bytes((folder / "config.toml").read_bytes())
+    arguments = ["--config", str(elsewhere / "config.toml")]
+    assert doctor(*arguments).state("config") == "ok"
+    (elsewhere / place).chmod(mode)
+    detail = doctor(*arguments).one("config", "fault")
+    assert (
+        f"others can change this {'file' if place else 'folder'} (mode 0{mode:o}) | run: chmod go-w" in detail
+    )
+
+
+def test_alert_command_that_others_can_change_is_a_fault(
+    folder: Path, doctor: Doctor, tmp_path: Path
+) -> None:
+    program = tmp_path / "page"
+    program.touch(0o755)
+    with (folder / "config.toml").open("a") as config:
+        config.write(f"[alerts]\ncommand = ['{program}']\n")
+    assert doctor().state("alert command") == "ok"
+    program.chmod(0o777)
+    detail = doctor().one("alert command", "fault")
+    assert "others can change this file (mode 0777) | run: chmod go-w" in detail
+
+
 @pytest.mark.parametrize("name", ["config.toml", "certs/ca.crt"])
 def test_public_files_may_be_readable(folder: Path, doctor: Doctor, name: str) -> None:
     (folder / name).chmod(0o644)

@@ -244,6 +244,10 @@ def test_port_in_use_is_refused(prepared: Path, capsys: Capture) -> None:
         (lambda home: home.chmod(0o770), "chmod go-w"),
         (lambda home: (home / "users.toml").write_text("users = 5"), "users.toml"),
         (lambda home: (home / "config.toml").write_text("[servr]"), "did you mean"),
+        (
+            lambda home: (home / "config.toml").chmod(0o666),
+            "others can change this file (mode 0666); run: chmod",
+        ),
     ],
 )
 def test_unusable_configuration_starts_nothing(

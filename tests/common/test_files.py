@@ -29,6 +29,7 @@ from zcproto.common.files import (
     new_file,
     read_file,
     read_secret,
+    read_trusted_file,
     replace_file,
     replaced_file,
     staging_path,
@@ -145,6 +146,63 @@ def test_folder_on_a_read_only_mount_may_have_any_mode(path: Path, monkeypatch: 
     monkeypatch.setattr(files, "trusted_owners", lambda: {path.stat().st_uid + 1})
     with pytest.raises(UnusableFileError, match="belongs to another user"):
         check_folder(path, OTHERS_READ_WRITE)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_file_in_a_folder_where_others_cannot_replace_it_is_read(path: Path, mode: int) -> None:
+    path.mkdir()
+    path.chmod(mode)
+    assert read_trusted_file(put(path / "file", b"text", 0o644), 9) == b"text"
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_file_in_a_folder_where_others_can_replace_it_is_refused(path: Path, mode: int) -> None:
+    path.mkdir()
+    path.chmod(mode)
+    with pytest.raises(
+        UnusableFileError, match=rf"others can change this folder \(mode 0{mode:o}\); run: chmod go-w"
+    ):
+        read_trusted_file(put(path / "file"), 9)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o606])
+def test_file_that_others_can_change_is_not_trusted(path: Path, mode: int) -> None:
+    with pytest.raises(UnusableFileError, match="others can change this file"):
+        read_trusted_file(put(path, mode=mode), 9)
+
+
+@pytest.mark.parametrize("open_folder", ["of the link", "of the target"])
+def test_both_folders_of_a_linked_file_are_checked(tmp_path: Path, open_folder: str) -> None:
+    folders = {name: tmp_path / name for name in ("of the link", "of the target")}
+    for each in folders.values():
+        each.mkdir()
+    target = put(folders["of the target"] / "file")
+    link = folders["of the link"] / "file"
+    link.symlink_to(target)
+    assert read_trusted_file(link, 9) == b"old"
+    folders[open_folder].chmod(0o777)
+    with pytest.raises(UnusableFileError, match=f"{open_folder}: others can change this folder"):
+        read_trusted_file(link, 9)
+
+
+def test_link_of_another_user_in_a_sticky_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared").mkdir(0o777)
+    (tmp_path / "shared").chmod(0o1777)
+    link = tmp_path / "shared" / "link"
+    link.symlink_to(put(tmp_path / "file"))
+    read_trusted_file(link, 9)
+    lstat = Path.lstat
+
+    def of_another_user(path: Path) -> os.stat_result:
+        fields = list(lstat(path))
+        fields[stat.ST_UID] = 4711
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(Path, "lstat", of_another_user)
+    with pytest.raises(UnusableFileError, match=r"link: belongs to another user \(uid 4711\)"):
+        read_trusted_file(link, 9)
 
 
 def test_file_in_place_of_a_folder_is_refused(path: Path) -> None:

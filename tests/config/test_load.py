@@ -236,12 +236,38 @@ def test_extreme_toml_is_a_fault_without_a_crash(home: Path, toml: str) -> None:
 
 def test_too_large_file_is_not_parsed(home: Path) -> None:
     load(home, "#" * MAX_FILE_BYTES)
-    assert faults(home, "#" * (MAX_FILE_BYTES + 1)) == ["config.toml: is larger than 1048576 bytes"]
+    (fault,) = faults(home, "#" * (MAX_FILE_BYTES + 1))
+    assert fault.endswith("config.toml: is larger than 1048576 bytes; check the path")
 
 
-def test_unreadable_file_is_a_fault(home: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+def test_folder_in_place_of_the_file_is_a_fault(home: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a regular file; check the path"):
         load_config(home, home=home, environ={})
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o606, 0o666])
+def test_file_that_others_can_change_is_a_fault(home: Path, mode: int) -> None:
+    load(home, "[server]\nport = 1\n")
+    path = home / "config.toml"
+    path.chmod(mode)
+    fault = f"{path}: others can change this file (mode 0{mode:o}); run: chmod go-w {path}"
+    assert faults(home) == [fault]
+    path.chmod(0o644)
+    assert load(home).server.port == 1
+
+
+def test_file_in_a_folder_that_others_can_change_is_a_fault(home: Path) -> None:
+    load(home, "[server]\nport = 1\n")
+    home.chmod(0o777)
+    assert faults(home) == [f"{home}: others can change this folder (mode 0777); run: chmod go-w {home}"]
+
+
+def test_file_of_another_user_is_a_fault(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(home, "[server]\nport = 1\n")
+    owner = home.stat().st_uid
+    monkeypatch.setattr("zcproto.common.files.trusted_owners", lambda: {owner + 1})
+    (fault,) = faults(home)
+    assert f"belongs to another user (uid {owner}); run as that user, or run: chown" in fault
 
 
 def test_home_that_is_a_file_is_a_fault(home: Path) -> None:

@@ -329,6 +329,18 @@ def test_reload_of_alert_threshold_restarts_the_count(serve: Serve) -> None:
 # --- whose configuration, and when --------------------------------------------------------------------------
 
 
+def test_reload_of_a_file_that_others_can_change_is_refused(serve: Serve) -> None:
+    server = serve()
+    path = server.home / "config.toml"
+    path.write_text("[alerts]\nreplays = 9\n")
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match="others can change this file"):
+        server.reload()
+    path.chmod(0o644)
+    server.reload()
+    assert server.server.config.alerts.replays == 9
+
+
 async def test_reload_without_read_config_is_refused(tmp_path: Path, certs: Path) -> None:
     (tmp_path / "certs").symlink_to(certs)
     server = Server(config=configuration(tmp_path), home=tmp_path)

@@ -25,6 +25,7 @@ from typing import IO, Final, Self
 
 from zcproto.alerts.alert import clean_text
 from zcproto.alerts.sinks import Undelivered
+from zcproto.common.files import OTHERS_WRITE, UnusableFileError, check_access, check_place
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
@@ -40,16 +41,15 @@ PASSED_ON: Final = ("PATH", "HOME", "LANG", "TZ")
 
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 _READ: Final = 65_536
-_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Command:
-    """A sink that runs a program. Raises ConfigError if it cannot be run or others may write to it."""
+    """A sink that runs a program. Raises ConfigError if it cannot be run, or others can change or replace it."""
 
     name = "command"
 
     def __init__(self, arguments: Sequence[str], *, timeout: float, environ: Mapping[str, str]) -> None:
-        _check(Path(arguments[0]))
+        check_program(Path(arguments[0]))
         self._arguments = list(arguments)
         self.where = escape_text(arguments[0])
         self._timeout = timeout
@@ -163,15 +163,16 @@ def _kill_begun(beginning: asyncio.Future[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _check(path: Path) -> None:
+def check_program(path: Path) -> None:
+    """Raise ConfigError unless this user may run the program, and others can neither change nor replace it."""
     key = "alerts.command"
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
+            raise ConfigError([f"{key}: {escape_text(str(path))} is not a program that this user may run"])
+        check_access(path, status, OTHERS_WRITE)
+        check_place(path)
     except OSError as error:
         raise ConfigError([f"{key}: {escape_text(str(path))} cannot be run: {error.strerror}"]) from error
-    if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
-        raise ConfigError([f"{key}: {escape_text(str(path))} is not a program that this user may run"])
-    if status.st_mode & _OTHERS_WRITE:
-        raise ConfigError(
-            [f"{key}: others may write to {escape_text(str(path))}, which runs as this user; run: chmod go-w"]
-        )
+    except UnusableFileError as error:
+        raise ConfigError([f"{key}: {error}"]) from error

@@ -15,7 +15,6 @@ Must not know: X.509, when something is written.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +47,7 @@ def read_certificate_file(path: Path) -> bytes:
         data, status = common.read_file(path, MAX_FILE_BYTES, forbidden=None)
         # A file with certificate and key is as secret as a key.
         common.check_access(path, status, OTHERS_ANY if _SECRET_MARK in data else OTHERS_WRITE)
-        _check_folders(path, OTHERS_WRITE)
+        common.check_folders(path)
     return data
 
 
@@ -56,7 +55,7 @@ def read_key_file(path: Path) -> bytes:
     """Return the bytes of a file that only its owner can access, in a folder that others cannot list."""
     with _reading(path):
         data, _ = common.read_file(path, MAX_FILE_BYTES)
-        _check_folders(path, OTHERS_READ_WRITE)
+        common.check_folders(path, OTHERS_READ_WRITE)
     return data
 
 
@@ -76,16 +75,6 @@ def _reading(path: Path) -> Iterator[None]:
 def _check_path(path: Path) -> None:
     if "\0" in str(path):
         raise CertificateError(f"{str(path)!r}: is not a valid path; configure the right one")
-
-
-def _check_folders(path: Path, forbidden: int) -> None:
-    """Check the folder of the file, and if the path is a link also the folder of the link."""
-    named = Path(os.path.abspath(path)).parent
-    real = Path(os.path.realpath(path)).parent
-    if not os.path.samefile(named, real):
-        # Who can change the folder of a link can redirect it. Listing that folder reveals nothing.
-        common.check_folder(named, OTHERS_WRITE)
-    common.check_folder(real, forbidden)
 
 
 # --- writing -----------------------------------------------------------------------------------------------

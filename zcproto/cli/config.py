@@ -53,7 +53,7 @@ def check(instance: Instance) -> None:
     except ConfigError as error:
         faults += error.faults
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError([*dict.fromkeys(faults)])  # the file may be in the home folder
     path = instance.config_file or instance.home.config
     subject = escape_text(str(path)) if path.exists() else "no file, all keys have their defaults"
     click.echo(f"{subject}: valid")

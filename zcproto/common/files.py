@@ -5,6 +5,8 @@ other.
 
 Rules:
 - Checks apply to the open descriptor, so that a path cannot be swapped between check and use.
+- In a sticky folder such as /tmp others cannot move or delete the files of trusted owners. Such a folder is good
+  enough for a file that is not secret.
 - A file of root may also be readable for a group, which root alone can choose, and a folder on a read-only mount
   may have any mode. Container platforms mount secrets like that for a user who is not root.
 - A new file has mode 0600, whatever the umask, and never follows or overwrites what is at its path.
@@ -111,13 +113,39 @@ def check_access(path: Path, status: os.stat_result, forbidden: int = OTHERS_ANY
     check_mode(path, status, forbidden)
 
 
-def check_folder(path: Path, forbidden: int = OTHERS_WRITE) -> None:
+def check_folder(path: Path, forbidden: int = OTHERS_WRITE, *, may_be_sticky: bool = False) -> None:
     """Raise UnusableFileError unless `path` is a folder with a trusted owner and no forbidden right."""
     status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
         raise UnusableFileError(path, "is not a folder; move it away, or name another folder")
-    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
-    check_access(path, status, 0 if is_read_only else forbidden)
+    is_safe = os.statvfs(path).f_flag & os.ST_RDONLY or (may_be_sticky and status.st_mode & stat.S_ISVTX)
+    check_access(path, status, 0 if is_safe else forbidden)
+
+
+def check_folders(path: Path, forbidden: int = OTHERS_WRITE, *, may_be_sticky: bool = False) -> None:
+    """Check the folder of a file, and if the path is a link also the folder of the link."""
+    named = Path(os.path.abspath(path)).parent
+    real = Path(os.path.realpath(path)).parent
+    if not os.path.samefile(named, real):
+        # Who can change the folder of a link can redirect it. Listing that folder reveals nothing.
+        check_folder(named, OTHERS_WRITE, may_be_sticky=may_be_sticky)
+    check_folder(real, forbidden, may_be_sticky=may_be_sticky)
+
+
+def read_trusted_file(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a file that others may read, but neither change nor replace.
+
+    Raises OSError, UnusableFileError.
+    """
+    data, _ = read_file(path, max_bytes, forbidden=OTHERS_WRITE)
+    check_place(path)
+    return data
+
+
+def check_place(path: Path) -> None:
+    """Raise UnusableFileError if others can put another file at a path: in its folder, or through a link there."""
+    check_access(path, path.lstat(), 0)  # in a sticky folder others can create links
+    check_folders(path, may_be_sticky=True)
 
 
 def _quoted(path: Path) -> str:

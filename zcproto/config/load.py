@@ -6,6 +6,7 @@ Rules:
 - Each fault is one line, with the key, its value, where the value came from, and what would be right. Text of the
   operator is escaped and truncated. Values of keys named like secrets, what follows the scheme of an address, and
   PEM text are never shown.
+- The file belongs to this user or root, and others can change neither it nor its folder.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Final, NamedTuple
 import tomli
 from pydantic import BaseModel, ValidationError
 
+from zcproto.common.files import UnusableFileError, read_trusted_file
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text, toml_string
 from zcproto.config.checks import contradictions, split_key, value_of
@@ -133,8 +135,8 @@ def _from_file(path: Path | None, home: Path) -> _Items:
     source = path or Home(home).config
     name = escape_text(source.name, _MAX_SHOWN)
     try:
-        with source.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        # It names a program that the server runs, addresses that receive alerts, and who may log in.
+        data = read_trusted_file(source, MAX_FILE_BYTES)
     except FileNotFoundError:
         if path is not None:
             yield f"{escape_text(str(source))}: no such file; create one with `zcproto config init`"
@@ -142,8 +144,8 @@ def _from_file(path: Path | None, home: Path) -> _Items:
     except OSError as error:
         yield f"{escape_text(str(source))}: cannot be read: {error.strerror}"
         return
-    if len(data) > MAX_FILE_BYTES:
-        yield f"{name}: is larger than {MAX_FILE_BYTES} bytes"
+    except UnusableFileError as error:
+        yield from error.faults
         return
     try:
         text = data.decode("utf-8")

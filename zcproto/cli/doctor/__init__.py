@@ -19,6 +19,7 @@ from typing import Final
 import click
 
 from zcproto import accelerator
+from zcproto.alerts.command import check_program
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import collector, issuers, remote
@@ -174,13 +175,18 @@ def configuration(instance: Instance, findings: list[Finding]) -> Config | None:
     try:
         config = instance.read_config()
     except ConfigError as error:
-        cure = "zcproto config init writes a file with every key"
-        findings += [Finding("config", FAULT, fault, cure) for fault in error.faults]
+        findings += [Finding("config", *_config_fault(fault)) for fault in error.faults]
         return None
     where = instance.config_file or instance.home.config
     found = str(where) if where.exists() else "no file: all keys have their defaults"
     findings.append(Finding("config", OK, found))
     return config
+
+
+def _config_fault(fault: str) -> Result:
+    if "; run: " in fault:  # its owner or its mode
+        return from_message(fault)
+    return FAULT, fault, "zcproto config init writes a file with every key"
 
 
 def server(config: Config, home: Home) -> list[Finding]:
@@ -349,6 +355,18 @@ def _port(config: Config, home: Home) -> Iterator[Result]:
     yield OK, f"{where} port {config.server.port}: free; no server runs"
 
 
+def _alert_command(config: Config, home: Home) -> Iterator[Result]:
+    if not config.alerts.command:
+        return
+    path = Path(config.alerts.command[0])
+    try:
+        check_program(path)
+    except ConfigError as error:
+        yield from map(from_message, error.faults)
+    else:
+        yield OK, str(path)
+
+
 _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "process": _process,
     "workers": _workers,
@@ -359,6 +377,7 @@ _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "store": _store,
     "issuer": issuers.check,
     "collector": collector.check,
+    "alert command": _alert_command,
     "port": _port,
 }
 
