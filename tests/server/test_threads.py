@@ -152,6 +152,65 @@ async def test_call_cancelled_in_the_queue_is_never_run(blocker: Blocker) -> Non
     assert blocker.begun == ["a", "c"]
 
 
+async def test_threads_of_cancelled_calls_leave_one_to_another_user(blocker: Blocker) -> None:
+    pool = ThreadPool(ThreadLimits(threads=4, waiting=8))
+    for _ in range(3):
+        gone = [start(pool, blocker, "ada") for _ in range(4)]
+        await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()
+        await asyncio.wait(gone)
+    assert (pool.running, pool.waiting) == (3, 0)
+    assert await pool.run("user bob", lambda: "at once") == "at once"
+    blocker.release.set()
+
+
+async def test_last_thread_is_for_a_user_that_holds_none(blocker: Blocker) -> None:
+    pool = ThreadPool(ThreadLimits(threads=4, waiting=8))
+    tasks = [start(pool, blocker, name) for name in ["ada"] * 2 + ["bob"] * 2]
+    await asyncio.sleep(0)
+    assert (pool.running, pool.waiting) == (3, 1)
+    assert await pool.run("user eve", lambda: "at once") == "at once"
+    blocker.release.set()
+    await asyncio.gather(*tasks)
+    assert (pool.running, pool.waiting) == (0, 0)
+
+
+async def test_waiting_users_are_served_in_turn(blocker: Blocker) -> None:
+    pool = ThreadPool(ThreadLimits(threads=1, waiting=15))
+    tasks = [start(pool, blocker, name) for name in ["ada"] * 5 + ["bob", "eve"] * 2]
+    await asyncio.sleep(0)
+    blocker.release.set()
+    await asyncio.gather(*tasks)
+    assert blocker.begun == ["ada", *["ada", "bob", "eve"] * 2, "ada", "ada"]
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 1), (2, 1), (3, 2), (4, 3), (16, 12)])
+async def test_user_holds_at_most_three_quarters_of_the_threads(
+    blocker: Blocker, threads: int, most: int
+) -> None:
+    pool = ThreadPool(ThreadLimits(threads=threads, waiting=16))
+    tasks = [start(pool, blocker, "ada") for _ in range(threads)]
+    await asyncio.sleep(0)
+    assert (pool.running, pool.waiting) == (most, threads - most)
+    blocker.release.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_calls_cancelled_in_a_queue_leave_no_trace(blocker: Blocker) -> None:
+    pool = ThreadPool(ThreadLimits(threads=1, waiting=15))
+    first, second, third = (start(pool, blocker, name) for name in ("ada", "bob", "eve"))
+    await until(lambda: blocker.begun)
+    second.cancel()  # its turn comes before it leaves the queue
+    pool.reconfigure(ThreadLimits(threads=2, waiting=15))
+    await asyncio.wait([second])
+    await until(lambda: len(blocker.begun) == 2)
+    blocker.release.set()
+    assert await asyncio.gather(first, third) == ["ada", "eve"]
+    assert (blocker.begun, pool.running, pool.waiting) == (["ada", "eve"], 0, 0)
+    assert [*pool._calls_of, *pool._threads_of, *pool._queues] == []
+
+
 async def test_call_cancelled_as_it_gets_a_thread_passes_it_on(blocker: Blocker) -> None:
     pool = ThreadPool(ThreadLimits(threads=1, waiting=4))
     first, second, third = (start(pool, blocker, name) for name in "abc")
@@ -306,7 +365,7 @@ def test_deadline_and_cancellation_answer_while_the_thread_runs(
     serve: Serve, connect_to: ConnectTo, methods: BlockingMethods, blocker: Blocker
 ) -> None:
     server = serve(
-        methods.app, limits__threads=2, limits__idle_timeout="24h", loop_factory=asyncio.new_event_loop
+        methods.app, limits__threads=3, limits__idle_timeout="24h", loop_factory=asyncio.new_event_loop
     )
 
     async def main() -> None:

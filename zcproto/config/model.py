@@ -382,10 +382,11 @@ class LimitsConfig(Settings):
     running_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
     """Requests in progress of one address. Many users may share an address."""
     threads: Annotated[int, whole(1, 1024)] = 16
-    """Methods with `thread=True` that run at once in one worker, each in a thread."""
+    """Methods with `thread=True` that run at once in one worker, each in a thread. One user holds at most three
+    quarters of the threads, and the last free one is for a user that holds none."""
     waiting_for_thread: Annotated[int, whole(1, 65_536)] = 64
-    """Calls of these methods that wait for a thread; more are refused. One user gets as many places as there are
-    threads, or half of both if that is more."""
+    """Calls of these methods that wait for a thread; more are refused. Users are served in turn. The calls of one
+    user that run or wait are as many as there are threads, or half of both if that is more."""
     login_failures: Annotated[int, whole(1, 100)] = 5
     """Failed logins before delays begin: a person mistypes a few times, a program keeps guessing."""
     login_timeout: Annotated[float, duration("100ms", "10m")] = 8.0
