@@ -10,8 +10,9 @@ import pytest
 
 from tests.helpers import NOW, SALT, WALL, Answer, small_registry
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent, ServerStream, StreamState
-from zcproto.connection.server import ServerConnection
+from zcproto.connection.server import FRAMES_READ, SILENT_FRAMES, ServerConnection
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
+from zcproto.connection.state import State
 from zcproto.errors import Code
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
@@ -21,6 +22,8 @@ from zcproto.wire.frame import (
     ITEM,
     NO_TOKEN,
     OPEN,
+    PING,
+    PONG,
     REQUEST,
     Kind,
     Side,
@@ -280,3 +283,61 @@ def test_grant_reports_whether_credit_was_sent() -> None:
     assert [answer.kind for answer in pair.sent()] == [Kind.CREDIT]
     pair.server.fail(stream, encode_error(Code.NOT_FOUND, ""), WALL)
     assert not pair.server.grant(stream, WALL)
+
+
+def test_frames_without_effect_count_as_wasted_and_others_do_not() -> None:
+    pair = StreamPair()
+    pair.open(1, credit=(1, 1_000))
+    pair.open(3, takes_items=True)
+    pair.receive(pair.frame(CANCEL, 3))
+    other, late = bytes(32), 30_001
+    raised, equal = encode_body([2, 1_000]), encode_body([2, 1_000])
+    for frames, wasted in (
+        ([pair.frame(CREDIT, 1, raised), pair.frame(END, 1)], 0),  # the first CREDIT, and the first END
+        ([pair.frame(CREDIT, 1, equal)], 1),
+        ([pair.frame(CREDIT, 1, encode_body([3, 1_000]))], 1),  # one more than items
+        ([pair.frame(CREDIT, 1, raised, token=other), pair.frame(CANCEL, 1, token=other)], 2),
+        ([pair.frame(CREDIT, 3, raised), pair.frame(END, 3), pair.frame(CANCEL, 3)], 3),
+        ([pair.frame(kind, 5, raised, late_ms=late) for kind in (CREDIT, ITEM)], 2),
+        ([pair.frame(kind, 5, late_ms=late) for kind in (END, CANCEL)], 2),
+        ([pair.frame(PING, 0, late_ms=late), pair.frame(PONG, 0)], 2),
+        ([pair.frame(CREDIT, 1, raised, late_ms=late)], 0),  # cuts its stream
+    ):
+        pair.server.wasted, pair.server.deadline_moved = 0, False
+        pair.receive(b"".join(frames))
+        assert (pair.server.wasted, pair.server.deadline_moved) == (wasted, wasted > 0)
+    assert pair.server.state is State.OPEN
+
+
+def test_late_items_are_not_wasted_up_to_the_allowance_and_fatal_beyond_it() -> None:
+    pair = StreamPair()
+    opened = pair.open(takes_items=True)
+    assert pair.server.grant(opened, pair.wall)
+    pair.receive(pair.frame(CANCEL))
+    pair.server.wasted = 0
+    items = [pair.frame(ITEM, 1, encode_body(number)) for number in range(LIMITS.window_items)]
+    assert pair.receive(b"".join(items)) == []
+    assert (pair.server.wasted, pair.allowance) == (0, 0)
+    (ended,) = pair.receive(pair.frame(ITEM, 1, encode_body(0)))
+    assert isinstance(ended, ConnectionEnded)
+
+
+def test_credit_for_each_item_is_not_wasted() -> None:
+    pair = StreamPair()
+    opened = pair.open(credit=(1, LARGE))
+    for number in range(1, 40):
+        pair.server.send_item(opened, encode_body(number), pair.wall)
+        pair.receive(pair.frame(CREDIT, 1, encode_body([number + 1, LARGE])))
+    assert pair.server.wasted == 0
+
+
+def test_frames_without_events_are_reported_for_their_share_of_a_turn() -> None:
+    pair = StreamPair()
+    silent = [pair.frame(END, 7) for _ in range(2 * SILENT_FRAMES + 1)]
+    assert pair.receive(b"".join(silent)) == [FRAMES_READ, FRAMES_READ]
+    pair.server.wasted = 0
+    events = pair.server.receive_data(b"".join(pair.frame(END, 7) for _ in range(100)), pair.wall, pair.now)
+    assert next(iter(events)) is FRAMES_READ
+    pair.server.end()
+    assert list(events) == []
+    assert pair.server.wasted == SILENT_FRAMES

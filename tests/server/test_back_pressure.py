@@ -17,7 +17,7 @@ from tests.server.protocol_harness import (
 )
 from zcproto.errors import Code
 from zcproto.server.protocol import (
-    REQUESTS_PER_TURN,
+    FRAMES_PER_TURN,
     WRITE_BUFFER_HARD_FACTOR,
     ServerProtocol,
 )
@@ -74,14 +74,14 @@ def test_small_answers_are_gathered_within_the_bound(harness: Harness, peer: Pee
 def test_connection_with_many_requests_lets_others_run_in_between(harness: Harness, peer: Peer) -> None:
     other = harness.connect()
     other.login("bob")
-    total = 2 * REQUESTS_PER_TURN + 1
+    total = 2 * FRAMES_PER_TURN + 1
     requests = [peer.request(n, "big", {"n": n, "size": 0}) for n in range(1, total + 1)]
     peer.send(*requests)
-    assert harness.ran == list(range(1, REQUESTS_PER_TURN + 1))
+    assert harness.ran == list(range(1, FRAMES_PER_TURN + 1))
     assert not peer.transport.reading
     other.send(other.request(1, "big", {"n": 0}))
     harness.turn()
-    assert harness.ran[REQUESTS_PER_TURN] == 0
+    assert harness.ran[FRAMES_PER_TURN] == 0
     assert len(harness.ran) == total + 1
     assert peer.transport.reading
     assert [answer.stream for answer in peer.answers()] == list(range(1, total + 1))
@@ -102,7 +102,7 @@ def test_connection_with_slow_methods_waits_for_its_next_turn_sooner(harness: Ha
 
 
 def test_connection_that_ends_in_its_slice_keeps_no_request(harness: Harness, peer: Peer) -> None:
-    requests = [peer.request(n, "big", {"n": n, "size": 0}) for n in range(1, REQUESTS_PER_TURN)]
+    requests = [peer.request(n, "big", {"n": n, "size": 0}) for n in range(1, FRAMES_PER_TURN)]
     peer.send(*requests, peer.request(500, "close.and.answer"), peer.request(501, "big", {"n": 501}))
     peer.lose()
     nothing_left(harness)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -11,11 +12,13 @@ from tests.server.protocol_harness import Harness, Peer
 from zcproto.app.context import Context
 from zcproto.common.counts import BURST_S
 from zcproto.common.deadlines import TICKS_PER_SECOND
+from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.server.idempotency import IdempotencyCache
-from zcproto.server.protocol import MAX_WASTED, MOST_SLOW_DOWN_S, SLOW_DOWN_S
+from zcproto.server.protocol import FRAMES_PER_TURN, MAX_WASTED, SLOW_DOWN_S
 from zcproto.server.request_limits import RequestLimits, RequestSettings
-from zcproto.wire.frame import PING, Kind
+from zcproto.wire.frame import CANCEL, CREDIT, END, PING, PONG, Kind
+from zcproto.wire.message import encode_body
 
 RATE = 4
 BURST = int(RATE * BURST_S)
@@ -123,14 +126,28 @@ def test_peer_over_a_limit_is_not_read_from_for_a_time_for_each_refused_request(
     assert not noisy.transport.reading
     harness.advance(SLOW_DOWN_S + 1 / TICKS_PER_SECOND)
     assert noisy.transport.reading
-    refused = 2 * round(MOST_SLOW_DOWN_S / SLOW_DOWN_S)
-    noisy.send(*(noisy.request(stream, "context.join") for stream in range(1, refused + 1)))
-    harness.turn()
-    assert len(noisy.answers()) == refused
-    harness.advance(MOST_SLOW_DOWN_S - 0.1)
-    assert not noisy.transport.reading
-    harness.advance(0.2)
-    assert noisy.transport.reading
+
+
+@pytest.mark.parametrize("kind", [PING, PONG, CANCEL, CREDIT, END])
+def test_frames_without_effect_in_one_read_are_processed_in_slow_turns(harness: Harness, kind: int) -> None:
+    harness.state.settings = replace(harness.state.settings, streams=StreamLimits())
+    for peer in (harness.connect(), visitor(harness, "ada")):  # without a session and with one
+        body = encode_body([1, 1]) if kind == CREDIT else b""
+        frames = [
+            peer.frame(kind, 0 if kind in (PING, PONG) else 1, body) for _ in range(2 * FRAMES_PER_TURN)
+        ]
+        peer.answers()
+        peer.send(*frames, peer.request(1, "unknown"))
+        for number in range(2):
+            harness.turn()
+            pongs = FRAMES_PER_TURN if kind == PING else 0
+            assert [answer.kind for answer in peer.answers()] == pongs * [Kind.PONG], number
+            assert not peer.transport.reading
+            harness.advance(FRAMES_PER_TURN * SLOW_DOWN_S - 0.05)
+            assert not peer.answers()
+            harness.advance(0.1)
+        assert [answer.kind for answer in peer.answers()] == [Kind.ERROR]
+        assert peer.transport.reading
 
 
 def test_peer_with_frames_that_become_no_requests_is_slowed_down(harness: Harness) -> None:

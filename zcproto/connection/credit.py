@@ -23,12 +23,13 @@ from zcproto.wire.message import Credit, MessageError, decode_credit
 class SendCredit:
     """What the peer allows to send, and what was sent: totals since OPEN."""
 
-    __slots__ = ("bytes", "items", "sent_bytes", "sent_items")
+    __slots__ = ("bytes", "items", "raised", "sent_bytes", "sent_items")
 
     def __init__(self, credit: Credit) -> None:
         self.items, self.bytes = credit
         self.sent_items = 0
         self.sent_bytes = 0
+        self.raised = 0  # how often
 
     @property
     def may_send(self) -> bool:
@@ -39,15 +40,21 @@ class SendCredit:
         self.sent_items += 1
         self.sent_bytes += length
 
-    def read(self, body: bytes) -> None:
-        """Apply a CREDIT of the peer. Raises ProtocolError if it is malformed or lower than before."""
+    def read(self, body: bytes) -> bool:
+        """Apply a CREDIT of the peer. Raises ProtocolError if it is malformed or lower than before.
+
+        Return False if the peer did not need to send it: it raises nothing, or there were more than items.
+        """
         try:
             items, size = decode_credit(body)
         except MessageError as error:
             raise ProtocolError(Code.PROTOCOL_ERROR, "CREDIT cannot be read") from error
         if items < self.items or size < self.bytes:
             raise ProtocolError(Code.PROTOCOL_ERROR, "credit is lower than before")
+        is_needed = (items > self.items or size > self.bytes) and self.raised <= self.sent_items
         self.items, self.bytes = items, size
+        self.raised += 1
+        return is_needed
 
 
 class ItemQueue:

@@ -146,6 +146,12 @@ class FrameBuffered(NamedTuple):
     user: str
 
 
+class FramesRead(NamedTuple):
+    """So many frames have been processed without an event of their own."""
+
+    frames: int
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class TokenUnknown:
     """A frame's token is unknown here or seems expired (`code`), but may be valid in the store.
@@ -189,6 +195,7 @@ ServerEvent = (
     | KeyWanted
     | TokenUnknown
     | FrameBuffered
+    | FramesRead
     | ConnectionEnded
 )
 

@@ -26,6 +26,7 @@ from zcproto.connection.events import (
     CallEnded,
     ConnectionEnded,
     FrameBuffered,
+    FramesRead,
     GoAwayReason,
     KeyWanted,
     RawRequest,
@@ -75,6 +76,10 @@ MS: Final = 1000
 PEER_SILENT: Final = "peer_silent"
 """Reason of the end of a connection with streams whose client does not answer a PING."""
 
+SILENT_FRAMES: Final = 16
+"""Frames that are processed in a row without an event, for the edge to share its time among connections."""
+FRAMES_READ: Final = FramesRead(SILENT_FRAMES)
+
 ATTACH: Final = "session.attach"
 """The only method allowed with a bound token whose key is not proved."""
 
@@ -116,7 +121,7 @@ class ServerConnection(ServerSessions):
         self.edge = edge
         self.state = _OPEN
         self.deadline_moved = False
-        self.wasted = 0  # refused frames and PINGs, until the edge resets it
+        self.wasted = 0  # PINGs, and frames that were refused or had no effect, until the edge resets it
         self.sessions = {}
         self._decoder = None  # once there was another than a usual frame
         self._counter = 1  # of the next frame sent; WELCOME is frame 0
@@ -210,6 +215,7 @@ class ServerConnection(ServerSessions):
         if decoder is None:
             decoder = self._decoder = ReceivedFrames(self.limit, self.settings.accepted)
         judged_at = wall
+        silent = 0  # frames since the last FRAMES_READ that were not yielded
         decoder.feed(data)
         if decoder.header_at is not None:
             if decoder.expected:
@@ -225,6 +231,12 @@ class ServerConnection(ServerSessions):
                     return
                 self._last_counter = counter
                 self._last_frame = now
+                silent += 1
+                if silent > SILENT_FRAMES:
+                    silent = 1
+                    yield FRAMES_READ
+                    if self.state is _CLOSED:
+                        return
                 if not -tolerance <= judged_at - timestamp <= tolerance:
                     decoder.stale_in_a_row += 1
                     ended = self._refuse_stale(decoder.stale_in_a_row, head, stream, token, wall)
@@ -244,19 +256,24 @@ class ServerConnection(ServerSessions):
                         return
                     if head == PING:
                         self._send(PONG, 0, token, b"", wall)
-                        self.wasted += 1
-                        self.deadline_moved = True
+                        self._waste()
+                    elif head == PONG:  # the server sends a PING after long silence
+                        self._waste()
                     elif head == CANCEL:
                         held = self._held.get(stream)
                         if held is not None and held.token == token:
                             is_stream = isinstance(held, ServerStream)
+                            silent -= 1
                             yield self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall)
+                        else:
+                            self._waste()
                     elif head >= ITEM:
                         if head >= RESULT:
                             event: ServerEvent | None = self._receive_answer(head, stream, token, body)
                         else:
                             event = self._receive_on_stream(head, stream, token, body, wall, now)
                         if event is not None:
+                            silent -= 1
                             yield event
                     continue
                 if self._held and stream in self._held:
@@ -281,6 +298,7 @@ class ServerConnection(ServerSessions):
                         if isinstance(joined, KeyWanted):
                             request = self._attaching(joined, head, length, stream, token, body, wall)
                             if request is not None:
+                                silent -= 1
                                 yield request
                                 if self.state is _CLOSED:  # ended by the edge
                                     return
@@ -306,6 +324,7 @@ class ServerConnection(ServerSessions):
                 if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
                     self._refuse("deadline", stream, token, refusals.DEADLINE_EXCEEDED, wall)
                     continue
+                silent -= 1
                 if credit is None:
                     yield stream, token, session, method, params, meta
                 else:
@@ -338,6 +357,7 @@ class ServerConnection(ServerSessions):
             if self._calls is not None:
                 self._calls.free(stream, token)
             self.totals.dropped_answers += 1
+            self._waste()
             return None
         held = self._held.get(stream) if head >= ITEM else None
         if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
@@ -346,7 +366,13 @@ class ServerConnection(ServerSessions):
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
         elif head != CANCEL:
             self.totals.dropped_stale += 1
+            self._waste()
         return None
+
+    def _waste(self) -> None:
+        """Count a frame without effect, for which the edge slows the peer down."""
+        self.wasted += 1
+        self.deadline_moved = True
 
     def _receive_on_stream(
         self, head: int, stream: int, token: bytes, body: bytes, wall: int, now: float
@@ -354,6 +380,10 @@ class ServerConnection(ServerSessions):
         """Process an ITEM, END or CREDIT. Raises ProtocolError if it ends the connection."""
         held = self._held.get(stream)
         outcome = self.streams(now).receive(head, held, token, body)
+        if isinstance(outcome, bool):
+            if not outcome:
+                self._waste()
+            return None
         if not isinstance(outcome, bytes):
             return outcome
         assert held is not None, "only a stream in flight can be cut"
@@ -363,8 +393,7 @@ class ServerConnection(ServerSessions):
         """Process a RESULT or FAILURE; None if it is dropped."""
         call = None if self._calls is None else self._calls.free(number, token)
         if call is None:
-            self.wasted += 1
-            self.deadline_moved = True
+            self._waste()
         elif self._calls is not None and self._calls.settle(call):
             return CallEnded(call, *read_answer(head, body, self.settings.max_depth))
         self.totals.dropped_answers += 1
@@ -417,8 +446,7 @@ class ServerConnection(ServerSessions):
         """Answer a frame with an ERROR before it becomes a request, and count it."""
         refused, cause = self.totals.refused, (reason, code_in(body))
         refused[cause] = refused.get(cause, 0) + 1
-        self.wasted += 1
-        self.deadline_moved = True
+        self._waste()
         self._send(ERROR, stream, token, body, wall)
 
     # --- time -----------------------------------------------------------------------------------

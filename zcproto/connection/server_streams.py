@@ -137,8 +137,10 @@ class ServerStreams:
 
     def receive(
         self, head: int, stream: Request | None, token: bytes, body: bytes
-    ) -> CreditReceived | ItemsReceived | bytes | None:
-        """Process a fresh ITEM, END or CREDIT. Return the ERROR that cuts the stream, if the frame requires it.
+    ) -> CreditReceived | ItemsReceived | bytes | bool:
+        """Process a fresh ITEM, END or CREDIT. Return its event, or the ERROR that cuts the stream.
+
+        Without either, return whether the peer may send such a frame without being slowed down.
 
         Raises ProtocolError if it ends the connection.
         """
@@ -147,20 +149,20 @@ class ServerStreams:
                 self.allowance -= 1
                 if self.allowance < 0:
                     raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM on a stream that is not in flight")
-            return None
+            return head == ITEM  # the allowance bounds these
         if token != stream.token:
-            return None if head == CREDIT else refusals.WRONG_TOKEN
+            return False if head == CREDIT else refusals.WRONG_TOKEN
         if head == CREDIT:
-            stream.credit.read(body)
+            is_needed = stream.credit.read(body)
             if stream.waits_until == NEVER or not stream.credit.may_send:
-                return None
+                return is_needed
             stream.waits_until = NEVER
             return CreditReceived(stream)
         if stream.items is None:
             if head == ITEM:
                 raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM beyond the credit")
             stream.items = _ENDED
-            return None
+            return True
         if head == END:
             stream.items.end()
         else:

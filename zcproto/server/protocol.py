@@ -8,10 +8,10 @@ Decides: back-pressure, and how a connection ends. `ServerConnection` decides wh
 Rules:
 - A peer that does not read is not read from, and its requests are not run. The same holds during a token lookup.
 - Items alone do not stop reading: they wait in their methods.
-- After MAX_WASTED frames that were refused, or were PINGs, a peer is not read from for a time that grows with their
-  number: a peer that ignores `retry_after_ms` must not cost more than one that is served. Connections that several
-  users share are not slowed down.
-- A connection that sends many requests at once gets a slice of each turn of the loop.
+- After MAX_WASTED frames that were refused, had no effect, or were PINGs, nothing of a peer is processed for a time
+  that grows with their number: a peer that ignores `retry_after_ms` must not cost more than one that is served.
+  Connections that several users share are not slowed down.
+- A connection that sends many frames at once gets a slice of each turn of the loop.
 - What a read causes is sent in one write.
 - A closed connection keeps no references.
 """
@@ -29,6 +29,7 @@ from zcproto.connection.events import (
     ConnectionEnded,
     CreditReceived,
     FrameBuffered,
+    FramesRead,
     GoAwayReason,
     ItemsReceived,
     KeyWanted,
@@ -64,15 +65,13 @@ WRITE_BUFFER_HARD_FACTOR: Final = 4
 TAKEN_AT_LEAST: Final = 16_384
 """Bytes that a slow peer must read in each `write_timeout`; less counts as not reading."""
 
-REQUESTS_PER_TURN: Final = 128
+FRAMES_PER_TURN: Final = 128
 TURN_MS: Final = 1
-"""A connection that has run so many requests, or for longer, waits for its next turn of the loop."""
+"""A connection that has processed so many frames, or for longer, waits for its next turn of the loop."""
 
 MAX_WASTED: Final = 16
 SLOW_DOWN_S: Final = 0.002
-"""Seconds for each refused frame or PING."""
-
-MOST_SLOW_DOWN_S: Final = 2.0
+"""Seconds for each refused frame, frame without effect, or PING."""
 
 CUT_FRAME: Final = "too many incomplete frames; send fewer large frames at once, or send them faster"
 
@@ -186,7 +185,7 @@ class ServerProtocol(Dispatcher):
 
     def _continue(self) -> None:
         """Process the suspended events and read again, unless something must still be awaited."""
-        if not self._is_held_up and self._lookup is None:
+        if not self._is_held_up and self._lookup is None and self._slow_until is None:
             suspended, self._suspended = self._suspended, None
             if suspended is not None:
                 self._process(suspended, self.wall())
@@ -203,11 +202,10 @@ class ServerProtocol(Dispatcher):
             self._state.call_soon(self._continue)
 
     def _slow_down(self, connection: ServerConnection) -> None:
-        """Read nothing from a peer for a time that grows with its refused frames and PINGs."""
+        """Process nothing of a peer for a time that grows with its frames that were refused or had no effect."""
         wasted, connection.wasted = connection.wasted, 0
         if self._transport is not None and len({each.user for each in connection.sessions.values()}) <= 1:
-            now = self.now()
-            self._slow_until = min((self._slow_until or now) + wasted * SLOW_DOWN_S, now + MOST_SLOW_DOWN_S)
+            self._slow_until = (self._slow_until or self.now()) + wasted * SLOW_DOWN_S
             self._transport.pause_reading()
 
     # --- requests ------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ class ServerProtocol(Dispatcher):
         checked = timed or state.request_limits.checks_sessions
         find = (NO_METHODS if checked else state.direct_methods).get
         tracing = state.tracing
-        requests, check_at = 0, 16
+        frames, others, check_at = 0, 0, 16
         for event in events:
             if event.__class__ is tuple:
                 stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
@@ -262,21 +260,25 @@ class ServerProtocol(Dispatcher):
                             connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
             elif event.__class__ is ServerStream:
                 self._run(event, state.methods.get(event.method), wall)
+            elif event.__class__ is FramesRead:
+                frames += event.frames - 1
+                others += event.frames
             elif self._handle(event):
                 self._suspended = cast("Iterator[ServerEvent]", events)
                 break
             else:
-                continue
-            requests += 1
+                others += 1
+            frames += 1
             if self._is_held_up:
-                self._suspended = None if events.__class__ is tuple else events  # type: ignore[assignment]
+                is_over = events.__class__ is tuple or self._connection is None
+                self._suspended = None if is_over else events  # type: ignore[assignment]
                 break
-            if requests == check_at:
-                if requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS:
+            if frames >= check_at:
+                if frames >= FRAMES_PER_TURN or state.clock.wall() - wall > TURN_MS:
                     self._wait_turn(cast("Iterator[ServerEvent]", events))
                     break
                 check_at += 16
-        state.counters.requests += requests
+        state.counters.requests += frames - others
         connection = self._connection
         if connection is not None:
             data = connection.data_to_send()
@@ -543,7 +545,9 @@ class ServerProtocol(Dispatcher):
             self._paused_since, self._unread = now, unread
         wall = self.wall()
         unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
-        self._process(iter(self._connection.handle_timeout(wall, now, unsent)), wall)
+        for event in self._connection.handle_timeout(wall, now, unsent):
+            self._handle(event)
+        self._flush()
         if self._slow_until is not None and now >= self._slow_until:
             self._slow_until = None
             self._continue()
