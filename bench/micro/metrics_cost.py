@@ -128,12 +128,13 @@ def state_on(loop: asyncio.AbstractEventLoop) -> ServerState:
         return params
 
     registry, tasks = SessionRegistry(SessionSettings(), system_entropy), EagerTasks(loop)
+    wheel = DeadlineWheel(loop)
     state = ServerState(
         settings=ConnectionSettings(),
         registry=registry,
         sessions=SessionService(registry, system_clock),
-        idempotency=IdempotencyCache(tasks, system_clock),
-        wheel=DeadlineWheel(loop),
+        idempotency=IdempotencyCache(tasks, system_clock, wheel),
+        wheel=wheel,
         tasks=tasks,
         call_soon=loop.call_soon,
         clock=system_clock,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
-from tests.helpers import FakeClock
+from tests.helpers import FakeClock, FakeTimers
 from zcproto.common.clock import MonotonicClock
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import CallError, Cancelled, Code, InternalError
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import (
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 KEEP_MS = 600_000
+NODES = itertools.count()
 DIGEST = request_digest("pay", {"amount": 5})
 OTHER = request_digest("pay", {"amount": 6})
 
@@ -39,11 +42,13 @@ OTHER = request_digest("pay", {"amount": 6})
 class FakeStore:
     """The part of a store for answers. It can be out, also after an operation has taken effect.
 
-    With `data_of` it is the store of another process with the same data.
+    With `data_of` it is the store of another process with the same data. If it is shared, a claim that has expired
+    is given away once its process shows no sign of life.
     """
 
     def __init__(self, shared: bool = False, data_of: FakeStore | None = None) -> None:
         self.shared = shared
+        self.node = b"%d" % next(NODES) if shared else b""
         self.clock = FakeClock() if data_of is None else data_of.clock
         time = MonotonicClock(self.clock).wall
         self.answers = Answers(AnswerLimits(), time) if data_of is None else data_of.answers
@@ -71,7 +76,10 @@ class FakeStore:
 
     async def claim(self, user: str, key: str, digest: bytes, lease_ms: int) -> Claim:
         await self._turn("claim")
-        claim = self.answers.claim(user, key, digest, lease_ms)
+        claim = self.answers.claim(user, key, digest + self.node, lease_ms)
+        if claim.has_expired and self.is_orphan:
+            self.answers.release(user, key)
+            claim = self.answers.claim(user, key, digest + self.node, lease_ms)
         self._end()
         return replace(
             claim, is_own=claim.is_own and (user, key) not in self.others, is_orphan=self.is_orphan
@@ -111,12 +119,14 @@ class CacheHarness:
         self.loop = loop
         self.clock = FakeClock() if store is None else store.clock
         self.tasks = EagerTasks(loop)
+        self.timers = FakeTimers(self.clock.now())
         self.slept: list[float] = []
         self.while_asleep: Callable[[], object] = lambda: None
         self._until_saved_again: asyncio.Future[None] | None = None
         self.cache = IdempotencyCache(
             self.tasks,
             self.clock,
+            DeadlineWheel(self.timers),
             breaker=None if store is None else cast("CircuitBreaker", PassThrough(store)),
             keep_ms=KEEP_MS,
             limits=limits,
@@ -134,6 +144,22 @@ class CacheHarness:
         self.clock.advance(seconds)
         await asyncio.sleep(0)
         self.while_asleep()
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.clock.advance(seconds)
+        self._in_loop(lambda: self.timers.advance(seconds))
+
+    def store_reached(self) -> None:
+        """Report that the store was reached after a gap."""
+        self._in_loop(self.cache.store_reached)
+
+    def _in_loop(self, work: Callable[[], object]) -> None:
+        async def run() -> None:
+            work()
+
+        self.loop.run_until_complete(run())
+        self.turn()
 
     def save_again(self) -> None:
         """Let the time pass after which what the store has not taken is written again. That must be planned."""

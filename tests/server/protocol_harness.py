@@ -97,12 +97,13 @@ class Harness:
         self.ran: list[int] = []
         self.contexts: list[Context] = []
         tasks = EagerTasks(loop)
+        wheel = DeadlineWheel(self.timers)
         self.state = ServerState(
             settings=ConnectionSettings(idle_timeout_s=IDLE, max_streams=16),
             registry=self.registry,
             sessions=SessionService(self.registry, self.clock),
-            idempotency=IdempotencyCache(tasks, self.clock),
-            wheel=DeadlineWheel(self.timers),
+            idempotency=IdempotencyCache(tasks, self.clock, wheel),
+            wheel=wheel,
             tasks=tasks,
             call_soon=self.timers.call_soon,
             clock=self.clock,

@@ -19,7 +19,15 @@ from tests.server.idempotency_harness import (
     make_harness,
 )
 from zcproto.errors import Code, ResourceExhausted, Unavailable
-from zcproto.server.idempotency import MAX_REMEMBERED, ORPHANED_S, POLL_FIRST_S, POLL_LAST_S, Answer
+from zcproto.server.idempotency import (
+    BATCH,
+    MAX_REMEMBERED,
+    ORPHANED_S,
+    POLL_FIRST_S,
+    POLL_LAST_S,
+    RENEW_S,
+    Answer,
+)
 from zcproto.stores.base import Claim, StoreUnavailable
 from zcproto.wire.message import decode_error, encode_body
 
@@ -378,10 +386,10 @@ def test_one_task_at_a_time_writes_answers(make_harness: MakeHarness) -> None:
     for _ in range(3):
         harness.cache.save()
         harness.turn()
-    assert store.asked == ["keep"]
+    assert store.asked == ["claim"]
     store.held.set_result(None)
     harness.turn()
-    assert store.asked == ["keep"]
+    assert store.asked == ["claim", "keep"]
 
 
 def test_answer_is_written_when_the_store_is_back(make_harness: MakeHarness) -> None:
@@ -482,7 +490,7 @@ def test_answer_lost_by_the_store_is_reported_as_unknown(make_harness: MakeHarne
 
 def test_request_running_in_another_process_is_polled(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(store)
+    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
     gate = another.loop.create_future()
     first = another.begin("paid", wait=gate)
     another.turn()
@@ -501,7 +509,7 @@ def test_request_running_in_another_process_is_polled(make_harness: MakeHarness)
 
 def test_request_released_by_another_process_is_run_here(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(store)
+    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
     gate = another.loop.create_future()
     another.begin(ResourceExhausted("full"), wait=gate)
     another.turn()
@@ -512,23 +520,172 @@ def test_request_released_by_another_process_is_run_here(make_harness: MakeHarne
 
 def test_claim_of_a_dead_process_lasts_as_long_as_an_answer(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
-    harness, gone = make_harness(store), make_harness(store)
+    harness, gone = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
     gate = gone.loop.create_future()
     gone.begin(wait=gate)
     gone.turn()
-    begun = harness.clock.wall()
-    caller = harness.begin("paid")
-    while not caller.answers:
-        harness.turn()
-    assert caller.answer.code == 0
-    assert harness.clock.wall() - begun >= KEEP_MS
+    store.is_orphan = True
+    for _ in range(3):
+        assert code(harness.call()) is Code.UNKNOWN
+    harness.advance(KEEP_MS / 1000 - sum(harness.slept) - 10.0)
+    assert code(harness.call()) is Code.UNKNOWN
+    harness.advance(10.0)
+    assert harness.call("paid").code == 0
     gate.set_result(None)
     gone.turn()
+    assert harness.call("again") == Answer(0, encode_body("paid"))
+
+
+# --- long runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["memory", "store", "shared store"])
+def test_run_that_outlasts_the_time_that_answers_are_kept_happens_once(
+    make_harness: MakeHarness, kind: str
+) -> None:
+    store = None if kind == "memory" else FakeStore(kind == "shared store")
+    harness = make_harness(store)
+    other = make_harness(FakeStore(shared=True, data_of=store)) if store and store.shared else harness
+    gate = harness.loop.create_future()
+    first = harness.begin("paid", wait=gate)
+    for number in range(20):
+        harness.advance(KEEP_MS / 4000)
+        harness.call(key=f"k-{number}")  # removes what has expired
+    second = other.begin("twice")
+    other.turn()
+    assert (harness.ran, other.ran) == ((21, 0) if other is not harness else (21, 21))
+    assert not second.answers
+    gate.set_result(None)
+    harness.turn()
+    other.while_asleep = lambda: None
+    other.turn()
+    assert first.answer == second.answer == Answer(0, encode_body("paid"))
+    assert other.call("again") == first.answer
+
+
+def test_claims_of_runs_in_progress_are_renewed_in_batches(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store, max_running=3 * BATCH)
+    gate = harness.loop.create_future()
+    for number in range(3 * BATCH - 1):
+        harness.begin(key=f"k-{number}", wait=gate)
+    harness.turn()
+    harness.advance(RENEW_S / 2 + 1)
+    harness.begin(key="recent", wait=gate)
+    harness.turn()
+    store.asked.clear()
+    held = store.held = harness.loop.create_future()
+    harness.advance(RENEW_S / 2)
+    assert store.asked == BATCH * ["claim"]
+    store.held = None
+    held.set_result(None)
+    harness.turn()
+    assert store.asked == (3 * BATCH - 1) * ["claim"]
+    gate.set_result(None)
+    harness.turn()
+    store.asked.clear()
+    harness.advance(2 * RENEW_S)
+    assert store.asked == []
+
+
+def test_renewal_that_fails_is_repeated_when_the_store_is_reached(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, other = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
+    gate = harness.loop.create_future()
+    first = harness.begin("paid", wait=gate)
+    harness.turn()
+    store.out = True
+    harness.advance(3 * RENEW_S)
+    store.out = False
+    store.answers.release("ada", "k")  # as in a failover that has lost it
+    harness.store_reached()
+    second = other.begin("twice")
+    other.turn()
+    gate.set_result(None)
+    harness.turn()
+    other.turn()
+    assert (harness.ran, other.ran) == (1, 0)
+    assert first.answer == second.answer
+
+
+def test_answer_is_kept_although_the_store_has_lost_the_claim(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin("paid", wait=gate)
+    harness.turn()
+    store.out = True
+    harness.store_reached()
+    store.answers.release("ada", "k")
+    store.out = False
+    gate.set_result(None)
+    harness.turn()
+    assert harness.call("again") == Answer(0, encode_body("paid"))
+    assert harness.ran == 1
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_process_that_was_paused_leaves_the_claim_to_the_one_that_has_it(
+    make_harness: MakeHarness, is_run: bool
+) -> None:
+    store = FakeStore(shared=True)
+    paused, other = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
+    paused_gate, other_gate = paused.loop.create_future(), other.loop.create_future()
+    late = paused.begin("late" if is_run else ResourceExhausted("full"), wait=paused_gate)
+    paused.turn()
+    other.cache._breaker.store.is_orphan = True  # type: ignore[union-attr]
+    other.advance(KEEP_MS / 1000)
+    caller = other.begin("paid", wait=other_gate)
+    other.turn()
+    assert other.ran == 1
+    paused_gate.set_result(None)
+    paused.turn()
+    assert (late.answer.code == 0) is is_run
+    assert store.asked == ["claim", "claim"], "its answer is not stored, and the claim not released"
+    other_gate.set_result(None)
+    other.turn()
+    assert caller.answer == paused.call("again") == Answer(0, encode_body("paid"))
+
+
+def test_answer_of_a_run_comes_after_the_renewal_of_its_claim(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin(ResourceExhausted("full"), wait=gate)
+    harness.turn()
+    held = store.held = harness.loop.create_future()
+    harness.advance(RENEW_S)
+    harness.store_reached()  # while claims are renewed
+    gate.set_result(None)
+    harness.turn()
+    assert store.asked == ["claim", "claim"]
+    store.held = None
+    held.set_result(None)
+    harness.turn()
+    assert store.asked[2:] == ["release"]
+    assert not store.answers
+
+
+def test_answer_that_was_not_stored_leaves_the_claim_of_another_process(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, other = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
+    gate = harness.loop.create_future()
+    harness.begin("early", wait=gate)
+    harness.turn()
+    store.out = True
+    gate.set_result(None)
+    harness.turn()
+    store.answers.release("ada", "k")  # as in a failover that has lost it
+    assert other.call("paid").code == 0
+    store.out = False
+    harness.store_reached()
+    assert other.call("again") == Answer(0, encode_body("paid"))
+    assert "keep" not in store.asked[2:]
 
 
 def test_polling_ends_without_waiting_callers(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(store)
+    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
     gate = another.loop.create_future()
     another.begin(wait=gate)
     another.turn()

@@ -182,7 +182,9 @@ def test_connection_of_several_users_is_not_slowed_down(harness: Harness) -> Non
 
 
 def test_user_with_too_many_keyed_requests_is_slowed_down(harness: Harness) -> None:
-    harness.state.idempotency = IdempotencyCache(harness.state.tasks, harness.clock, max_running=1)
+    harness.state.idempotency = IdempotencyCache(
+        harness.state.tasks, harness.clock, harness.state.wheel, max_running=1
+    )
     keyed = visitor(harness, "ada")
     for stream in range(1, MAX_WASTED + 2):  # the first one runs
         assert keyed.transport.reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.stores.contract import KEEP, LEASE, WALL, StoreTime, digest
-from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
+from zcproto.stores.answers import LATE_MS, AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import ClaimState
 
 BODY = digest("body")
@@ -45,6 +45,24 @@ def test_claim_names_its_process_by_what_follows_the_digest() -> None:
     kept = changed["alice", "p"]
     assert kept is not None
     assert kept.digest == BODY
+
+
+def test_expired_claim_of_another_process_is_kept_until_it_is_released_or_late() -> None:
+    time = StoreTime()
+    answers = Answers(AnswerLimits(), time)
+    answers.claim("alice", "p", BODY + b"one", LEASE)
+    answers.claim("alice", "q", BODY + b"one", LEASE)
+    time.ms += LEASE
+    assert answers.expire(10) == 0
+    late = answers.claim("alice", "p", BODY + b"two", LEASE)
+    assert (late.state, late.has_expired, late.owner) == (ClaimState.RUNNING, True, b"one")
+    conflict = answers.claim("alice", "p", digest("other") + b"two", LEASE)
+    assert (conflict.state, conflict.has_expired, conflict.owner) == (ClaimState.CONFLICT, True, b"one")
+    answers.release("alice", "p")
+    assert answers.claim("alice", "p", BODY + b"two", LEASE).state is ClaimState.NEW
+    time.ms += LATE_MS
+    assert answers.expire(10) == 1
+    assert answers.entry("alice", "q") is None
 
 
 def test_new_answer_replaces_the_first() -> None:

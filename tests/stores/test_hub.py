@@ -11,8 +11,20 @@ import pytest
 from tests.helpers import FakeClock
 from tests.sessions.helpers import CountedEntropy
 from tests.stores import hub_harness
-from tests.stores.contract import IDLE, LEASE, MINUTE, WALL, digest, ended, opened, rotation, session
+from tests.stores.contract import (
+    IDLE,
+    LEASE,
+    MINUTE,
+    WALL,
+    StoreTime,
+    digest,
+    ended,
+    opened,
+    rotation,
+    session,
+)
 from tests.stores.faulty import BUSY, FAILS, FAILS_AFTER, WORKS, FaultyStore
+from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions import SessionSettings
 from zcproto.sessions.record import EndedRecord, UserLimit
@@ -40,7 +52,9 @@ class Members:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
+        self.time = StoreTime()
         self.store = FaultyStore(SessionSettings(idle_timeout_ms=IDLE), CountedEntropy())
+        self.store.inner = MemoryStore(self.store.registry, time=self.time)
         self.hub = StoreHub(self.store, is_lasting=True, now=self.clock.now, entropy=CountedEntropy())
         self.heard: dict[HubStore, list[Change]] = {}
 
@@ -337,6 +351,25 @@ async def test_claims_of_unknown_members_are_orphans_once_they_had_the_time_to_c
     assert (await claimed(other)).is_orphan
     await other.close()
     assert members.hub._gone == set()
+
+
+async def test_expired_claim_is_given_away_only_when_its_member_had_the_time_to_come_back(
+    members: Members, one: HubStore, other: HubStore
+) -> None:
+    await claimed(one)
+    members.time.ms += LEASE
+    assert ((await claimed(other)).state, (await claimed(other)).is_orphan) == (ClaimState.RUNNING, False)
+    await one.close()
+    assert ((await claimed(other)).state, (await claimed(other)).is_orphan) == (ClaimState.RUNNING, True)
+    again = await members.join(b"1")
+    members.clock.advance(RETURN_S)
+    assert (await claimed(other)).state is ClaimState.RUNNING
+    assert (await again.claim("alice", "key", digest("other"), LEASE)).state is ClaimState.NEW
+    await again.close()
+    members.time.ms += LEASE
+    members.clock.advance(RETURN_S)
+    claims = await asyncio.gather(*map(claimed, (other, await members.join(b"3"))))
+    assert sorted(claim.state.name for claim in claims) == ["NEW", "RUNNING"]
 
 
 @pytest.mark.parametrize("joins_again", [False, True])

@@ -309,7 +309,7 @@ class IdempotencyConfig(Settings):
 
     keep: Annotated[float, duration("1s", "24h")] = 600.0
     """How long an answer is kept for retries, and how long a request is not run again after the process that
-    ran it is gone. Longer than clients retry, and than methods take. The clock of a shared store counts."""
+    ran it is gone. Longer than clients retry; methods may take longer. The clock of a shared store counts."""
     max_bytes: Annotated[int, whole(65_536, 17_179_869_184)] = 67_108_864
     """Bytes of all kept answers; one user gets at most a quarter. Beyond the limit the oldest answers are
     dropped early. Most answers are under 1 KiB."""

@@ -308,6 +308,7 @@ def build_state(
         idempotency=IdempotencyCache(
             tasks,
             clock,
+            wheel,
             breaker=None if sync is None else sync.breaker,
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
@@ -323,7 +324,7 @@ def build_state(
     if role.run is not None:
         state.run = role.run
     if sync is not None:
-        sync.on_recovered = state.idempotency.save
+        sync.on_reached = state.idempotency.store_reached
         changed = sync.leases.connection_changed
         connections.on_changed = lambda session_id: None if state.draining else changed(session_id)
     return state, sync

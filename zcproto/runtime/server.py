@@ -480,6 +480,7 @@ async def close_state(parts: Parts) -> None:
     """Abort unfinished handshakes and release what connections share."""
     state = parts.state
     state.log_soon.write()  # what ended during the drain: its deadline is in the wheel
+    state.idempotency.stop_renewing()
     for waiting in state.wheel.close():
         assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
         waiting.abort()

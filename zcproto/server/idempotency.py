@@ -11,8 +11,10 @@ Rules:
 - An answer that guarantees that nothing was done (`NOT_RUN`) is not stored: the next caller runs the request.
   Every other answer is, errors included: a request that failed half-way must not be repeated automatically.
 - Without the store no request with a key is run: running it without that promise is what the key prevents.
-- A claim lasts as long as an answer is stored. If the process that ran the request is gone, the outcome is unknown;
-  callers get that as an error and the request is not run again.
+- A claim lasts as long as an answer is stored, and is renewed while the request runs. If the process that ran the
+  request is gone, the outcome is unknown; callers get that as an error and the request is not run again.
+- A claim that may have expired, or that the store may have lost, is confirmed before the answer is stored or the
+  claim is released: another process may have it by now.
 
 It must not know: connections, frames, how a method is run.
 """
@@ -28,8 +30,9 @@ from hashlib import sha256
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-from zcproto.common.clock import Clock, MonotonicClock
+from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock
 from zcproto.common.counts import Counts
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import (
     CallError,
     Code,
@@ -76,6 +79,12 @@ ORPHANED_S: Final = 1.0
 """How long the process that runs a request must have shown no sign of life until its outcome counts as unknown. A
 failover of the store may lose the signs for a moment."""
 
+RENEW_S: Final = 60.0
+"""How often claims are renewed, at most: at least four times in the time that one lasts, so that three may fail."""
+
+BATCH: Final = 200
+"""Claims renewed at once, so that other operations get their turn."""
+
 MAX_REMEMBERED: Final = 1_024
 """Keys whose state is missing in the store; beyond that the oldest expire there on their own."""
 
@@ -112,7 +121,13 @@ class _KeyedRun:
     digest: bytes
     waiting: dict[Waiting, None] = field(default_factory=dict)
     is_begun: bool = False
-    """Whether its method runs here."""
+    """Whether its method runs here, or has run."""
+    is_over: bool = False
+    """Whether its method has ended."""
+    claimed_until: float = 0.0
+    """Until when the claim is certainly that of this process, in monotonic seconds."""
+    renewal: asyncio.Task[bool] | None = None
+    """The last renewal of the claim, maybe in progress."""
 
 
 class Waiting:
@@ -151,6 +166,7 @@ class IdempotencyCache:
         self,
         tasks: EagerTasks,
         clock: Clock,
+        wheel: DeadlineWheel,
         *,
         breaker: CircuitBreaker | None = None,
         keep_ms: int = DEFAULT_KEEP_MS,
@@ -160,8 +176,12 @@ class IdempotencyCache:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._tasks = tasks
+        self._clock = clock
+        self._wheel = wheel
         self._breaker = breaker
         self._keep_ms = keep_ms
+        self._keep_s = keep_ms / MS_PER_SECOND
+        self._renew_s = min(self._keep_s / 4, RENEW_S)
         self._limits = limits
         self._max_running = max_running
         self._sleep = sleep
@@ -174,6 +194,8 @@ class IdempotencyCache:
         self._unsaved: OrderedDict[Name, bytes] = OrderedDict()
         self._idle_claims: OrderedDict[Name, bytes] = OrderedDict()
         self._is_saving = self._is_save_planned = False
+        self._is_renewing = self._is_renewal_due = False
+        self.deadline_tick = 0
         self.is_draining = False
         """Whether callers are sent away to wait at another server for the run of a third one."""
         self._no_runs = asyncio.Event()
@@ -246,6 +268,9 @@ class IdempotencyCache:
             answer: Answer = self._tasks.result
             return answer
 
+        if not self.deadline_tick:
+            self._wheel.set(self, self._clock.now() + self._renew_s)
+
         def done(answer: Answer | None, error: BaseException | None) -> None:
             self._ended(name)
             if answer is None:
@@ -262,6 +287,7 @@ class IdempotencyCache:
         del self._running[name]
         self._running_of.remove(name[0])
         if not self._running:
+            self._wheel.discard(self)
             self._no_runs.set()
 
     async def _answer(
@@ -278,7 +304,7 @@ class IdempotencyCache:
             self.repeated += 1
             return stored
         if self.is_draining and not run.waiting:  # they were sent away, and may be at another server by now
-            await self._release(name, run.digest)
+            await self._release(name, run)
             return answer_error(self._sent_away())
         run.is_begun = True
         try:
@@ -286,9 +312,9 @@ class IdempotencyCache:
         except (Exception, asyncio.CancelledError) as error:  # not one that stops the process
             answer = answer_error(error)
         if answer.code in NOT_RUN:
-            await self._release(name, run.digest)
+            await self._release(name, run)
         else:
-            await self._keep(name, run.digest, self._fit(answer, answer_error))
+            await self._keep(name, run, self._fit(answer, answer_error))
         return answer
 
     # --- claiming --------------------------------------------------------------------------------
@@ -297,6 +323,7 @@ class IdempotencyCache:
         """Return the stored answer, or None if the request is to be run. Raises CallError if it may not be."""
         pause, orphaned_s = POLL_FIRST_S, 0.0
         while True:
+            until = self._clock.now() + self._keep_s
             claim = await self._claim_once(name, run)
             if claim.state is ClaimState.CONFLICT:
                 raise self._conflict()
@@ -305,15 +332,18 @@ class IdempotencyCache:
             is_idle = claim.is_own and name in self._idle_claims
             if claim.state is ClaimState.NEW or is_idle:
                 self._idle_claims.pop(name, None)
+                run.claimed_until = until
                 return None
-            is_shared = self._breaker is not None and self._breaker.store.shared
-            if not is_shared or (claim.is_orphan and orphaned_s >= ORPHANED_S):
+            is_lost = (
+                claim.is_orphan or claim.is_own
+            )  # nothing runs for an own one, which may just be released
+            if not self._is_shared or (is_lost and orphaned_s >= ORPHANED_S):
                 self.lost += 1
                 raise UnknownError(
                     "the server stopped while it ran this request: check whether it was done, then use another key"
                 )
             await self._sleep(pause)
-            orphaned_s = orphaned_s + pause if claim.is_orphan else 0.0
+            orphaned_s = orphaned_s + pause if is_lost else 0.0
             if self.is_draining or not run.waiting:
                 raise self._sent_away()
             pause = min(2 * pause, POLL_LAST_S)
@@ -335,6 +365,16 @@ class IdempotencyCache:
         self.save()
         return claim
 
+    @property
+    def _is_shared(self) -> bool:
+        return self._breaker is not None and self._breaker.store.shared
+
+    def _is_mine(self, claim: Claim) -> bool:
+        """Return whether a claim that was made again for a run of this process is that of this process."""
+        return claim.state is ClaimState.NEW or (
+            claim.state is ClaimState.RUNNING and (claim.is_own or not self._is_shared)
+        )
+
     def _sent_away(self) -> CallError:
         return Unavailable(
             "this server no longer waits for the run of this request; send it again",
@@ -351,6 +391,75 @@ class IdempotencyCache:
             raise UnknownError("this request was run, but its answer was not kept; check what it did")
         return Answer(data[0], data[1:])
 
+    # --- renewing claims ---------------------------------------------------------------------------
+
+    def handle_deadline(self, now: float) -> None:
+        self._start_renewal()
+        self._wheel.set(self, now + self._renew_s)
+
+    def stop_renewing(self) -> None:
+        """Renew no more claims, even if a method does not end."""
+        self._wheel.discard(self)
+
+    def store_reached(self) -> None:
+        """Write what the store has missed, and confirm all claims.
+
+        Call it when the store was reached after a gap, in which it may have lost them.
+        """
+        for run in self._running.values():
+            run.claimed_until = 0.0
+        self._start_renewal()
+        self.save()
+
+    def _start_renewal(self) -> None:
+        self._is_renewal_due = True
+        if not self._is_renewing:
+            self._is_renewing = True
+            self._tasks.start(self._renew())
+
+    async def _renew(self) -> None:
+        try:
+            while self._is_renewal_due:
+                self._is_renewal_due = False
+                await self._renew_claims()
+        finally:
+            self._is_renewing = False
+
+    async def _renew_claims(self) -> None:
+        """Renew the claims of the runs in progress, up to the first failure; those made lately need it later."""
+        recent = self._clock.now() + self._keep_s - self._renew_s / 2
+        due = [item for item in self._running.items() if item[1].is_begun and item[1].claimed_until < recent]
+        for start in range(0, len(due), BATCH):
+            renewals = []
+            for name, run in due[start : start + BATCH]:
+                if not run.is_over:
+                    run.renewal = asyncio.create_task(self._renew_claim(name, run), name="zcproto-store")
+                    renewals.append(run.renewal)
+            outcomes = await asyncio.gather(*renewals, return_exceptions=True)
+            if any(isinstance(outcome, BaseException) for outcome in outcomes):
+                break
+
+    async def _renew_claim(self, name: Name, run: _KeyedRun) -> bool:
+        """Extend the claim of a run, or make it again if the store has lost it. Return False if another process has
+        it.
+        """
+        until, breaker = self._clock.now() + self._keep_s, self._breaker
+        if breaker is None:
+            claim = self._memory.claim(*name, run.digest, self._keep_ms)
+        else:
+            claim = await breaker.call(breaker.store.claim(*name, run.digest, self._keep_ms))
+        if self._is_mine(claim):
+            run.claimed_until = until
+            return True
+        return False
+
+    async def _has_claim(self, name: Name, run: _KeyedRun) -> bool:
+        """Return whether the claim of a run that has ended is still that of this process."""
+        run.is_over = True
+        if run.renewal is not None:  # in the store, it must come before what follows
+            await asyncio.wait([run.renewal])
+        return self._clock.now() < run.claimed_until or await self._renew_claim(name, run)
+
     # --- storing the answer ------------------------------------------------------------------------
 
     def _fit(self, answer: Answer, answer_error: AnswerError) -> Answer:
@@ -359,28 +468,34 @@ class IdempotencyCache:
             return answer
         return answer_error(UnknownError("this request was run, but its answer was too large to be kept"))
 
-    async def _keep(self, name: Name, digest: bytes, answer: Answer) -> None:
+    async def _keep(self, name: Name, run: _KeyedRun, answer: Answer) -> None:
         data, breaker = bytes([answer.code]) + answer.body, self._breaker
-        if breaker is not None:
-            try:
+        if breaker is None:
+            with suppress(ResourceExhausted):  # the claim had expired, and there is no room for another one
+                await self._has_claim(name, run)
+            self._memory.keep(*name, data, self._keep_ms)
+            return
+        try:
+            if await self._has_claim(name, run):
                 await breaker.call(breaker.store.keep_answer(*name, data, self._keep_ms))
-            except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError) as error:
-                self._memory.claim(*name, digest, self._keep_ms)
-                _remember(self._unsaved, name, digest)
-                self._save_later(error)
-            else:
-                return
-        self._memory.keep(*name, data, self._keep_ms)
+        except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError) as error:
+            self._memory.claim(*name, run.digest, self._keep_ms)
+            _remember(self._unsaved, name, run.digest)
+            self._save_later(error)
+            self._memory.keep(*name, data, self._keep_ms)
 
-    async def _release(self, name: Name, digest: bytes) -> None:
+    async def _release(self, name: Name, run: _KeyedRun) -> None:
         breaker = self._breaker
         if breaker is None:
+            with suppress(ResourceExhausted):
+                await self._has_claim(name, run)
             self._memory.release(*name)
             return
         try:
-            await breaker.call(breaker.store.release_claim(*name))
+            if await self._has_claim(name, run):
+                await breaker.call(breaker.store.release_claim(*name))
         except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError) as error:
-            _remember(self._idle_claims, name, digest)
+            _remember(self._idle_claims, name, run.digest)
             self._save_later(error)
 
     async def _release_if_own(self, name: Name, digest: bytes) -> None:
@@ -419,7 +534,9 @@ class IdempotencyCache:
                 entry = self._memory.entry(*name)
                 if entry is not None and entry.answer is not None:
                     left_ms = self._memory.left_ms(entry)
-                    await breaker.call(breaker.store.keep_answer(*name, entry.answer, left_ms))
+                    claim = await breaker.call(breaker.store.claim(*name, entry.digest, left_ms))
+                    if self._is_mine(claim):  # else another process has run it since
+                        await breaker.call(breaker.store.keep_answer(*name, entry.answer, left_ms))
                 self._unsaved.pop(name, None)
             for name, digest in list(self._idle_claims.items()):
                 if name not in self._running:

@@ -3,7 +3,8 @@
 Decides: who may run a request, how many answers are stored, and which are evicted first.
 
 Rules:
-- Keys are per user. Expired entries count as absent.
+- Keys are per user. Expired entries count as absent, except a running request whose claim names a process: it may
+  live and be late with its renewal. The hub releases it if that process has gone; else it is removed LATE_MS later.
 - Answers are bounded per user and in total. A user's new answer evicts that user's oldest ones, so that no user
   evicts answers of others except by the total bound.
 - A running request is never evicted before its lease ends. If nothing else makes room, a new one is refused.
@@ -23,6 +24,9 @@ from zcproto.errors import ResourceExhausted
 from zcproto.stores.base import Claim, ClaimState
 
 LAST_MS: Final = 2**63 - 1
+LATE_MS: Final = 3_600_000
+"""How long an expired claim of another process is kept: much longer than a process is late and lives."""
+
 _RETRY_MS: Final = 1_000
 _SWEPT: Final = 64
 
@@ -73,6 +77,16 @@ class Entry:
     size: int = 0
     is_own: bool = False
 
+    @property
+    def kept_until(self) -> int:
+        """Return when the entry counts as absent."""
+        return self.until + LATE_MS if self.running and self.owner else self.until
+
+    @property
+    def owner(self) -> bytes:
+        """Return the name of the process that runs the request, if it has given one."""
+        return self.digest[DIGEST_SIZE:]
+
 
 @dataclass(slots=True, eq=False)
 class _Share:
@@ -110,9 +124,9 @@ class Answers:
         return len(self._entries)
 
     def entry(self, user: str, key: str) -> Entry | None:
-        """Return a request that has not expired."""
+        """Return a request that does not count as absent."""
         entry = self._entries.get((user, key))
-        return entry if entry is not None and self._time() < entry.until else None
+        return entry if entry is not None and self._time() < entry.kept_until else None
 
     def left_ms(self, entry: Entry) -> int:
         """Return after how many milliseconds an entry expires."""
@@ -124,13 +138,18 @@ class Answers:
         The bytes of `digest` beyond DIGEST_SIZE name the process that claims. They are stored with the claim.
         """
         entry = self.entry(user, key)
+        has_expired, owner = False, b""
         if entry is not None:
+            has_expired, owner = self._time() >= entry.until, entry.owner
+        if entry is not None and not (has_expired and owner == digest[DIGEST_SIZE:]):
             if not compare_digest(entry.digest[:DIGEST_SIZE], digest[:DIGEST_SIZE]):
-                return Claim(ClaimState.CONFLICT)
+                return Claim(ClaimState.CONFLICT, has_expired=has_expired, owner=owner)
             if entry.running:
                 is_known = entry.is_own or len(digest) > DIGEST_SIZE
-                is_own, owner = is_known and entry.digest == digest, entry.digest[DIGEST_SIZE:]
-                return Claim(ClaimState.RUNNING, is_own=is_own, owner=owner)
+                is_own = is_known and entry.digest == digest
+                if is_own:
+                    self._extend((user, key), entry, lease_ms)
+                return Claim(ClaimState.RUNNING, is_own=is_own, has_expired=has_expired, owner=owner)
             answer = self._read_answer((user, key)) if entry.answer is None else entry.answer
             return Claim(ClaimState.DONE, answer)
         if (user, key) in self._entries:
@@ -170,7 +189,7 @@ class Answers:
         past: list[Key] = []
         for kind in (self._running, self._done):
             for _, key in zip(range(limit), kind, strict=False):
-                if len(past) < limit and wall >= entries[key].until:
+                if len(past) < limit and wall >= entries[key].kept_until:
                     past.append(key)
         for key in past:
             self._remove(key)
@@ -189,6 +208,11 @@ class Answers:
         else:
             self._done[key] = share.done[key] = None
         self._entries[key] = entry
+
+    def _extend(self, key: Key, entry: Entry, lease_ms: int) -> None:
+        entry.until = self._until(lease_ms)
+        self._running.move_to_end(key)
+        self._on_change(key, entry)
 
     def _until(self, ms: int) -> int:
         return min(self._time() + ms, LAST_MS)

@@ -122,10 +122,12 @@ class Claim:
     """DONE: the bytes that `keep_answer` was given."""
     is_own: bool = field(default=False, compare=False)
     """RUNNING: whether this process made the claim."""
+    has_expired: bool = field(default=False, compare=False)
+    """RUNNING, CONFLICT: whether the process that made the claim is late with its renewal."""
     is_orphan: bool = field(default=False, compare=False)
     """RUNNING: whether the process that made the claim has shown no sign of life lately."""
     owner: bytes = field(default=b"", compare=False)
-    """RUNNING: the name of that process, if it has given one."""
+    """RUNNING, CONFLICT: the name of that process, if it has given one."""
 
 
 class ChangeKind(Enum):
@@ -249,12 +251,18 @@ class SessionStore(Protocol):
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
         """Claim a request, in order to run it. NEW: the caller owns it until `lease_ms` have passed.
 
-        Keys are per user. Expired entries count as absent. A full store evicts its oldest answers but never a
-        running request; if that does not make room it raises ResourceExhausted.
+        RUNNING and `is_own`: it owns it for that time from now on. So a claim is renewed by claiming it again.
+
+        Keys are per user. Expired entries count as absent, except the claim of another process that lives. A full
+        store evicts its oldest answers but never a running request; if that does not make room it raises
+        ResourceExhausted.
         """
 
     async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
-        """Store the answer of a claimed request for `keep_ms`. Does nothing without a claim."""
+        """Store the answer of a claimed request for `keep_ms`. Does nothing without a claim.
+
+        A process whose claim may have expired has to claim the request again before.
+        """
 
     async def release_claim(self, user: str, key: str) -> None:
         """Give up the claim of a request that was not run. An answer already stored stays."""

@@ -11,7 +11,8 @@ Rules:
   member that has left count for RETURN_S: its clients are about to connect to another one.
 - The sessions of all members together are bounded, by a count that each clean-up corrects.
 - A claim is stored with the id of its member, which is its owner also after a crash of this process. It is an
-  orphan as soon as that member has left; after a crash, RETURN_S after the first has joined again.
+  orphan as soon as that member has left; after a crash, RETURN_S after the first has joined again. One that has
+  expired is given to another member once it has been an orphan for RETURN_S.
 - A session without a lease counts as in use until the hub has run for the time of a lease: members need time to
   renew theirs after a crash of this process.
 
@@ -74,6 +75,8 @@ class StoreHub:
         self._began = now()
         self._opening = asyncio.Lock()
         self._is_open = False
+        self.giving_away = asyncio.Lock()
+        """Held while an expired claim is given to another member."""
         self._settling: asyncio.Task[None] | None = None
         self._members: dict[HubStore, None] = {}
         self._left: dict[HubStore, float] = {}  # with when their leases end
@@ -136,6 +139,11 @@ class StoreHub:
         """
         is_member = any(member.id == id for member in self._members)
         return not id or (not is_member and (self._is_complete or id in self._gone))
+
+    def is_gone_for_good(self, id: bytes) -> bool:
+        """Return whether the process with this id is gone and had RETURN_S to come back."""
+        self._forget_left()
+        return self.is_gone(id) and not any(member.id == id for member in self._left)
 
     @property
     def _is_complete(self) -> bool:
@@ -318,10 +326,20 @@ class HubStore:
 
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
         claim = await self._store.claim(user, key, request_digest + self.id, lease_ms)
+        if self._is_free(claim):
+            async with self._hub.giving_away:
+                claim = await self._store.claim(user, key, request_digest + self.id, lease_ms)
+                if self._is_free(claim):  # no other member got it meanwhile
+                    await self._store.release_claim(user, key)
+                    claim = await self._store.claim(user, key, request_digest + self.id, lease_ms)
         if claim.state is ClaimState.NEW and self._hub.has_left(self):  # before it could begin
             await self._store.release_claim(user, key)
         is_orphan = claim.state is ClaimState.RUNNING and not claim.is_own and self._hub.is_gone(claim.owner)
         return replace(claim, is_orphan=is_orphan)
+
+    def _is_free(self, claim: Claim) -> bool:
+        """Return whether a claim has expired and its process is gone."""
+        return claim.has_expired and self._hub.is_gone_for_good(claim.owner)
 
     async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         await self._store.keep_answer(user, key, answer, keep_ms)

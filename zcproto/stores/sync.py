@@ -129,8 +129,8 @@ class StoreSync:
         self._is_loaded = False
         self._touched_until = 0
         self.problems: tuple[str, ...] = ()
-        self.on_recovered: Callable[[], None] = lambda: None
-        """Called when an outage has ended."""
+        self.on_reached: Callable[[], None] = lambda: None
+        """Called when the store was reached after a gap, in which it may have lost data."""
         self.deadline_tick = 0
 
     # --- start and stop ----------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class StoreSync:
             self.registry.stop_refusing()
             self.leases.begin()
             self.report.end(round(self.clock.now() - self.health.since, 3), self.revoker.replayed)
-            self.on_recovered()
+            self.on_reached()
             if self.store.shared and self.maintains:
                 self.tasks.run_in_background(self.examine())  # after a failover it is another server
         self._set_deadlines()
@@ -258,6 +258,8 @@ class StoreSync:
         self.changes.handle(change)
         if change.kind is not ChangeKind.SESSION:
             self.leases.begin()
+        if change.kind not in (ChangeKind.SESSION, ChangeKind.LOST) and self.health.is_healthy:
+            self.on_reached()
         if change.kind is not ChangeKind.SESSION and not self.health.is_healthy:  # a new connection
             self.health.hasten_probe(self.clock.now())
             self._set_deadlines()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.stores.contract.helpers import FIVE, KEEP, LEASE, WALL, Harness, digest, session
 from zcproto.errors import ResourceExhausted
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import LATE_MS, AnswerLimits
 from zcproto.stores.base import Claim, ClaimState, Created, SessionStore
 
 
@@ -88,7 +88,7 @@ class AnswerLimitContract:
     async def test_expired_entries_are_evicted_first(self, bounded: SessionStore, harness: Harness) -> None:
         for key in "pqr":
             await bounded.claim("alice", key, digest("body"), LEASE)
-        harness.time.ms = WALL + LEASE
+        harness.time.ms = WALL + LEASE + LATE_MS
         assert await bounded.claim("alice", "s", digest("body"), LEASE) == Claim(ClaimState.NEW)
 
     async def test_refused_claim_evicts_nothing_of_other_users(self, bounded: SessionStore) -> None:

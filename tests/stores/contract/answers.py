@@ -8,6 +8,7 @@ import pytest
 
 from tests.stores.contract.helpers import HOUR, KEEP, LEASE, STRINGS, WALL, Harness, digest, expire_all
 from zcproto.errors import Code
+from zcproto.stores.answers import LATE_MS
 from zcproto.stores.base import Claim, ClaimState, SessionStore
 
 
@@ -57,10 +58,20 @@ class AnswerContract:
     ) -> None:
         await store.claim("alice", "k", digest("body"), LEASE)
         harness.time.ms = WALL + LEASE - 1
-        assert await store.claim("alice", "k", digest("body"), LEASE) == Claim(ClaimState.RUNNING)
+        assert await store.claim("alice", "k", digest("other"), LEASE) == Claim(ClaimState.CONFLICT)
         harness.time.ms = WALL + LEASE
         assert await store.claim("alice", "k", digest(body), LEASE) == Claim(ClaimState.NEW)
         assert await store.claim("alice", "k", digest(body), LEASE) == Claim(ClaimState.RUNNING)
+
+    async def test_claim_that_is_made_again_is_renewed(self, store: SessionStore, harness: Harness) -> None:
+        await store.claim("alice", "k", digest("body"), LEASE)
+        for renewals in range(1, 4):
+            harness.time.ms = WALL + renewals * (LEASE - 1)
+            assert (await store.claim("alice", "k", digest("body"), LEASE)).is_own
+        assert await expire_all(store, WALL) == 0
+        assert await store.claim("alice", "k", digest("other"), LEASE) == Claim(ClaimState.CONFLICT)
+        await store.keep_answer("alice", "k", b"answer", KEEP)
+        assert await store.claim("alice", "k", digest("body"), LEASE) == Claim(ClaimState.DONE, b"answer")
 
     async def test_claim_names_its_process(self, store: SessionStore) -> None:
         await store.claim("alice", "k", digest("body"), LEASE)
@@ -94,10 +105,10 @@ class AnswerContract:
         for number in range(3):
             await store.claim("alice", f"{number}", digest("body"), LEASE)
         await store.keep_answer("alice", "1", b"answer", KEEP)
-        await store.keep_answer("alice", "2", b"answer", 2 * KEEP)
+        await store.keep_answer("alice", "2", b"answer", KEEP + LATE_MS + HOUR)
         harness.time.ms = WALL + LEASE - 1
         assert await expire_all(store, WALL + HOUR) == 0
-        harness.time.ms = WALL + KEEP
+        harness.time.ms = WALL + KEEP + LATE_MS
         assert await expire_all(store, WALL) == 2
         claims = [await store.claim("alice", f"{number}", digest("body"), LEASE) for number in range(3)]
         assert claims == [Claim(ClaimState.NEW), Claim(ClaimState.NEW), Claim(ClaimState.DONE, b"answer")]

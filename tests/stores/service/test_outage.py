@@ -270,7 +270,7 @@ async def test_damaged_record_does_not_prolong_an_outage(
 
 async def test_end_of_an_outage_is_reported_once(process: SessionProcess) -> None:
     ends: list[HealthState] = []
-    process.sync.on_recovered = lambda: ends.append(process.state)
+    process.sync.on_reached = lambda: ends.append(process.state)
     await process.outage()
     assert ends == []
     await process.recover()

@@ -31,7 +31,7 @@ from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running,
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import LATE_MS, AnswerLimits
 from zcproto.stores.base import ClaimState, Created, LimitReached
 from zcproto.stores.valkey.scripts import SCRIPTS, tag_of
 from zcproto.stores.valkey.store import ValkeyStore
@@ -356,10 +356,10 @@ async def test_wrong_index_entries_of_answers_are_corrected(
     running = only(server, "w")
     (member,) = server.command("ZRANGE", running, 0, -1)
     await store.keep_answer("alice", "k", b"answer", KEEP)
-    server.command("ZADD", running, WALL, member)  # it is not running any more
+    server.command("ZADD", running, WALL - LATE_MS, member)  # it is not running any more
     (done,) = server.command("ZRANGE", only(server, "o"), 0, -1)
-    server.command("ZADD", running, WALL, done)  # nor this
-    server.command("ZADD", running, WALL, done[:-22] + 22 * b"x")  # never did
+    server.command("ZADD", running, WALL - LATE_MS, done)  # nor this
+    server.command("ZADD", running, WALL - LATE_MS, done[:-22] + 22 * b"x")  # never did
     assert await store.expire(WALL + 1, KEEP_ENDED, 10) == 0
     assert b"w" not in kinds(server)
     claim = await store.claim("alice", "k", digest("body"), LEASE)

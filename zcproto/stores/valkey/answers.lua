@@ -7,7 +7,17 @@
 -- In the indexes w and o the place stands before TAG and DIGEST, so that of those that expire at the same time the
 -- oldest comes first. Places are counted for all users together, in a cluster for each user.
 
-local RUNNING = 1
+local RUNNING, LATE = 1, 3600000
+
+-- Return when a request counts as absent. A process may live and be late with the renewal of its claim.
+local function kept_until(entry)
+  return entry[2] == RUNNING and entry[6] and after(entry[3], LATE) or entry[3]
+end
+
+-- Return whether another process has claimed the request.
+local function is_foreign(entry)
+  return entry[6] and entry[6] ~= NODE
+end
 
 local function load(tag)
   local key = P .. 'q:{' .. tag .. '}'
@@ -64,13 +74,20 @@ local function add(share, digest, running, until_, size, request, ms)
   end
 end
 
+local function extend(share, digest, entry, until_, ms)
+  entry[3] = until_
+  redis.call('HSET', share.key, digest, cmsgpack.pack(entry))
+  elsewhere('ZADD', index(RUNNING), until_, member(share, digest, entry[1]))
+  linger(elsewhere, index(RUNNING), ms)
+end
+
 -- Return the answered requests of a user, oldest first, and remove the expired ones.
 local function answered(share, wall)
   local done, all = {}, redis.call('HGETALL', share.key)
   for n = 1, #all, 2 do
     if all[n] ~= '' then
       local entry = cmsgpack.unpack(all[n + 1])
-      if not before(wall, entry[3]) then
+      if not before(wall, kept_until(entry)) then
         remove(share, all[n], entry)
       elseif entry[2] ~= RUNNING then
         done[#done + 1] = {all[n], entry}
@@ -91,13 +108,21 @@ local function totals(state, body)
 end
 
 --@ claim
-local digest, request, given, lease, ms, most = unpack(args, 6, 11)
+-- The claim of another process that has expired is given away only if that is `gone`.
+local digest, request, given, lease, ms, most, gone = unpack(args, 6, 12)
 local share, wall = load(tag), time(given)
 local known = entry(share, digest)
+if known and not before(wall, known[3]) and before(wall, kept_until(known)) and is_foreign(known) and known[6] ~= gone then
+  return answer({'expired', known[6], known[5] == request and 1 or 0, 0})
+end
 if known and before(wall, known[3]) then
   if known[5] ~= request then
     return answer({'conflict', '', 0, 0})
   elseif known[2] == RUNNING then
+    if known[6] == NODE then
+      extend(share, digest, known, after(wall, lease), ms)
+      save(share, ms)
+    end
     return answer({'running', known[6] or '', 0, 0})
   end
   local body = redis.call('GET', body_key(share, digest))
@@ -126,7 +151,7 @@ return totals('new', '')
 local digest, body, given, keep, ms, most = unpack(args, 6, 11)
 local share, wall = load(tag), time(given)
 local known = entry(share, digest)
-if not known then
+if not known or is_foreign(known) then
   return answer({'none', '', 0, 0})
 end
 remove(share, digest, known)
@@ -147,22 +172,24 @@ return totals('kept', '')
 local digest, ms = unpack(args, 6, 7)
 local share = load(tag)
 local known = entry(share, digest)
-if known and known[2] == RUNNING then
+if known and known[2] == RUNNING and not is_foreign(known) then
   remove(share, digest, known)
   save(share, ms)
 end
 return answer(0)
 
 --@ expired_answers no-writes
--- Return members of an index.
-return answer(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time(args[6]), 'LIMIT', 0, args[7]))
+-- Return members of an index: of answered or of running requests.
+local given, limit, is_running = unpack(args, 6, 8)
+local past = after(time(given), is_running and -LATE or 0)
+return answer(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', past, 'LIMIT', 0, limit))
 
 --@ forget_answers allow-oom
 -- Remove expired requests; with `also_valid`, answered ones that have not expired too.
 local given, limit, members, also_valid, ms = unpack(args, 6, 10)
 local wall = time(given)
 if not CLUSTERED and not also_valid then
-  members = redis.call('ZRANGEBYSCORE', index(RUNNING), '-inf', wall, 'LIMIT', 0, limit)
+  members = redis.call('ZRANGEBYSCORE', index(RUNNING), '-inf', after(wall, -LATE), 'LIMIT', 0, limit)
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', index(0), '-inf', wall, 'LIMIT', 0, limit - #members)) do
     members[#members + 1] = member
   end
@@ -174,7 +201,7 @@ for _, found in ipairs(members) do
   local place, tag, digest = tonumber(found:sub(1, 16)), split(found:sub(17))
   local share = load(tag)
   local known = entry(share, digest)
-  if known and known[1] == place and (not before(wall, known[3]) or (also_valid and known[2] ~= RUNNING)) then
+  if known and known[1] == place and (not before(wall, kept_until(known)) or (also_valid and known[2] ~= RUNNING)) then
     remove(share, digest, known)
     save(share, ms)
     removed = removed + 1

@@ -203,6 +203,7 @@ class ValkeyClient:
         servers = self._make_servers()
         await servers.open()  # leaves no connection open if it fails
         self._servers = servers
+        self._life.store_reached()
         self._on_change = on_change
 
     async def close(self) -> None:
@@ -387,6 +388,7 @@ class ValkeyClient:
         if self._is_emptied or self._is_flushed:
             kind = ChangeKind.EMPTIED if self._is_emptied else ChangeKind.FLUSHED
         self._is_emptied = self._is_flushed = False
+        self._life.store_reached()
         self._on_change(Change(kind))
 
     def _hide_password(self, text: str) -> str:

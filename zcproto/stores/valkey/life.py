@@ -2,8 +2,8 @@
 
     claim -> renew h:NODE every RENEW_S -> it expires LIFE_MS after the process has ended, or lost the store
 
-Decides: when this process renews its key. A process whose key is missing may still run: then its answers are stored
-all the same.
+Decides: when this process renews its key, and when the claims of another one may be given away. A process whose key
+is missing may still run: then its answers are stored all the same.
 
 Must not know: claims, requests.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from math import inf
 from typing import Any, Final
 
+from zcproto.common.clock import MS_PER_SECOND
 from zcproto.errors import ResourceExhausted
 from zcproto.stores.base import StoreUnavailable
 
@@ -31,6 +33,7 @@ class SignOfLife:
         self._prefix = prefix
         self._node = node
         self._task: asyncio.Task[None] | None = None
+        self._trusted_at = inf
 
     async def begin(self) -> None:
         """Write the key, and renew it from now on. Idempotent. Raises like `call`."""
@@ -42,6 +45,14 @@ class SignOfLife:
     async def is_missing(self, node: bytes) -> bool:
         """Return whether a process has shown no sign of life lately."""
         return not await self._call("EXISTS", self._key(node))
+
+    async def is_gone(self, node: bytes) -> bool:
+        """Return whether a process has shown no sign of life although it had the time for one."""
+        return asyncio.get_running_loop().time() >= self._trusted_at and await self.is_missing(node)
+
+    def store_reached(self) -> None:
+        """Give all processes time for a sign of life: the store was reached after a gap."""
+        self._trusted_at = asyncio.get_running_loop().time() + LIFE_MS / MS_PER_SECOND
 
     async def end(self) -> None:
         """Renew the key no more. Idempotent."""

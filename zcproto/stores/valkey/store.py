@@ -454,7 +454,7 @@ class ValkeyStore(ValkeyClient):
         members: list[bytes] = []
         for kind in (b"w", b"o"):
             key, left = self._shard_key(kind, shard), most - len(members)
-            past, _ = await self._run_for(key, "expired_answers", b"", self._given_time, left)
+            past, _ = await self._run_for(key, "expired_answers", b"", self._given_time, left, kind == b"w")
             members += past
         return len(members), await self._forget_answers(members, False)
 
@@ -471,9 +471,13 @@ class ValkeyStore(ValkeyClient):
         await self._life.begin()  # before others can find the claim
         tag, digest = tag_of(user), key_digest(key)
         times = self._given_time, lease_ms, ttl_for(lease_ms)
-        state, answer, count, size = await self._run(
-            "claim", tag, digest, request_digest, *times, self._answers.user_count
-        )
+        claiming = "claim", tag, digest, request_digest, *times, self._answers.user_count
+        state, answer, count, size = await self._run(*claiming, b"")
+        if state == b"expired" and await self._life.is_gone(answer):
+            state, answer, count, size = await self._run(*claiming, answer)
+        has_expired = state == b"expired"
+        if has_expired:
+            state = b"running" if count else b"conflict"
         if state == b"full":
             raise too_many_requests("of this user ")
         if state == b"new" and not await self._trim(tag, count, size):
@@ -482,7 +486,7 @@ class ValkeyStore(ValkeyClient):
         if state == b"running":
             is_own = answer == self._node
             is_orphan = not is_own and await self._life.is_missing(answer)
-            return Claim(ClaimState.RUNNING, is_own=is_own, is_orphan=is_orphan)
+            return Claim(ClaimState.RUNNING, is_own=is_own, has_expired=has_expired, is_orphan=is_orphan)
         return Claim(ClaimState(state.decode()), answer)
 
     @behind
