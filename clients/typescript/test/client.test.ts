@@ -909,6 +909,21 @@ describe("events", () => {
     assert.deepEqual(names, ["weather.changed", "pins.next"]);
   });
 
+  test("event read together with the answer to session.close is dropped", async () => {
+    const names: string[] = [];
+    client = await server.connect({ onEvent: ({ name }) => names.push(name) });
+    server.on("session.close", (request) => {
+      server.last.together(() => {
+        server.last.respond(request, {});
+        server.last.send(Kind.EVENT, 0, ["pins.next", { pins: [], from: 1 }]);
+      });
+      return NO_RESPONSE;
+    });
+    await client.close();
+    await settled();
+    assert.deepEqual(names, []);
+  });
+
   test("event stream keeps 1,000 events and ends with the client", async () => {
     client = await server.connect();
     for (let n = 0; n < 1_005; n++) {

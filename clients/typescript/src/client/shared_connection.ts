@@ -46,7 +46,7 @@ export class SharedConnection {
       isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
       onConnection: (connection) => void this.#present(connection),
       onFurther: (connection) => this.#forAll((session) => void session.present(connection)),
-      onEvent: (event) => this.#sessionOf(event.token).eventReceived(event),
+      onEvent: (event) => this.#sessionOf(event.token)?.eventReceived(event),
       onCall: (connection, event) => this.#callReceived(connection, event),
       onWithdraw: (connection, number) => this.#forAll((session) => session.callWithdrawn(connection, number)),
       onEnded: (connection, error) => this.#forAll((session) => session.connectionEnded(connection, error)),
@@ -73,15 +73,15 @@ export class SharedConnection {
     }
   }
 
-  /** Return the session of a token, otherwise the client's own. */
-  #sessionOf(token: Token): ConnectedSession {
+  /** Return the session of a token, otherwise the client's own; undefined once that is closed. */
+  #sessionOf(token: Token): ConnectedSession | undefined {
     const [own] = this.#sessions;
-    return [...this.#sessions].find((session) => session.ownsToken(token)) ?? (own as ConnectedSession);
+    return [...this.#sessions].find((session) => session.ownsToken(token)) ?? own;
   }
 
   #callReceived(connection: ConnectionDriver, event: CallReceived): void {
     const session = this.#sessionOf(event.token);
-    if (session.ownsToken(event.token)) {
+    if (session?.ownsToken(event.token)) {
       session.callReceived(connection, event);
     } else {
       connection.failCall(event.stream, new Unauthenticated("no session of this client has this token"));
