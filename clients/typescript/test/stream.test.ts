@@ -33,6 +33,7 @@ import {
   WELCOME,
   watch,
 } from "./support/fake.js";
+import { countAlive } from "./support/memory.js";
 
 let server: FakeServer;
 let client: Client;
@@ -321,6 +322,27 @@ describe("items of the application", () => {
     end();
     await settled();
     assert.ok(result.isDone);
+  });
+
+  test("items that were sent are not kept in memory until the stream ends", async () => {
+    const sent: WeakRef<object>[] = [];
+    const items = (async function* () {
+      for (let n = 0; n < 100; n++) {
+        const item = { n };
+        sent.push(new WeakRef(item));
+        yield await Promise.resolve(item);
+      }
+      await new Promise(() => undefined);
+    })();
+    const stream = client.stream("upload", {}, { items });
+    void stream.result.catch(() => undefined);
+    const { credit, received } = bound(await far());
+    credit(1_000);
+    await settled();
+    assert.equal(received().length, 100);
+    const alive = await countAlive(sent);
+    assert.ok(alive <= 3, `${alive} of 100 items are in memory`);
+    stream.close();
   });
 
   test("failing source cancels the stream with its error", async () => {

@@ -80,7 +80,7 @@ export class Stream<Item = unknown, Result = unknown>
   readonly #leaving = new AbortController();
   #pending: PendingStream | undefined;
   #outcome: Promise<unknown> | undefined;
-  #over: Promise<void> = Promise.resolve();
+  #stopTaking: () => void = () => undefined; // stops waiting for an item of the source
   #last: { readonly item: Item } | undefined; // with `reopen`
   #hasProgressed = false; // since the last attempt
   #isOver = false;
@@ -153,8 +153,9 @@ export class Stream<Item = unknown, Result = unknown>
       const over = () => {
         this.#isOver = true;
         this.#wake();
+        this.#stopTaking();
       };
-      this.#over = this.#outcome.then(over, over); // errors are reported by `next` and `result`
+      this.#outcome.then(over, over); // errors are reported by `next` and `result`
       if (this.#options.items !== undefined) {
         void this.#sendAll(this.#options.items);
       }
@@ -307,7 +308,7 @@ export class Stream<Item = unknown, Result = unknown>
     const iterator = Symbol.asyncIterator in source ? source[Symbol.asyncIterator]() : source[Symbol.iterator]();
     try {
       for (let pending = await this.#credited(); pending !== undefined; pending = await this.#credited()) {
-        const next = await Promise.race([iterator.next(), this.#over]);
+        const next = await this.#nextOf(iterator);
         if (next === undefined) {
           break;
         }
@@ -321,5 +322,21 @@ export class Stream<Item = unknown, Result = unknown>
     } catch (error) {
       this.#leave(error);
     }
+  }
+
+  /**
+   * Take the next item of a source; undefined if the stream ends before.
+   *
+   * `Promise.race` with the end of the stream would keep every item: a promise holds what waits for it until it settles.
+   */
+  #nextOf(iterator: AsyncIterator<unknown> | Iterator<unknown>): Promise<IteratorResult<unknown> | undefined> {
+    return new Promise((resolve, reject) => {
+      this.#stopTaking = () => resolve(undefined);
+      if (this.#isOver) {
+        this.#stopTaking();
+        return;
+      }
+      Promise.resolve(iterator.next()).then(resolve, reject);
+    });
   }
 }
