@@ -2,12 +2,14 @@
 
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
+import { inspect } from "node:util";
 import { decode, encode } from "@msgpack/msgpack";
 import { Code, ProtocolError } from "../src/errors.js";
 import { decodeBody, encodeBody, Float, MAX_DEPTH, MessageError } from "../src/wire/body.js";
 import { FrameDecoder } from "../src/wire/decoder.js";
 import { encodeFrame, type Frame, Kind, NO_TOKEN } from "../src/wire/frame.js";
-import { decodeError, encodeRequest } from "../src/wire/message.js";
+import { decodeError, decodeRequest, encodeRequest } from "../src/wire/message.js";
+import { memoryInUse } from "./support/memory.js";
 
 /** Return a reproducible generator of random numbers in [0, 1). */
 function seeded(seed: number): () => number {
@@ -216,6 +218,54 @@ describe("bodies", () => {
     for (const bomb of bombs) {
       assert.throws(() => decodeBody(bomb), MessageError);
     }
+  });
+});
+
+describe("memory of hostile bodies", () => {
+  const SIZE = 200_000;
+  /** The bytes of a value, and how many bytes of memory it may take for each of them. */
+  const cases = {
+    "empty maps": ["80", 48],
+    "maps of one": ["81a0c0", 48],
+    "nested maps": [`${"81a0".repeat(29)}80`, 48],
+    "empty arrays": ["90", 56],
+    "arrays of one": ["91c0", 56],
+    "nested arrays": [`${"91".repeat(29)}90`, 72],
+    "arrays of many": [`dc0042${"c0".repeat(66)}`, 48],
+    "empty byte strings": ["c400", 110],
+    "empty strings": ["a0", 24],
+  } as const;
+  for (const [name, [hex, most]] of Object.entries(cases)) {
+    test(`${name} take memory in proportion`, () => {
+      const unit = Buffer.from(hex, "hex");
+      const count = Math.floor(SIZE / unit.length);
+      const head = Buffer.from([0xdd, 0, 0, 0, 0]);
+      head.writeUInt32BE(count, 1);
+      const body = Buffer.concat([head, ...Array.from({ length: count }, () => unit)]);
+      decodeBody(body);
+      const before = memoryInUse();
+      const value = decodeBody(body) as unknown[];
+      const used = (memoryInUse() - before) / body.length;
+      assert.equal(value.length, count);
+      assert.ok(used <= most, `${used.toFixed(1)} bytes of memory for each byte`);
+    });
+  }
+
+  test("empty map is an ordinary object", () => {
+    const map = decodeBody(Buffer.from("80", "hex")) as Record<string, unknown>;
+    assert.deepStrictEqual(map, {});
+    assert.equal(inspect(map), "{}");
+    map["key"] = 1;
+    assert.deepStrictEqual([map, structuredClone(map), JSON.stringify(map)], [{ key: 1 }, { key: 1 }, '{"key":1}']);
+    assert.deepEqual(Object.keys(Object.prototype), []);
+  });
+
+  test("bodies of ERROR and CALL are decoded once", (context) => {
+    const floatOf = context.mock.method(Float, "of");
+    const details = { list: Array.from({ length: 9 }, (_, n) => n + 0.5) };
+    assert.deepEqual(decodeError(Buffer.from(encodeBody([3, "no", details]))).details, details);
+    assert.deepEqual(decodeRequest(Buffer.from(encodeBody(["m", details, { deadline_ms: 5 }]))).params, details);
+    assert.equal(floatOf.mock.callCount(), 0);
   });
 });
 

@@ -65,12 +65,11 @@ function checkMethod(method: string): void {
  * `traceparent`.
  */
 export function decodeRequest(body: Buffer, maxDepth = MAX_DEPTH): RequestMessage {
-  const value = decodeBody(body, { maxDepth });
+  const value = decodeBody(body, { maxDepth, float: Float.of, floatIn: 2 });
   if (!Array.isArray(value) || value.length < 2 || value.length > 3) {
     throw new MessageError("request must be [method, params] or [method, params, meta]");
   }
-  const [method, params] = value as unknown[];
-  const [, , meta = {}] = decodeBody(body, { maxDepth, float: Float.of }) as unknown[];
+  const [method, params, meta = {}] = value as unknown[];
   if (typeof method !== "string" || !METHOD.test(method)) {
     throw new MessageError("request has an invalid method name");
   }
@@ -109,12 +108,11 @@ export function decodeCredit(body: Buffer): Credit {
 
 /** Decode `[code, message]` or `[code, message, details]`. */
 export function decodeError(body: Buffer, maxDepth = MAX_DEPTH): ErrorMessage {
-  const value = decodeBody(body, { maxDepth });
+  const value = decodeBody(body, { maxDepth, float: Float.of, floatIn: 0 });
   if (!Array.isArray(value) || value.length < 2 || value.length > 3) {
     throw new MessageError("error must be [code, message] or [code, message, details]");
   }
-  const [, message, details = null] = value as unknown[];
-  const [code] = decodeBody(body, { maxDepth, float: Float.of }) as unknown[];
+  const [code, message, details = null] = value as unknown[];
   if (!isInt(code) || typeof message !== "string") {
     throw new MessageError("error must carry an int code and a str message");
   }
