@@ -86,13 +86,13 @@ export interface ConnectOptions extends TrustedServerOptions {
   readonly session?: boolean | undefined;
   /** The client as `product/version`, listed by the server. */
   readonly client?: string | undefined;
-  /** Called with each event of the server; without it events are queued in `client.events`. */
-  readonly onEvent?: ((event: ServerEvent) => void) | undefined;
+  /** Called with each event of the server; without it events are queued in `client.events`. Its errors become warnings. */
+  readonly onEvent?: ((event: ServerEvent) => unknown) | undefined;
   /**
    * Called with the client and where it is connected: once it has connected and opened its session, and again after each
-   * reconnect.
+   * reconnect. It is not awaited, and its errors become warnings of the process.
    */
-  readonly onConnected?: ((client: Client, endpoint: Endpoint) => void) | undefined;
+  readonly onConnected?: ((client: Client, endpoint: Endpoint) => unknown) | undefined;
   /**
    * Connections to a server at once: 1 (the default) to 64. With more than 1, a further one is made when calls wait because
    * the server's `max_streams` are in flight on all others, and closed after 30 s without a call.

@@ -512,6 +512,37 @@ describe("onConnected", () => {
   });
 });
 
+describe("functions of the application that fail", () => {
+  const faults: Readonly<Record<string, () => unknown>> = {
+    "that throws": () => {
+      throw new Error("a bug of the application");
+    },
+    "that rejects": () => Promise.reject(new Error("a bug of the application")),
+  };
+  for (const [how, fail] of Object.entries(faults)) {
+    test(`onConnected ${how} is a warning each time, and the client goes on`, async () => {
+      await client.close();
+      client = await server.connect({ onConnected: fail });
+      server.last.end();
+      await server.clock.advance(1_000);
+      assert.equal(server.warnings.length, 2);
+      assert.match(server.warnings[1] as string, /^onConnected failed: Error: a bug of the application/);
+      await client.call("echo");
+    });
+
+    test(`onEvent ${how} is a warning, and later events arrive`, async () => {
+      await client.close();
+      client = await server.connect({ onEvent: fail });
+      for (const name of ["one", "two"]) {
+        server.last.send(Kind.EVENT, 0, [name, null], { token: tokenText(2) });
+      }
+      await settled();
+      assert.equal(server.warnings.length, 2);
+      assert.match(server.warnings[0] as string, /^onEvent failed: Error: a bug of the application/);
+    });
+  }
+});
+
 test("errors of handlers that are CallErrors of this package keep their details", async () => {
   await client.handle("find", () => {
     throw new NotFound("no such file", { path: "/x" });

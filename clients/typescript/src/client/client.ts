@@ -2,6 +2,7 @@
 
 import type { Welcome } from "../connection/welcome.js";
 import { addressText, type Endpoint } from "./address.js";
+import { callBack } from "./handlers.js";
 import type { ClientSettings, SessionOptions } from "./settings.js";
 import { SharedConnection } from "./shared_connection.js";
 import { UserClient } from "./user_client.js";
@@ -34,12 +35,13 @@ export class Client extends UserClient {
       throw error;
     }
     await super.open();
-    const { onConnected } = this.#settings;
+    const { onConnected, onWarning } = this.#settings;
     if (onConnected !== undefined) {
+      const call = (endpoint: Endpoint) => void callBack("onConnected", () => onConnected(this, endpoint), onWarning);
       if (this.endpoint !== undefined) {
-        onConnected(this, this.endpoint);
+        call(this.endpoint);
       }
-      this.#shared.onConnected = (endpoint) => onConnected(this, endpoint);
+      this.#shared.onConnected = call;
     }
   }
 

@@ -86,9 +86,7 @@ export class Handlers {
       answer = () => connection.answerCall(number, value);
     } catch (error) {
       if (!(error instanceof CallError || controller.signal.aborted)) {
-        this.#onWarning(
-          `a handler of calls failed: ${error instanceof Error ? (error.stack ?? error.message) : error}`,
-        );
+        this.#onWarning(failureOf("a handler of calls", error));
       }
       answer = () =>
         connection.failCall(number, error instanceof CallError ? error : new InternalError("the handler failed"));
@@ -119,4 +117,21 @@ export class Handlers {
       }
     }
   }
+}
+
+/** Call a function of the application, and report an error of it as a warning. */
+export async function callBack(
+  name: string,
+  callback: () => unknown,
+  onWarning: (message: string) => void,
+): Promise<void> {
+  try {
+    await callback();
+  } catch (error) {
+    onWarning(failureOf(name, error));
+  }
+}
+
+function failureOf(what: string, error: unknown): string {
+  return `${what} failed: ${error instanceof Error ? (error.stack ?? error.message) : error}`;
 }

@@ -21,8 +21,8 @@ export interface SessionOptions {
   readonly deviceName?: string | undefined;
   /** A login by a scheme of the server's application, or a function that returns one for each session. */
   readonly login?: LoginSource | undefined;
-  /** Called with each event of the session; without it events are queued in its `events`. */
-  readonly onEvent?: ((event: ServerEvent) => void) | undefined;
+  /** Called with each event of the session; without it events are queued in its `events`. Its errors become warnings. */
+  readonly onEvent?: ((event: ServerEvent) => unknown) | undefined;
 }
 
 export interface ClientSettings {
@@ -40,8 +40,8 @@ export interface ClientSettings {
   readonly client: string;
   readonly maxCalls: number;
   readonly tracing: Tracing | undefined;
-  readonly onEvent: ((event: ServerEvent) => void) | undefined;
-  readonly onConnected: ((client: Client, endpoint: Endpoint) => void) | undefined;
+  readonly onEvent: ((event: ServerEvent) => unknown) | undefined;
+  readonly onConnected: ((client: Client, endpoint: Endpoint) => unknown) | undefined;
   readonly onWarning: (message: string) => void;
   readonly clock: Clock;
   readonly random: Random;

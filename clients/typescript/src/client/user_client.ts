@@ -14,7 +14,7 @@ import { type Clock, sleep } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { Deadline } from "./deadline.js";
 import { EventStream } from "./event_stream.js";
-import { type Handler, Handlers } from "./handlers.js";
+import { callBack, type Handler, Handlers } from "./handlers.js";
 import type { PendingCall, PendingStream } from "./pending.js";
 import { isInterruption, type RetryAction, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import type { ClientSession, Credentials } from "./session.js";
@@ -403,10 +403,11 @@ export class UserClient implements AsyncDisposable {
 
   #eventReceived(event: EventReceived): void {
     this.#sessions.eventReceived(event, this.#shared.manager.current);
-    if (this.#settings.onEvent === undefined) {
+    const { onEvent, onWarning } = this.#settings;
+    if (onEvent === undefined) {
       this.events.put(event.body);
     } else {
-      this.#settings.onEvent({ name: event.name, data: event.data });
+      void callBack("onEvent", () => onEvent({ name: event.name, data: event.data }), onWarning);
     }
   }
 }
