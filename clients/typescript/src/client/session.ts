@@ -85,10 +85,7 @@ export class DeviceKey implements Credentials {
 export const LOGIN_HOLDS_MS = 10_000;
 
 /** A login by a scheme of the application: the params of `session.open`. */
-export interface LoginParams {
-  readonly scheme: string;
-  readonly [field: string]: unknown;
-}
+export type LoginParams = Params & { readonly scheme: string };
 
 /** A login, or a function that returns another one for each session. */
 export type LoginSource = LoginParams | (() => LoginParams | Promise<LoginParams>);

@@ -2,7 +2,8 @@
 
 import { decodeBody, encodeBody, Float, MAX_DEPTH, MessageError } from "./body.js";
 
-export type Params = Readonly<Record<string, unknown>>;
+/** A map with keys of text: an object of any type, interfaces included, but no list and no bytes. */
+export type Params = Readonly<Record<string, unknown>> | (object & { readonly [Symbol.iterator]?: never });
 
 /** How many items and bytes a peer is allowed to send: totals since OPEN. */
 export type Credit = readonly [items: number, bytes: number];

@@ -13,7 +13,7 @@ import { Code, type TlsError } from "../../src/errors.js";
 import { decodeBody, encodeBody } from "../../src/wire/body.js";
 import { FrameDecoder } from "../../src/wire/decoder.js";
 import { acceptedBy, encodeFrame, type Frame, Kind, NO_TOKEN, type Token } from "../../src/wire/frame.js";
-import type { Meta, Params } from "../../src/wire/message.js";
+import type { Meta } from "../../src/wire/message.js";
 
 /** 2026-01-01T00:00:00Z. */
 export const WALL = 1_767_225_600_000;
@@ -75,7 +75,7 @@ export interface Request {
   readonly stream: number;
   readonly token: Token;
   readonly method: string;
-  readonly params: Params;
+  readonly params: Readonly<Record<string, unknown>>;
   readonly meta: Meta;
   readonly connection: FakeConnection;
 }
@@ -208,7 +208,11 @@ export class FakeConnection implements Transport {
     for (let frame = this.#decoder.next(); frame !== undefined; frame = this.#decoder.next()) {
       this.frames.push(frame);
       if (frame.kind === Kind.REQUEST || frame.kind === Kind.OPEN) {
-        const [method, params, meta = {}] = decodeBody(frame.body) as [string, Params | null, Meta | undefined];
+        const [method, params, meta = {}] = decodeBody(frame.body) as [
+          string,
+          Request["params"] | null,
+          Meta | undefined,
+        ];
         const { stream, token } = frame;
         const request = { stream, token, method, params: params ?? {}, meta, connection: this };
         if (frame.kind === Kind.OPEN) {
