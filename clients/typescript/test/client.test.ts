@@ -33,6 +33,7 @@ import {
   KEY,
   NO_RESPONSE,
   opened,
+  STREAMING,
   settled,
   tokenNumber,
   tokenText,
@@ -739,6 +740,86 @@ describe("sessions", () => {
     await client.call("echo");
     assert.equal(server.requests.at(-1)?.token, NO_TOKEN);
     await assert.rejects(client.openSession(), Unauthenticated);
+  });
+});
+
+describe("sessions that the server has lost", () => {
+  const unknown = new Failure(Code.UNAUTHENTICATED, { reason: "unknown_token" });
+  const refreshable = { refresh_token: tokenNumber(99) };
+  let live: number;
+  const openings = () => server.methods.filter((method) => method === "session.open").length;
+
+  beforeEach(async () => {
+    live = 0;
+    const open = () => opened(++live, refreshable);
+    server.on("session.open", open);
+    server.on("session.refresh", () => new Failure(Code.UNAUTHENTICATED));
+    const guarded = ({ token, params }: { token: string; params: object }) =>
+      token === tokenText(live) ? params : unknown;
+    server.on("echo", guarded as never);
+    server.on("session.info", guarded as never);
+    server.on("session.handle", guarded as never);
+    server.welcome = STREAMING;
+    client = await server.connect();
+  });
+
+  /** Let the store of the server lose all sessions. */
+  const lose = () => {
+    live = 77;
+  };
+
+  test("concurrent calls share one reopening, after a delay", async () => {
+    lose();
+    const calls = Array.from({ length: 20 }, () => watch(client.call("echo")));
+    await server.clock.advance(49);
+    assert.equal(openings(), 1);
+    await server.clock.advance(1);
+    assert.ok(calls.every(({ isDone, error }) => isDone && error === undefined));
+    assert.equal(openings(), 2);
+    assert.equal(client.session?.id, "s-78");
+    assert.ok(!server.methods.includes("session.refresh"));
+  });
+
+  test("delays grow until a session has lasted 5 s", async () => {
+    const delays: number[] = [];
+    for (const pause of [0, 0, 0, 5_000, 0]) {
+      await server.clock.advance(pause);
+      const lostAt = server.clock.ms;
+      lose();
+      const call = watch(client.call("echo", {}, { timeoutMs: 60_000 }));
+      while (!call.isDone) {
+        await server.clock.advance(10);
+      }
+      delays.push(server.clock.ms - lostAt);
+    }
+    assert.deepEqual(delays, [50, 100, 200, 50, 100]);
+  });
+
+  test("session is reopened on a new connection without a call, and its handlers are registered", async () => {
+    await client.handle("approve", () => true);
+    lose();
+    server.last.end();
+    await server.clock.advance(200);
+    assert.equal(openings(), 2);
+    assert.equal(server.requests.at(-1)?.method, "session.handle");
+    assert.equal(server.requests.at(-1)?.token, tokenText(78));
+  });
+
+  test("refresh token that is unknown, too, makes way for session.open when the token has expired", async () => {
+    lose();
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED), {});
+    const call = watch(client.call("echo"));
+    await server.clock.advance(50);
+    assert.deepEqual(call.value, {});
+    assert.deepEqual(server.methods.slice(-4), ["echo", "session.refresh", "session.open", "echo"]);
+  });
+
+  test("call whose timeout is shorter than the delay says why", async () => {
+    lose();
+    const call = watch(client.call("echo", {}, { timeoutMs: 20 }));
+    await server.clock.advance(20);
+    assert.ok(call.error instanceof DeadlineExceeded);
+    assert.match(call.error.message, /the server has lost the session/);
   });
 });
 

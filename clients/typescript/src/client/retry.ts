@@ -2,14 +2,20 @@
 
 import { CallError, Code, ConnectionClosed, type Details, type TlsFailure } from "../errors.js";
 import { isInt } from "../wire/message.js";
+import { Backoff, type Random } from "./backoff.js";
 
 export type RetryAction =
   | "report" // to the application; no retry
   | "later" // retry after `retry_after_ms` with jitter, until the deadline
   | "at_once" // retry at once, one time
+  | "catch_up" // retry at once with the present token, one time
   | "renew" // refresh or open the session, then retry one time
   | "reopen" // open a new session, then retry one time
+  | "replace" // the server has lost the session: open another after a delay, then retry one time
   | "attach"; // attach the session to this connection, then retry one time
+
+/** Which token a request had: `earlier` is that of a session, or of a refresh, that another one has followed. */
+export type Shown = "present" | "earlier" | "none";
 
 const BY_CODE = new Map<number, RetryAction>([
   [Code.UNAVAILABLE, "later"],
@@ -52,6 +58,9 @@ export function retryAction({ code, details }: CallError): RetryAction {
   if (code === Code.UNAUTHENTICATED && details["certificate"] === true) {
     return "reopen"; // the session belongs to a previous client certificate
   }
+  if (code === Code.UNAUTHENTICATED && details["reason"] === "unknown_token") {
+    return "replace";
+  }
   return BY_CODE.get(code) ?? "report";
 }
 
@@ -59,6 +68,59 @@ export function retryAction({ code, details }: CallError): RetryAction {
 export function retryAfterMs(details: Details): number {
   const value = details["retry_after_ms"];
   return isInt(value) && value > 0 ? Math.min(Number(value), MAX_RETRY_AFTER_MS) : 0;
+}
+
+/** What a client does after an error that another call may have dealt with already. */
+const CONCERNS_TOKEN: ReadonlySet<RetryAction> = new Set(["renew", "replace"]);
+
+/** The retries of one call. Created at its first error, which most calls never have. */
+export class Attempt {
+  readonly #backoff: Backoff;
+  readonly #done = new Set<RetryAction>();
+
+  constructor(random: Random) {
+    this.#backoff = new Backoff(random);
+  }
+
+  /** Return what to do after an error of the server. `canOpen`: whether there are credentials for another session. */
+  afterError(error: CallError, shown: Shown, canOpen: boolean): RetryAction {
+    const action = retryAction(error);
+    if (action === "later") {
+      return action;
+    }
+    if (shown === "none" && action !== "at_once") {
+      return "report";
+    }
+    const concernsToken = CONCERNS_TOKEN.has(action) || SESSION_ENDED_CODES.has(error.code);
+    const next = shown === "earlier" && concernsToken ? "catch_up" : action;
+    if (next === "report" || (next === "replace" && !canOpen)) {
+      return "report";
+    }
+    return this.once(next) ? next : "report";
+  }
+
+  /** Return whether something is done for the first time, and record it. */
+  once(action: RetryAction): boolean {
+    const isFirst = !this.#done.has(action);
+    this.#done.add(action);
+    return isFirst;
+  }
+
+  /** Record that something was not done. */
+  undo(action: RetryAction): void {
+    this.#done.delete(action);
+  }
+
+  /** Return the delay before the next retry, which is added to the delay that the server requested. */
+  delayMs(askedMs = 0): number {
+    return this.#backoff.next(askedMs);
+  }
+
+  /** Start again, after progress. */
+  reset(): void {
+    this.#backoff.reset();
+    this.#done.clear();
+  }
 }
 
 const INTERRUPTING_REASONS: ReadonlySet<unknown> = new Set(["draining", "stale"]);

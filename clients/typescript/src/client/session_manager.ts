@@ -18,7 +18,14 @@ import { Backoff } from "./backoff.js";
 import { sleep, type Timer, unlessAborted } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import type { PendingCall } from "./pending.js";
-import { MAY_HAVE_RUN_CODES, REFUSING_CODES, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
+import {
+  MAY_HAVE_RUN_CODES,
+  REFUSING_CODES,
+  retryAction,
+  retryAfterMs,
+  SESSION_ENDED_CODES,
+  type Shown,
+} from "./retry.js";
 import { ClientSession, DeviceKey, SchemeLogin } from "./session.js";
 import { SessionKeeper } from "./session_keeper.js";
 import type { SessionManagerOptions } from "./settings.js";
@@ -31,6 +38,9 @@ const CLOSE_TIMEOUT_MS = 2_000;
 const MAX_LOST = 3;
 /** Minimum interval between early refreshes, and from a session that is usable for less than that to the next one. */
 const MIN_REFRESH_INTERVAL_MS = 1_000;
+
+/** How long a session must last until the delays after lost sessions begin again. */
+const STABLE_AFTER_MS = 5_000;
 
 const FOREVER = Number.POSITIVE_INFINITY;
 
@@ -47,7 +57,7 @@ export class SessionManager {
   readonly #login: SchemeLogin | undefined;
   readonly #closing = new AbortController();
   #isRequired = false;
-  #unknownToken: Token = NO_TOKEN; // refused with UNAUTHENTICATED
+  #refusedToken: Token = NO_TOKEN; // refused with UNAUTHENTICATED
   #endedBy: CallError | undefined;
   #renewing: Promise<void> | undefined;
   #previousToken: Token = NO_TOKEN; // before the last refresh
@@ -59,11 +69,15 @@ export class SessionManager {
   #refreshedEarlyAt = -FOREVER;
   #notBefore = -FOREVER; // of the next renewal
   readonly #backoff: Backoff; // of sessions that expire at once
+  #isLost = false; // the server does not know the token, and another session has not been opened yet
+  readonly #lostBackoff: Backoff; // of sessions that the server has lost
+  #openedAt = -FOREVER;
   #checkedRevocation: { readonly salt: bigint; readonly token: Token } | undefined;
 
   constructor(options: SessionManagerOptions) {
     this.#options = options;
     this.#backoff = new Backoff(options.random);
+    this.#lostBackoff = new Backoff(options.random);
     this.#keeper = new SessionKeeper({
       clock: options.clock,
       session: () => (options.handlers.methods.length > 0 && !this.#closing.signal.aborted ? this.session : undefined),
@@ -79,6 +93,19 @@ export class SessionManager {
     return this.#endedBy !== undefined;
   }
 
+  /** Whether another session can be opened. */
+  get canOpen(): boolean {
+    return this.#options.credentials !== undefined;
+  }
+
+  /** Return which token a request had. After the end of the session no other one has followed it. */
+  shown(token: Token): Shown {
+    if (token === NO_TOKEN) {
+      return "none";
+    }
+    return token === this.token || this.hasEnded ? "present" : "earlier";
+  }
+
   /** Return whether this is the token of the session, or was its last one. */
   ownsToken(token: Token): boolean {
     return token !== NO_TOKEN && (token === this.token || token === this.#previousToken);
@@ -87,9 +114,10 @@ export class SessionManager {
   /** Why the renewal takes its time, if there is a reason. */
   get renewalProblem(): ZcprotoError | undefined {
     const isDelayed = this.#options.clock.now() < this.#notBefore;
-    const problem = isDelayed
-      ? "the server opens only expired sessions; report it to its operator"
-      : this.#login?.problem;
+    const delayedBy = this.#isLost
+      ? "the server has lost the session, and the next one is not open yet"
+      : "the server opens only expired sessions; report it to its operator";
+    const problem = isDelayed ? delayedBy : this.#login?.problem;
     return problem === undefined ? undefined : new ZcprotoError(problem);
   }
 
@@ -105,7 +133,7 @@ export class SessionManager {
     }
     this.#isRequired = true;
     this.#endedBy = undefined;
-    if (this.session !== undefined && this.token === this.#unknownToken) {
+    if (this.session !== undefined && this.token === this.#refusedToken) {
       this.session = undefined;
       this.token = NO_TOKEN;
     }
@@ -160,9 +188,30 @@ export class SessionManager {
     return true;
   }
 
-  /** Handle UNAUTHENTICATED for a token. It stays in use until the application requests a new session. */
-  markUnknown(token: Token): void {
-    this.#unknownToken = token;
+  /**
+   * Handle a token that the server does not know: open another session after a delay, once for all calls (zcp1.md, section 11.2).
+   * The store has lost the refresh token as well.
+   */
+  markLost(token: Token): void {
+    if (token === this.token && this.session !== undefined && !this.#isLost) {
+      this.#delayOpening();
+      this.session.dropRefreshToken();
+      this.markExpired(token);
+    }
+  }
+
+  #delayOpening(): void {
+    const now = this.#options.clock.now();
+    if (now - this.#openedAt >= STABLE_AFTER_MS) {
+      this.#lostBackoff.reset();
+    }
+    this.#isLost = true;
+    this.#notBefore = now + this.#lostBackoff.next();
+  }
+
+  /** Handle UNAUTHENTICATED for a token that is not unknown. It stays in use until the application requests a new session. */
+  markRefused(token: Token): void {
+    this.#refusedToken = token;
   }
 
   /** Handle TOKEN_REVOKED or SESSION_REPLACED for a token. */
@@ -174,6 +223,7 @@ export class SessionManager {
 
   #endSession(error: CallError): void {
     this.#endedBy = error;
+    this.#isLost = false;
     this.session = undefined;
     this.#previousToken = this.token;
     this.token = NO_TOKEN;
@@ -296,10 +346,16 @@ export class SessionManager {
   }
 
   #handleRefusal(token: Token, error: CallError): void {
-    if (retryAction(error) === "reopen") {
+    const action = retryAction(error);
+    if (action === "reopen") {
       this.reopen(token);
+    } else if (action === "replace" && this.canOpen) {
+      this.markLost(token);
+      if (this.#renewing === undefined && this.#isLost) {
+        this.#start(true); // events and calls of the server need a session, too
+      }
     } else if (error.code === Code.UNAUTHENTICATED) {
-      this.markUnknown(token);
+      this.markRefused(token);
     } else if (error.code === Code.TOKEN_EXPIRED) {
       this.markExpired(token);
     } else if (SESSION_ENDED_CODES.has(error.code)) {
@@ -358,10 +414,7 @@ export class SessionManager {
   async #renew(isMust: boolean): Promise<void> {
     const { clock, getConnection, random } = this.#options;
     const { signal } = this.#closing;
-    const delay = this.#notBefore - clock.now();
-    if (delay > 0) {
-      await sleep(clock, delay, signal);
-    }
+    await this.#untilOpeningIsAllowed();
     const renewal = { must: isMust, backoff: new Backoff(random), done: new Set<string>(), lost: 0 };
     for (;;) {
       const connection = await getConnection(signal);
@@ -407,6 +460,14 @@ export class SessionManager {
     }
   }
 
+  async #untilOpeningIsAllowed(): Promise<void> {
+    const { clock } = this.#options;
+    const delay = this.#notBefore - clock.now();
+    if (delay > 0) {
+      await sleep(clock, delay, this.#closing.signal);
+    }
+  }
+
   /** Return whether to retry; false if the old token still works. Rejects with the error if a retry cannot help. */
   async #shouldRetry(
     error: CallError,
@@ -436,8 +497,9 @@ export class SessionManager {
       }
       return true;
     }
-    if (method === "session.refresh" && this.#shouldOpenInstead(error)) {
+    if (method === "session.refresh" && this.#shouldOpenInstead(error, renewal.must)) {
       renewal.must = true;
+      await this.#untilOpeningIsAllowed();
       return true;
     }
     if (!renewal.must && !SESSION_ENDED_CODES.has(error.code)) {
@@ -477,12 +539,21 @@ export class SessionManager {
   }
 
   /**
-   * Return whether to open a new session instead: the refresh token has expired, may have been used, or belongs to a
-   * previous certificate.
+   * Return whether to open a new session instead: the refresh token has expired, may have been used, belongs to a previous
+   * certificate, or is unknown when the token is no longer usable.
    */
-  #shouldOpenInstead(error: CallError): boolean {
-    const isOtherCertificate = retryAction(error) === "reopen" && this.#options.credentials?.canReopen === true;
-    if (error.code !== Code.TOKEN_EXPIRED && !MAY_HAVE_RUN_CODES.has(error.code) && !isOtherCertificate) {
+  #shouldOpenInstead(error: CallError, isMust: boolean): boolean {
+    const action = retryAction(error);
+    if (error.code === Code.UNAUTHENTICATED && (action === "report" || action === "replace")) {
+      if (!isMust) {
+        return false;
+      }
+      this.#delayOpening();
+    } else if (action === "reopen") {
+      if (this.#options.credentials?.canReopen !== true) {
+        return false;
+      }
+    } else if (error.code !== Code.TOKEN_EXPIRED && !MAY_HAVE_RUN_CODES.has(error.code)) {
       return false;
     }
     this.session?.dropRefreshToken();
@@ -497,9 +568,11 @@ export class SessionManager {
     const { token } = this;
     this.session = session;
     this.token = session.tokenBytes;
+    this.#isLost = false;
     if (method === "session.refresh") {
       this.#previousToken = token;
     } else {
+      this.#openedAt = now;
       connection.sessionEnded(token);
       this.#attachedTo = connection;
     }

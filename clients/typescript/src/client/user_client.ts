@@ -9,14 +9,13 @@ import type { CallReceived, EventReceived } from "../connection/events.js";
 import { CallError, Code, ConnectionClosed, InvalidArgument, type ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Meta, Params } from "../wire/message.js";
-import { Backoff } from "./backoff.js";
 import { type Clock, sleep } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { Deadline } from "./deadline.js";
 import { EventStream } from "./event_stream.js";
 import { callBack, type Handler, Handlers } from "./handlers.js";
 import type { PendingCall, PendingStream } from "./pending.js";
-import { isInterruption, type RetryAction, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
+import { Attempt, isInterruption, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import type { ClientSession, Credentials } from "./session.js";
 import { SessionManager } from "./session_manager.js";
 import type { ClientSettings } from "./settings.js";
@@ -182,7 +181,7 @@ export class UserClient implements AsyncDisposable {
       try {
         return await call.send(connection, token);
       } catch (error) {
-        attempt ??= { backoff: new Backoff(this.#settings.random), done: new Set() };
+        attempt ??= new Attempt(this.#settings.random);
         await this.#afterFailure(error, { call, attempt, connection, token });
       }
     }
@@ -219,10 +218,9 @@ export class UserClient implements AsyncDisposable {
     call.deadline.signal?.throwIfAborted();
     if (call.resume !== undefined && isInterruption(error, call.wasLost?.() === true) && this.closing === undefined) {
       if (await call.resume()) {
-        attempt.backoff.reset();
-        attempt.done.clear();
+        attempt.reset();
       }
-      await this.#wait(attempt.backoff.next(askedBy(error, connection)), error, failed);
+      await this.#wait(attempt.delayMs(askedBy(error, connection)), error, failed);
       return;
     }
     if (call.hasBegun?.() === true) {
@@ -236,7 +234,7 @@ export class UserClient implements AsyncDisposable {
       (connection.unansweredDidNotRun || call.isIdempotent)
     ) {
       // Back off: the call itself may be what crashes the server.
-      await this.#wait(attempt.backoff.next(), error, failed);
+      await this.#wait(attempt.delayMs(), error, failed);
     } else {
       throw error;
     }
@@ -245,36 +243,40 @@ export class UserClient implements AsyncDisposable {
   async #afterCallError(error: CallError, failed: FailedCall): Promise<void> {
     const { attempt, token, connection, call } = failed;
     const sessions = this.#sessions;
-    const action = retryAction(error);
-    const isFirst = !attempt.done.has(action);
-    if (action === "later") {
-      await this.#wait(attempt.backoff.next(askedBy(error, connection)), error, failed);
-    } else if (action === "at_once" && isFirst) {
-      attempt.done.add(action);
-    } else if (action === "attach" && token !== NO_TOKEN && isFirst) {
-      attempt.done.add(action);
-      await this.#attach(error, failed);
-    } else if (action === "reopen" && token !== NO_TOKEN && isFirst && sessions.reopen(token)) {
-      attempt.done.add(action);
-    } else if (action === "renew" && token !== NO_TOKEN && isFirst) {
-      attempt.done.add(action);
-      sessions.markExpired(token);
-    } else if (SESSION_ENDED_CODES.has(error.code) && token !== NO_TOKEN) {
-      if (token !== sessions.token && !sessions.hasEnded && isFirst) {
-        attempt.done.add(action); // the token of a previous session
+    switch (attempt.afterError(error, sessions.shown(token), sessions.canOpen)) {
+      case "later":
+        await this.#wait(attempt.delayMs(askedBy(error, connection)), error, failed);
         return;
-      }
-      sessions.markEnded(token, error);
-      throw error;
-    } else if (error instanceof InvalidArgument && isTooLarge(error, connection) && !attempt.done.has("at_once")) {
-      attempt.done.add("at_once");
-      await this.#presentTokenFirst(error, token, call.deadline);
-    } else {
-      if (error.code === Code.UNAUTHENTICATED && token !== NO_TOKEN) {
-        sessions.markUnknown(token);
-      }
-      throw error;
+      case "at_once":
+      case "catch_up":
+        return;
+      case "attach":
+        await this.#attach(error, failed);
+        return;
+      case "renew":
+        sessions.markExpired(token);
+        return;
+      case "replace":
+        sessions.markLost(token);
+        return;
+      case "reopen":
+        if (sessions.reopen(token)) {
+          return;
+        }
+        break;
+      case "report":
+        break;
     }
+    if (error instanceof InvalidArgument && isTooLarge(error, connection) && attempt.once("at_once")) {
+      await this.#presentTokenFirst(error, token, call.deadline);
+      return;
+    }
+    if (token !== NO_TOKEN && SESSION_ENDED_CODES.has(error.code)) {
+      sessions.markEnded(token, error);
+    } else if (token !== NO_TOKEN && error.code === Code.UNAUTHENTICATED) {
+      sessions.markRefused(token);
+    }
+    throw error;
   }
 
   async #attach(error: CallError, failed: FailedCall): Promise<void> {
@@ -287,7 +289,7 @@ export class UserClient implements AsyncDisposable {
         throw refusal;
       }
       if (retryAction(refusal) === "later") {
-        attempt.done.delete("attach"); // the session was not attached
+        attempt.undo("attach"); // the session was not attached
       }
       await this.#afterCallError(refusal, failed);
       return;
@@ -424,12 +426,6 @@ interface RetriedCall {
   readonly wasLost?: () => boolean;
   /** Waits until it can be sent again after an interruption, even if it has begun. */
   readonly resume?: Resume | undefined;
-}
-
-/** The retries of a call. Created at its first error, which most calls never have. */
-interface Attempt {
-  readonly backoff: Backoff;
-  readonly done: Set<RetryAction>;
 }
 
 interface FailedCall {
