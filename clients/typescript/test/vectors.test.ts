@@ -344,7 +344,8 @@ test("every file of vectors is tested", () => {
   const files = readdirSync(join(ROOT, "spec/vectors"), { recursive: true, encoding: "utf8" }).filter((name) =>
     name.endsWith(".json"),
   );
-  const source = readFileSync(join(ROOT, "clients/typescript/test/vectors.test.ts"), "utf8");
+  const tests = ["vectors.test.ts", "retry.test.ts"];
+  const source = tests.map((name) => readFileSync(join(ROOT, "clients/typescript/test", name), "utf8")).join("");
   for (const name of files.map((file) => file.replace(".json", "")).filter((file) => file !== "schema")) {
     assert.ok(FRAME_FILES.includes(name) || source.includes(`"${name}"`), `${name}.json is not tested`);
   }
