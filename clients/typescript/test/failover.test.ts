@@ -6,10 +6,25 @@ import type { Endpoint } from "../src/client/address.js";
 import type { Client } from "../src/client/client.js";
 import { ATTEMPT_DELAY_MS, HANDSHAKE_DELAY_MS } from "../src/client/endpoints.js";
 import { IDLE_AFTER_MS } from "../src/client/further_connections.js";
+import { DeviceKey } from "../src/client/session.js";
 import type { ClientSettings } from "../src/client/settings.js";
 import { CannotConnect, Code, ConnectionClosed, TlsError } from "../src/errors.js";
-import { Kind } from "../src/wire/frame.js";
-import { Failure, FakeServer, NO_RESPONSE, type Request, settled, tokenText, WELCOME, watch } from "./support/fake.js";
+import { decodeBody } from "../src/wire/body.js";
+import { Kind, NO_TOKEN, type Token } from "../src/wire/frame.js";
+import {
+  Failure,
+  type FakeConnection,
+  FakeServer,
+  NO_RESPONSE,
+  opened,
+  type Request,
+  STREAMING,
+  settled,
+  tokenNumber,
+  tokenText,
+  WELCOME,
+  watch,
+} from "./support/fake.js";
 
 const A = "192.0.2.1";
 const B = "192.0.2.2";
@@ -326,6 +341,148 @@ describe("further connections", () => {
     assert.deepEqual(names.sort(), ["news", "news", "pins.next", "session.expiring"]);
     respondAll();
     await Promise.all(calls);
+  });
+
+  describe("of a session that is refreshed, or that has handlers", () => {
+    const refreshable = { refresh_token: tokenNumber(99) };
+    /** Return the methods and tokens of a connection's requests so far, and forget them. */
+    const requested = (number: number) => {
+      const connection = server.connections[number];
+      const found = server.requests.filter((request) => request.connection === connection);
+      server.requests.splice(0, server.requests.length, ...server.requests.filter((each) => !found.includes(each)));
+      return found.map(({ method, token }) => [method, token]);
+    };
+    const refreshed = ["session.info", tokenText(2)];
+
+    beforeEach(() => {
+      server.welcome = { ...STREAMING, max_streams: 2 };
+      server.on("session.open", () => opened(1, refreshable));
+      server.on("session.refresh", () => opened(2, refreshable));
+    });
+
+    /** Connect, with a further connection on which a call is in flight. */
+    async function connectTwice(more: Partial<ClientSettings> = {}): Promise<Promise<unknown>[]> {
+      client = await server.connect(fleet({ maxConnections: 2, ...more }));
+      await client.handle("approve", ({ where }) => where);
+      const calls = Array.from({ length: 3 }, () => client.call("hold"));
+      await settled();
+      assert.equal(server.connections.length, 2);
+      requested(0);
+      requested(1);
+      return calls;
+    }
+
+    /** Refresh the session on the main connection, whose calls are answered so that it has room. */
+    async function refresh(): Promise<void> {
+      for (const request of held.splice(0, 2)) {
+        request.connection.respond(request, {});
+      }
+      server.connections[0]?.send(Kind.EVENT, 0, ["session.expiring", {}], { token: tokenText(1) });
+      await settled();
+      assert.deepEqual(requested(0), [["session.refresh", NO_TOKEN]]);
+    }
+
+    test("new token is shown on each other connection at once", async () => {
+      const calls = await connectTwice();
+      await refresh();
+      assert.deepEqual(requested(1), [refreshed]);
+      respondAll();
+      await Promise.all(calls);
+    });
+
+    test("new token is shown while the server drains, and while max_streams are in flight", async () => {
+      const calls = [...(await connectTwice()), client.call("hold")];
+      await settled();
+      const [, full] = server.connections;
+      assert.equal(held.filter(({ connection }) => connection === full).length, 2);
+      requested(1);
+      await refresh();
+      assert.deepEqual(requested(1), [refreshed]);
+      full?.goAway();
+      server.on("session.refresh", () => opened(3, refreshable));
+      await server.clock.advance(1_000);
+      server.connections[0]?.send(Kind.EVENT, 0, ["session.expiring", {}], { token: tokenText(2) });
+      await settled();
+      assert.deepEqual(requested(1), [["session.info", tokenText(3)]]);
+      respondAll();
+      await Promise.all(calls);
+    });
+
+    test("failed request for that fails nothing", async () => {
+      const calls = await connectTwice();
+      server.on("session.info", () => new Failure(Code.TOKEN_REVOKED));
+      await refresh();
+      assert.deepEqual(await client.call("echo", { a: 1 }), { a: 1 });
+      respondAll();
+      await Promise.all(calls);
+    });
+
+    test("handlers are registered on a further connection before its first request, and after a refresh still", async () => {
+      const answered = async (connection: FakeConnection | undefined, token: Token) => {
+        connection?.send(Kind.CALL, 1, ["approve", { where: "here" }, { deadline_ms: 1_000 }], { token });
+        await settled();
+        return connection?.take(Kind.RESULT).map(({ body }) => decodeBody(body));
+      };
+      client = await server.connect(fleet({ maxConnections: 2 }));
+      await client.handle("approve", ({ where }) => where);
+      const registering: Request[] = [];
+      server.on("session.handle", (request) => {
+        registering.push(request);
+        return NO_RESPONSE;
+      });
+      const calls = Array.from({ length: 3 }, () => client.call("hold"));
+      await settled();
+      const [, further] = server.connections;
+      assert.deepEqual(
+        further?.frames.filter(({ kind }) => kind === Kind.REQUEST).map(({ body }) => decodeBody(body)),
+        [["session.handle", { methods: ["approve"], max: 32 }]],
+      );
+      for (const request of registering.splice(0)) {
+        request.connection.respond(request, {});
+      }
+      await settled();
+      assert.equal(held.filter(({ connection }) => connection === further).length, 1);
+      assert.deepEqual(await answered(further, tokenText(1)), ["here"]);
+      requested(0);
+      await refresh();
+      assert.deepEqual(await answered(further, tokenText(2)), ["here"]);
+      respondAll();
+      await Promise.all(calls);
+    });
+
+    test("handler that is added later is registered on all connections", async () => {
+      const calls = await connectTwice();
+      server.requests.length = 0;
+      for (const request of held.splice(0, 2)) {
+        request.connection.respond(request, {});
+      }
+      await settled();
+      await client.handle("ask", () => 1);
+      const methods = server.requests.map(({ method, params, connection }) => [method, params["methods"], connection]);
+      const expected = server.connections.map((each) => ["session.handle", ["approve", "ask"], each]);
+      assert.deepEqual(new Set(methods), new Set(expected));
+      respondAll();
+      await Promise.all(calls);
+    });
+
+    test("session of a device proves its key once on each connection", async () => {
+      const signer = { sign: () => new Uint8Array(64) };
+      server.on("session.open", () => opened(1, { ...refreshable, bound: true }));
+      server.on("session.refresh", () => opened(2, { ...refreshable, bound: true }));
+      server.on("session.attach", () => ({}));
+      client = await server.connect(fleet({ maxConnections: 2, credentials: new DeviceKey(signer, "laptop") }));
+      const calls = Array.from({ length: 3 }, () => client.call("hold"));
+      await settled();
+      assert.deepEqual(requested(1), [
+        ["session.attach", tokenText(1)],
+        ["hold", tokenText(1)],
+      ]);
+      requested(0);
+      await refresh();
+      assert.deepEqual(requested(1), [refreshed]);
+      respondAll();
+      await Promise.all(calls);
+    });
   });
 
   test("aborted call leaves the queue", async () => {

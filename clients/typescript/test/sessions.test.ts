@@ -337,6 +337,24 @@ describe("handlers", () => {
     await server.clock.advance(1_000);
     assert.deepEqual(server.methods.slice(-2), ["session.attach", "session.handle"]);
   });
+
+  test("calls wait until the server has the handlers on a new connection", async () => {
+    await client.close();
+    server.script("session.open", opened(5, { bound: true }));
+    server.on("session.attach", () => ({}));
+    client = await server.connect({ credentials: new DeviceKey({ sign: () => new Uint8Array(64) }, "laptop") });
+    await client.handle("a", () => 1);
+    server.last.end();
+    const calls = [1, 2, 3].map((n) => client.call("echo", { n }));
+    await server.clock.advance(1_000);
+    assert.deepEqual(server.methods.slice(-5), ["session.attach", "session.handle", "echo", "echo", "echo"]);
+    assert.deepEqual(await Promise.all(calls), [{ n: 1 }, { n: 2 }, { n: 3 }]);
+    server.on("session.handle", () => new Failure(Code.PERMISSION_DENIED)); // that holds nothing up
+    server.last.end();
+    const call = watch(client.call("echo"));
+    await server.clock.advance(1_000);
+    assert.deepEqual(call.value, {});
+  });
 });
 
 describe("sessionFor", () => {

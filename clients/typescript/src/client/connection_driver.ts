@@ -263,6 +263,12 @@ export class ConnectionDriver {
     return this.#sent(new PendingCall(this, stream), deadline);
   }
 
+  /** Show a token after its refresh on another connection. Throws like `ClientConnection.show`. */
+  show(method: string, params: Params | null, token: Token, deadline: number): PendingCall {
+    const stream = this.#connection.show(method, params, token, this.#wall());
+    return this.#sent(new PendingCall(this, stream), deadline);
+  }
+
   /** Open a stream of items like a request. Throws like `ClientConnection.openStream`. */
   openStream(
     method: string,
@@ -444,6 +450,11 @@ export class ConnectionDriver {
   }
 
   // --- the end -----------------------------------------------------------------------------------
+
+  /** Accept calls of the server with the newer token of a session. */
+  tokenRenewed(old: Token, token: Token): void {
+    this.#connection.tokenRenewed(old, token);
+  }
 
   /** Handle the end of a session: the limits of a connection without a session may apply again. */
   sessionEnded(token: Token): void {

@@ -92,6 +92,12 @@ export class ConnectionManager implements ConnectionListener {
     return this.#endpoints.lastError;
   }
 
+  /** All open connections, those that drain included. */
+  get all(): ConnectionDriver[] {
+    const { current } = this;
+    return [...this.#draining, ...this.further.all, ...(current === undefined ? [] : [current])];
+  }
+
   /**
    * Return the connection for new calls. Without one, connect, and retry while that may succeed.
    *
@@ -310,8 +316,7 @@ export class ConnectionManager implements ConnectionListener {
     this.further.close();
     await this.#connecting?.catch(() => undefined); // reported to its waiters
     await this.further.connecting;
-    const { current } = this;
-    const connections = [...this.#draining, ...this.further.all, ...(current === undefined ? [] : [current])];
+    const connections = this.all;
     this.#leave();
     for (const connection of connections) {
       connection.close("closed by this client");
@@ -321,8 +326,8 @@ export class ConnectionManager implements ConnectionListener {
 
   /** Reset all connections, like a network failure. */
   abort(): void {
-    for (const connection of [this.current, ...this.further.all, ...this.#draining]) {
-      connection?.abort();
+    for (const connection of this.all) {
+      connection.abort();
     }
   }
 }

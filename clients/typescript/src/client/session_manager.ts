@@ -61,8 +61,9 @@ export class SessionManager {
   #endedBy: CallError | undefined;
   #renewing: Promise<void> | undefined;
   #previousToken: Token = NO_TOKEN; // before the last refresh
-  #attachedTo: ConnectionDriver | undefined; // where the session of a device was attached last
-  #registeredOn: ConnectionDriver | undefined; // where the server has accepted the handlers last
+  readonly #proved = new WeakSet<ConnectionDriver>(); // where the server knows the key of the device
+  #registered = new WeakSet<ConnectionDriver>(); // where it has accepted the handlers of this session
+  readonly #preparing = new Map<ConnectionDriver, Promise<void>>(); // where it gets them now
   #attaching: { readonly token: Token; readonly call: PendingCall } | undefined;
   #timer: Timer | undefined;
   readonly #keeper: SessionKeeper; // of a session with handlers
@@ -255,14 +256,36 @@ export class SessionManager {
     }
   }
 
-  async #presentToken(connection: ConnectionDriver): Promise<void> {
-    if (this.session === undefined || !connection.ready) {
-      return;
+  /** Return what to wait for before a request is sent on a connection: the server gets the handlers there first. */
+  preparing(connection: ConnectionDriver): Promise<void> | undefined {
+    return this.#preparing.size === 0 ? undefined : this.#preparing.get(connection);
+  }
+
+  /** Note that the handlers are being registered on a connection, if there are any that it does not have. */
+  #prepare(connection: ConnectionDriver, work: Promise<void>): Promise<void> {
+    if (this.#lacksHandlers(connection)) {
+      const done = work.catch(() => undefined).finally(() => this.#preparing.delete(connection));
+      this.#preparing.set(connection, done);
     }
+    return work;
+  }
+
+  #lacksHandlers(connection: ConnectionDriver): boolean {
+    return this.#canRegister(connection) && !this.#registered.has(connection);
+  }
+
+  async #presentToken(connection: ConnectionDriver): Promise<void> {
+    if (this.session !== undefined && connection.ready) {
+      await this.#prepare(connection, this.#present(connection));
+    }
+  }
+
+  async #present(connection: ConnectionDriver): Promise<void> {
     const { token } = this;
+    const provingDevice = this.#provingDevice(connection);
     try {
-      if (this.session.bound && this.#device !== undefined && this.#attachedTo !== connection) {
-        await this.#attach(connection, this.#device).response;
+      if (provingDevice !== undefined) {
+        await this.#attach(connection, provingDevice).response;
         await this.#registerIfAny(connection);
       } else if (this.#canRegister(connection)) {
         await this.registerHandlers(connection);
@@ -283,8 +306,15 @@ export class SessionManager {
     const { methods, max } = this.#options.handlers;
     this.touch(this.#options.clock.now());
     this.#keeper.start();
+    const registered = this.#registered;
     await connection.handle(this.token, methods, max, this.#requestDeadline()).response;
-    this.#registeredOn = connection;
+    registered.add(connection);
+  }
+
+  /** Register them on all connections but one, too. Errors are ignored: the server calls where it can. */
+  async registerElsewhere(but: ConnectionDriver | undefined): Promise<void> {
+    const others = this.#options.connections().filter((other) => other !== but && this.#canRegister(other));
+    await Promise.all(others.map((other) => this.registerHandlers(other).catch(ignoreCallError)));
   }
 
   async #registerIfAny(connection: ConnectionDriver): Promise<void> {
@@ -297,8 +327,13 @@ export class SessionManager {
   }
 
   #canRegister(connection: ConnectionDriver): boolean {
-    const isMain = !this.#options.furtherConnections().includes(connection);
-    return isMain && this.#options.handlers.methods.length > 0 && connection.welcome?.calls !== undefined;
+    const hasHandlers = this.#options.handlers.methods.length > 0;
+    return hasHandlers && connection.welcome?.calls !== undefined && !connection.draining;
+  }
+
+  /** Return the device, if it has to prove its key on a connection for the session. */
+  #provingDevice(connection: ConnectionDriver): DeviceKey | undefined {
+    return this.session?.bound === true && !this.#proved.has(connection) ? this.#device : undefined;
   }
 
   #requestDeadline(): number {
@@ -317,7 +352,7 @@ export class SessionManager {
     this.#attaching = { token, call };
     call.response.then(
       () => {
-        this.#attachedTo = connection;
+        this.#proved.add(connection);
       },
       () => undefined, // reported to its waiters
     );
@@ -333,7 +368,7 @@ export class SessionManager {
       return false;
     }
     if (token === this.token && connection.ready) {
-      this.#attachedTo = undefined;
+      this.#proved.delete(connection);
       try {
         await unlessAborted(this.#attach(connection, this.#device).response, signal);
       } catch (error) {
@@ -571,14 +606,17 @@ export class SessionManager {
     this.#isLost = false;
     if (method === "session.refresh") {
       this.#previousToken = token;
+      this.#showElsewhere(connection, token);
     } else {
       this.#openedAt = now;
-      connection.sessionEnded(token);
-      this.#attachedTo = connection;
-    }
-    for (const further of this.#options.furtherConnections()) {
-      further.sessionEnded(token);
-      void this.#presentToken(further);
+      this.#registered = new WeakSet();
+      this.#proved.add(connection);
+      for (const other of this.#options.connections()) {
+        other.sessionEnded(token);
+        if (other !== connection) {
+          void this.#presentToken(other);
+        }
+      }
     }
     this.#setTimer(session.canRefresh(now) ? session.refreshAt : FOREVER);
     if (session.usableUntil - now < MIN_REFRESH_INTERVAL_MS) {
@@ -586,10 +624,40 @@ export class SessionManager {
     } else {
       this.#backoff.reset();
     }
-    if (this.#device !== undefined && this.#attachedTo !== connection) {
+    if (this.#device !== undefined && !this.#proved.has(connection)) {
       void this.#presentToken(connection);
-    } else if (method === "session.open" || this.#registeredOn !== connection) {
-      this.#registerIfAny(connection).catch(() => undefined); // the next connection registers them
+    } else if (this.#lacksHandlers(connection)) {
+      this.#prepare(connection, this.#registerIfAny(connection)).catch(() => undefined); // the next connection registers them
+    }
+  }
+
+  /**
+   * Show the new token on all other connections at once: the server suspends the session there until then, and cuts its streams
+   * after a minute at most (zcp1.md, section 9.6). The answers do not matter.
+   */
+  #showElsewhere(but: ConnectionDriver, old: Token): void {
+    for (const other of this.#options.connections()) {
+      if (other === but) {
+        continue;
+      }
+      other.tokenRenewed(old, this.token);
+      if (other.ready && this.#lacksHandlers(other)) {
+        void this.#presentToken(other);
+      } else {
+        this.#show(other).catch(ignoreCallError);
+      }
+    }
+  }
+
+  async #show(connection: ConnectionDriver): Promise<void> {
+    const { token } = this;
+    const device = this.#provingDevice(connection);
+    if (device === undefined) {
+      await connection.show("session.info", null, token, this.#requestDeadline()).response;
+    } else {
+      const params = device.attachParams(connection, token);
+      await connection.show("session.attach", params, token, this.#requestDeadline()).response;
+      this.#proved.add(connection);
     }
   }
 
@@ -625,5 +693,11 @@ export class SessionManager {
       } // the session expires on the server
     }
     connection.sessionEnded(token);
+  }
+}
+
+function ignoreCallError(error: unknown): void {
+  if (!(error instanceof CallError || error instanceof ConnectionClosed)) {
+    throw error;
   }
 }

@@ -51,8 +51,8 @@ export interface ClientSettings {
 export interface SessionManagerOptions {
   readonly clock: Clock;
   readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
-  /** The connections that do not have the handlers of the session. */
-  readonly furtherConnections: () => readonly ConnectionDriver[];
+  /** All open connections, those that drain included. */
+  readonly connections: () => readonly ConnectionDriver[];
   readonly credentials: Credentials | undefined;
   /** The client as `product/version`, listed by the server. */
   readonly client: string;

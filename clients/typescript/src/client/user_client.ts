@@ -9,7 +9,7 @@ import type { CallReceived, EventReceived } from "../connection/events.js";
 import { CallError, Code, ConnectionClosed, InvalidArgument, type ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Meta, Params } from "../wire/message.js";
-import { type Clock, sleep } from "./clock.js";
+import { type Clock, sleep, unlessAborted } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { Deadline } from "./deadline.js";
 import { EventStream } from "./event_stream.js";
@@ -63,7 +63,7 @@ export class UserClient implements AsyncDisposable {
       clock,
       random,
       getConnection: (signal) => shared.manager.get(signal),
-      furtherConnections: () => shared.manager.further.all,
+      connections: () => shared.manager.all,
       credentials,
       client,
       handlers: this.#handlers,
@@ -191,7 +191,10 @@ export class UserClient implements AsyncDisposable {
   #readyConnection(): ConnectionDriver | undefined {
     const connection = this.#shared.manager.current;
     const isReady =
-      connection?.ready === true && this.#clock.now() < this.#sessions.usableUntil && this.closing === undefined;
+      connection?.ready === true &&
+      this.#clock.now() < this.#sessions.usableUntil &&
+      this.closing === undefined &&
+      this.#sessions.preparing(connection) === undefined;
     return isReady ? connection : undefined;
   }
 
@@ -330,7 +333,11 @@ export class UserClient implements AsyncDisposable {
       }
       await this.#sessions.waitUntilUsable(signal);
       const connection = await this.#shared.manager.waitReady(signal);
-      if (connection.ready && this.#clock.now() < this.#sessions.usableUntil) {
+      const preparing = this.#sessions.preparing(connection);
+      if (preparing !== undefined) {
+        connection.releaseTurn();
+        await unlessAborted(preparing, signal);
+      } else if (connection.ready && this.#clock.now() < this.#sessions.usableUntil) {
         return connection;
       }
     }
@@ -383,7 +390,7 @@ export class UserClient implements AsyncDisposable {
   // --- calls of the server -----------------------------------------------------------------------
 
   /**
-   * Handle calls of the server to a method, in this session and on each later connection. A handler gets the params and the call;
+   * Handle calls of the server to a method, in this session and on each of its connections. A handler gets the params and the call;
    * its result is the answer.
    *
    *     await client.handle("approve", async ({ tool }, { signal }) => ask(tool, signal));
@@ -393,8 +400,13 @@ export class UserClient implements AsyncDisposable {
    */
   async handle(method: string, handler: Handler): Promise<void> {
     this.#handlers.add(method, handler);
-    const send = (connection: ConnectionDriver) => this.#sessions.registerHandlers(connection);
+    let registeredOn: ConnectionDriver | undefined;
+    const send = (connection: ConnectionDriver) => {
+      registeredOn = connection;
+      return this.#sessions.registerHandlers(connection);
+    };
     await this.#run({ send, deadline: this.#deadlineOf(), isIdempotent: true });
+    await this.#sessions.registerElsewhere(registeredOn);
   }
 
   #callReceived(connection: ConnectionDriver, event: CallReceived): void {

@@ -393,7 +393,20 @@ export class ClientConnection {
    */
   request(method: string, params: Params | null, token: Token, meta: Meta | undefined, wall: bigint): number {
     this.#openWelcome();
+    this.#requests.requireRoom();
     return this.#requests.send(Kind.REQUEST, method, params, token, meta, wall);
+  }
+
+  /**
+   * Queue a request that shows a token after its refresh, and return its stream. It is also sent while the server drains and while
+   * max_streams are in flight: the token counts as shown even if the server refuses the request (zcp1.md, section 9.6). Throws
+   * ConnectionClosed after the end.
+   */
+  show(method: string, params: Params | null, token: Token, wall: bigint): number {
+    if (this.state !== "draining") {
+      this.#openWelcome();
+    }
+    return this.#requests.send(Kind.REQUEST, method, params, token, undefined, wall);
   }
 
   /**
@@ -415,6 +428,7 @@ export class ClientConnection {
       const details = { limit: streams.max_open };
       throw new ResourceExhausted("too many streams on this connection; close some", details);
     }
+    this.#requests.requireRoom();
     const number = this.#requests.send(Kind.OPEN, method, params, token, { ...meta, credit: window }, wall);
     return this.streams.add(number, token, window);
   }
@@ -446,6 +460,12 @@ export class ClientConnection {
       throw new ConnectionClosed("the connection has ended");
     }
     throw new Unavailable("the server has not sent its WELCOME yet");
+  }
+
+  /** Replace the token of a session that was refreshed on another connection. */
+  tokenRenewed(old: Token, token: Token): void {
+    this.#requests.tokenRenewed(old, token);
+    this.calls.tokenRenewed(old, token);
   }
 
   /** Forget the token of a session that has ended. */

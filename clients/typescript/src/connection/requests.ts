@@ -57,11 +57,15 @@ export class Requests {
     return this.#inFlight.has(number);
   }
 
-  /** Send a REQUEST or an OPEN, and return its number. Throws InvalidArgument or ResourceExhausted. */
-  send(kind: Kind, method: string, params: Params | null, token: Token, meta: Meta | undefined, wall: bigint): number {
+  /** Throws ResourceExhausted if the server runs no further request. */
+  requireRoom(): void {
     if (this.#inFlight.size >= this.maxStreams) {
       throw new ResourceExhausted("too many requests in flight on this connection");
     }
+  }
+
+  /** Send a REQUEST or an OPEN, and return its number. Throws InvalidArgument. */
+  send(kind: Kind, method: string, params: Params | null, token: Token, meta: Meta | undefined, wall: bigint): number {
     let body: Uint8Array;
     try {
       body = encodeRequest(method, params, meta);
@@ -135,6 +139,13 @@ export class Requests {
     this.remove(number);
     if (token !== undefined && INVALID_TOKEN_CODES.has(code)) {
       this.#tokens.delete(token);
+    }
+  }
+
+  /** Replace a token that was refreshed on another connection. */
+  tokenRenewed(old: Token, token: Token): void {
+    if (this.#tokens.delete(old)) {
+      this.#tokens.add(token);
     }
   }
 
