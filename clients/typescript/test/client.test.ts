@@ -477,6 +477,7 @@ describe("connections", () => {
     server.welcome = { ...WELCOME, idle_timeout_ms: 90_000 };
     client = await server.connect();
     const first = server.last;
+    first.isFrozen = true;
     await server.clock.advance(60_000);
     assert.ok(first.isAborted || first.frames.some(({ kind }) => kind === Kind.PING));
     await server.clock.advance(20_000);

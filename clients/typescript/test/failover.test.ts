@@ -235,6 +235,250 @@ describe("calls", () => {
   });
 });
 
+describe("server that hangs", () => {
+  /** Return the PINGs that a connection has got since the last call. */
+  const pings = (connection: FakeConnection | undefined) => connection?.take(Kind.PING).length;
+  let frozen: FakeConnection;
+
+  async function connectAndFreeze(more: Partial<ClientSettings> = {}): Promise<void> {
+    client = await server.connect(fleet(more));
+    frozen = server.last;
+    frozen.isFrozen = true;
+  }
+
+  test("its idempotent calls are answered by another address within 8 s, others fail as lost", async () => {
+    server.welcome = STREAMING;
+    await connectAndFreeze();
+    const repeated = watch(client.call("echo", { n: 1 }, { idempotencyKey: "k" }));
+    const once = watch(client.call("echo"));
+    const stream = watch(client.stream("tokens").next());
+    await server.clock.advance(4_999);
+    assert.equal(pings(frozen), 0);
+    await server.clock.advance(1);
+    assert.equal(pings(frozen), 1);
+    await server.clock.advance(1_999);
+    assert.deepEqual(dialled, [A]);
+    await server.clock.advance(101);
+    assert.deepEqual(dialled, [A, B]);
+    assert.deepEqual(repeated.value, { n: 1 });
+    assert.ok(once.error instanceof ConnectionClosed && !once.error.clean);
+    assert.ok(stream.error instanceof ConnectionClosed);
+    assert.ok(frozen.isAborted);
+    assert.equal(client.endpoint?.ip, B);
+    assert.deepEqual(where("session.info")[0], B);
+    await client.call("echo");
+  });
+
+  test("a byte in time keeps its connection", async () => {
+    await connectAndFreeze();
+    const call = watch(client.call("echo"));
+    await server.clock.advance(6_999);
+    frozen.send(Kind.EVENT, 0, ["news", 1]);
+    await server.clock.advance(4_999);
+    assert.equal(pings(frozen), 1);
+    await server.clock.advance(1);
+    assert.equal(pings(frozen), 1);
+    assert.deepEqual(dialled, [A]);
+    frozen.isFrozen = false;
+    const [request] = frozen.frames.filter(({ kind }) => kind === Kind.REQUEST).slice(-1);
+    frozen.send(Kind.RESPONSE, request?.stream ?? 0, {}, { token: tokenText(1) });
+    await settled();
+    assert.ok(call.isDone);
+  });
+
+  test("a byte during the attempt drops the new connection", async () => {
+    await connectAndFreeze();
+    for (const when of ["dialling", "showing the session"]) {
+      delays.set(B, { ms: when === "dialling" ? 1_000 : 0, listens: true });
+      server.on("session.info", () => NO_RESPONSE);
+      const call = watch(client.call("echo"));
+      const { length } = dialled;
+      await server.clock.advance(7_500);
+      assert.equal(dialled.length, length + 1, when);
+      frozen.send(Kind.PONG, 0);
+      await settled();
+      const [request] = frozen.take(Kind.REQUEST).slice(-1);
+      frozen.send(Kind.RESPONSE, request?.stream ?? 0, {}, { token: tokenText(1) });
+      await server.clock.advance(1_000);
+      assert.ok(call.isDone && call.error === undefined);
+      assert.equal(client.endpoint?.ip, A);
+      assert.deepEqual(
+        server.connections.map(({ isClosed }) => isClosed),
+        server.connections.map((connection) => connection !== frozen),
+      );
+    }
+  });
+
+  test("call that times out sends the PING at once, unless a byte has just arrived", async () => {
+    await connectAndFreeze();
+    await server.clock.advance(10_000);
+    const first = watch(client.call("echo", {}, { timeoutMs: 1_500 }));
+    await server.clock.advance(999);
+    frozen.send(Kind.EVENT, 0, ["news", 1]);
+    await server.clock.advance(501);
+    assert.ok(first.isDone);
+    assert.equal(pings(frozen), 0);
+    const second = watch(client.call("echo", {}, { timeoutMs: 500 }));
+    await server.clock.advance(500);
+    assert.ok(second.isDone);
+    assert.equal(pings(frozen), 1);
+    const third = watch(client.call("echo", {}, { timeoutMs: 1_000 }));
+    await server.clock.advance(1_000);
+    assert.ok(third.isDone);
+    assert.equal(pings(frozen), 0);
+    await server.clock.advance(1_000);
+    assert.equal(client.endpoint?.ip, B);
+  });
+
+  test("quiet stream is probed and stays, an idle connection is not probed", async () => {
+    server.welcome = STREAMING;
+    client = await server.connect(fleet());
+    await server.clock.advance(600_000);
+    assert.equal(pings(server.last), 0);
+    const stream = client.stream("tokens");
+    const next = watch(stream.next());
+    await server.clock.advance(60_000);
+    assert.ok((pings(server.last) ?? 0) >= 10);
+    assert.ok(!next.isDone);
+    assert.deepEqual(dialled, [A]);
+    stream.close();
+    const [open] = server.streams;
+    assert.ok(open);
+    server.last.fail(open, Code.CANCELLED);
+    await server.clock.advance(10_000);
+    pings(server.last);
+    await server.clock.advance(600_000);
+    assert.equal(pings(server.last), 0);
+  });
+
+  test("client with one address stays and sends no PING", async () => {
+    await connectAndFreeze({ addresses: [{ host: A, port: 7443 }] });
+    const call = watch(client.call("echo", {}, { timeoutMs: 20_000, idempotencyKey: "k" }));
+    await server.clock.advance(30_000);
+    assert.equal(pings(frozen), 0);
+    assert.deepEqual([call.isDone, dialled.length, frozen.isClosed], [true, 1, false]);
+  });
+
+  test("another IP address of one name is another address", async () => {
+    await connectAndFreeze({
+      addresses: [{ host: "both.example", port: 7443 }],
+      resolve: () => Promise.resolve([A, B]),
+    });
+    const call = watch(client.call("echo", {}, { idempotencyKey: "k" }));
+    await server.clock.advance(7_200);
+    assert.deepEqual(call.value, {});
+    assert.deepEqual(dialled, [A, B]);
+  });
+
+  test("failed attempt is repeated with backoff, one at a time, and the loss rests the old address", async () => {
+    faults.set(B, [refused(), refused(), refused()]);
+    await connectAndFreeze();
+    const call = watch(client.call("echo", {}, { idempotencyKey: "k" }));
+    await server.clock.advance(7_000);
+    assert.deepEqual(dialled, [A, B]);
+    await server.clock.advance(50 + 100 + 200 + 50);
+    assert.deepEqual(dialled, [A, B, B, B, B]);
+    assert.deepEqual(call.value, {});
+    server.last.end();
+    await server.clock.advance(49);
+    assert.deepEqual(dialled.at(-1), A); // 50 ms after its loss
+  });
+
+  test("server that refuses the session is not moved to", async () => {
+    await connectAndFreeze();
+    server.on("session.info", () => new Failure(Code.UNAUTHENTICATED, { reason: "unknown_token" }));
+    const call = watch(client.call("echo", {}, { timeoutMs: 9_000 }));
+    await server.clock.advance(8_000);
+    assert.ok(dialled.length > 1);
+    assert.equal(client.endpoint?.ip, A);
+    assert.ok(!call.isDone && server.last.isClosed);
+    assert.equal(server.methods.filter((method) => method === "session.open").length, 1);
+    server.on("session.info", () => new Failure(Code.TOKEN_EXPIRED)); // the server knows it
+    await server.clock.advance(2_000);
+    assert.equal(client.endpoint?.ip, B);
+  });
+
+  test("session that is being opened needs no answer to be moved to", async () => {
+    client = server.client(fleet());
+    server.onConnection = (connection) => {
+      connection.isFrozen = connection.driver.endpoint.ip === A;
+    };
+    const opening = watch(client.open());
+    await server.clock.advance(7_100);
+    assert.ok(opening.isDone && opening.error === undefined);
+    assert.equal(client.endpoint?.ip, B);
+  });
+
+  test("handlers are registered at the new server, and those that run are aborted", async () => {
+    server.welcome = STREAMING;
+    await connectAndFreeze();
+    frozen.isFrozen = false;
+    let reason: unknown;
+    await client.handle("wait", (_params, { signal }) => {
+      signal.addEventListener("abort", () => {
+        reason = signal.reason;
+      });
+      return new Promise(() => undefined);
+    });
+    frozen.send(Kind.CALL, 1, ["wait", {}, { deadline_ms: 60_000 }], { token: tokenText(1) });
+    await settled();
+    frozen.isFrozen = true;
+    const call = watch(client.call("echo", {}, { idempotencyKey: "k" }));
+    await server.clock.advance(7_200);
+    assert.deepEqual(call.value, {});
+    assert.ok(reason instanceof ConnectionClosed);
+    assert.deepEqual(where("session.handle"), [A, B]);
+  });
+
+  test("its further connections are left as well, even if only they have calls", async () => {
+    const held: Request[] = [];
+    server.welcome = { ...WELCOME, max_streams: 2 };
+    server.on("hold", (request) => {
+      held.push(request);
+      return NO_RESPONSE;
+    });
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    const calls = Array.from({ length: 3 }, () => watch(client.call("hold", {}, { timeoutMs: 60_000 })));
+    await settled();
+    for (const request of held.splice(0, 2)) {
+      request.connection.respond(request, {});
+    }
+    const [main, further] = server.connections as [FakeConnection, FakeConnection];
+    for (const connection of [main, further]) {
+      connection.isFrozen = true;
+    }
+    await server.clock.advance(8_999); // 5 + 2 s there, then 2 s on the main connection, which is asked
+    assert.deepEqual(dialled, [A, A]);
+    await server.clock.advance(100);
+    assert.deepEqual([main.isAborted, further.isAborted], [true, true]);
+    assert.ok(calls[2]?.error instanceof ConnectionClosed);
+    assert.equal(client.endpoint?.ip, B);
+  });
+
+  test("connection that drains and hangs is given up once there is another", async () => {
+    await connectAndFreeze();
+    const call = watch(client.call("echo", {}, { idempotencyKey: "k" }));
+    await settled();
+    frozen.goAway();
+    await server.clock.advance(6_900);
+    assert.equal(client.endpoint?.ip, B);
+    assert.ok(!call.isDone);
+    await server.clock.advance(300);
+    assert.deepEqual(call.value, {});
+    assert.ok(frozen.isAborted);
+  });
+
+  test("close() during the attempt leaves nothing behind", async () => {
+    delays.set(B, { ms: 5_000, listens: true });
+    await connectAndFreeze();
+    const call = watch(client.call("echo"));
+    await server.clock.advance(8_000);
+    assert.deepEqual(dialled, [A, B]);
+    await server.closed(client);
+    assert.ok(call.error instanceof ConnectionClosed);
+  });
+});
+
 describe("further connections", () => {
   const held: Request[] = [];
   const respondAll = () => {

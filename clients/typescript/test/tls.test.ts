@@ -179,6 +179,8 @@ describe("handshake", () => {
         callWithdrawn: ignore,
         connectionDraining: ignore,
         connectionEnded: ignore,
+        connectionSilent: ignore,
+        connectionHeard: ignore,
         connectionFree: ignore,
       };
       const endpoint = { host: "localhost", port: Number(port), ip: host ?? "" };

@@ -11,6 +11,7 @@
 
 import type { ClientConnection } from "../connection/connection.js";
 import type { ClientEvent, ConnectionEnded, GoAwayReceived } from "../connection/events.js";
+import { QUIET_MS, Silence } from "../connection/silence.js";
 import type { Welcome } from "../connection/welcome.js";
 import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
 import type { Token } from "../wire/frame.js";
@@ -60,6 +61,8 @@ export class ConnectionDriver {
   #maxStreams = 0;
   #timer: Timer | undefined;
   #readingTimer: Timer | undefined;
+  #silence: Silence | undefined; // with `watchSilence`
+  #silenceTimer: Timer | undefined;
   #welcomeResolve!: (welcome: Welcome) => void;
   #welcomeReject!: (error: Error) => void;
   #closedResolve!: () => void;
@@ -113,7 +116,11 @@ export class ConnectionDriver {
   }
 
   dataReceived(data: Buffer): void {
-    for (const event of this.#connection.receiveData(data, this.#wall(), this.#clock.now())) {
+    const now = this.#clock.now();
+    if (this.#silence?.heard(now) === true) {
+      this.#listener?.connectionHeard(this);
+    }
+    for (const event of this.#connection.receiveData(data, this.#wall(), now)) {
       this.#handle(event);
       if (this.error !== undefined) {
         return;
@@ -123,6 +130,7 @@ export class ConnectionDriver {
       this.#flushSoon();
     }
     this.#updateReady();
+    this.#checkSilenceLater();
     if (this.#closeIfDrained()) {
       return;
     }
@@ -293,8 +301,12 @@ export class ConnectionDriver {
     if (deadline !== Number.POSITIVE_INFINITY) {
       call.timer = this.#clock.after(deadline - this.#clock.now(), () => {
         this.abandon(call, new DeadlineExceeded("no response within the call's timeout"));
+        if (this.#silence?.callTimedOut(this.#clock.now()) === true) {
+          this.probe();
+        }
       });
     }
+    this.#checkSilenceLater();
     if (connection.inFlight >= this.#maxStreams) {
       this.ready = false;
     }
@@ -419,6 +431,7 @@ export class ConnectionDriver {
   #flush(): void {
     const data = this.#connection.dataToSend();
     if (data !== undefined) {
+      this.#silence?.sent(data.length);
       this.#transport?.write(data);
     }
   }
@@ -441,12 +454,63 @@ export class ConnectionDriver {
   #timedOut(): void {
     const ended = this.#connection.handleTimeout(this.#wall(), this.#clock.now());
     if (ended !== undefined) {
-      this.#ended(new ConnectionClosed(ended.reason));
-      this.#transport?.abort(); // the server is unreachable: skip close_notify
+      this.lose(ended.reason);
       return;
     }
     this.#flush();
     this.#setTimer();
+  }
+
+  // --- silence -----------------------------------------------------------------------------------
+
+  /** Report to the listener from now on when the server stops answering requests. */
+  watchSilence(): void {
+    this.#silence ??= new Silence(this.#clock.now());
+    this.#checkSilenceLater();
+  }
+
+  /** Whether the server has stopped answering requests in flight. */
+  get isSilent(): boolean {
+    return this.#silence?.isSilent === true;
+  }
+
+  #checkSilenceLater(): void {
+    const isChecked = this.#silence !== undefined && this.#silenceTimer === undefined && !this.#silence.isSilent;
+    if (isChecked && this.#connection.inFlight > 0 && this.error === undefined) {
+      this.#checkSilenceIn(QUIET_MS);
+    }
+  }
+
+  #checkSilenceIn(ms: number): void {
+    this.#silenceTimer?.cancel();
+    this.#silenceTimer = this.#clock.after(ms, () => {
+      this.#silenceTimer = undefined;
+      if (this.#connection.inFlight > 0 || this.#silence?.isProbed === true) {
+        this.#checkSilence();
+      }
+    });
+  }
+
+  #checkSilence(): void {
+    const now = this.#clock.now();
+    const due = this.#silence?.check(now, this.#transport?.unsentBytes ?? 0);
+    if (due === "ping") {
+      this.probe();
+    } else if (due === "silent") {
+      this.#listener?.connectionSilent(this);
+    } else if (due !== undefined) {
+      this.#checkSilenceIn(due - now);
+    }
+  }
+
+  /** Find out by a PING whether the server answers, if its silence is watched. */
+  probe(): void {
+    if (this.#silence !== undefined && !this.#silence.isProbed && this.error === undefined) {
+      this.#connection.ping(this.#wall());
+      this.#flush();
+      this.#silence.probe(this.#clock.now(), this.#transport?.unsentBytes ?? 0);
+      this.#checkSilence();
+    }
   }
 
   // --- the end -----------------------------------------------------------------------------------
@@ -468,6 +532,12 @@ export class ConnectionDriver {
     this.#transport?.close();
   }
 
+  /** End a connection whose server does not answer, without close_notify. */
+  lose(reason: string): void {
+    this.#ended(new ConnectionClosed(reason));
+    this.#transport?.abort();
+  }
+
   /** Reset the connection, like a network failure. */
   abort(): void {
     this.#transport?.abort();
@@ -485,6 +555,7 @@ export class ConnectionDriver {
     }
     this.#timer?.cancel();
     this.#readingTimer?.cancel();
+    this.#silenceTimer?.cancel();
     const pending = [...this.#pending.values()];
     this.#pending.clear();
     for (const call of pending) {

@@ -6,22 +6,26 @@
  * Decides: when to connect and reconnect. The first round is repeated only while nothing listens or the server goes away,
  * because a server may be starting. After a loss or GOAWAY it reconnects, to another endpoint at once if there is one that
  * does not rest; after a close for idleness with the next call; and not at all once the session was revoked or replaced. A
- * connection is kept until then, even if a name resolves to others now.
+ * connection is kept until then, even if a name resolves to others now. While its server is silent it connects to another
+ * endpoint beside it, and moves when the session was shown there (zcp1.md, section 11.2).
  * Rules: all callers that wait for a connection share one round.
  * Must not know: calls, retries and sessions.
  */
 
 import { isIP } from "node:net";
 import type { CallReceived, EventReceived, GoAwayReceived } from "../connection/events.js";
-import { ConnectionClosed, TlsError, type ZcprotoError } from "../errors.js";
+import { CannotConnect, ConnectionClosed, TlsError, ZcprotoError } from "../errors.js";
 import { NO_TOKEN } from "../wire/frame.js";
-import type { Address, Endpoint } from "./address.js";
+import { type Address, type Endpoint, endpointText } from "./address.js";
 import { Backoff, type Random } from "./backoff.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { Endpoints, GoingAway, type Round } from "./endpoints.js";
 import { FurtherConnections } from "./further_connections.js";
 import type { ConnectionListener } from "./pending.js";
+
+/** Why a silent connection ends. */
+const SILENT = "the server does not respond, and another address does";
 
 /** Reasons of GOAWAY for an unused connection: a new one would be closed for the same reason. */
 const IDLE_REASONS: ReadonlySet<string> = new Set(["idle", "no_session"]);
@@ -52,6 +56,8 @@ export interface ConnectionManagerOptions {
   readonly dial: Dial;
   readonly onEvent: (event: EventReceived) => void;
   readonly onConnection: (connection: ConnectionDriver) => void;
+  /** Shows the sessions on a connection beside the current one. Resolves with whether that can be moved to. */
+  readonly onBeside: (connection: ConnectionDriver) => Promise<boolean>;
   /** Called with each connection beside the main one. */
   readonly onFurther: (connection: ConnectionDriver) => void;
   readonly onCall: (connection: ConnectionDriver, event: CallReceived) => void;
@@ -59,6 +65,12 @@ export interface ConnectionManagerOptions {
   readonly onEnded: (connection: ConnectionDriver, error: ConnectionClosed) => void;
   /** Whether to reconnect before the next call. */
   readonly isWanted: () => boolean;
+}
+
+/** The attempt to replace the current connection, which is silent. */
+interface Beside {
+  readonly stop: AbortController;
+  connection: ConnectionDriver | undefined;
 }
 
 /** Maintains the connections of a client. */
@@ -73,6 +85,8 @@ export class ConnectionManager implements ConnectionListener {
   readonly #ending = new Set<ConnectionDriver>();
   readonly #closing = new AbortController();
   #connecting: Promise<void> | undefined;
+  #beside: Beside | undefined;
+  #besideEnded: Promise<void> | undefined;
 
   constructor(options: ConnectionManagerOptions) {
     const { addresses, isRandom, random, clock, maxConnections, dial, onFurther } = options;
@@ -83,7 +97,10 @@ export class ConnectionManager implements ConnectionListener {
       backoff: new Backoff(random),
       max: maxConnections - 1,
       dial: (endpoint) => dial(this, endpoint, () => undefined, this.#closing.signal),
-      onOpened: onFurther,
+      onOpened: (connection) => {
+        this.#watch(connection);
+        onFurther(connection);
+      },
     });
   }
 
@@ -135,7 +152,7 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   async #connect(): Promise<void> {
-    const { clock, onConnection, onStarting, startTimeoutMs } = this.#options;
+    const { clock, onStarting, startTimeoutMs } = this.#options;
     const { signal } = this.#closing;
     const endpoints = this.#endpoints;
     const startsUntil = clock.now() + startTimeoutMs;
@@ -145,13 +162,11 @@ export class ConnectionManager implements ConnectionListener {
       if (delay > 0) {
         await sleep(clock, delay, signal);
       }
-      const connection = await this.#tryAll(endpoints.beginRound());
+      const connection = await this.#tryAll(endpoints.beginRound(), signal);
       if (connection !== undefined) {
         const fault = connection.draining ? new GoingAway("the server is going away") : connection.error;
         if (fault === undefined) {
-          this.current = connection;
-          endpoints.connected(connection.endpoint, clock.now());
-          onConnection(connection);
+          this.#use(connection);
           return;
         }
         endpoints.failed(connection.endpoint, fault, clock.now(), connection.retryAfterMs);
@@ -167,11 +182,20 @@ export class ConnectionManager implements ConnectionListener {
     }
   }
 
+  /** Send new calls on a connection. */
+  #use(connection: ConnectionDriver): void {
+    this.current = connection;
+    this.#endpoints.connected(connection.endpoint, this.#options.clock.now());
+    this.#watch(connection);
+    this.#loseSilent();
+    this.#options.onConnection(connection);
+  }
+
   /** Make the attempts of a round. Return the first connection, or undefined if all have failed. */
-  async #tryAll(round: Round): Promise<ConnectionDriver | undefined> {
+  async #tryAll(round: Round, stop: AbortSignal): Promise<ConnectionDriver | undefined> {
     const { clock, resolve, dial } = this.#options;
     const abandoning = new AbortController();
-    const signal = AbortSignal.any([this.#closing.signal, abandoning.signal]);
+    const signal = AbortSignal.any([stop, abandoning.signal]);
     const running = new Set<Promise<void>>();
     let won: ConnectionDriver | undefined;
     let fatal: { readonly error: unknown } | undefined;
@@ -220,7 +244,10 @@ export class ConnectionManager implements ConnectionListener {
     } finally {
       abandoning.abort(new ConnectionClosed("another address has answered first", { clean: true }));
     }
-    this.#closing.signal.throwIfAborted();
+    if (stop.aborted) {
+      won?.close("it is not needed any more");
+      throw stop.reason as Error;
+    }
     if (fatal !== undefined) {
       throw fatal.error;
     }
@@ -239,10 +266,94 @@ export class ConnectionManager implements ConnectionListener {
     timer?.cancel();
   }
 
+  // --- leaving a server that hangs ---------------------------------------------------------------
+
+  #watch(connection: ConnectionDriver): void {
+    if (this.#endpoints.hasOther(connection.endpoint)) {
+      connection.watchSilence();
+    }
+  }
+
+  connectionSilent(connection: ConnectionDriver): void {
+    if (this.further.has(connection)) {
+      this.current?.probe(); // it is to the same server
+    } else if (connection !== this.current) {
+      this.#loseSilent();
+    } else if (this.#beside === undefined && this.#options.isWanted()) {
+      const beside: Beside = { stop: new AbortController(), connection: undefined };
+      this.#beside = beside;
+      this.#besideEnded = this.#connectBeside(connection, beside)
+        .catch(ignoreFailure)
+        .finally(() => {
+          this.#beside = undefined;
+        });
+    }
+  }
+
+  connectionHeard(connection: ConnectionDriver): void {
+    if (connection === this.current) {
+      this.#beside?.stop.abort(new ConnectionClosed("the server has responded", { clean: true }));
+    }
+  }
+
+  /** Give up the connections that drain and are silent, once there is one to another server. */
+  #loseSilent(): void {
+    const { current } = this;
+    for (const connection of this.#draining) {
+      if (current?.isSilent === false && connection.isSilent && !isSame(connection.endpoint, current.endpoint)) {
+        connection.lose(SILENT);
+      }
+    }
+  }
+
+  /** Connect to another endpoint beside a silent connection, and move there if it is silent until the session is shown. */
+  async #connectBeside(silent: ConnectionDriver, beside: Beside): Promise<void> {
+    const { clock, onBeside } = this.#options;
+    const endpoints = this.#endpoints;
+    const stop = AbortSignal.any([this.#closing.signal, beside.stop.signal]);
+    while (endpoints.hasOther(silent.endpoint)) {
+      const delay = endpoints.otherDueAt(silent.endpoint) - clock.now();
+      if (delay > 0) {
+        await sleep(clock, delay, stop);
+      }
+      const connection = await this.#tryAll(endpoints.beginRound(silent.endpoint), stop);
+      if (connection === undefined) {
+        continue;
+      }
+      beside.connection = connection;
+      try {
+        const isUsable = await unlessAborted(onBeside(connection), stop);
+        stop.throwIfAborted(); // in the meantime
+        if (isUsable && connection.error === undefined && !connection.draining) {
+          this.#move(silent, connection);
+          return;
+        }
+      } finally {
+        if (connection !== this.current) {
+          connection.close("the server has responded, or this one has no session");
+        }
+      }
+      const error = connection.error ?? new CannotConnect("the server does not accept the session");
+      endpoints.failed(connection.endpoint, error, clock.now(), connection.retryAfterMs);
+    }
+  }
+
+  /** Use another connection in place of a silent one, which counts as lost. */
+  #move(silent: ConnectionDriver, connection: ConnectionDriver): void {
+    this.#endpoints.lost(silent.endpoint, this.#options.clock.now(), 0);
+    const lost = [silent, ...this.further.all];
+    this.#leave();
+    this.#use(connection);
+    for (const each of lost) {
+      each.lose(SILENT);
+    }
+  }
+
   // --- notifications of connections --------------------------------------------------------------
 
   eventReceived(connection: ConnectionDriver, event: EventReceived): void {
-    if (this.further.has(connection) && (event.token === NO_TOKEN || event.name.startsWith("session."))) {
+    const isOther = this.further.has(connection) || connection === this.#beside?.connection;
+    if (isOther && (event.token === NO_TOKEN || event.name.startsWith("session."))) {
       return; // it arrives on the main connection, too
     }
     // Deferred, so that callers awaiting a response of the same read run first.
@@ -271,6 +382,7 @@ export class ConnectionManager implements ConnectionListener {
     if (connection !== this.current) {
       return;
     }
+    this.#beside?.stop.abort(new ConnectionClosed("the server is going away", { clean: true }));
     this.#leave();
     if (!IDLE_REASONS.has(event.reason)) {
       this.#reconnect(connection);
@@ -286,6 +398,7 @@ export class ConnectionManager implements ConnectionListener {
     if (connection !== this.current) {
       return;
     }
+    this.#beside?.stop.abort(error);
     this.#leave();
     this.#endpoints.lastError = error;
     this.#reconnect(connection);
@@ -315,6 +428,7 @@ export class ConnectionManager implements ConnectionListener {
     this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
     this.further.close();
     await this.#connecting?.catch(() => undefined); // reported to its waiters
+    await this.#besideEnded;
     await this.further.connecting;
     const connections = this.all;
     this.#leave();
@@ -329,5 +443,16 @@ export class ConnectionManager implements ConnectionListener {
     for (const connection of this.all) {
       connection.abort();
     }
+  }
+}
+
+function isSame(one: Endpoint, other: Endpoint): boolean {
+  return endpointText(one) === endpointText(other);
+}
+
+/** An attempt that was stopped, or that no retry helps: the silent connection stays. */
+function ignoreFailure(error: unknown): void {
+  if (!(error instanceof ZcprotoError)) {
+    throw error;
   }
 }

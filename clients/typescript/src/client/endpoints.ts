@@ -81,15 +81,26 @@ export class Endpoints {
     return this.#errors().some((error) => error instanceof CannotConnect && error.refused);
   }
 
-  /** Begin a round: resolve the addresses in its `order`, and make its attempts. */
-  beginRound(): Round {
+  /** Whether there may be another endpoint than this one. */
+  hasOther(endpoint: Endpoint): boolean {
+    return this.otherDueAt(endpoint) < NEVER;
+  }
+
+  /** When another endpoint than this one can be tried; Infinity if there is none. */
+  otherDueAt(endpoint: Endpoint): number {
+    const others = this.#listed.filter((name) => name !== endpointText(endpoint));
+    return this.#unlisted.size > 0 ? -NEVER : Math.min(...others.map((name) => this.#of(name).restsUntil));
+  }
+
+  /** Begin a round: resolve the addresses in its `order`, and make its attempts, none of them at `except`. */
+  beginRound(except?: Endpoint): Round {
     const order = [...this.#options.addresses];
     this.#shuffle(order);
     const last = this.#last === undefined ? undefined : addressText(this.#last);
     putFirst(order, (address) => addressText(address) === last);
     this.#listed = [];
     this.#unlisted = new Set(order.map(addressText));
-    return new Round(this, order);
+    return new Round(this, order, except);
   }
 
   /** Record the connection that the client uses from now on. */
@@ -220,6 +231,7 @@ export class Round {
   readonly order: readonly Address[];
   readonly #endpoints: Endpoints;
   readonly #found = new Map<Address, Endpoint[]>();
+  readonly #except: string | undefined;
   readonly #tried = new Set<Endpoint>();
   #latest: Endpoint | undefined;
   /** When the next attempt begins beside the latest. */
@@ -227,14 +239,19 @@ export class Round {
   /** When to stop waiting for names that are not resolved yet. */
   #namesUntil = NEVER;
 
-  constructor(endpoints: Endpoints, order: readonly Address[]) {
+  constructor(endpoints: Endpoints, order: readonly Address[], except: Endpoint | undefined) {
     this.#endpoints = endpoints;
+    this.#except = except === undefined ? undefined : endpointText(except);
     this.order = order;
   }
 
   /** Add the IP addresses of an address, in the resolver's order. */
   resolved(address: Address, ips: readonly string[], now: number): void {
-    this.#found.set(address, this.#endpoints.listResolved(address, ips));
+    const found = this.#endpoints.listResolved(address, ips);
+    this.#found.set(
+      address,
+      found.filter((endpoint) => endpointText(endpoint) !== this.#except),
+    );
     this.#namesUntil = Math.min(this.#namesUntil, now + RESOLUTION_DELAY_MS);
   }
 

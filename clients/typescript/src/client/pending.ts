@@ -28,6 +28,9 @@ export interface ConnectionListener {
   callWithdrawn(connection: ConnectionDriver, number: number): void;
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void;
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void;
+  /** The server has stopped answering requests in flight; `connectionHeard` follows if a byte arrives after all. */
+  connectionSilent(connection: ConnectionDriver): void;
+  connectionHeard(connection: ConnectionDriver): void;
   /** More requests can be sent, for which none of the connection's own callers waits. */
   connectionFree(requests: number): void;
 }

@@ -649,6 +649,23 @@ export class SessionManager {
     }
   }
 
+  /**
+   * Show the session on a connection beside the one in use. Return whether the server knows it there, or nothing without a session
+   * to show.
+   */
+  async showBeside(connection: ConnectionDriver): Promise<boolean | undefined> {
+    if (this.session === undefined || this.#renewing !== undefined) {
+      return undefined;
+    }
+    try {
+      await this.#show(connection);
+      return true;
+    } catch (error) {
+      ignoreCallError(error);
+      return error instanceof CallError && error.code === Code.TOKEN_EXPIRED;
+    }
+  }
+
   async #show(connection: ConnectionDriver): Promise<void> {
     const { token } = this;
     const device = this.#provingDevice(connection);

@@ -20,6 +20,8 @@ export interface ConnectedSession {
   ownsToken(token: Token): boolean;
   /** Show the session on a new connection. */
   present(connection: ConnectionDriver): Promise<void>;
+  /** Show it on a connection beside the current one. Resolves with whether the server knows it, or without a session to show. */
+  showBeside(connection: ConnectionDriver): Promise<boolean | undefined>;
   eventReceived(event: EventReceived): void;
   callReceived(connection: ConnectionDriver, event: CallReceived): void;
   callWithdrawn(connection: ConnectionDriver, number: number): void;
@@ -45,6 +47,7 @@ export class SharedConnection {
       },
       isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
       onConnection: (connection) => void this.#present(connection),
+      onBeside: (connection) => this.#canMoveTo(connection),
       onFurther: (connection) => this.#forAll((session) => void session.present(connection)),
       onEvent: (event) => this.#sessionOf(event.token)?.eventReceived(event),
       onCall: (connection, event) => this.#callReceived(connection, event),
@@ -86,6 +89,12 @@ export class SharedConnection {
     } else {
       connection.failCall(event.stream, new Unauthenticated("no session of this client has this token"));
     }
+  }
+
+  /** Return whether the server of a connection knows one of the sessions, or there are none. */
+  async #canMoveTo(connection: ConnectionDriver): Promise<boolean> {
+    const known = await Promise.all([...this.#sessions].map((session) => session.showBeside(connection)));
+    return known.includes(true) || !known.includes(false);
   }
 
   async #present(connection: ConnectionDriver): Promise<void> {

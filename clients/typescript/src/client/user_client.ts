@@ -81,6 +81,7 @@ export class UserClient implements AsyncDisposable {
       },
       ownsToken: (token) => sessions.ownsToken(token),
       present: (connection) => sessions.presentToken(connection),
+      showBeside: (connection) => sessions.showBeside(connection),
       eventReceived: (event) => this.#eventReceived(event),
       callReceived: (connection, event) => this.#callReceived(connection, event),
       callWithdrawn: (connection, number) => handlers.withdraw(connection, number),

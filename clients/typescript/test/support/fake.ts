@@ -128,6 +128,8 @@ export class FakeConnection implements Transport {
   isClosed = false;
   isAborted = false;
   isReading = true;
+  /** Whether it answers nothing, not even PING. */
+  isFrozen = false;
   /** Whether `close` of the client ends the connection; otherwise a test calls `end`. */
   endsOnClose = true;
   #counter = -1n;
@@ -217,9 +219,11 @@ export class FakeConnection implements Transport {
         const request = { stream, token, method, params: params ?? {}, meta, connection: this };
         if (frame.kind === Kind.OPEN) {
           this.#server.streams.push(request);
-        } else {
+        } else if (!this.isFrozen) {
           setImmediate(() => this.#server.handle(request));
         }
+      } else if (frame.kind === Kind.PING && !this.isFrozen) {
+        setImmediate(() => this.send(Kind.PONG, 0));
       } else if (frame.kind === Kind.CANCEL) {
         this.#server.cancelled.push(frame.stream);
       }
