@@ -23,6 +23,10 @@ use std::time::Duration;
 ///
 /// It is cheap to clone, and all methods can be called by many tasks at once. It reconnects and renews its session by itself.
 /// [`close`](Self::close) it at the end: dropping the last clone closes the connection too, and leaves the session to expire.
+///
+/// # Panics
+///
+/// Async functions with a timeout panic if they are awaited outside of a runtime of tokio, or in one without its clock.
 #[derive(Clone)]
 pub struct Client {
     user: Arc<User>,
@@ -59,7 +63,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] for contradictory options, [`Error::Certificate`] for unusable files, [`Error::Tls`] for a malformed pin
+    /// [`Error::Config`] for contradictory options and outside of a runtime of tokio, [`Error::Certificate`] for unusable files, [`Error::Tls`] for a malformed pin
     /// or a server that is not trusted, [`Error::CannotConnect`], [`Error::Closed`], and [`Error::Call`] of `session.open`.
     pub async fn connect(options: ConnectOptions) -> Result<Self> {
         options.check()?;

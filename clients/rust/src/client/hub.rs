@@ -25,16 +25,17 @@ use crate::secret::Token;
 use further::Further;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 /// How long a connection must last to count as a success.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
-/// How many sessions of users are closed at once.
-const CLOSED_AT_ONCE: usize = 32;
 
 pub(crate) struct Hub {
+    /// The runtime of the client, for what is started outside of it.
+    pub(crate) runtime: Handle,
     addresses: Vec<Address>,
     dialer: Dialer,
     start_timeout: Duration,
@@ -71,10 +72,13 @@ struct State {
 
 impl Hub {
     pub(crate) fn new(options: &ConnectOptions) -> Result<Arc<Self>> {
+        let runtime =
+            Handle::try_current().map_err(|_| Error::Config("connect: call it in a runtime of tokio".to_owned()))?;
         let addresses = Address::parse_list(&options.address)?;
         let dialer = Dialer::new(&addresses, options)?;
         let endpoints = Endpoints::new(addresses.clone(), options.address_order, crate::random::fraction);
         Ok(Arc::new_cyclic(|me| Self {
+            runtime,
             addresses,
             dialer,
             start_timeout: options.start_timeout,
@@ -203,20 +207,15 @@ impl Hub {
         }
     }
 
-    /// Close the sessions of all other users.
+    /// Close the sessions of all other users, as many at once as the server allows requests.
     pub(crate) async fn close_others(&self, own: &Arc<User>) {
         let others: Vec<_> = self.users().into_iter().filter(|user| !Arc::ptr_eq(user, own)).collect();
-        let closing = async {
-            for some in others.chunks(CLOSED_AT_ONCE) {
-                let mut closing = JoinSet::new();
-                for user in some {
-                    let user = Arc::clone(user);
-                    closing.spawn(async move { user.close().await });
-                }
-                while closing.join_next().await.is_some() {}
-            }
-        };
-        let _ = timeout(CLOSE_TIMEOUT, closing).await; // for all of them: there may be thousands
+        let mut closing = JoinSet::new();
+        for user in others.iter().cloned() {
+            closing.spawn(async move { user.close().await });
+        }
+        let all = async { while closing.join_next().await.is_some() {} };
+        let _ = timeout(CLOSE_TIMEOUT, all).await; // for all of them: there may be thousands
         for user in others {
             user.stop(); // without a request: its session expires on the server
         }

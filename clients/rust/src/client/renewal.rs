@@ -465,7 +465,7 @@ impl User {
         self.hub.remove(self);
     }
 
-    /// Close the session on the server if the connection is ready, since the server limits sessions per user.
+    /// Close the session on the server if there is a connection, since the server limits sessions per user.
     pub(crate) async fn close(self: &Arc<Self>) {
         if self.is_closed.swap(true, Ordering::AcqRel) {
             return;
@@ -476,12 +476,11 @@ impl User {
             return;
         };
         let token = session.token();
-        if let Some(slot) = connection.try_slot() {
-            let pending = connection.request(slot, "session.close", &[0xc0], token, &Meta::default());
-            if let Ok(pending) = pending {
-                let _ = in_time(CLOSE_TIMEOUT, pending).await; // otherwise the session expires on the server
-            }
-        }
+        let closing = async {
+            let slot = connection.slot().await?; // other sessions may be closing, too
+            connection.request(slot, "session.close", &[0xc0], token, &Meta::default()).ok()?.await.ok()
+        };
+        let _ = timeout(CLOSE_TIMEOUT, closing).await; // otherwise the session expires on the server
         for connection in [connection].into_iter().chain(self.hub.further()) {
             connection.session_ended(token);
         }

@@ -7,7 +7,7 @@
 use super::connection::Connection;
 use super::user::{Attempts, User, deadline_of, remaining_ms};
 use crate::codec;
-use crate::error::{CallError, Code, Error, Result};
+use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::message::{Credit, Meta};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -127,6 +127,15 @@ impl Items {
     }
 }
 
+/// Ends a stream whose task the runtime has dropped.
+struct Unfinished(Arc<Items>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.0.finish(Err(Closed::broken("the runtime of this client is shut down").into()));
+    }
+}
+
 /// What to ask of a stream, before it is opened.
 #[must_use]
 pub struct StreamBuilder<'a> {
@@ -186,6 +195,7 @@ impl<'a> StreamBuilder<'a> {
     }
 
     /// Begin to open the stream. Its errors are those of [`Client::call`](crate::Client::call), and are returned by its methods.
+    /// It can be called outside of a runtime: the stream runs in that of the client.
     #[must_use]
     pub fn open(self) -> Stream {
         let Self { user, method, params, window, timeout, item_timeout, traceparent, reopen } = self;
@@ -201,9 +211,11 @@ impl<'a> StreamBuilder<'a> {
         let task = if params.is_empty() {
             None
         } else {
-            let (user, items) = (Arc::clone(&user), Arc::clone(&items));
+            let (user, items, runtime) = (Arc::clone(&user), Arc::clone(&items), user.hub.runtime.clone());
+            let unfinished = Unfinished(Arc::clone(&items));
             let (method, traceparent) = (method.to_owned(), traceparent.map(str::to_owned));
-            let task = tokio::spawn(async move {
+            let task = runtime.spawn(async move {
+                let _unfinished = unfinished;
                 let deadline = deadline_of(timeout);
                 let attempts = Attempts { deadline, is_idempotent: false, is_registration: false, items: Some(&items) };
                 let outcome = user
@@ -396,11 +408,11 @@ impl Stream {
     }
 
     fn leave(&self, error: Error) {
+        self.items.lock().bodies.clear();
+        self.items.finish(Err(error));
         if let Some(task) = &self.task {
             task.abort(); // which drops the request, and so cancels it
         }
-        self.items.lock().bodies.clear();
-        self.items.finish(Err(error));
     }
 }
 

@@ -1,9 +1,12 @@
 //! Servers that go away, and others that take their place.
 
 use crate::fake::{Fake, goaway, options_at, welcome};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::net::TcpSocket;
-use zcproto::{Client, Error, TlsFailure};
+use tokio::runtime::Runtime;
+use zcproto::{Client, Code, Error, TlsFailure, Value};
 
 /// Return a socket whose port refuses connections while it is open.
 pub fn refusing() -> (TcpSocket, String) {
@@ -113,5 +116,28 @@ async fn the_error_of_a_server_that_is_not_trusted_precedes_others() {
     let Error::Tls(error) = error else { panic!("{error:?}") };
     assert_eq!(error.failure, TlsFailure::PinMismatch);
     assert!(error.detail.starts_with("none of 2 addresses can be reached: "), "{}", error.detail);
+    script.join().unwrap();
+}
+
+#[test]
+fn a_client_outside_of_its_runtime_reports_errors_and_does_not_panic() {
+    let server = Fake::new();
+    let options = server.options();
+    let connecting = pin!(Client::connect(options.clone())).poll(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(connecting, Poll::Ready(Err(Error::Config(_)))), "{connecting:?}");
+    let script = std::thread::spawn(move || {
+        let mut peer = server.accept();
+        peer.send(&[welcome()]);
+        assert_eq!(peer.receive(), None);
+    });
+    let (own, other) = (Runtime::new().unwrap(), Runtime::new().unwrap());
+    let client = own.block_on(Client::connect(options)).unwrap();
+    let stream = client.stream("items", &()).open();
+    let refused = other.block_on(stream.result::<Value>()).unwrap_err();
+    assert_eq!(refused.code(), Some(Code::Unimplemented), "{refused:?}");
+    own.shutdown_background();
+    let stream = client.stream("items", &()).open();
+    let ended = other.block_on(stream.result::<Value>());
+    assert!(matches!(ended, Err(Error::Closed(_))), "{ended:?}");
     script.join().unwrap();
 }

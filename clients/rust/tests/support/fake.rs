@@ -1,6 +1,6 @@
 //! A server that tests script: it speaks TLS, and sends what a test says. Its methods block.
 
-use crate::support::{TIMEOUT, root};
+use crate::support;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -8,8 +8,9 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
-use zcproto::frame::{Accepted, Frame, FrameDecoder, Kind, Side, encode_frame};
-use zcproto::{AddressOrder, ConnectOptions, Value, codec};
+use zcproto::codec;
+use zcproto::frame::{self, Accepted, Frame, FrameDecoder, Kind, Side};
+use zcproto::{AddressOrder, ConnectOptions, Value};
 
 pub struct Fake {
     listener: TcpListener,
@@ -28,7 +29,7 @@ pub type Sent = (Kind, u32, Vec<u8>);
 
 impl Fake {
     pub fn new() -> Self {
-        let folder = root().join("clients/typescript/test/support");
+        let folder = support::root().join("clients/typescript/test/support");
         let certificate = CertificateDer::from_pem_file(folder.join("certificate.pem")).unwrap();
         let key = PrivateKeyDer::from_pem_file(folder.join("key.pem")).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -68,7 +69,7 @@ impl Fake {
 pub fn options_at(addresses: &[&str]) -> ConnectOptions {
     let home = std::env::temp_dir().join("zcproto-rust-no-home");
     let options = ConnectOptions::new(addresses.join(",")).address_order(AddressOrder::Listed).home(home);
-    options.timeout(TIMEOUT).connect_timeout(TIMEOUT).start_timeout(TIMEOUT)
+    options.timeout(support::TIMEOUT).connect_timeout(support::TIMEOUT).start_timeout(support::TIMEOUT)
 }
 
 impl Peer {
@@ -78,7 +79,10 @@ impl Peer {
         let mut bytes = Vec::new();
         for (kind, stream, body) in frames {
             let (salt, counter, token) = (7, self.counter, &[0; 32]);
-            encode_frame(&mut bytes, &Frame { kind: *kind, stream: *stream, timestamp, salt, counter, token, body });
+            frame::encode_frame(
+                &mut bytes,
+                &Frame { kind: *kind, stream: *stream, timestamp, salt, counter, token, body },
+            );
             self.counter += 1;
         }
         self.stream.write_all(&bytes).unwrap();
@@ -145,4 +149,28 @@ pub fn welcome_of(max_streams: i64) -> Sent {
 pub fn goaway(reason: &str, retry_after_ms: i64) -> Sent {
     let body = Value::from([("reason", Value::from(reason)), ("retry_after_ms", retry_after_ms.into())]);
     (Kind::GoAway, 0, codec::encode(&body).unwrap())
+}
+
+/// Return the method of a REQUEST.
+pub fn method_of(body: &[u8]) -> String {
+    match codec::decode(body) {
+        Ok(Value::Array(parts)) => parts[0].as_str().unwrap().to_owned(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Return the result of `session.open` and `session.refresh`: a session that lasts an hour, with a token of this byte.
+pub fn session(stream: u32, token: u8) -> Sent {
+    let now = i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
+    let body = Value::from([
+        ("token", Value::Bin(vec![token; 32])),
+        ("id", format!("s-{token}").into()),
+        ("user", "ada".into()),
+        ("expires_at", (now + 3_600_000).into()),
+        ("idle_timeout_ms", 0.into()),
+        ("refresh_token", Value::Bin(vec![token | 0x80; 32])),
+        ("refresh_expires_at", (now + 7_200_000).into()),
+        ("bound", false.into()),
+    ]);
+    (Kind::Response, stream, codec::encode(&body).unwrap())
 }
