@@ -218,6 +218,33 @@ pub enum TlsFailure {
 }
 
 impl TlsFailure {
+    /// Return the name for logs, such as `pin_mismatch`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotTls => "not_tls",
+            Self::UnsupportedVersion => "unsupported_version",
+            Self::NoSharedSuite => "no_shared_suite",
+            Self::NoApplicationProtocol => "no_application_protocol",
+            Self::WrongParameters => "wrong_parameters",
+            Self::Disconnected => "disconnected",
+            Self::BadRecord => "bad_record",
+            Self::PeerRejectedCertificate => "peer_rejected_certificate",
+            Self::PeerAlert => "peer_alert",
+            Self::CertificateRequired => "certificate_required",
+            Self::CertificateUntrusted => "certificate_untrusted",
+            Self::CertificateExpired => "certificate_expired",
+            Self::CertificateRevoked => "certificate_revoked",
+            Self::CertificateNameMismatch => "certificate_name_mismatch",
+            Self::PinMismatch => "pin_mismatch",
+            Self::PinMalformed => "pin_malformed",
+            Self::StsPolicy => "sts_policy",
+            Self::Truncated => "truncated",
+            Self::ConnectionReset => "connection_reset",
+            Self::Other => "other",
+        }
+    }
+
     /// Return whether another attempt may succeed. It does not for a wrong certificate, pin or peer.
     #[must_use]
     pub fn is_transient(self) -> bool {

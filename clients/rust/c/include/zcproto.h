@@ -263,9 +263,41 @@ typedef void (*zcp_done)(void *data, struct zcp_value *result, struct zcp_error 
 typedef void (*zcp_handler)(void *data, struct zcp_server_call *call);
 
 /**
+ * The function that logs in by a scheme of the server's application: it returns a map with `scheme` and its fields, which the
+ * library frees, or NULL on failure.
+ */
+typedef struct zcp_value *(*zcp_login)(void *data);
+
+/**
  * Receives a text, which is valid during the call.
  */
 typedef void (*zcp_notice)(void *data, const char *text);
+
+/**
+ * Options of one stream. All zero is the default.
+ */
+typedef struct zcp_stream_options {
+    /**
+     * The time for the whole stream in milliseconds; 0 for no limit.
+     */
+    uint64_t timeout_ms;
+    /**
+     * The time to wait for one item in milliseconds; 0 for no limit.
+     */
+    uint64_t item_timeout_ms;
+    /**
+     * How many items the server may send before the application takes one; 0 for 64.
+     */
+    uint64_t window_items;
+    /**
+     * How many bytes the server may send before the application takes an item; 0 for 262,144.
+     */
+    uint64_t window_bytes;
+    /**
+     * NULL, or W3C Trace Context.
+     */
+    const char *traceparent;
+} zcp_stream_options;
 
 #ifdef __cplusplus
 extern "C" {
@@ -341,6 +373,11 @@ int32_t zcp_endpoint(const struct zcp_client *client, struct zcp_value **endpoin
 int32_t zcp_open_session(const struct zcp_client *client, struct zcp_error **error);
 
 /**
+ * Cut the connections of a client like a network failure, for tests. The client reconnects.
+ */
+void zcp_cut(const struct zcp_client *client);
+
+/**
  * Wait for the next event of the server, as an array of name and data; at most `timeout_ms`, then ZCP_END.
  */
 int32_t zcp_event(const struct zcp_client *client,
@@ -354,6 +391,13 @@ int32_t zcp_event(const struct zcp_client *client,
  * is accepted.
  */
 int32_t zcp_close(struct zcp_client *client);
+
+/**
+ * Close `count` clients and sessions and free them, as by `zcp_close`, with one wait for all of them: thousands of sessions on one
+ * connection end together. NULL is accepted for `clients` and for each of them.
+ */
+int32_t zcp_close_all(struct zcp_client *const *clients,
+                      size_t count);
 
 /**
  * Create the key of a device in a new file, which only its owner can read.
@@ -382,7 +426,8 @@ int32_t zcp_error_code(const struct zcp_error *error);
 const char *zcp_error_message(const struct zcp_error *error);
 
 /**
- * Return the details of an error, a map that can be empty. It belongs to the error. Return NULL for NULL.
+ * Return the details of an error, a map that can be empty. It belongs to the error. Return NULL for NULL. Those of ZCP_TLS have
+ * `failure`, such as `certificate_expired` or `pin_mismatch`; those of ZCP_CLOSED have `code` after an error of the protocol.
  */
 const struct zcp_value *zcp_error_details(const struct zcp_error *error);
 
@@ -486,6 +531,15 @@ int32_t zcp_options_set(struct zcp_options *options,
                         struct zcp_error **error);
 
 /**
+ * Open sessions by a scheme of the server's application. The function is called for each session that is opened, in a thread of
+ * this library, until `zcp_close`, and must return soon. NULL removes it.
+ */
+int32_t zcp_options_set_login(struct zcp_options *options,
+                              zcp_login login,
+                              void *data,
+                              struct zcp_error **error);
+
+/**
  * Call a function with each warning, such as that a pin has no backup. It can run in the thread that connects, and in threads of
  * this library, until `zcp_close` of the last client that was connected by these options. NULL removes it.
  */
@@ -509,13 +563,13 @@ int32_t zcp_options_on_connected(struct zcp_options *options,
 void zcp_options_free(struct zcp_options *options);
 
 /**
- * Open a stream of a method. `params` is a map, or NULL for none. `timeout_ms` limits the whole stream; 0 for no limit.
- * Does not wait: an error of the server comes with the first item.
+ * Open a stream of a method. `params` is a map, or NULL for none; `options` is NULL or options. Does not wait: an error of the
+ * server comes with the first item.
  */
 int32_t zcp_stream_open(const struct zcp_client *client,
                         const char *method,
                         const struct zcp_value *params,
-                        uint64_t timeout_ms,
+                        const struct zcp_stream_options *options,
                         struct zcp_stream **stream,
                         struct zcp_error **error);
 
@@ -554,8 +608,9 @@ void zcp_stream_cancel(const struct zcp_stream *stream);
 void zcp_stream_free(struct zcp_stream *stream);
 
 /**
- * Make a value from JSON. {"$bin": "00ff"} is a bin of these bytes, and {"$float": "nan"}, "inf" or "-inf" is that float;
- * a number without a fraction is an int.
+ * Make a value from JSON. {"$bin": "00ff"} is a bin of these bytes, and {"$float": "nan"}, "inf" or "-inf" is that float.
+ * A number without a fraction and an exponent is an int, from -2^63 to 2^64 - 1; beyond that it is ZCP_ARGUMENT, and so is a
+ * key that a map has twice.
  */
 int32_t zcp_value_from_json(const char *json,
                             struct zcp_value **value,

@@ -1,6 +1,6 @@
 //! Clients, calls and events.
 
-use crate::error::{guard, Error, Failure, ZCP_ARGUMENT};
+use crate::error::{guard, Error, Failure, ZCP_ARGUMENT, ZCP_OK};
 use crate::gate::Gate;
 use crate::options::Options;
 use crate::pointer::{free, give, object, optional_text, text, Data};
@@ -13,12 +13,15 @@ use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use zcproto_client::codec;
 
 /// A connection to a server, with a session. It reconnects, and any number of threads can use it at the same time.
 pub struct Client {
     pub(crate) runtime: Arc<Shared>,
     pub(crate) inner: zcproto_client::Client,
+    /// Whether it uses the connection of another client.
+    is_session: bool,
     /// For the callbacks of the options.
     gate: Gate,
     /// For the handlers of methods.
@@ -26,8 +29,8 @@ pub struct Client {
 }
 
 impl Client {
-    fn new(runtime: Arc<Shared>, inner: zcproto_client::Client, gate: Gate) -> Self {
-        Self { runtime, inner, gate, handlers: Mutex::default() }
+    fn new(runtime: Arc<Shared>, inner: zcproto_client::Client, is_session: bool, gate: Gate) -> Self {
+        Self { runtime, inner, is_session, gate, handlers: Mutex::default() }
     }
 
     /// Use another gate for the handler of a method, or none. Return the previous one.
@@ -79,7 +82,7 @@ pub unsafe extern "C" fn zcp_connect(options: *const Options, client: *mut *mut 
         let connected = runtime.wait(zcproto_client::Client::connect(options.connect(&gate)?));
         let inner = connected.and_then(|client| client.map_err(Failure::from)).inspect_err(|_| gate.close())?;
         // SAFETY: the caller passes a place for a client.
-        unsafe { give(client, Client::new(runtime, inner, gate)) }
+        unsafe { give(client, Client::new(runtime, inner, false, gate)) }
     })
 }
 
@@ -95,10 +98,13 @@ pub unsafe extern "C" fn zcp_session_for(
     guard(error, || {
         // SAFETY: the caller passes a client, and options that no other thread uses.
         let (client, options) = unsafe { (object(client, "client")?, object(options, "options")?) };
-        let credentials = options.credentials()?.ok_or_else(|| Failure::argument("the options have no credentials"))?;
-        let inner = client.runtime.wait(client.inner.session_for(credentials))??;
+        let gate = Gate::default();
+        let credentials = options.credentials(&gate)?;
+        let credentials = credentials.ok_or_else(|| Failure::argument("the options have no credentials"))?;
+        let opened = client.runtime.wait(client.inner.session_for(credentials));
+        let inner = opened.and_then(|session| session.map_err(Failure::from)).inspect_err(|_| gate.close())?;
         // SAFETY: the caller passes a place for a client.
-        unsafe { give(session, Client::new(Arc::clone(&client.runtime), inner, Gate::default())) }
+        unsafe { give(session, Client::new(Arc::clone(&client.runtime), inner, true, gate)) }
     })
 }
 
@@ -260,6 +266,18 @@ pub unsafe extern "C" fn zcp_open_session(client: *const Client, error: *mut *mu
     })
 }
 
+/// Cut the connections of a client like a network failure, for tests. The client reconnects.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_cut(client: *const Client) {
+    // SAFETY: the caller passes NULL or a client.
+    if let Some(client) = unsafe { client.as_ref() } {
+        guard(ptr::null_mut(), || {
+            client.inner.cut();
+            Ok(())
+        });
+    }
+}
+
 /// Wait for the next event of the server, as an array of name and data; at most `timeout_ms`, then ZCP_END.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_event(
@@ -284,20 +302,44 @@ pub unsafe extern "C" fn zcp_event(
 /// is accepted.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_close(client: *mut Client) -> i32 {
-    if client.is_null() {
-        return crate::error::ZCP_OK;
+    // SAFETY: the caller passes a client for the last time.
+    unsafe { zcp_close_all(&client, 1) }
+}
+
+/// Close `count` clients and sessions and free them, as by `zcp_close`, with one wait for all of them: thousands of sessions on one
+/// connection end together. NULL is accepted for `clients` and for each of them.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_close_all(clients: *const *mut Client, count: usize) -> i32 {
+    if clients.is_null() {
+        return ZCP_OK;
     }
+    // SAFETY: the caller passes `count` clients.
+    let clients = unsafe { std::slice::from_raw_parts(clients, count) };
     let code = guard(ptr::null_mut(), || {
-        // SAFETY: the caller passes a client for the last time.
-        let client = unsafe { object(client, "client") }?;
-        let closed = client.runtime.wait(client.inner.close());
-        client.close_gates();
+        // SAFETY: the caller passes each for the last time.
+        let all: Vec<&Client> = clients.iter().filter_map(|client| unsafe { client.as_ref() }).collect();
+        let Some(first) = all.first() else { return Ok(()) };
+        let inner: Vec<_> = all.iter().map(|client| (client.is_session, client.inner.clone())).collect();
+        let closed = first.runtime.wait(async move {
+            // Sessions first: their connection may belong to a client among these.
+            for is_session in [true, false] {
+                let mut closing = JoinSet::new();
+                for (_, client) in inner.iter().filter(|(each, _)| *each == is_session) {
+                    let client = client.clone();
+                    closing.spawn(async move { client.close().await });
+                }
+                while closing.join_next().await.is_some() {}
+            }
+        });
+        all.iter().for_each(|client| client.close_gates());
         closed
     });
-    // SAFETY: the caller passes a client for the last time.
-    unsafe { free(client) };
+    for &client in clients {
+        // SAFETY: the caller passes each for the last time.
+        unsafe { free(client) };
+    }
     if code == ZCP_ARGUMENT {
-        crate::error::ZCP_OK
+        ZCP_OK // in a callback
     } else {
         code
     }

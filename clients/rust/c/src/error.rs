@@ -5,6 +5,7 @@ use crate::value::Value;
 use std::ffi::{c_char, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
+use zcproto_client::codec;
 
 /// Success.
 pub const ZCP_OK: i32 = 0;
@@ -120,9 +121,16 @@ impl From<zcproto_client::Error> for Failure {
             }
             zcproto_client::Error::Config(_) => Self::new(ZCP_CONFIG, message),
             zcproto_client::Error::Certificate(_) => Self::new(ZCP_CERTIFICATE, message),
-            zcproto_client::Error::Tls(_) => Self::new(ZCP_TLS, message),
+            zcproto_client::Error::Tls(error) => {
+                let details = codec::Value::from([("failure", error.failure.name())]);
+                Self { details, ..Self::new(ZCP_TLS, message) }
+            }
             zcproto_client::Error::CannotConnect { .. } => Self::new(ZCP_CANNOT_CONNECT, message),
-            zcproto_client::Error::Closed(closed) => Self { is_clean: closed.clean, ..Self::new(ZCP_CLOSED, message) },
+            zcproto_client::Error::Closed(closed) => {
+                let code = closed.code.map(|code| ("code".to_owned(), i32::from(code.number()).into()));
+                let details = codec::Value::Map(code.into_iter().collect());
+                Self { details, is_clean: closed.clean, ..Self::new(ZCP_CLOSED, message) }
+            }
             zcproto_client::Error::Protocol(error) => Self::new(error.code.number().into(), message),
             _ => Self::new(ZCP_UNKNOWN, message),
         }
@@ -164,7 +172,8 @@ pub unsafe extern "C" fn zcp_error_message(error: *const Error) -> *const c_char
     unsafe { read(error, |error| error.message.as_ptr()) }
 }
 
-/// Return the details of an error, a map that can be empty. It belongs to the error. Return NULL for NULL.
+/// Return the details of an error, a map that can be empty. It belongs to the error. Return NULL for NULL. Those of ZCP_TLS have
+/// `failure`, such as `certificate_expired` or `pin_mismatch`; those of ZCP_CLOSED have `code` after an error of the protocol.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_error_details(error: *const Error) -> *const Value {
     // SAFETY: the caller passes an error.

@@ -3,9 +3,15 @@
 use crate::error::{guard, Error, Failure};
 use crate::gate::{Gate, Notice};
 use crate::pointer::{free, give, text, Data};
+use crate::value::Value;
 use std::ffi::{c_char, c_void};
+use std::ptr;
 use std::time::Duration;
 use zcproto_client::{AddressOrder, ConnectOptions, Credentials, Device, Secret};
+
+/// The function that logs in by a scheme of the server's application: it returns a map with `scheme` and its fields, which the
+/// library frees, or NULL on failure.
+pub type Login = Option<extern "C" fn(data: *mut c_void) -> *mut Value>;
 
 /// How to reach and verify a server, and how to open a session there. Use it in one thread at a time.
 pub struct Options {
@@ -14,6 +20,7 @@ pub struct Options {
     key: Option<Secret>,
     device: Option<String>,
     device_name: Option<String>,
+    login: Option<(Login, Data)>,
     on_warning: Option<(Notice, Data)>,
     on_connected: Option<(Notice, Data)>,
 }
@@ -64,7 +71,7 @@ impl Options {
     /// Return the options with their credentials, and with their callbacks, which run until the gate is closed.
     pub(crate) fn connect(&self, gate: &Gate) -> Result<ConnectOptions, Failure> {
         let mut connect = self.connect.clone();
-        if let Some(credentials) = self.credentials()? {
+        if let Some(credentials) = self.credentials(gate)? {
             connect = connect.credentials(credentials);
         }
         if let Some((notice, data)) = self.on_warning {
@@ -77,14 +84,28 @@ impl Options {
         Ok(connect)
     }
 
-    pub(crate) fn credentials(&self) -> Result<Option<Credentials>, Failure> {
-        match (&self.user, &self.key, &self.device, &self.device_name) {
-            (Some(user), Some(key), None, None) => Ok(Some(Credentials::api_key(user, key.clone()))),
-            (None, None, Some(file), Some(name)) => Ok(Some(Credentials::device(Device::load(file)?, name))),
-            (user, None, None, None) => Ok(user.clone().map(|user| Credentials::Certificate { user: Some(user) })),
-            _ => Err(Failure::argument("give user and key, device and device_name, or none of these")),
+    pub(crate) fn credentials(&self, gate: &Gate) -> Result<Option<Credentials>, Failure> {
+        match (&self.user, &self.key, &self.device, &self.device_name, self.login) {
+            (Some(user), Some(key), None, None, None) => Ok(Some(Credentials::api_key(user, key.clone()))),
+            (None, None, Some(file), Some(name), None) => Ok(Some(Credentials::device(Device::load(file)?, name))),
+            (None, None, None, None, Some((login, data))) => Ok(Some(login_of(gate.clone(), login, data))),
+            (user, None, None, None, None) => {
+                Ok(user.clone().map(|user| Credentials::Certificate { user: Some(user) }))
+            }
+            _ => Err(Failure::argument("give user and key, device and device_name, a login, or none of these")),
         }
     }
+}
+
+/// Return credentials that call a function for each session.
+fn login_of(gate: Gate, login: Login, data: Data) -> Credentials {
+    Credentials::login(move || {
+        let returned = gate.run(|| login.map_or(ptr::null_mut(), |login| login(data.get())));
+        let returned = returned.filter(|value| !value.is_null());
+        // SAFETY: the application passes a value for the last time.
+        let login = returned.map(|value| unsafe { Box::from_raw(value) }.inner().clone());
+        async move { login.ok_or_else(|| "it returned NULL".into()) }
+    })
 }
 
 fn boolean(name: &str, value: &str) -> Result<bool, Failure> {
@@ -110,8 +131,8 @@ pub unsafe extern "C" fn zcp_options_new(
     guard(error, || {
         // SAFETY: the caller passes a text.
         let connect = ConnectOptions::new(unsafe { text(address, "address") }?);
-        let (user, key, device, device_name) = (None, None, None, None);
-        let made = Options { connect, user, key, device, device_name, on_warning: None, on_connected: None };
+        let (user, key, device, device_name, login) = (None, None, None, None, None);
+        let made = Options { connect, user, key, device, device_name, login, on_warning: None, on_connected: None };
         // SAFETY: the caller passes a place for options.
         unsafe { give(options, made) }
     })
@@ -151,6 +172,23 @@ pub unsafe extern "C" fn zcp_options_set(
         // SAFETY: the caller passes options that no other thread uses, and texts.
         let (options, name, value) = unsafe { (options.as_mut(), text(name, "name")?, text(value, "value")?) };
         options.ok_or_else(|| Failure::argument("options is NULL"))?.set(name, value)
+    })
+}
+
+/// Open sessions by a scheme of the server's application. The function is called for each session that is opened, in a thread of
+/// this library, until `zcp_close`, and must return soon. NULL removes it.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_options_set_login(
+    options: *mut Options,
+    login: Login,
+    data: *mut c_void,
+    error: *mut *mut Error,
+) -> i32 {
+    guard(error, || {
+        // SAFETY: the caller passes options that no other thread uses.
+        let options = unsafe { options.as_mut() }.ok_or_else(|| Failure::argument("options is NULL"))?;
+        options.login = login.is_some().then(|| (login, Data::new(data)));
+        Ok(())
     })
 }
 

@@ -2,7 +2,7 @@
 
 use crate::client::Client;
 use crate::error::{guard, Error, Failure};
-use crate::pointer::{free, give, object, text};
+use crate::pointer::{free, give, object, optional_text, text};
 use crate::runtime::Shared;
 use crate::value::Value;
 use std::ffi::c_char;
@@ -16,28 +16,56 @@ pub struct Stream {
     inner: zcproto_client::Stream,
 }
 
-/// Open a stream of a method. `params` is a map, or NULL for none. `timeout_ms` limits the whole stream; 0 for no limit.
-/// Does not wait: an error of the server comes with the first item.
+/// Options of one stream. All zero is the default.
+#[repr(C)]
+pub struct StreamOptions {
+    /// The time for the whole stream in milliseconds; 0 for no limit.
+    pub timeout_ms: u64,
+    /// The time to wait for one item in milliseconds; 0 for no limit.
+    pub item_timeout_ms: u64,
+    /// How many items the server may send before the application takes one; 0 for 64.
+    pub window_items: u64,
+    /// How many bytes the server may send before the application takes an item; 0 for 262,144.
+    pub window_bytes: u64,
+    /// NULL, or W3C Trace Context.
+    pub traceparent: *const c_char,
+}
+
+/// Open a stream of a method. `params` is a map, or NULL for none; `options` is NULL or options. Does not wait: an error of the
+/// server comes with the first item.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_stream_open(
     client: *const Client,
     method: *const c_char,
     params: *const Value,
-    timeout_ms: u64,
+    options: *const StreamOptions,
     stream: *mut *mut Stream,
     error: *mut *mut Error,
 ) -> i32 {
     guard(error, || {
-        // SAFETY: the caller passes a client, a text, and NULL or a value.
-        let (client, method, params) = unsafe { (object(client, "client")?, text(method, "method")?, params.as_ref()) };
+        // SAFETY: the caller passes a client, a text, and NULL or objects that live during this function.
+        let (client, method, params, options) =
+            unsafe { (object(client, "client")?, text(method, "method")?, params.as_ref(), options.as_ref()) };
         let params = params.map_or(codec::Value::Nil, |params| params.inner().clone());
         let mut builder = client.inner.stream(method, &params);
-        if timeout_ms > 0 {
-            builder = builder.timeout(Duration::from_millis(timeout_ms));
+        if let Some(options) = options {
+            if options.timeout_ms > 0 {
+                builder = builder.timeout(Duration::from_millis(options.timeout_ms));
+            }
+            if options.item_timeout_ms > 0 {
+                builder = builder.item_timeout(Duration::from_millis(options.item_timeout_ms));
+            }
+            let or_default = |value, default| if value == 0 { default } else { value };
+            let [items, bytes] = zcproto_client::DEFAULT_WINDOW;
+            builder = builder.window(or_default(options.window_items, items), or_default(options.window_bytes, bytes));
+            // SAFETY: the field of options is NULL or a text.
+            if let Some(trace) = unsafe { optional_text(options.traceparent, "traceparent") }? {
+                builder = builder.traceparent(trace);
+            }
         }
-        let inner = client.runtime.wait(async { builder.open() })?;
+        let runtime = Arc::clone(&client.runtime);
         // SAFETY: the caller passes a place for a stream.
-        unsafe { give(stream, Stream { runtime: Arc::clone(&client.runtime), inner }) }
+        unsafe { give(stream, Stream { runtime, inner: builder.open() }) }
     })
 }
 

@@ -2,8 +2,10 @@
 
 use crate::error::{guard, Error, Failure};
 use crate::pointer::{free, give, read, text};
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value as Json};
 use std::ffi::{c_char, CString};
+use std::fmt;
 use std::sync::OnceLock;
 use zcproto_client::codec;
 
@@ -55,45 +57,129 @@ pub(crate) fn to_json(value: &codec::Value) -> Json {
     }
 }
 
-fn from_json(json: Json) -> Result<codec::Value, Failure> {
-    Ok(match json {
-        Json::Null => codec::Value::Nil,
-        Json::Bool(value) => value.into(),
-        Json::Number(number) => match (number.as_i128(), number.as_f64()) {
-            (Some(value), _) => codec::Value::Int(value),
-            (_, Some(value)) => value.into(),
-            _ => return Err(Failure::argument("a number is out of range")),
-        },
-        Json::String(text) => text.into(),
-        Json::Array(values) => codec::Value::Array(values.into_iter().map(from_json).collect::<Result<_, _>>()?),
-        Json::Object(entries) => match single(&entries) {
-            Some((BIN, hex)) => codec::Value::Bin(from_hex(hex)?),
-            Some((FLOAT, name)) => {
-                codec::Value::Float(name.parse().map_err(|_| Failure::argument("$float must be nan, inf or -inf"))?)
+/// A value of JSON that is being read.
+struct Parsed(codec::Value);
+
+impl<'de> Deserialize<'de> for Parsed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Parser).map(Self)
+    }
+}
+
+struct Parser;
+
+impl<'de> Visitor<'de> for Parser {
+    type Value = codec::Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E>(self) -> Result<codec::Value, E> {
+        Ok(codec::Value::Nil)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<codec::Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<codec::Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<codec::Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<codec::Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<codec::Value, E> {
+        Ok(text.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<codec::Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(Parsed(value)) = items.next_element()? {
+            values.push(value);
+        }
+        Ok(codec::Value::Array(values))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut items: A) -> Result<codec::Value, A::Error> {
+        let mut entries: Vec<(String, codec::Value)> = Vec::new();
+        while let Some((key, Parsed(value))) = items.next_entry::<String, _>()? {
+            entries.push((key, value));
+        }
+        if let [(key, codec::Value::Str(text))] = &entries[..] {
+            match key.as_str() {
+                BIN => {
+                    return from_hex(text).map(codec::Value::Bin).ok_or(A::Error::custom("$bin must be hexadecimal"))
+                }
+                FLOAT => {
+                    let float = text.parse().map_err(|_| A::Error::custom("$float must be nan, inf or -inf"));
+                    return float.map(codec::Value::Float);
+                }
+                _ => {}
             }
-            _ => {
-                let entries = entries.into_iter().map(|(key, value)| Ok((key, from_json(value)?)));
-                codec::Value::Map(entries.collect::<Result<_, Failure>>()?)
-            }
-        },
-    })
+        }
+        let mut keys: Vec<&str> = entries.iter().map(|(key, _)| key.as_str()).collect();
+        keys.sort_unstable();
+        match keys.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(A::Error::custom(format!("the key {:?} is there twice", pair[0]))),
+            None => Ok(codec::Value::Map(entries)),
+        }
+    }
 }
 
-/// Return the key and text of a map that has just one key.
-fn single(entries: &Map<String, Json>) -> Option<(&str, &str)> {
-    let (key, value) = entries.iter().next()?;
-    Some((key, value.as_str().filter(|_| entries.len() == 1)?))
+fn from_json(json: &str) -> Result<codec::Value, Failure> {
+    let Parsed(value) = serde_json::from_str(json).map_err(|error| Failure::argument(&format!("json: {error}")))?;
+    match int_out_of_range(json) {
+        Some(int) => {
+            Err(Failure::argument(&format!("json: {int} does not fit into 64 bits; write {int}.0 for a float")))
+        }
+        None => Ok(value),
+    }
 }
 
-fn from_hex(hex: &str) -> Result<Vec<u8>, Failure> {
-    let invalid = || Failure::argument("$bin must be hexadecimal");
-    let digits: Option<Vec<u32>> = hex.chars().map(|digit| digit.to_digit(16)).collect();
-    let digits = digits.filter(|digits| digits.len() % 2 == 0).ok_or_else(invalid)?;
-    digits.chunks(2).map(|pair| u8::try_from(16 * pair[0] + pair[1]).map_err(|_| invalid())).collect()
+/// Return the first int of valid JSON that msgpack cannot represent. `serde_json` makes a float of it.
+fn int_out_of_range(json: &str) -> Option<&str> {
+    let mut rest = json;
+    while let Some(start) = rest.find(|c: char| c == '"' || c == '-' || c.is_ascii_digit()) {
+        rest = &rest[start..];
+        if let Some(text) = rest.strip_prefix('"') {
+            let mut is_escaped = false;
+            let end = text.find(|c| {
+                c == '"' && !is_escaped || {
+                    is_escaped = c == '\\' && !is_escaped;
+                    false
+                }
+            });
+            rest = &text[end? + 1..];
+            continue;
+        }
+        let end = rest.find(|c: char| !(c.is_ascii_digit() || "+-.eE".contains(c))).unwrap_or(rest.len());
+        let (number, after) = rest.split_at(end);
+        let is_int = !number.contains(['.', 'e', 'E']);
+        let range = i128::from(i64::MIN)..=i128::from(u64::MAX);
+        if is_int && !number.parse().is_ok_and(|int: i128| range.contains(&int)) {
+            return Some(number);
+        }
+        rest = after;
+    }
+    None
 }
 
-/// Make a value from JSON. {"$bin": "00ff"} is a bin of these bytes, and {"$float": "nan"}, "inf" or "-inf" is that float;
-/// a number without a fraction is an int.
+fn from_hex(hex: &str) -> Option<Vec<u8>> {
+    let digits: Vec<u32> = hex.chars().map(|digit| digit.to_digit(16)).collect::<Option<_>>()?;
+    let is_whole = digits.len() % 2 == 0;
+    is_whole.then(|| digits.chunks(2).map_while(|pair| u8::try_from(16 * pair[0] + pair[1]).ok()).collect())
+}
+
+/// Make a value from JSON. {"$bin": "00ff"} is a bin of these bytes, and {"$float": "nan"}, "inf" or "-inf" is that float.
+/// A number without a fraction and an exponent is an int, from -2^63 to 2^64 - 1; beyond that it is ZCP_ARGUMENT, and so is a
+/// key that a map has twice.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_value_from_json(
     json: *const c_char,
@@ -103,7 +189,6 @@ pub unsafe extern "C" fn zcp_value_from_json(
     guard(error, || {
         // SAFETY: the caller passes a text.
         let json = unsafe { text(json, "json") }?;
-        let json = serde_json::from_str(json).map_err(|error| Failure::argument(&format!("json: {error}")))?;
         let made = from_json(json)?;
         codec::encode(&made).map_err(|error| Failure::argument(error.phrase()))?;
         // SAFETY: the caller passes a place for a value.

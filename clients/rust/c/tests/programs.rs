@@ -3,13 +3,19 @@
 
 extern crate zcproto_client as zcproto;
 
+#[path = "../../tests/support/fake.rs"]
+#[allow(dead_code, reason = "the tests of the crate use all of it")]
+mod fake;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+use fake::Fake;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::Server;
+use zcproto::codec;
+use zcproto::frame::Kind;
 
 const WARNINGS: [&str; 7] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"];
 /// What the standard library of Rust needs from the system.
@@ -155,6 +161,37 @@ fn every_function_works_under_sanitizers_and_valgrind() {
         "--errors-for-leak-kinds=definite,indirect,possible",
     ]);
     run_all(&server, &ada, &bob, "client-2", valgrind.arg(plain));
+}
+
+#[test]
+fn sessions_are_closed_concurrently() {
+    const SESSIONS: u32 = 8;
+    let (server, home) = (Fake::new(), Server::new(""));
+    let address = server.address();
+    let script = std::thread::spawn(move || {
+        let mut peer = server.accept();
+        peer.send(&[fake::welcome_of(100)]);
+        let mut closing = Vec::new();
+        let mut next_token = 1;
+        while closing.len() < SESSIONS as usize {
+            let (kind, stream, body) = peer.receive().expect("a request");
+            assert_eq!(kind, Kind::Request, "one request waits for the answer to another");
+            if fake::method_of(&body) == "session.open" {
+                peer.send(&[fake::session(stream, next_token)]);
+                next_token += 1;
+            } else {
+                assert_eq!(fake::method_of(&body), "session.close");
+                closing.push((Kind::Response, stream, codec::encode(&codec::Value::Nil).unwrap()));
+            }
+        }
+        peer.send(&closing);
+        peer.close();
+    });
+    let program = home.home.join("close");
+    compile("tests/close.c", &program, &["-fsanitize=address,undefined", "-Wno-unused"]); // of support.h
+    let mut command = Command::new(&program);
+    assert_eq!(run(command.arg(address).arg(&home.home).arg(SESSIONS.to_string())), "closed\n");
+    script.join().unwrap();
 }
 
 #[test]
