@@ -13,7 +13,8 @@ import zcproto.client
 from zcproto.client.blocking import BlockingClient, BlockingStream
 from zcproto.client.handlers import Call
 from zcproto.client.session_client import default_client
-from zcproto_conformance.blocking import BlockingConform, Hold, Step
+from zcproto.errors import CallError
+from zcproto_conformance.blocking import Api, BlockingConform, Failure, Hold, Step, Wait
 from zcproto_conformance.python_client import KNOWN, describe
 
 _MS: Final = 1000
@@ -26,8 +27,8 @@ class OpenStream(NamedTuple):
     items: Iterator[Any]
 
 
-class PythonApi:
-    """The blocking client."""
+class PythonApi(Api):
+    """The blocking client, without steps that send items, cancel or cut."""
 
     name = default_client()
 
@@ -40,13 +41,13 @@ class PythonApi:
         client.open()
         return client
 
-    def call(self, client: BlockingClient, method: str, params: Any, step: Step) -> Any:
+    def call(self, client: BlockingClient, method: str, params: Any, step: Step) -> Wait:
         options: dict[str, Any] = {}
         if "timeout_ms" in step:
             options["timeout"] = step["timeout_ms"] / _MS
-        return client.call(method, params, idempotency_key=step.get("idempotency_key"), **options)
+        return lambda: client.call(method, params, idempotency_key=step.get("idempotency_key"), **options)
 
-    def open(self, client: BlockingClient, method: str, params: Any) -> OpenStream:
+    def open(self, client: BlockingClient, method: str, params: Any, step: Step) -> OpenStream:
         stream = client.stream(method, params)
         return OpenStream(stream, iter(stream))
 
@@ -60,7 +61,10 @@ class PythonApi:
         def _(call: Call, tool: str | None = None, number: int | None = None) -> Any:
             params = {"tool": tool, "number": number}
             given = {name: value for name, value in params.items() if value is not None}
-            return hold(call.method, call.user, given)
+            try:
+                return hold(call.method, call.user, given)()
+            except Failure as failure:
+                raise CallError.from_wire(failure.code, str(failure), {}) from None
 
     def session(self, client: BlockingClient) -> dict[str, Any] | None:
         session = client.session

@@ -40,7 +40,7 @@ KIT: Final = 1
 MAX_LINE: Final = 8 * 1024 * 1024
 _MS: Final = 1000
 
-_CAUSES: Final = {
+CAUSES: Final = {
     "certificate_untrusted": "certificate",
     "certificate_expired": "certificate",
     "certificate_name_mismatch": "certificate",
@@ -333,7 +333,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     if isinstance(error, ProtocolError):
         return {"kind": "closed", "clean": False, "code": error.code, "message": str(error)}
     if isinstance(error, TlsError):
-        return {"kind": "tls", "cause": _CAUSES.get(error.failure, "other"), "message": str(error)}
+        return {"kind": "tls", "cause": CAUSES.get(error.failure, "other"), "message": str(error)}
     return {"kind": "argument", "message": str(error)}
 
 
