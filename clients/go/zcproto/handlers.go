@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -14,7 +16,7 @@ import (
 // Handler handles calls of the server to one method. Its result is the answer: any value that params of Session.Call can have.
 //
 // An *Error is answered with its code, message and details, a Code with the code, any other error with INTERNAL and a warning
-// in the log. The context ends when the server withdraws the call, at its deadline, and when the session or the connection
+// in the log. So is a panic, with its stack in the log. The context ends when the server withdraws the call, at its deadline, and when the session or the connection
 // ends; it has the traceparent of the call (TraceparentOf).
 type Handler func(ctx context.Context, call *ServerCall) (any, error)
 
@@ -91,7 +93,7 @@ func (h *handlers) call(c *connection, event *conversation.Event, user string) {
 func (h *handlers) run(ctx context.Context, running *runningCall, handler Handler, call *ServerCall, delay time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, delay)
 	defer cancel()
-	value, err := handler(ctx, call)
+	value, err := h.protected(ctx, handler, call)
 	var body Raw
 	if err == nil {
 		body, err = encode(value)
@@ -113,6 +115,16 @@ func (h *handlers) run(ctx context.Context, running *runningCall, handler Handle
 		c.answerCall(running.number, body)
 	}
 	c.settle()
+}
+
+// protected runs a handler. A panic there, in a goroutine of this package, would end the application: it is an error like others.
+func (h *handlers) protected(ctx context.Context, handler Handler, call *ServerCall) (value any, err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			value, err = nil, fmt.Errorf("panic in the handler of %q: %v\n%s", call.Method, cause, debug.Stack())
+		}
+	}()
+	return handler(ctx, call)
 }
 
 func (h *handlers) failureOf(err error, running *runningCall) *Error {

@@ -1,8 +1,11 @@
 package zcproto
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -59,6 +62,28 @@ func TestErrorOfAHandlerIsAnswered(t *testing.T) {
 	peer.call(9, "other", tokenOf(1))
 	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.Unimplemented {
 		t.Errorf("got %v", code)
+	}
+}
+
+func TestPanicOfAHandlerIsAnsweredAsInternalAndLogged(t *testing.T) {
+	var log bytes.Buffer
+	client, peer := newFakeServer(t).opened(Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	handle(t, client.Session, peer, "crash", func(context.Context, *ServerCall) (any, error) {
+		var orders map[string]int
+		orders["tea"] = 1
+		return nil, nil
+	})
+	for number := range uint32(2) { // the second one: nothing counts as running
+		peer.call(number+1, "crash", tokenOf(1))
+		code, message, _, err := wire.ParseError(peer.next(wire.Failure).Body, 32)
+		if code != wire.Internal || message != "the handler failed" || err != nil {
+			t.Errorf("got %v %s", code, message)
+		}
+	}
+	client.shared.mu.Lock() // the log is written before the answer
+	defer client.shared.mu.Unlock()
+	if text := log.String(); !strings.Contains(text, "nil map") || !strings.Contains(text, "handlers_test.go") {
+		t.Errorf("the log has no stack: %s", text)
 	}
 }
 
