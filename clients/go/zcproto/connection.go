@@ -36,13 +36,15 @@ type connection struct {
 	stableAt  time.Duration
 	isFurther bool // beside the current one, for calls alone
 
-	pending   map[uint32]*pendingCall
-	waiters   []*waiter
-	handled   map[uint32]*runningCall // calls of the server, by number
-	isWriting bool
-	spare     []byte // written, for the next frames
-	isPaused  bool   // the network takes no more bytes
-	draining  bool
+	pending map[uint32]*pendingCall
+	waiters []*waiter
+	handled map[uint32]*runningCall // calls of the server, by number
+	// registered has the id of the session in which the server has accepted handlers.
+	registered map[*sessions]string
+	isWriting  bool
+	spare      []byte // written, for the next frames
+	isPaused   bool   // the network takes no more bytes
+	draining   bool
 	// Whether requests without an answer certainly did not run: the server sent GOAWAY and then closed cleanly.
 	unansweredDidNotRun bool
 	failure             *ClosedError // why it ended
@@ -83,13 +85,14 @@ func newConnection(
 ) *connection {
 	c := &connection{
 		owner: owner, mu: owner.mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(), endpoint: endpoint, stableAt: forever,
-		pending:  map[uint32]*pendingCall{},
-		handled:  map[uint32]*runningCall{},
-		writable: make(chan struct{}),
-		welcomed: make(chan struct{}),
-		ended:    make(chan struct{}),
-		released: make(chan struct{}),
-		timerAt:  forever, deadlineAt: forever,
+		pending:    map[uint32]*pendingCall{},
+		handled:    map[uint32]*runningCall{},
+		registered: map[*sessions]string{},
+		writable:   make(chan struct{}),
+		welcomed:   make(chan struct{}),
+		ended:      make(chan struct{}),
+		released:   make(chan struct{}),
+		timerAt:    forever, deadlineAt: forever,
 	}
 	link.onSent(c.sent)
 	return c

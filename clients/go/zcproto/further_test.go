@@ -130,6 +130,65 @@ func TestGoAwayOnAFurtherConnectionLetsItsCallsFinish(t *testing.T) {
 	}
 }
 
+// beside returns a client with a session that can be refreshed, and its further connection, where a call waits for room.
+func beside(t *testing.T, prepare func(*Client, *fakeConnection)) (client *Client, peer, other *fakeConnection) {
+	server := newFakeServer(t)
+	server.welcome["max_streams"] = 1
+	client, peer = server.openedWith(Options{MaxConnections: 2}, refreshable(1))
+	prepare(client, peer)
+	begin(t, client.Session, "first", nil)
+	one := peer.request("first")
+	begin(t, client.Session, "second", nil)
+	other = <-server.further
+	peer.respond(one, 1)
+	return client, peer, other
+}
+
+func TestRefreshedTokenIsShownOnEachConnectionAlsoOneThatDrainsOrIsFull(t *testing.T) {
+	for _, drains := range []bool{false, true} {
+		client, peer, other := beside(t, func(*Client, *fakeConnection) {})
+		second := peer.request("second")
+		third := begin(t, client.Session, "third", nil)
+		other.respond(other.request("session.info"), map[string]any{})
+		onOther := other.request("third")
+		peer.respond(second, 2)
+		if drains {
+			other.goAway("draining", 0)
+		}
+		peer.sendWith(wire.Event, 0, []any{"session.expiring", nil}, tokenOf(1), 0)
+		peer.respond(peer.request("session.refresh"), refreshable(2))
+		if shown := other.request("session.info"); shown.token != tokenOf(2) {
+			t.Errorf("the token %v was shown", shown.token)
+		}
+		other.respond(onOther, 3)
+		third.succeeds(int64(3))
+	}
+}
+
+func TestHandlersAreRegisteredOnAFurtherConnectionBeforeItIsUsed(t *testing.T) {
+	client, peer, other := beside(t, func(client *Client, peer *fakeConnection) {
+		handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return true, nil })
+	})
+	peer.request("second")
+	registered := other.request("session.handle")
+	begin(t, client.Session, "third", nil)
+	other.none()
+	other.respond(registered, map[string]any{})
+	other.request("third")
+	other.call(1, "ask", tokenOf(1))
+	other.next(wire.Result)
+}
+
+func TestHandlerAddedLaterIsRegisteredOnEachConnection(t *testing.T) {
+	client, peer, other := beside(t, func(*Client, *fakeConnection) {})
+	peer.respond(peer.request("second"), 2)
+	other.respond(other.request("session.info"), map[string]any{})
+	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return true, nil })
+	if names := other.request("session.handle").param("methods"); len(names.([]any)) != 1 {
+		t.Errorf("got %v", names)
+	}
+}
+
 func TestEventsOfTheSessionComeFromOneConnection(t *testing.T) {
 	_, client, peer, other, _ := withFurther(t)
 	for _, connection := range []*fakeConnection{other, peer} {

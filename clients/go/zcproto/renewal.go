@@ -82,6 +82,9 @@ func (s *sessions) renew(must bool) error {
 		var refused *Error
 		switch {
 		case err == nil:
+			if method == "session.open" {
+				s.openedBeside(c)
+			}
 			if s.needsAttach(c) && method == "session.refresh" {
 				s.inBackground(func() {
 					if s.renewing != nil {
@@ -89,7 +92,7 @@ func (s *sessions) renew(must bool) error {
 					}
 					s.presentWhenReady(c)
 				})
-			} else if (method == "session.open" || s.registeredOn != c) && s.canRegister(c) {
+			} else if c.registered[s] != s.session.info.ID && s.canRegister(c) {
 				s.inBackground(func() { _ = s.registerIfAny(c) }) // the next connection registers them, if this one fails
 			}
 			return nil
@@ -213,6 +216,7 @@ func (s *sessions) adopt(body []byte, c *connection, method string) error {
 	s.session, s.token = session, session.token
 	if method == "session.refresh" {
 		s.previousToken = old
+		s.refreshedBeside(c, old)
 	} else {
 		c.conv.SessionEnded(old)
 		s.attachedTo = c

@@ -51,6 +51,13 @@ func (c *connection) register(token wire.Token, methods []string, most int, dead
 	return call, nil
 }
 
+// showRenewed shows the token of a session that was refreshed on another connection; then flush. The answer does not matter.
+func (c *connection) showRenewed(old, renewed wire.Token, deadline time.Duration) {
+	if number, isShown := c.conv.ShowRenewed(old, renewed, c.instant()); isShown {
+		c.sentRequest(&pendingCall{done: make(chan struct{}, 1)}, number, deadline)
+	}
+}
+
 func (c *connection) sentRequest(call *pendingCall, number uint32, deadline time.Duration) {
 	call.conn, call.number, call.deadline = c, number, deadline
 	call.isDone, call.err, call.onResponse = false, nil, nil

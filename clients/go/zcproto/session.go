@@ -135,6 +135,7 @@ func (s *Session) Handle(ctx context.Context, method string, handler Handler) er
 	request := &request{ctx: ctx, deadline: s.deadlineOf(ctx), isIdempotent: true, register: true}
 	call, err := s.run(request)
 	if call != nil {
+		s.sessions.registerBeside(call.conn)
 		call.recycle()
 	}
 	return err

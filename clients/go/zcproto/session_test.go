@@ -21,17 +21,21 @@ func refreshable(number byte) map[string]any {
 // openedWith returns a client whose session.open had this result.
 func openedWith(t *testing.T, options Options, result map[string]any) (*Client, *fakeConnection) {
 	t.Helper()
-	server := newFakeServer(t)
+	return newFakeServer(t).openedWith(options, result)
+}
+
+func (s *fakeServer) openedWith(options Options, result map[string]any) (*Client, *fakeConnection) {
+	s.t.Helper()
 	if options.Credentials == nil {
 		options.Credentials = APIKey("ada", testKey)
 	}
-	client := server.client(options)
+	client := s.client(options)
 	done := make(chan error, 1)
 	go func() { done <- client.open(context.Background()) }()
-	peer := server.accept()
+	peer := s.accept()
 	peer.respond(peer.request("session.open"), result)
 	if err := <-done; err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	return client, peer
 }

@@ -53,7 +53,6 @@ type sessions struct {
 	renewing          *task
 	previousToken     wire.Token  // before the last refresh
 	attachedTo        *connection // where the session of a device was attached last
-	registeredOn      *connection // where the server has accepted the handlers last
 	attaching         *attachment
 	timer             timer // of the next refresh
 	refreshedEarlyAt  time.Duration

@@ -79,13 +79,43 @@ func (s *sessions) beginRegister(c *connection) (*pendingCall, error) {
 func (s *sessions) sendRegistration(c *connection, token wire.Token, deadline time.Duration) (*pendingCall, error) {
 	s.keep()
 	call, err := c.register(token, s.handlers.methods(), s.handlers.most, deadline)
-	if err == nil {
+	if err == nil && s.session != nil {
+		id := s.session.info.ID
 		call.onResponse = func([]byte) error {
-			s.registeredOn = c
+			c.registered[s] = id
 			return nil
 		}
 	}
 	return call, err
+}
+
+// registerBeside registers the handlers on all connections but one.
+func (s *sessions) registerBeside(c *connection) {
+	for _, other := range c.owner.all {
+		if other != c && other.isOpen() {
+			s.inBackground(func() { _ = s.registerIfAny(other) })
+		}
+	}
+}
+
+// refreshedBeside shows the token that was refreshed on one connection on all others, too, also on those that drain: streams of the
+// session may go on there. It does not release the mutex.
+func (s *sessions) refreshedBeside(c *connection, old wire.Token) {
+	for _, other := range c.owner.all {
+		if other != c && other.failure == nil {
+			other.showRenewed(old, s.token, s.clock.now()+requestTimeout)
+			s.inBackground(other.flush)
+		}
+	}
+}
+
+// openedBeside shows a session that was opened on one connection on all others, too.
+func (s *sessions) openedBeside(c *connection) {
+	for _, other := range c.owner.all {
+		if other != c && other.isOpen() {
+			s.inBackground(func() { s.presentWhenReady(other) })
+		}
+	}
 }
 
 func (s *sessions) registerIfAny(c *connection) error {
@@ -103,7 +133,7 @@ func (s *sessions) registerIfAny(c *connection) error {
 }
 
 func (s *sessions) canRegister(c *connection) bool {
-	return s.session != nil && !c.isFurther && s.handlers.any() && c.conv.Welcome().Calls != nil
+	return s.session != nil && s.handlers.any() && c.conv.Welcome().Calls != nil
 }
 
 // beginAttach proves the key of a session on a connection that is ready. Concurrent callers share one request. It does not

@@ -132,6 +132,23 @@ func (c *Conversation) Handle(token wire.Token, methods []string, most int, now 
 	return number, err
 }
 
+// ShowRenewed queues a session.info with the token of a session that was refreshed on another connection: streams and calls of the
+// session need it here, too (zcp1.md, section 18.7). After GOAWAY and above max_streams it is sent as well, because the server looks
+// at the token before it refuses the request. It returns false if this connection does not use the session, or has ended.
+func (c *Conversation) ShowRenewed(old, renewed wire.Token, now Instant) (uint32, bool) {
+	if _, isUsed := c.requests.tokens[old]; !isUsed || c.state != Open && c.state != Draining {
+		return 0, false
+	}
+	delete(c.requests.tokens, old)
+	c.requests.tokens[renewed] = struct{}{} // until it is refused
+	c.calls.tokenRenewed(old, renewed)
+	body, err := wire.AppendRequest(nil, "session.info", nil, &wire.Meta{})
+	if err != nil {
+		return 0, false
+	}
+	return c.sendRequest(wire.Request, "session.info", renewed, body, now), true
+}
+
 // checkOpen returns an error if no request can be sent now.
 func (c *Conversation) checkOpen() error {
 	switch c.state {
@@ -160,6 +177,10 @@ func (c *Conversation) request(
 	if fault := tooLarge("request", body, c.SendLimit()); fault != nil {
 		return 0, fault
 	}
+	return c.sendRequest(kind, method, token, body, now), nil
+}
+
+func (c *Conversation) sendRequest(kind wire.Kind, method string, token wire.Token, body []byte, now Instant) uint32 {
 	number := c.requests.freeNumber()
 	made := request{token: token}
 	if method == sessionOpen || method == sessionRefresh {
@@ -167,7 +188,7 @@ func (c *Conversation) request(
 	}
 	c.requests.inFlight[number] = made
 	c.send(kind, number, made.sentToken(), body, now)
-	return number, nil
+	return number
 }
 
 // keepScratch keeps the memory of a body for the next one, unless it is large.
