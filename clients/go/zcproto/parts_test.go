@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/zcproto/zcproto/clients/go/internal/vectors"
 )
 
 func TestAddresses(t *testing.T) {
@@ -125,21 +127,116 @@ func TestKnownHosts(t *testing.T) {
 	}
 }
 
-func TestRetryTable(t *testing.T) {
-	for _, test := range []struct {
-		code    Code
-		details map[string]any
-		want    then
-	}{
-		{Unavailable, nil, later}, {ResourceExhausted, nil, later}, {ResourceExhausted, map[string]any{"limit": int64(5)}, report},
-		{Unauthenticated, map[string]any{"attach": true}, attach}, {Unauthenticated, map[string]any{"certificate": true}, reopen},
-		{Unauthenticated, map[string]any{"attach": 1}, report}, {StaleTimestamp, nil, atOnce}, {TokenExpired, nil, renew},
-		{TokenRevoked, nil, report}, {SessionReplaced, nil, report}, {Internal, nil, report}, {Code(99), nil, report},
-	} {
-		if got := whatNext(&Error{Code: test.code, Details: test.details}); got != test.want {
-			t.Errorf("%v %v: got %v", test.code, test.details, got)
+// retryVector is a vector of spec/vectors/retry.json.
+type retryVector struct {
+	Name    string
+	Type    string
+	Outcome struct {
+		Connection string
+		Error      *struct {
+			Code    Code
+			Details map[string]any
 		}
 	}
+	Request struct {
+		Idempotent bool
+		Token      string
+		Done       []string
+		Delays     int
+		TimeLeftMs *float64 `json:"time_left_ms"`
+		Draining   bool
+	}
+	Client struct {
+		Credentials  *string
+		RefreshToken bool `json:"refresh_token"`
+		Reopenings   int
+	}
+	Random       float64
+	TimeoutMs    *float64  `json:"timeout_ms"`
+	AttemptsAtMs []float64 `json:"attempts_at_ms"`
+	Expect       struct {
+		Step       string
+		AfterMs    *float64  `json:"after_ms"`
+		DeadlineMs []*uint64 `json:"deadline_ms"`
+	}
+}
+
+func milli(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
+
+// decide returns step and delay as the vectors name them.
+func (v *retryVector) decide() (string, time.Duration) {
+	backoff := newBackoff(func() float64 { return v.Random })
+	skip := v.Request.Delays
+	step := afterLoss(v.Outcome.Connection == "ended", v.Request.Idempotent)
+	asked := time.Duration(0)
+	if failed := v.Outcome.Error; failed != nil {
+		for name, value := range failed.Details {
+			if number, isNumber := value.(float64); isNumber { // JSON has one type of numbers
+				failed.Details[name] = int64(number)
+			}
+		}
+		err := &Error{Code: failed.Code, Details: failed.Details}
+		refused := refusal{err: err, token: map[string]tokenAge{"present": presentToken, "earlier": earlierToken, "none": noToken}[v.Request.Token]}
+		for _, name := range v.Request.Done {
+			refused.done[map[string]then{"send": atOnce, "refresh": renew, "reopen": reopen, "attach": attach}[name]] = true
+		}
+		if v.Client.Credentials != nil {
+			refused.canReopen = true
+			refused.hasDevice = *v.Client.Credentials == "device"
+			refused.isCertificate = *v.Client.Credentials == "certificate"
+		}
+		step = refused.next()
+		if !v.Request.Draining {
+			asked = retryAfter(failed.Details)
+		}
+		if step == reopen && !isUnknownToken(err) || step == renew && !v.Client.RefreshToken {
+			return "reopen", 0
+		}
+	}
+	if step == reopen {
+		skip, asked = v.Client.Reopenings, 0
+	}
+	for range skip {
+		backoff.next(0)
+	}
+	delay := backoff.next(asked)
+	switch step {
+	case later:
+		if v.Request.TimeLeftMs != nil && delay >= milli(*v.Request.TimeLeftMs) {
+			return "report", 0
+		}
+		return "wait", delay
+	case reopen:
+		return "reopen", delay
+	}
+	return map[then]string{report: "report", atOnce: "send", renew: "refresh", attach: "attach"}[step], 0
+}
+
+func TestVectorsOfRetries(t *testing.T) {
+	for _, vector := range vectors.Load[retryVector](t, "retry") {
+		if vector.Type == "deadline" {
+			for index, want := range vector.Expect.DeadlineMs {
+				if want == nil {
+					continue // without a deadline, or not sent
+				}
+				if got := sentDeadline(milli(*vector.TimeoutMs - vector.AttemptsAtMs[index])); got != *want {
+					t.Errorf("%s: attempt %d has %d ms", vector.Name, index, got)
+				}
+			}
+			continue
+		}
+		step, delay := vector.decide()
+		want := time.Duration(0)
+		if vector.Expect.AfterMs != nil {
+			want = milli(*vector.Expect.AfterMs)
+		}
+		if step != vector.Expect.Step || delay != want {
+			t.Errorf("%s: got %s %v instead of %s %v", vector.Name, step, delay, vector.Expect.Step, want)
+		}
+	}
+}
+
+func TestDelayThatTheServerAsksFor(t *testing.T) {
 	for value, want := range map[any]time.Duration{
 		int64(250): 250 * time.Millisecond, int64(-1): 0, int64(1 << 62): time.Hour, uint64(1 << 63): time.Hour, "1": 0, 1.5: 0, nil: 0,
 	} {

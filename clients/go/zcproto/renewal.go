@@ -132,8 +132,8 @@ func (s *sessions) afterRefusal(err *Error, method string, c *connection, renewa
 		return true, nil
 	case step == atOnce && isFirst:
 		return true, nil
-	case step == attach && isFirst:
-		_, _ = s.attachFor(s.closing, c, s.token) // the next answer reports its error, too
+	case step == attach && isFirst && s.device() != nil:
+		_ = s.attachFor(s.closing, c, s.token) // the next answer reports its error, too
 		return true, nil
 	case method == "session.refresh" && s.opensInstead(err):
 		renewal.must = true
@@ -182,7 +182,7 @@ func (s *sessions) nextRequest(c *connection, now time.Duration) (string, map[st
 // opensInstead returns whether to open a session, because the refresh token has expired, may be spent, or belongs to the
 // previous certificate.
 func (s *sessions) opensInstead(err *Error) bool {
-	isOtherCertificate := whatNext(err) == reopen && s.credentials.canReopen()
+	isOtherCertificate := s.refusal(err, s.token, [attach + 1]bool{}).next() == reopen
 	if err.Code != TokenExpired && !mayHaveRun(err.Code) && !isOtherCertificate {
 		return false
 	}
@@ -220,6 +220,7 @@ func (s *sessions) adopt(body []byte, c *connection, method string) error {
 	} else {
 		c.conv.SessionEnded(old)
 		s.attachedTo = c
+		s.openedAt = now
 	}
 	if session.canRefresh(now) {
 		s.setTimer(session.refreshAt)
@@ -227,7 +228,7 @@ func (s *sessions) adopt(body []byte, c *connection, method string) error {
 		s.timer.Stop()
 	}
 	if session.usableUntil-now < minRefreshInterval {
-		s.notBefore = now + minRefreshInterval + s.backoff.next(0)
+		s.delayRenewal(now+minRefreshInterval+s.backoff.next(0), "the server opens only expired sessions; report it to its operator")
 	} else {
 		s.backoff.reset()
 	}

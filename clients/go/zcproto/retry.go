@@ -20,6 +20,9 @@ const (
 	attach             // prove the session's key on this connection, then retry one time
 )
 
+// unknownToken is the reason of UNAUTHENTICATED for a token that the server does not know, as after its store has lost sessions.
+const unknownToken = "unknown_token"
+
 const (
 	firstDelay    = 100 * time.Millisecond
 	maxDelay      = 30 * time.Second
@@ -47,8 +50,68 @@ func whatNext(err *Error) then {
 		if err.Details["certificate"] == true {
 			return reopen // the session is bound to the previous client certificate
 		}
+		if isUnknownToken(err) {
+			return reopen
+		}
 	}
 	return report
+}
+
+func isUnknownToken(err *Error) bool {
+	return err.Code == Unauthenticated && err.Details["reason"] == unknownToken
+}
+
+// tokenAge is whose token a request had.
+type tokenAge int
+
+const (
+	presentToken tokenAge = iota // that of the session
+	earlierToken                 // that of a session that was replaced meanwhile
+	noToken
+)
+
+// refusal is a request that the server has refused, as far as the next step depends on it.
+type refusal struct {
+	err           *Error
+	token         tokenAge
+	done          [attach + 1]bool // steps of this call that are taken once
+	canReopen     bool             // there are credentials that open a session
+	hasDevice     bool
+	isCertificate bool // the credentials open a session in place of one of another certificate
+}
+
+// next returns the next step of the call. later is not limited here.
+func (r refusal) next() then {
+	step := whatNext(r.err)
+	switch {
+	case step == later:
+		return later
+	case r.token == noToken && step != atOnce:
+		return report // nothing that concerns a session helps
+	case r.token == earlierToken && (step == renew || step == reopen || endsSession(r.err.Code)):
+		step = atOnce
+	case isUnknownToken(r.err) && !r.canReopen, step == reopen && !isUnknownToken(r.err) && !r.isCertificate:
+		return report
+	case step == attach && !r.hasDevice:
+		return report
+	}
+	if r.done[step] {
+		return report
+	}
+	return step
+}
+
+// afterLoss returns the next step of a call whose connection has ended without its answer.
+func afterLoss(didNotRun, isIdempotent bool) then {
+	if didNotRun || isIdempotent {
+		return later
+	}
+	return report
+}
+
+// sentDeadline returns the deadline_ms of an attempt: what is left, rounded up.
+func sentDeadline(left time.Duration) uint64 {
+	return uint64((left + time.Millisecond - 1) / time.Millisecond)
 }
 
 // endsSession returns whether a client neither opens a session nor reconnects on its own after this code: two clients of

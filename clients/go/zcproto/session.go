@@ -280,7 +280,7 @@ func (s *Session) send(r *request, c *connection, token wire.Token, now time.Dur
 	}
 	meta := wire.Meta{IdempotencyKey: r.idempotencyKey, Traceparent: TraceparentOf(r.ctx)}
 	if r.deadline != forever {
-		meta.HasDeadline, meta.DeadlineMs = true, uint64((r.deadline-now+time.Millisecond-1)/time.Millisecond)
+		meta.HasDeadline, meta.DeadlineMs = true, sentDeadline(r.deadline-now)
 	}
 	if r.stream == nil {
 		return c.request(r.method, r.params, token, meta, r.deadline)
@@ -381,64 +381,53 @@ func (s *Session) afterFailure(err error, r *request, c *connection, token wire.
 	switch {
 	case isRefused:
 		return s.afterError(refused, r, c, token)
-	case isClosed(err) && s.closing == nil && (c.unansweredDidNotRun || r.isIdempotent):
+	case isClosed(err) && s.closing == nil && afterLoss(c.unansweredDidNotRun, r.isIdempotent) == later:
 		return s.pause(r.attempts.next(0), err, r) // the call itself may be what crashes the server
 	}
 	return err
 }
 
 func (s *Session) afterError(err *Error, r *request, c *connection, token wire.Token) error {
-	step := whatNext(err)
-	hasToken := token != wire.Token{}
-	isFirst := !r.attempts.done[step]
+	refused := s.sessions.refusal(err, token, r.attempts.done)
+	step := refused.next()
 	switch {
 	case step == later && c.draining:
 		return s.pause(r.attempts.next(0), err, r) // the delay that the server asks for concerns that server
 	case step == later:
 		return s.pause(r.attempts.next(retryAfter(err.Details)), err, r)
-	case step == atOnce && isFirst:
-		r.attempts.done[step] = true
-	case step == attach && hasToken && isFirst:
-		r.attempts.done[step] = true
-		return s.attach(err, r, c, token)
-	case step == reopen && hasToken && isFirst && s.sessions.reopen(token):
-		r.attempts.done[step] = true
-	case step == renew && hasToken && isFirst:
-		r.attempts.done[step] = true
+	case step == report && refused.token != noToken:
+		if err.Code == InvalidArgument && err.Details["size"] != nil && !c.conv.HasSession() && !r.attempts.done[atOnce] {
+			r.attempts.done[atOnce] = true
+			return s.showFirst(r, c)
+		}
+		s.sessions.refused(token, err)
+		return err
+	case step == report:
+		return err
+	}
+	r.attempts.done[step] = true
+	switch step {
+	case attach:
+		return s.attach(r, c, token)
+	case reopen:
+		s.sessions.reopen(token, err)
+	case renew:
 		s.sessions.expired(token)
-	case endsSession(err.Code) && hasToken:
-		if token != s.sessions.token && !s.sessions.hasEnded() && isFirst {
-			r.attempts.done[step] = true // the token of a previous session
-			return nil
-		}
-		s.sessions.revoked(token, err)
-		return err
-	case err.Code == InvalidArgument && err.Details["size"] != nil && !c.conv.HasSession() && hasToken && !r.attempts.done[atOnce]:
-		r.attempts.done[atOnce] = true
-		return s.showFirst(r, c)
-	default:
-		if err.Code == Unauthenticated && hasToken {
-			s.sessions.unknown(token)
-		}
-		return err
 	}
 	return nil
 }
 
-// attach proves the session's key on the connection. It returns the error of the call without a device.
-func (s *Session) attach(refused *Error, r *request, c *connection, token wire.Token) error {
+// attach proves the session's key on the connection.
+func (s *Session) attach(r *request, c *connection, token wire.Token) error {
 	ctx, cancel := s.limited(r)
 	defer cancel()
-	hasDevice, err := s.sessions.attachFor(ctx, c, token)
-	var refusal *Error
-	switch {
-	case err == nil && !hasDevice:
-		return refused
-	case errors.As(err, &refusal) && refusal.Code != DeadlineExceeded && ctx.Err() == nil:
-		if whatNext(refusal) == later {
+	err := s.sessions.attachFor(ctx, c, token)
+	var refused *Error
+	if errors.As(err, &refused) && refused.Code != DeadlineExceeded && ctx.Err() == nil {
+		if whatNext(refused) == later {
 			r.attempts.done[attach] = false // the session was not attached
 		}
-		return s.afterError(refusal, r, c, token)
+		return s.afterError(refused, r, c, token)
 	}
 	return err
 }

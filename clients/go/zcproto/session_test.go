@@ -317,6 +317,73 @@ func TestRefusedCallsShareOneAttach(t *testing.T) {
 	second.succeeds("done")
 }
 
+func unknown() map[string]any { return map[string]any{"reason": "unknown_token"} }
+
+func TestUnknownSessionIsOpenedAgainOnceForAllCallsAfterADelay(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	one, two := begin(t, client.Session, "one", nil), begin(t, client.Session, "two", nil)
+	frames := []wire.Frame{peer.next(wire.Request), peer.next(wire.Request)}
+	peer.together(func() {
+		for _, frame := range frames {
+			peer.fail(fakeRequest{stream: frame.Stream, token: frame.Token}, Unauthenticated, unknown())
+		}
+	})
+	peer.server.clock.awaitTimer(t, 50*time.Millisecond)
+	peer.none()
+	peer.respond(peer.soon(wire.Request, "session.open"), sessionResult(2, nil))
+	for range 2 {
+		frame := peer.next(wire.Request)
+		if frame.Token != tokenOf(2) {
+			t.Errorf("sent with %v", frame.Token)
+		}
+		peer.sendWith(wire.Response, frame.Stream, "done", frame.Token, 0)
+	}
+	one.succeeds("done")
+	two.succeeds("done")
+	peer.none()
+}
+
+func TestUnknownSessionIsReportedTheSecondTimeAndDelaysGrow(t *testing.T) {
+	client, peer := openedWith(t, Options{}, sessionResult(1, nil))
+	delay := 50 * time.Millisecond
+	for number := byte(2); number < 5; number++ {
+		call := begin(t, client.Session, "work", nil)
+		peer.fail(peer.request("work"), Unauthenticated, unknown())
+		peer.server.clock.awaitTimer(t, delay)
+		peer.respond(peer.soon(wire.Request, "session.open"), sessionResult(number, nil))
+		peer.fail(peer.request("work"), Unauthenticated, unknown())
+		call.fails(Unauthenticated)
+		delay *= 2
+	}
+}
+
+func TestUnknownSessionWithoutCredentialsIsReported(t *testing.T) {
+	server := newFakeServer(t)
+	client := server.client(Options{NoSession: true})
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := server.accept()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), Unauthenticated, unknown())
+	call.fails(Unauthenticated)
+	peer.none()
+}
+
+func TestUnknownSessionThatOnlyHandlesCallsIsOpenedAgain(t *testing.T) {
+	client, peer := openedWith(t, Options{}, sessionResult(1, nil))
+	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return nil, nil })
+	peer.finish(newTLSError(TLSTruncated, nil))
+	peer = peer.server.reconnected()
+	peer.fail(peer.request("session.handle"), Unauthenticated, unknown())
+	peer.respond(peer.soon(wire.Request, "session.open"), sessionResult(2, nil))
+	if registered := peer.request("session.handle"); registered.token != tokenOf(2) {
+		t.Errorf("registered with %v", registered.token)
+	}
+}
+
 func TestSessionOfAnotherCertificateIsOpenedAgain(t *testing.T) {
 	client, peer := openedWith(t, Options{Credentials: ClientCertificate("ada")}, refreshable(1))
 	call := begin(t, client.Session, "work", nil)

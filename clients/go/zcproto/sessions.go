@@ -48,7 +48,7 @@ type sessions struct {
 	usableUntil time.Duration // calls can be sent until then; after that, waitUntilUsable
 
 	isRequired        bool
-	unknownToken      wire.Token // was refused with UNAUTHENTICATED
+	refusedToken      wire.Token // was refused with UNAUTHENTICATED
 	endedBy           *Error
 	renewing          *task
 	previousToken     wire.Token  // before the last refresh
@@ -57,7 +57,10 @@ type sessions struct {
 	timer             timer // of the next refresh
 	refreshedEarlyAt  time.Duration
 	notBefore         time.Duration // of the next renewal
-	backoff           *backoff      // of sessions that expire at once
+	delayedBecause    string
+	backoff           *backoff // of sessions that expire at once
+	reopenings        *backoff // of sessions that replace unknown ones
+	openedAt          time.Duration
 	checkedRevocation revocation
 	keepTimer         timer // of a session with handlers
 	keepInterval      time.Duration
@@ -80,6 +83,7 @@ func newSessions(mu *sync.Mutex, clock clock, random func() float64, credentials
 	s := &sessions{
 		mu: mu, clock: clock, random: random, credentials: credentials, clientName: clientName,
 		usableUntil: forever, refreshedEarlyAt: never, notBefore: never, backoff: newBackoff(random),
+		reopenings: newBackoff(random), openedAt: never,
 		keepInterval: minRefreshInterval,
 	}
 	s.closing, s.cancel = context.WithCancelCause(context.Background())
@@ -101,7 +105,7 @@ func (s *sessions) require() error {
 	}
 	s.isRequired = true
 	s.endedBy = nil
-	if s.session != nil && s.token == s.unknownToken {
+	if s.session != nil && s.token == s.refusedToken {
 		s.session = nil
 		s.token = wire.Token{}
 	}
@@ -131,12 +135,18 @@ func (s *sessions) waitUntilUsable(ctx context.Context) error {
 // problem returns why the renewal takes its time, or "".
 func (s *sessions) problem() string {
 	if s.clock.now() < s.notBefore {
-		return "the server opens only expired sessions; report it to its operator"
+		return s.delayedBecause
 	}
 	if login, ok := s.credentials.(*schemeLogin); ok && login.isFetching {
 		return "the function of LoginWith has not returned"
 	}
 	return ""
+}
+
+func (s *sessions) delayRenewal(until time.Duration, reason string) {
+	if until > s.notBefore {
+		s.notBefore, s.delayedBecause = until, reason
+	}
 }
 
 // touch records that a call uses the token now.
@@ -155,20 +165,22 @@ func (s *sessions) expired(token wire.Token) {
 	}
 }
 
-// reopen handles a token that belongs to another certificate. It returns false for credentials without one.
-func (s *sessions) reopen(token wire.Token) bool {
-	if s.credentials == nil || !s.credentials.canReopen() {
-		return false
+// reopen handles a token that belongs to another certificate, or that the server does not know: the refresh token is of no use
+// then. A store that has lost its sessions gets the logins of all clients, so these wait for a random time.
+func (s *sessions) reopen(token wire.Token, err *Error) {
+	if token != s.token || s.session == nil {
+		return
 	}
-	if token == s.token && s.session != nil {
-		s.session.dropRefreshToken()
-		s.expired(token)
+	if isUnknownToken(err) {
+		now := s.clock.now()
+		if now-s.openedAt >= stableAfter {
+			s.reopenings.reset()
+		}
+		s.delayRenewal(now+s.reopenings.next(0), "the server has lost its sessions; report it to its operator")
 	}
-	return true
+	s.session.dropRefreshToken()
+	s.expired(token)
 }
-
-// unknown handles UNAUTHENTICATED for a token. It stays in use until the application asks for a session.
-func (s *sessions) unknown(token wire.Token) { s.unknownToken = token }
 
 // revoked handles TOKEN_REVOKED or SESSION_REPLACED for a token.
 func (s *sessions) revoked(token wire.Token, err *Error) {

@@ -21,7 +21,7 @@ func (s *sessions) present(c *connection) (await func()) {
 	refused := func(err error) {
 		var refused *Error
 		if errors.As(err, &refused) {
-			s.refused(token, refused)
+			s.shownRefused(token, refused)
 		} // otherwise the connection has ended, and the next one gets the token
 	}
 	if s.needsAttach(c) {
@@ -164,34 +164,54 @@ func (s *sessions) beginAttach(c *connection, token wire.Token) (*attachment, er
 	return attaching, nil
 }
 
-// attachFor attaches the session for a call that was refused, if token and connection are still in use. It returns false
-// without a device.
-func (s *sessions) attachFor(ctx context.Context, c *connection, token wire.Token) (bool, error) {
-	if s.device() == nil {
-		return false, nil
-	}
+// attachFor attaches the session of a device for a call that was refused, if token and connection are still in use.
+func (s *sessions) attachFor(ctx context.Context, c *connection, token wire.Token) error {
 	if token != s.token || !c.ready() {
-		return true, nil
+		return nil
 	}
 	attaching, err := s.beginAttach(c, token)
 	if err == nil {
 		err = attaching.await(ctx, s.mu)
 	}
 	if isClosed(err) {
-		return true, nil
+		return nil
 	}
-	return true, err
+	return err
 }
 
-// refused handles the error of a request that only shows the token.
+// refusal returns what the next step depends on after a request with a token was refused.
+func (s *sessions) refusal(err *Error, token wire.Token, done [attach + 1]bool) refusal {
+	age := presentToken
+	switch {
+	case token == wire.Token{}:
+		age = noToken
+	case token != s.token && !s.hasEnded():
+		age = earlierToken
+	}
+	return refusal{
+		err: err, token: age, done: done, canReopen: s.credentials != nil, hasDevice: s.device() != nil,
+		isCertificate: s.credentials != nil && s.credentials.canReopen(),
+	}
+}
+
+// shownRefused handles the error of a request that only shows the token.
+func (s *sessions) shownRefused(token wire.Token, err *Error) {
+	switch s.refusal(err, token, [attach + 1]bool{}).next() {
+	case reopen:
+		s.reopen(token, err)
+		s.keep()
+	case renew:
+		s.expired(token)
+	default:
+		s.refused(token, err)
+	}
+}
+
+// refused handles an error that is reported to the application.
 func (s *sessions) refused(token wire.Token, err *Error) {
 	switch {
-	case whatNext(err) == reopen:
-		s.reopen(token)
 	case err.Code == Unauthenticated:
-		s.unknown(token)
-	case err.Code == TokenExpired:
-		s.expired(token)
+		s.refusedToken = token // it stays in use until the application asks for a session
 	case endsSession(err.Code):
 		s.revoked(token, err)
 	}
