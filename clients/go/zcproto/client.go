@@ -279,18 +279,23 @@ func (s *shared) remove(session *Session) {
 	}
 }
 
-// show shows all sessions on a further connection. The function that it returns waits for the answers.
-func (s *shared) show(c *connection) (await func()) {
+// show shows all sessions on a further connection. The function that it returns waits for the answers, and returns whether the server
+// has accepted a session, unless there is none to accept.
+func (s *shared) show(c *connection) (await func() bool) {
 	var waits []func()
 	for _, each := range s.all {
 		if each.sessions.renewing == nil {
 			waits = append(waits, each.sessions.present(c))
 		}
 	}
-	return func() {
+	return func() bool {
 		for _, wait := range waits {
 			wait()
 		}
+		now := s.clock.now()
+		return c.conv.HasSession() || !slices.ContainsFunc(s.all, func(each *Session) bool {
+			return each.sessions.session != nil && now < each.sessions.usableUntil
+		})
 	}
 }
 

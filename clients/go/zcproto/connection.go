@@ -57,6 +57,8 @@ type connection struct {
 	timerAt             time.Duration
 	deadlineTimer       timer // of the first deadline among pending
 	deadlineAt          time.Duration
+	silenceTimer        timer // while it runs, silenceAt is when to look whether the server hangs
+	silenceAt           time.Duration
 }
 
 // pendingCall is a request in flight. done gets one value when it is answered.
@@ -92,7 +94,7 @@ func newConnection(
 		welcomed:   make(chan struct{}),
 		ended:      make(chan struct{}),
 		released:   make(chan struct{}),
-		timerAt:    forever, deadlineAt: forever,
+		timerAt:    forever, deadlineAt: forever, silenceAt: forever,
 	}
 	link.onSent(c.sent)
 	return c
@@ -164,11 +166,16 @@ func (c *connection) pauseReading(pause time.Duration) {
 }
 
 func (c *connection) received(data []byte) {
+	wasSilent := c.conv.IsSilent()
 	for _, event := range c.conv.Receive(data, c.instant()) {
 		c.handle(&event)
 		if c.failure != nil {
 			return
 		}
+	}
+	if wasSilent {
+		c.watch()
+		c.owner.heard(c)
 	}
 	c.wakeWaiters()
 	c.settle()
@@ -365,6 +372,11 @@ func (c *connection) deadlinePassed() {
 	next := forever
 	for _, call := range c.pending {
 		if call.deadline <= now {
+			if c.owner.hasOther() {
+				c.conv.DoubtServer(c.instant())
+				c.silenceAt = forever // look again, maybe earlier
+				c.watch()
+			}
 			c.abandon(call, errDeadline())
 		} else {
 			next = min(next, call.deadline)
@@ -373,6 +385,32 @@ func (c *connection) deadlinePassed() {
 	if c.failure == nil {
 		c.setDeadlineTimer(next)
 		c.flush()
+	}
+}
+
+// watch looks from time to time whether the server hangs with requests in flight, if there is another one to go to.
+func (c *connection) watch() {
+	if c.silenceAt != forever || c.failure != nil || !c.owner.hasOther() {
+		return
+	}
+	at, isWatched := c.conv.CheckSilence(c.link.unsent(), c.instant())
+	switch {
+	case isWatched:
+		c.silenceAt = at
+		if c.silenceTimer != nil {
+			c.silenceTimer.Stop()
+		}
+		c.silenceTimer = c.clock.afterFunc(at-c.clock.now(), func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if c.silenceAt == at {
+				c.silenceAt = forever
+				c.watch()
+				c.flush()
+			}
+		})
+	case c.conv.IsSilent():
+		c.owner.silent(c)
 	}
 }
 
@@ -391,8 +429,12 @@ func (c *connection) close(reason string) {
 
 // abort resets the connection, like a network failure.
 func (c *connection) abort() {
+	c.reset(&ClosedError{Reason: string(TLSConnectionReset), Cause: newTLSError(TLSConnectionReset, nil)})
+}
+
+func (c *connection) reset(failure *ClosedError) {
 	if !c.isShut {
-		c.end(&ClosedError{Reason: string(TLSConnectionReset), Cause: newTLSError(TLSConnectionReset, nil)})
+		c.end(failure)
 	}
 	c.isShut = true
 	c.link.reset()
@@ -413,7 +455,7 @@ func (c *connection) end(failure *ClosedError) {
 	}
 	c.failure = failure
 	c.conv.End()
-	for _, timer := range []timer{c.timer, c.deadlineTimer} {
+	for _, timer := range []timer{c.timer, c.deadlineTimer, c.silenceTimer} {
 		if timer != nil {
 			timer.Stop()
 		}

@@ -44,6 +44,7 @@ type connections struct {
 
 	current      *connection // for new calls
 	further      *further
+	beside       *besideAttempt
 	lastError    error // of the last attempt
 	all          []*connection
 	connecting   *task
@@ -115,10 +116,10 @@ func (c *connections) connect() error {
 	startsUntil := c.clock.now() + c.startTimeout
 	isStarting := false
 	for {
-		if err := c.pause(c.endpoints.firstDue() - c.clock.now()); err != nil {
+		if err := c.pause(c.closing, c.endpoints.firstDue(Endpoint{})-c.clock.now()); err != nil {
 			return err
 		}
-		connection, err := c.round()
+		connection, err := c.round(c.closing, Endpoint{})
 		switch {
 		case c.isClosed:
 			if err == nil {
@@ -142,7 +143,7 @@ func (c *connections) connect() error {
 			continue
 		}
 		starting := c.endpoints.count((*endpointState).mayBeStarting)
-		if permanent > 0 || starting == 0 || c.endpoints.firstDue() >= startsUntil {
+		if permanent > 0 || starting == 0 || c.endpoints.firstDue(Endpoint{}) >= startsUntil {
 			return err
 		}
 		if c.endpoints.count((*endpointState).isRefused) > 0 && !isStarting {
@@ -172,10 +173,10 @@ func isOwnFault(err error) bool {
 }
 
 // pause waits without the mutex, unless the client is closed.
-func (c *connections) pause(delay time.Duration) error {
+func (c *connections) pause(ctx context.Context, delay time.Duration) error {
 	if delay > 0 {
 		c.mu.Unlock()
-		err := sleep(c.closing, c.clock, delay)
+		err := sleep(ctx, c.clock, delay)
 		c.mu.Lock()
 		if err != nil {
 			return errClientClosed()
@@ -191,6 +192,95 @@ func (c *connections) rest(state *endpointState, retryAfter time.Duration) {
 		delay = min(delay, maxStartDelay)
 	}
 	state.restsUntil = max(state.restsUntil, addTime(c.clock.now(), retryAfter+delay))
+}
+
+// --- servers that hang ---------------------------------------------------------------------------------------------------
+
+// besideAttempt connects to another endpoint beside a connection whose server hangs.
+type besideAttempt struct {
+	old    *connection
+	cancel context.CancelFunc
+}
+
+// hasOther returns whether there is more than one server to connect to.
+func (c *connections) hasOther() bool {
+	return len(c.endpoints.known) > 1 || len(c.endpoints.addresses) > 1
+}
+
+// silent handles a connection whose server hangs: the client connects to another one. A connection that only finishes its calls is
+// lost, if that for new calls leads to another server.
+func (c *connections) silent(connection *connection) {
+	switch {
+	case c.isClosed || c.beside != nil:
+	case connection == c.current:
+		ctx, cancel := context.WithCancel(c.closing)
+		c.beside = &besideAttempt{old: connection, cancel: cancel}
+		c.late.Add(1)
+		go c.connectBeside(ctx, c.beside)
+	case c.current != nil && c.current.endpoint != connection.endpoint && !c.current.conv.IsSilent():
+		c.lose(connection)
+	}
+}
+
+// heard gives up the attempt beside a connection that is not silent any more, or has ended.
+func (c *connections) heard(connection *connection) {
+	if c.beside != nil && c.beside.old == connection {
+		c.beside.cancel()
+	}
+}
+
+func (c *connections) connectBeside(ctx context.Context, attempt *besideAttempt) {
+	defer c.late.Done()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer func() {
+		attempt.cancel()
+		c.beside = nil
+	}()
+	old := attempt.old
+	for c.pause(ctx, c.endpoints.firstDue(old.endpoint)-c.clock.now()) == nil {
+		connection, err := c.round(ctx, old.endpoint)
+		if err != nil {
+			if ctx.Err() != nil || isOwnFault(err) || c.endpoints.count((*endpointState).isPermanent) >= len(c.endpoints.known)-1 {
+				return
+			}
+			continue
+		}
+		connection.isFurther = true // until it is that for new calls
+		show := c.further.onOpened(connection)
+		connection.flush()
+		isShown := show()
+		switch {
+		case ctx.Err() != nil || c.current != old:
+			connection.close("the first server answers again")
+			return
+		case isShown && connection.isOpen():
+			c.move(old, connection)
+			return
+		}
+		connection.close("the server does not accept the session")
+		c.rest(c.endpoints.of(connection.endpoint), 0)
+	}
+}
+
+// move uses another connection in place of one whose server hangs. All connections to that server which are silent count as lost.
+func (c *connections) move(old, other *connection) {
+	c.leave(old, errSilent(old.endpoint), 0)
+	other.isFurther = false
+	c.adopt(other)
+	for _, connection := range slices.Clone(c.all) {
+		if connection.endpoint == old.endpoint && connection.conv.IsSilent() {
+			c.lose(connection)
+		}
+	}
+}
+
+func (c *connections) lose(connection *connection) {
+	connection.reset(&ClosedError{Reason: "the server does not answer", Cause: errSilent(connection.endpoint)})
+}
+
+func errSilent(endpoint Endpoint) *ConnectError {
+	return &ConnectError{Reason: fmt.Sprintf("%s: the server does not answer", endpoint.address())}
 }
 
 // --- notifications of connections, with the mutex ------------------------------------------------------------------------
@@ -238,6 +328,7 @@ func errGoingAway(endpoint Endpoint) *ConnectError {
 
 func (c *connections) connectionEnded(connection *connection, failure *ClosedError) {
 	c.further.discard(connection)
+	c.heard(connection) // no call waits for it
 	if connection == c.current {
 		c.current = nil
 		c.lastError = failure

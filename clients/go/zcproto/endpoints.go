@@ -117,12 +117,14 @@ func (e *endpoints) forget(address address, except []netip.Addr) {
 	})
 }
 
-// firstDue returns when the first endpoint can be tried. An address that was not resolved yet can be tried at any time.
-func (e *endpoints) firstDue() time.Duration {
+// firstDue returns when the first endpoint but one can be tried. An address that was not resolved yet can be tried at any time.
+func (e *endpoints) firstDue(except Endpoint) time.Duration {
 	first := forever
 	isKnown := map[address]bool{}
 	for endpoint, state := range e.known {
-		first = min(first, state.restsUntil)
+		if endpoint != except {
+			first = min(first, state.restsUntil)
+		}
 		isKnown[endpoint.address()] = true
 	}
 	if len(isKnown) < len(e.addresses) {

@@ -212,7 +212,7 @@ func (s *fakeServer) clientOf(text string, options Options) *Client {
 		return s.dial(ctx, owner, endpoint, onTCP)
 	}
 	opened := owner.further.onOpened
-	owner.further.onOpened = func(connection *connection) func() {
+	owner.further.onOpened = func(connection *connection) func() bool {
 		s.further <- connection.link.(*fakeConnection)
 		return opened(connection)
 	}

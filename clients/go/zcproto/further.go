@@ -14,7 +14,7 @@ type further struct {
 	owner *connections
 	most  int // beside the current one
 	// onOpened shows the sessions on a connection; the function that it returns waits for the answers.
-	onOpened func(*connection) (await func())
+	onOpened func(*connection) (await func() bool)
 
 	usedAt       map[*connection]time.Duration
 	isConnecting bool

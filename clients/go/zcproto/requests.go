@@ -62,6 +62,9 @@ func (c *connection) sentRequest(call *pendingCall, number uint32, deadline time
 	call.conn, call.number, call.deadline = c, number, deadline
 	call.isDone, call.err, call.onResponse = false, nil, nil
 	c.pending[number] = call
+	if c.silenceAt == forever {
+		c.watch()
+	}
 	if deadline < c.deadlineAt {
 		c.setDeadlineTimer(deadline)
 	}

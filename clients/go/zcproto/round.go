@@ -21,6 +21,7 @@ const (
 type round struct {
 	owner    *connections
 	ctx      context.Context
+	except   Endpoint     // is not tried
 	outcomes chan outcome // has room for all
 	order    []address
 	found    map[address][]Endpoint // of the addresses that were resolved; nil for those that cannot be
@@ -41,12 +42,12 @@ type outcome struct {
 	err        error
 }
 
-// round returns a connection that has received WELCOME and not GOAWAY, or the error of the endpoints. It releases the mutex
-// meanwhile.
-func (c *connections) round() (*connection, error) {
-	ctx, cancel := context.WithCancel(c.closing)
+// round returns a connection that has received WELCOME and not GOAWAY, or the error of the endpoints. It tries all but one; the zero
+// Endpoint excepts none. It releases the mutex meanwhile.
+func (c *connections) round(ctx context.Context, except Endpoint) (*connection, error) {
+	ctx, cancel := context.WithCancel(ctx)
 	r := &round{
-		owner: c, ctx: ctx, outcomes: make(chan outcome, maxAddresses+2*maxEndpoints), order: c.endpoints.nextOrder(),
+		owner: c, ctx: ctx, except: except, outcomes: make(chan outcome, maxAddresses+2*maxEndpoints), order: c.endpoints.nextOrder(),
 		found: map[address][]Endpoint{}, beginsAt: forever, tried: map[Endpoint]bool{}, nextAt: never,
 	}
 	defer func() {
@@ -112,7 +113,7 @@ func (r *round) await(d time.Duration) (*outcome, error) {
 func (r *round) next(now time.Duration) (next Endpoint, due time.Duration, isAny bool) {
 	e := r.owner.endpoints
 	first := r.order[0]
-	isSticky := e.isSticky(now)
+	isSticky := e.used != r.except && e.isSticky(now)
 	if isSticky {
 		first = e.used.address()
 	}
@@ -122,7 +123,7 @@ func (r *round) next(now time.Duration) (next Endpoint, due time.Duration, isAny
 	rests := forever
 	for _, address := range r.order {
 		for _, endpoint := range r.found[address] {
-			if r.tried[endpoint] {
+			if r.tried[endpoint] || endpoint == r.except {
 				continue
 			}
 			if isSticky && endpoint == e.used {

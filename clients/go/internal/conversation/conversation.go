@@ -96,6 +96,7 @@ type Conversation struct {
 	calls     serverCalls
 	open      int // streams of items in flight
 	keepalive keepalive
+	silence   silence
 	flood     floodLimit
 }
 
@@ -116,6 +117,7 @@ func New(settings Settings) *Conversation {
 		requests:  newRequests(),
 		calls:     newServerCalls(),
 		keepalive: newKeepalive(),
+		silence:   silence{pingAt: never},
 	}
 }
 
@@ -158,6 +160,7 @@ func (c *Conversation) Receive(data []byte, now Instant) []Event {
 	if c.state == Closed {
 		return nil
 	}
+	c.silence.heard(now.Mono)
 	if fault := c.receive(data, now); fault != nil {
 		c.end(fault.Code, fault.Reason)
 	}
@@ -507,6 +510,7 @@ func (c *Conversation) send(kind wire.Kind, stream uint32, token wire.Token, bod
 		Token:     token,
 		Body:      body,
 	}
+	c.silence.sent += wire.HeaderSize + len(body)
 	c.out = frame.Append(c.out)
 }
 

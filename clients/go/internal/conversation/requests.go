@@ -181,6 +181,9 @@ func (c *Conversation) request(
 }
 
 func (c *Conversation) sendRequest(kind wire.Kind, method string, token wire.Token, body []byte, now Instant) uint32 {
+	if len(c.requests.inFlight) == 0 {
+		c.silence.heardAt = max(c.silence.heardAt, now.Mono)
+	}
 	number := c.requests.freeNumber()
 	made := request{token: token}
 	if method == sessionOpen || method == sessionRefresh {
