@@ -22,7 +22,7 @@ from bench.scenarios.sessions import open_session
 from bench.stage import HOST
 from zcproto.client.client import Client
 from zcproto.client.options import ConnectOptions
-from zcproto.client.retry import Backoff, Then, retry_after_ms, what_next
+from zcproto.client.retry import Backoff, Step, Then, retry_after_ms, what_next
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import CallError, ZcprotoError
 from zcproto.load.caller import Caller, LoadTarget
@@ -72,9 +72,9 @@ class Staying(Client):
         super().__init__(address, options)
         self._retried = retried
 
-    async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
+    async def _wait(self, step: Step, error: ZcprotoError) -> None:
+        await super()._wait(step, error)
         self._retried[cause_of(error)] += 1
-        await super()._wait(delay, error, deadline)
 
 
 class Visitor(Caller):

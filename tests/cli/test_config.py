@@ -70,9 +70,7 @@ def test_check_includes_the_environment(home: Path, capsys: Capture, monkeypatch
     assert capsys.readouterr().err.startswith('server.port = "x" (ZCPROTO_SERVER__PORT): must be')
 
 
-def test_check_includes_the_home_folder(
-    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_includes_the_home_folder(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     home.mkdir()
     home.chmod(0o777)
     (home / "config.toml").touch()

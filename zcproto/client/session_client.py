@@ -373,8 +373,7 @@ class SessionClient:
         left = deadline - self._loop.time()
         await self._wait(attempt.after_loss(is_repeatable=is_repeatable, left=left), error)
 
-    @staticmethod
-    async def _wait(step: Step, error: ZcprotoError) -> None:
+    async def _wait(self, step: Step, error: ZcprotoError) -> None:
         """Wait before a retry, or raise the error without one."""
         if step.then is Then.RAISE:
             raise error

@@ -189,7 +189,9 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             check_key(context, session)
         user = "" if session is None else session.user
         with state.refreshing(context.caller, id_of(refresh_token[:FAMILY_SIZE])):
-            opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer, user=user)
+            opened = await state.sessions.refresh(
+                refresh_token, client=client, address=context.peer, user=user
+            )
             log_event("session.refreshed", context.caller, opened.session, client=client)
             return answer_tokens(context.caller, opened)
 

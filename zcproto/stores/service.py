@@ -411,9 +411,9 @@ class StoredSessionService(SessionService):
         # Also if it is remembered as ended: a failover may have lost that.
         if user is not None and self.sync.pending.unverified(user) >= registry.settings.per_user:
             self.sync.breaker.check()  # no user has more sessions
-        ended = await self._write(Revocation(wall, raw, user, is_unverified=user is not None))
-        registry.revoked += len(ended or ())
-        return ended is None or bool(ended)
+        found = await self._write(Revocation(wall, raw, user, is_unverified=user is not None))
+        registry.revoked += len(found or ())
+        return found is None or bool(found)
 
     async def revoke_user(
         self, user: str, reason: EndReason, suppress_event: SuppressEvent = _WITH_EVENT
