@@ -135,9 +135,9 @@ func (s *sessions) afterRefusal(err *Error, method string, c *connection, renewa
 	case step == attach && isFirst && s.device() != nil:
 		_ = s.attachFor(s.closing, c, s.token) // the next answer reports its error, too
 		return true, nil
-	case method == "session.refresh" && s.opensInstead(err):
+	case method == "session.refresh" && s.opensInstead(err, renewal.must):
 		renewal.must = true
-		return true, nil
+		return true, s.pause(max(0, s.notBefore-s.clock.now()))
 	case !renewal.must && !endsSession(err.Code):
 		s.setTimer(s.nextRefreshAttempt())
 		return false, nil
@@ -179,11 +179,17 @@ func (s *sessions) nextRequest(c *connection, now time.Duration) (string, map[st
 	return "session.open", params, nil
 }
 
-// opensInstead returns whether to open a session, because the refresh token has expired, may be spent, or belongs to the
-// previous certificate.
-func (s *sessions) opensInstead(err *Error) bool {
-	isOtherCertificate := s.refusal(err, s.token, [attach + 1]bool{}).next() == reopen
-	if err.Code != TokenExpired && !mayHaveRun(err.Code) && !isOtherCertificate {
+// opensInstead returns whether to open a session, because the refresh token has expired, may be spent, belongs to the previous
+// certificate, or is unknown when the token is no longer valid.
+func (s *sessions) opensInstead(err *Error, must bool) bool {
+	step := s.refusal(err, s.token, [attach + 1]bool{}).next()
+	switch {
+	case err.Code == Unauthenticated && (step == report || isUnknownToken(err)):
+		if !must || s.credentials == nil {
+			return false
+		}
+		s.delayReopening()
+	case step != reopen && err.Code != TokenExpired && !mayHaveRun(err.Code):
 		return false
 	}
 	if s.session != nil {

@@ -357,6 +357,17 @@ func TestUnknownSessionIsReportedTheSecondTimeAndDelaysGrow(t *testing.T) {
 	}
 }
 
+func TestSessionIsOpenedIfItsRefreshTokenIsUnknownAndItsTokenHasExpired(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	peer.fail(peer.request("session.refresh"), Unauthenticated, nil)
+	peer.server.clock.awaitTimer(t, 50*time.Millisecond)
+	peer.respond(peer.soon(wire.Request, "session.open"), sessionResult(2, nil))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
 func TestUnknownSessionWithoutCredentialsIsReported(t *testing.T) {
 	server := newFakeServer(t)
 	client := server.client(Options{NoSession: true})

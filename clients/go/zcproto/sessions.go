@@ -172,14 +172,18 @@ func (s *sessions) reopen(token wire.Token, err *Error) {
 		return
 	}
 	if isUnknownToken(err) {
-		now := s.clock.now()
-		if now-s.openedAt >= stableAfter {
-			s.reopenings.reset()
-		}
-		s.delayRenewal(now+s.reopenings.next(0), "the server has lost its sessions; report it to its operator")
+		s.delayReopening()
 	}
 	s.session.dropRefreshToken()
 	s.expired(token)
+}
+
+func (s *sessions) delayReopening() {
+	now := s.clock.now()
+	if now-s.openedAt >= stableAfter {
+		s.reopenings.reset()
+	}
+	s.delayRenewal(now+s.reopenings.next(0), "the server has lost its sessions; report it to its operator")
 }
 
 // revoked handles TOKEN_REVOKED or SESSION_REPLACED for a token.
