@@ -81,15 +81,23 @@ def test_processes_serve_and_drain_on_one_signal(server: ServerProcess, key: str
 
 
 PLACE = """
+import asyncio
 import os
 
 from zcproto.app.app import App
+from zcproto.app.context import Context
 
 app = App()
 
 @app.method("pid")
 def pid():
     return os.getpid()
+
+@app.method("send.events")
+async def send_events(context: Context):
+    while context.send_event("tick", 1):
+        await asyncio.sleep(0.001)
+    return "not sent"
 """
 
 
@@ -123,6 +131,25 @@ def test_killed_worker_loses_its_own_connections_alone(placed: ServerProcess, ke
     assert pids(placed)["2"] == before["2"]
     (line,) = placed.events("worker.ended")
     assert (line["worker"], line["reason"], line["retry_after_s"]) == ("1", "SIGKILL", 0.0)
+
+
+def test_refresh_in_one_worker_suspends_the_session_in_another_which_lists_it(
+    placed: ServerProcess, key: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = one_in_each(placed, key, stack)
+        owner = next(client for client in clients.values() if client.opened)
+        (other,) = (client for client in clients.values() if client is not owner)
+        other.send(other.request("send.events"))
+        other.event()
+        for client in (owner, other):
+            (listed,) = client.call("session.list", stream=9_999)
+            assert len(listed["connections"]) >= 2
+            assert {each["address"] for each in listed["connections"]} == {"127.0.0.1"}
+        params = {"refresh_token": owner.opened["refresh_token"]}
+        owner.token = owner.call("session.refresh", params, token=bytes(32))["token"]
+        assert other.answer().value == "not sent"
+        assert other.refused("pid").code == Code.TOKEN_REVOKED
 
 
 def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(

@@ -16,7 +16,8 @@ from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server_sessions import ROTATION_GRACE_S
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ConnectionClosed
-from zcproto.server.protocol_methods import LISTED_CONNECTIONS, session_methods
+from zcproto.server.protocol_methods import session_methods
+from zcproto.server.state import LISTED_CONNECTIONS
 from zcproto.sessions import SessionSettings
 from zcproto.sessions.record import SessionRecord
 from zcproto.wire.frame import (

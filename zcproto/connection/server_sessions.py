@@ -117,13 +117,11 @@ class ServerSessions(ServerOutput):
         """Return whether a session accepted here is still used here, with the same valid token."""
         known = self.sessions.get(session.id)
         return (
-            known is not None and self._has_shown(known, token) and self.registry.check_again(session, wall)
+            known is not None
+            and known.token == token
+            and known.cut_at == NEVER
+            and self.registry.check_again(session, wall)
         )
-
-    @staticmethod
-    def _has_shown(known: JoinedSession, token: bytes) -> bool:
-        """Return whether a session is used here with this token, and not suspended."""
-        return known.token == token and known.cut_at == NEVER
 
     def _next_check(self, session: Session, wall: int) -> int:
         """Return until when frames with the token of a session, used now, are accepted."""
@@ -160,10 +158,8 @@ class ServerSessions(ServerOutput):
         return found if self._is_accepted(wall) else None
 
     def _set_aside(self) -> None:
-        """Keep the last accepted token while its session has it, as another one takes its place."""
-        session = self._session
-        known = None if session is None else self.sessions.get(session.id)
-        if known is not None and known.token == self._token:
+        """Keep the last accepted token, as another one takes its place. Its session has it: `_forget_token_of`."""
+        if self._session is not None:
             if self._others is None:
                 self._others = {}
             rules = self._rules or self._new_rules()
@@ -187,7 +183,7 @@ class ServerSessions(ServerOutput):
         if isinstance(session, Code):
             return refusals.of_token(session, is_closed=registry.closed)
         known = self.sessions.get(session.id)
-        is_known = known is not None and self._has_shown(known, token)
+        is_known = known is not None and known.token == token and known.cut_at == NEVER
         if not is_known and self.edge is not None and not self.edge.admits(session):
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
@@ -267,7 +263,7 @@ class ServerSessions(ServerOutput):
             self.deadline_moved = True
 
     def _forget_token_of(self, session_id: str) -> None:
-        """Drop what is kept of the token that a session had here."""
+        """Drop what is kept of the token that a session had here: no other frame with it may be accepted."""
         known = self.sessions.get(session_id)
         if known is None:
             return

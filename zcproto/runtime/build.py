@@ -79,7 +79,7 @@ from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.request_limits import RequestLimits, RequestSettings
-from zcproto.server.state import ServerState, SessionConnections, log
+from zcproto.server.state import ConnectionsElsewhere, ServerState, SessionConnections, log
 from zcproto.server.threads import ThreadLimits, ThreadPool
 from zcproto.server.traced_protocol import TracedProtocol
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
@@ -122,6 +122,8 @@ class WorkerRole:
     """The prefix of connection ids; None for a random one."""
     whole: Callable[[Parts], Whole] | None = None
     """Makes, of the parts of this process, what reports the figures of all."""
+    connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
+    """Makes, of the state of this process, what finds the connections of sessions in the others."""
 
 
 SINGLE: Final = WorkerRole()
@@ -323,6 +325,8 @@ def build_state(
     )
     if role.run is not None:
         state.run = role.run
+    if role.connections is not None:
+        state.connections_elsewhere = role.connections(state)
     if sync is not None:
         sync.on_reached = state.idempotency.store_reached
         changed = sync.leases.connection_changed

@@ -26,7 +26,7 @@ from zcproto.common.shared_counts import WorkerCounting
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import level, set_level
-from zcproto.runtime import joined_figures
+from zcproto.runtime import joined_connections, joined_figures
 from zcproto.runtime.alert_sources import on_store_event
 from zcproto.runtime.build import WorkerRole, build_alerts
 from zcproto.runtime.gone import report_gone
@@ -130,6 +130,7 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
     collector, whole = joined_figures.collect(
         server, topics, place, lambda: None if hub is None else hub.sessions
     )
+    joined_connections.serve(server, topics)
     await server.start()
     if hub is not None:
         # First of all, because the workers wait for it. A failure is reported when the server opens the store.
@@ -194,6 +195,7 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
             report_gone=partial(report_gone, client),
             run=f"{place.number:x}{system_entropy(_RUN_SIZE).hex()}",
             whole=whole,
+            connections=joined_connections.join(client, topics),
         )
         yield Joined(role, topics, client=client)
     finally:

@@ -22,7 +22,7 @@ from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.common.parameters import Signature
 from zcproto.common.roles import NO_ROLES, OPERATORS, Roles, roles_of
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
-from zcproto.server.state import ServerState, log
+from zcproto.server.state import LISTED_CONNECTIONS, ConnectionUses, ServerState, log
 from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, DEVICE_KEY, OPERATOR
@@ -34,9 +34,6 @@ CLIENT_MAX_LENGTH: Final = 128
 
 LISTED: Final = 1_000
 """Sessions in one answer: at most 500 KB, which every client accepts."""
-
-LISTED_CONNECTIONS: Final = 16
-"""Connections of one session in its description, the newest."""
 
 REVOKED_AT_ONCE: Final = 1_000
 
@@ -243,21 +240,18 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
 
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
-        return describe_info(registry.info(_session_of(context).id, context.wall()))
+        return describe_info(registry.info(_session_of(context).id, context.wall()), {})
 
     async def session_list(context: Context) -> list[dict[str, Any]]:
         """The sessions of this user, with `current` for the one that asks."""
         session = _session_of(context)
         sessions = await state.sessions.list(session.user)
-        return [{**describe_info(info), "current": info.id == session.id} for info in sessions]
+        elsewhere = await state.connections_elsewhere([info.id for info in sessions])
+        return [{**describe_info(info, elsewhere), "current": info.id == session.id} for info in sessions]
 
-    def describe_info(info: SessionInfo) -> dict[str, Any]:
-        used = (
-            (since, connection.peer)
-            for connection in state.session_connections.of(info.id)
-            if (since := connection.session_used_since(info.id)) is not None
-        )
-        newest = nlargest(LISTED_CONNECTIONS, used)
+    def describe_info(info: SessionInfo, elsewhere: ConnectionUses) -> dict[str, Any]:
+        uses = map(tuple, elsewhere.get(info.id, ()))
+        newest = nlargest(LISTED_CONNECTIONS, (*state.session_connections.uses(info.id), *uses))
         connections = [{"address": address, "since": since} for since, address in newest]
         return {**{name: getattr(info, name) for name in _SHOWN}, "connections": connections}
 

@@ -6,10 +6,11 @@ import asyncio
 import copy
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from heapq import nlargest
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -77,6 +78,20 @@ class Counters(ConnectionTotals):
     reloads: int = 0
     """Configurations applied while the server ran."""
     reloads_refused: int = 0
+
+
+ConnectionUses = Mapping[str, Sequence[tuple[int, str]]]
+"""By session, connections that use it: since when, in wall time, and the peer's address."""
+
+ConnectionsElsewhere = Callable[[Sequence[str]], Awaitable[ConnectionUses]]
+"""Returns the connections of sessions in the other processes of this server."""
+
+LISTED_CONNECTIONS: Final = 16
+"""Connections of one session in its description, the newest."""
+
+
+async def _no_processes(session_ids: Sequence[str]) -> ConnectionUses:
+    return {}
 
 
 class Connection(CallConnection, Protocol):
@@ -148,6 +163,17 @@ class SessionConnections:
             return ()
         return (*users,) if isinstance(users, set) else (users,)
 
+    def uses(self, session_id: str) -> list[tuple[int, str]]:
+        """Return the newest connections that use a session: since when, and the peer's address."""
+        return nlargest(
+            LISTED_CONNECTIONS,
+            (
+                (since, connection.peer)
+                for connection in self.of(session_id)
+                if (since := connection.session_used_since(session_id)) is not None
+            ),
+        )
+
     def remove(self, session_id: str) -> Sequence[Connection]:
         """Forget a session that has ended; return the connections that used it."""
         users = self.of(session_id)
@@ -163,6 +189,7 @@ class ServerState:
     registry: SessionRegistry
     sessions: SessionService
     session_connections: SessionConnections = field(default_factory=SessionConnections)
+    connections_elsewhere: ConnectionsElsewhere = _no_processes
     binding: SessionBinding = field(default_factory=SessionBinding)
     idempotency: IdempotencyCache
     wheel: DeadlineWheel
