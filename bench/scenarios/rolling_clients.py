@@ -73,8 +73,9 @@ class Staying(Client):
         self._retried = retried
 
     async def _wait(self, step: Step, error: ZcprotoError) -> None:
+        if step.then is Then.LATER:
+            self._retried[cause_of(error)] += 1
         await super()._wait(step, error)
-        self._retried[cause_of(error)] += 1
 
 
 class Visitor(Caller):

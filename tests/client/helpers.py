@@ -198,6 +198,7 @@ class ServerLink(asyncio.Transport):
         self.requests: list[ReceivedRequest] = []
         self.cancelled: list[int] = []
         self.pings: list[float] = []
+        self.answers_pings = True
         self.last_counter = 0
         self.ended = ""
         self.gone = False
@@ -326,7 +327,7 @@ class ServerLink(asyncio.Transport):
                 self.cancelled.append(stream)
             elif head == PING:
                 self.pings.append(now())
-                if self.server.answers_pings:
+                if self.server.answers_pings and self.answers_pings:
                     self.send(PONG)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.client.helpers import (
+    STREAMS,
     ScriptedServer,
     client_of_all,
     cut,
@@ -23,7 +24,8 @@ from tests.client.helpers import (
 from zcproto.client.address import Address, Endpoint
 from zcproto.client.client import Client
 from zcproto.client.endpoints import ATTEMPT_DELAY, HANDSHAKE_DELAY, MAX_START_DELAY, STABLE_AFTER
-from zcproto.errors import CannotConnect, Code, ConfigError, ConnectionClosed, TlsError
+from zcproto.connection.silence import ANSWER_WITHIN, PING_AFTER
+from zcproto.errors import CannotConnect, Code, ConfigError, ConnectionClosed, DeadlineExceeded, TlsError
 
 REFUSED = CannotConnect("refused", refused=True)
 A, B, C = "a.example", "b.example", "c.example"
@@ -586,3 +588,239 @@ async def test_closing_a_client_ends_its_further_connections() -> None:
     assert all(link.ended for link in fleet[A].links)
     results = await asyncio.gather(*held, return_exceptions=True)
     assert [type(result) for result in results] == [ConnectionClosed] * 3
+
+
+# --- a silent server ---------------------------------------------------------------------------------
+
+SILENT_AT = PING_AFTER + ANSWER_WITHIN
+
+
+def freeze(server: ScriptedServer) -> None:
+    """Let a server answer nothing any more, as after SIGSTOP. Its connections stay open."""
+    server.answers_pings = False
+    server.act = silence  # type: ignore[method-assign,assignment]
+
+
+@scripted
+async def test_idempotent_call_moves_to_another_address_when_its_server_freezes() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        await client.call("echo")
+        freeze(fleet[A])
+        start = now()
+        assert await client.call("echo", x=1, idempotency_key="once") == {"x": 1}
+        assert where(client) == B
+        assert SILENT_AT <= now() - start < SILENT_AT + 0.5
+        (ping,) = fleet[A].link.pings
+        assert ping - start == pytest.approx(PING_AFTER, abs=0.2)
+        assert fleet[A].link.ended == "aborted"
+        shown = fleet[B].requests[0]
+        assert (shown.method, shown.token) == ("session.info", fleet[A].calls()[0].token)
+    assert fleet.dialled == {A: 1, B: 1}
+
+
+@scripted
+async def test_other_call_of_a_frozen_server_is_lost() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        with pytest.raises(ConnectionClosed, match="another address took over") as caught:
+            await client.call("echo")
+        assert not caught.value.clean
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert fleet.calls() == 2
+
+
+@scripted
+async def test_timeout_of_a_call_finds_out_about_a_frozen_server_earlier() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        start = now()
+        call = asyncio.create_task(client.call("echo", x=1, idempotency_key="once"))
+        with pytest.raises(DeadlineExceeded):
+            await client.call("echo", timeout=1.5)
+        assert await call == {"x": 1}
+        assert now() - start == pytest.approx(1.5 + ANSWER_WITHIN, abs=0.5)
+
+
+@scripted
+async def test_client_with_one_address_waits_for_a_frozen_server() -> None:
+    fleet = Fleet(A)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        with pytest.raises(DeadlineExceeded):
+            await client.call("echo", timeout=60)
+        assert fleet[A].link.pings == []
+        assert fleet.dialled == {A: 1}
+
+
+@scripted
+async def test_slow_server_that_answers_pings_keeps_its_clients() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        fleet[A].script("echo", silence)
+        with pytest.raises(DeadlineExceeded):
+            await client.call("echo", timeout=60)
+        assert len(fleet[A].link.pings) == pytest.approx(12, abs=1)
+        assert fleet.dialled == {A: 1}
+
+
+@scripted
+async def test_server_that_answers_first_keeps_its_client() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[B].script("session.info", silence)
+        call = asyncio.create_task(client.call("echo"))
+        await asyncio.sleep(SILENT_AT + 1)
+        assert [link.ended for link in fleet[B].links] == [""]
+        fleet[A].calls()[0].respond("late")
+        assert await call == "late"
+        fleet[B].requests[0].respond()
+        await asyncio.sleep(3)
+        assert where(client) == A
+        assert [link.ended for link in fleet[B].links] == ["closed"]
+
+
+@scripted
+async def test_connection_beside_is_dropped_while_its_session_is_shown() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[B].script("session.info", silence)
+        call = asyncio.create_task(client.call("echo"))
+        await asyncio.sleep(SILENT_AT + 1)
+        fleet[A].calls()[0].respond("late")
+        assert await call == "late"
+        slow = asyncio.create_task(client.call("echo"))
+        await asyncio.sleep(3)  # the silent connection is looked at again
+        assert [link.ended for link in fleet[B].links] == ["closed"]
+        slow.cancel()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "stays"),
+    [
+        (fail(Code.UNAVAILABLE, retry_after_ms=1_000), True),
+        (fail(Code.UNAUTHENTICATED, reason="unknown_token"), True),
+        (fail(Code.TOKEN_REVOKED), True),
+        (cut, True),
+        (goodbye, True),
+        (fail(Code.TOKEN_EXPIRED), False),
+    ],
+    ids=["unavailable", "unknown-token", "revoked", "lost", "goaway", "expired"],
+)
+@scripted
+async def test_client_moves_only_to_a_server_that_knows_its_session(refusal: Any, stays: bool) -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[B].script("session.info", refusal)
+        call = asyncio.create_task(client.call("echo", idempotency_key="once"))
+        await asyncio.sleep(SILENT_AT + 0.4)
+        assert (where(client) == A) is stays
+        await call  # after the next attempt
+        assert where(client) == B
+
+
+@scripted
+async def test_attempts_beside_a_silent_server_are_repeated_with_backoff() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client(random=numbers(0.999)) as client:
+        freeze(fleet[A])
+        fleet[B].refuse = [REFUSED] * 100
+        with pytest.raises(DeadlineExceeded):
+            await client.call("echo", timeout=300)
+        assert 8 <= len(fleet[B].dialled) <= 20
+        assert fleet[A].dialled == fleet[A].dialled[:1]
+        fleet[B].refuse = []
+
+
+@scripted
+async def test_client_moves_while_its_session_is_opened() -> None:
+    fleet = Fleet(A, B)
+    freeze(fleet[A])
+    start = now()
+    async with fleet.client() as client:
+        assert where(client) == B
+        assert now() - start == pytest.approx(SILENT_AT, abs=0.5)
+    assert fleet[B].methods == ["session.open", "session.close"]
+
+
+@scripted
+async def test_loss_of_a_silent_connection_ends_the_attempt_beside_it() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[B].delay = 5.0
+        call = asyncio.create_task(client.call("echo", x=1, idempotency_key="once"))
+        await asyncio.sleep(SILENT_AT + 1)
+        assert len(fleet[B].dialled) == 1
+        fleet[B].delay = 0.0
+        fleet[A].link.cut()
+        assert await call == {"x": 1}
+        assert where(client) == B
+    assert len(fleet[B].links) == 1
+
+
+@scripted
+async def test_client_is_closed_during_an_attempt_beside_a_silent_server() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[B].delay = 5.0
+        call = asyncio.create_task(client.call("echo"))
+        await asyncio.sleep(SILENT_AT + 1)
+        assert len(fleet[B].dialled) == 1
+    with pytest.raises(ConnectionClosed):
+        await call
+    await asyncio.sleep(10)
+    assert fleet[B].links == []
+
+
+@scripted
+async def test_stream_of_a_frozen_server_is_lost_and_can_be_opened_again() -> None:
+    fleet = Fleet(A, B, **STREAMS)
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[B].script("watch", silence)
+        async with client.stream("watch", reopen=lambda _: {}) as stream:
+            taking = asyncio.create_task(stream.receive())
+            await asyncio.sleep(SILENT_AT + 1)
+            assert where(client) == B
+            fleet[B].link.item(fleet[B].calls("watch")[0].stream, "first")
+            assert await taking == "first"
+
+
+@scripted
+async def test_further_connections_of_a_frozen_server_are_lost_with_the_first() -> None:
+    fleet = Fleet(A, B, max_streams=1)
+    async with fleet.client(max_connections=3) as client:
+        freeze(fleet[A])
+        calls = [asyncio.create_task(client.call("echo", x=x, idempotency_key=f"{x}")) for x in range(3)]
+        await asyncio.sleep(1)
+        assert len(fleet[A].links) == 3
+        assert await asyncio.gather(*calls) == [{"x": x} for x in range(3)]
+        assert {link.ended for link in fleet[A].links} == {"aborted"}
+        assert where(client) == B
+
+
+@scripted
+async def test_further_connection_to_a_frozen_process_is_lost_alone() -> None:
+    fleet = Fleet(A, B, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        first = await fleet[A].hold_call(client, x="first")
+        second = asyncio.create_task(client.call("echo", x="second", idempotency_key="once"))
+        fleet[A].script("echo", silence)
+        await asyncio.sleep(1)
+        main, further = fleet[A].links
+        further.answers_pings = False
+        first_request = fleet[A].calls()[0]
+        first_request.respond("done")
+        assert await first == "done"
+        assert await second == {"x": "second"}
+        assert further.ended == "aborted"
+        assert not main.ended
+        assert where(client) == A
+    assert fleet[B].dialled == []

@@ -49,6 +49,14 @@ class RecordingOwner:
 
     def connection_free(self, connection: ClientProtocol, requests: int) -> None: ...
 
+    has_other_address = False
+
+    def connection_silent(self, connection: ClientProtocol) -> None:
+        self.notifications.append("silent")
+
+    def connection_heard(self, connection: ClientProtocol) -> None:
+        self.notifications.append("heard")
+
 
 class Ends:
     """A ClientProtocol and the server's end of its connection."""

@@ -109,6 +109,7 @@ class Client(SessionClient):
             on_event=self._event_received,
             on_connected=self._connected,
             on_further=self._further_connected,
+            shows_session=self._shows_session,
             is_wanted=lambda: not all(each._is_over for each in (self, *self._users)),
             max_further=options.max_connections - 1,
             start_timeout=options.start_timeout,
@@ -225,6 +226,9 @@ class Client(SessionClient):
             self._showing = self._loop.create_task(self._show_users(connection))
         if self._options.on_connected is not None:
             self._loop.call_soon(call_back, "on_connected", self._options.on_connected, connection.endpoint)
+
+    async def _shows_session(self, connection: ClientProtocol) -> bool:
+        return await self._sessions.is_accepted_on(connection)
 
     def _further_connected(self, connection: ClientProtocol) -> None:
         for each in (self, *self._users):

@@ -10,6 +10,9 @@ Rules:
 - After a loss or GOAWAY, reconnect automatically, to another endpoint at once if there is one that does not rest;
   after an idle close, when the next call needs it. A connection is kept until then, even if a name resolves to
   others now.
+- While requests wait for a silent server, connect to another endpoint beside it, and move there if the session is
+  accepted before a byte arrives (zcp1.md, section 11.2). With one endpoint, wait: a server that is merely busy must
+  not get handshakes on top.
 - After the server has ended the session, do not reconnect until the application asks for a session.
 - Concurrent callers share one round.
 """
@@ -17,7 +20,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from math import inf
@@ -30,11 +33,13 @@ from zcproto.client.further import FurtherConnections
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import Backoff
 from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
-from zcproto.errors import ConnectionClosed, TlsError, ZcprotoError
+from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 
 IDLE_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
 """The server's reasons to close an unused connection: a new one would be closed again."""
+
+SILENT: Final = "the server did not answer a PING, and another address took over"
 
 _SESSION_EVENTS: Final = "session."
 """Events that a server sends on all connections of a session."""
@@ -46,6 +51,7 @@ class ConnectionManager:
 
     `current` takes new calls; None without a connection. `on_event` is called with the server's events,
     `on_connected` with each new connection, `on_further` with each one beside it, of which there are `max_further`.
+    `shows_session` shows the session on a connection that is not used yet, and returns whether that was accepted.
     `on_starting` is called once if nothing listens before the first connection. `is_wanted` returns whether to
     reconnect before the next call.
     """
@@ -58,6 +64,7 @@ class ConnectionManager:
     on_event: Callable[[EventReceived], None]
     on_connected: Callable[[ClientProtocol], None]
     on_further: Callable[[ClientProtocol], None]
+    shows_session: Callable[[ClientProtocol], Awaitable[bool]]
     is_wanted: Callable[[], bool]
     max_further: int = 0
     start_timeout: float = 0.0
@@ -66,6 +73,7 @@ class ConnectionManager:
     further: FurtherConnections = field(init=False)
     _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
     _connecting: asyncio.Task[None] | None = field(default=None, init=False)
+    _beside: asyncio.Task[None] | None = field(default=None, init=False)  # connects beside a silent server
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -131,7 +139,7 @@ class ConnectionManager:
                 await asyncio.sleep(delay)
             connection = await self._try_all(endpoints.begin_round())
             if connection is not None:
-                fault = GoingAway("the server is going away") if connection.draining else connection.error
+                fault = _fault_of(connection)
                 if fault is None:
                     break
                 endpoints.failed(connection.endpoint, fault, loop.time(), connection.retry_after_ms)
@@ -144,6 +152,48 @@ class ConnectionManager:
         self.current = connection
         endpoints.connected(connection.endpoint, loop.time())
         self.on_connected(connection)
+
+    async def _connect_beside(self, silent: ClientProtocol) -> None:
+        """Connect beside a silent server, and move there unless that has sent something meanwhile."""
+        connection = await self._try_all(self._endpoints.begin_round(silent.endpoint))
+        if connection is None:
+            return
+        try:
+            is_accepted = await self.shows_session(connection)
+            fault = _fault_of(connection)
+            if fault is None and not is_accepted:
+                fault = CannotConnect(f"{connection.endpoint.address}: the server did not accept the session")
+            if fault is not None:
+                now, asked = self._loop.time(), connection.retry_after_ms
+                self._endpoints.failed(connection.endpoint, fault, now, asked)
+            elif silent.conversation.is_silent:
+                self._move(silent, connection)
+        finally:
+            if connection is not self.current:
+                connection.close("another connection is used")
+
+    def _move(self, silent: ClientProtocol, connection: ClientProtocol) -> None:
+        """Use another connection, and lose those on which the silent server has not answered."""
+        asked = silent.conversation
+        lost = [each for each in self.further if not each.conversation.has_answered_since(asked)]
+        now = self._loop.time()
+        self._endpoints.failed(silent.endpoint, ConnectionClosed(SILENT), now)
+        self._endpoints.connected(connection.endpoint, now)
+        self.current = connection
+        for each in (silent, *lost):
+            each.lose(SILENT)
+        self.further.wake_all()
+        self.on_connected(connection)
+
+    def _leave_beside(self) -> None:
+        """Stop connecting beside a server: it is not silent any more, or not used."""
+        if self._beside is not None:
+            self._beside.cancel()
+
+    def _beside_done(self, task: asyncio.Task[None]) -> None:
+        self._beside = None
+        if not task.cancelled():
+            task.exception()  # mark it as retrieved: the silent connection goes on
 
     async def _try_all(self, attempts: Round) -> ClientProtocol | None:
         """Make the attempts of a round. Return the first connection; None if all have failed."""
@@ -210,6 +260,26 @@ class ConnectionManager:
     def connection_free(self, connection: ClientProtocol, requests: int) -> None:
         self.further.wake(requests)
 
+    @property
+    def has_other_address(self) -> bool:
+        return self._endpoints.has_several
+
+    def connection_silent(self, connection: ClientProtocol) -> None:
+        main = self.current
+        if connection is main:
+            if self._beside is None:
+                self._beside = self._loop.create_task(self._connect_beside(main))
+                self._beside.add_done_callback(self._beside_done)
+        elif connection in self.further and main is not None:
+            if main.conversation.has_answered_since(connection.conversation):
+                connection.lose(SILENT)  # the process behind it hangs, but not that of the main connection
+            else:
+                main.probe()
+
+    def connection_heard(self, connection: ClientProtocol) -> None:
+        if connection is self.current:
+            self._leave_beside()
+
     def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None:
         self._older.add(connection)
         self.further.discard(connection)
@@ -232,6 +302,7 @@ class ConnectionManager:
     def _leave(self) -> None:
         """Use the current connection no more."""
         self.current = None
+        self._leave_beside()
         self.further.wake_all()
 
     def _reconnect(self, lost: ClientProtocol) -> None:
@@ -251,7 +322,7 @@ class ConnectionManager:
         for connection in connections:
             connection.close("closed by this client")
         leaving: list[asyncio.Future[Any]] = [connection.gone for connection in connections]
-        for connecting in (self._connecting, self.further.connecting):
+        for connecting in (self._connecting, self._beside, self.further.connecting):
             if connecting is not None:
                 connecting.cancel()
                 leaving.append(connecting)
@@ -261,6 +332,11 @@ class ConnectionManager:
         finally:  # a caller that is cancelled here may stop the loop at once
             for connection in connections:
                 connection.abort()
+
+
+def _fault_of(connection: ClientProtocol) -> CannotConnect | ConnectionClosed | None:
+    """Return why a new connection cannot be used."""
+    return GoingAway("the server is going away") if connection.draining else connection.error
 
 
 async def join(task: asyncio.Task[None]) -> None:

@@ -103,8 +103,13 @@ class Endpoints:
         """Whether nothing listens at one of the endpoints."""
         return any(isinstance(error, CannotConnect) and error.refused for error in self._errors())
 
-    def begin_round(self) -> Round:
-        """Begin a round: resolve the addresses in its `order`, and make its attempts."""
+    @property
+    def has_several(self) -> bool:
+        """Whether there is more than one endpoint, as far as the addresses were resolved."""
+        return len(self._listed) + len(self._unlisted) > 1
+
+    def begin_round(self, without: Endpoint | None = None) -> Round:
+        """Begin a round: resolve the addresses in its `order`, and make its attempts, `without` an endpoint."""
         order = list(self.addresses)
         if self.is_random:
             _shuffle(order, self.random)
@@ -112,7 +117,7 @@ class Endpoints:
             order.sort(key=self._last.address.__ne__)
         self._listed = []
         self._unlisted = set(order)
-        return Round(self, order)
+        return Round(self, order, without)
 
     def connected(self, endpoint: Endpoint, now: float) -> None:
         """Note the connection that the client uses from now on."""
@@ -207,11 +212,11 @@ class Endpoints:
 class Round:
     """The attempts to connect to each endpoint once. Call `next` after everything that happens."""
 
-    def __init__(self, endpoints: Endpoints, order: Sequence[Address]) -> None:
+    def __init__(self, endpoints: Endpoints, order: Sequence[Address], without: Endpoint | None) -> None:
         self.order = order
         self._endpoints = endpoints
         self._found: dict[Address, list[Endpoint]] = {}
-        self._tried: set[Endpoint] = set()
+        self._tried: set[Endpoint | None] = {without}
         self._latest: Endpoint | None = None
         self._next_at = -inf  # the next attempt beside the latest
         self._names_until = inf  # when names that are not resolved yet are no longer waited for

@@ -41,6 +41,7 @@ from zcproto.connection.events import (
     ResponseReceived,
     Welcomed,
 )
+from zcproto.connection.silence import PING_AFTER, PING_AFTER_TIMEOUT
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, TlsError
 from zcproto.wire.message import Credit
@@ -68,6 +69,16 @@ class ConnectionOwner(Protocol):
 
     def connection_free(self, connection: ClientProtocol, requests: int) -> None:
         """Some more requests may be sent, for which none of the connection's own callers waits."""
+
+    @property
+    def has_other_address(self) -> bool:
+        """Whether another address could take over from a silent server."""
+
+    def connection_silent(self, connection: ClientProtocol) -> None:
+        """Requests wait in silence, and a PING was not answered. Called again while that lasts."""
+
+    def connection_heard(self, connection: ClientProtocol) -> None:
+        """A byte has arrived on a connection that was silent."""
 
 
 class CallReceiver(Protocol):
@@ -329,6 +340,8 @@ class ClientProtocol(asyncio.Protocol):
             event.call.session.receiver.call_withdrawn(event.call)
         elif isinstance(event, Welcomed):
             self._max_streams = event.settings["max_streams"]
+            if self._owner is not None and self._owner.has_other_address:
+                self.conversation.watch_silence()
             self._set_deadline()
             self._update_ready()
             if not self.welcomed.done():  # the attempt to connect may have been cancelled
@@ -434,9 +447,8 @@ class ClientProtocol(asyncio.Protocol):
     def _add_pending(self, call: asyncio.Future[Any], stream: int, deadline: float) -> None:
         pending = self._pending
         pending[stream] = call, deadline
-        if deadline < self._calls_due:
-            self._calls_due = deadline
-            self._set_deadline()
+        if deadline < self._calls_due or self._calls_due == NEVER:
+            self._look_at_calls_by(deadline)
         conversation = self.conversation
         if len(conversation.in_flight) >= self._max_streams:
             self.ready = False
@@ -546,20 +558,59 @@ class ClientProtocol(asyncio.Protocol):
     def _set_deadline(self) -> None:
         self._wheel.set(self, min(self._calls_due, self.conversation.next_deadline()))
 
-    def _end_overdue(self, now: float) -> None:
-        """Cancel the calls whose deadlines have passed."""
+    def _look_at_calls_by(self, deadline: float) -> None:
+        """Look at the calls at their first deadline, and earlier to notice a silent server."""
+        if self.conversation.silence is not None:
+            deadline = min(deadline, self._now() + PING_AFTER)
+        if deadline < self._calls_due:
+            self._calls_due = deadline
+            self._set_deadline()
+
+    def _look_at_calls(self, now: float) -> None:
+        """Cancel the calls whose deadlines have passed, and find out whether the server is silent."""
+        after = PING_AFTER
         for stream, (call, deadline) in [*self._pending.items()]:
             if deadline <= now:
+                after = PING_AFTER_TIMEOUT
                 self.abandon(stream)
                 if not call.done():
                     call.set_exception(DeadlineExceeded(TIMED_OUT))
-        self._calls_due = min((deadline for _, deadline in self._pending.values()), default=NEVER)
+        self._calls_due = NEVER
+        check_at = self._check_silence(now, after)
+        first = min((deadline for _, deadline in self._pending.values()), default=NEVER)
+        self._calls_due = min(self._calls_due, first, check_at)
+
+    def _check_silence(self, now: float, after: float) -> float:
+        """Send a PING if that is due, and report a silent server. Return when to check again."""
+        owner, conversation = self._owner, self.conversation
+        if owner is None or not owner.has_other_address:
+            return NEVER
+        conversation.watch_silence()
+        was_silent = conversation.silence is not None and conversation.silence.is_late
+        check_at = conversation.check_silence(self._clock.wall(), now, self._unsent, after=after)
+        if conversation.is_silent:
+            owner.connection_silent(self)
+        elif was_silent:
+            owner.connection_heard(self)
+        return check_at
+
+    def probe(self) -> None:
+        """Send a PING now, and report the connection as silent if no byte arrives in time."""
+        self._calls_due = min(self._calls_due, self._check_silence(self._now(), 0.0))
+        self._flush_soon()
+        self._set_deadline()
+
+    @property
+    def _unsent(self) -> int:
+        """Bytes that wait in the transport."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def handle_deadline(self, now: float) -> None:
         if now >= self._calls_due:
-            self._end_overdue(now)
-        unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
-        for event in self.conversation.handle_timeout(self._clock.wall(), now, unsent):
+            self._look_at_calls(now)
+            if self.error is not None:
+                return
+        for event in self.conversation.handle_timeout(self._clock.wall(), now, self._unsent):
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(event.reason))
             self.abort()  # the peer does not answer: do not wait for its close
@@ -575,6 +626,11 @@ class ClientProtocol(asyncio.Protocol):
         self._ended(ConnectionClosed(reason, clean=True))
         if self._transport is not None:
             self._transport.close()
+
+    def lose(self, reason: str) -> None:
+        """Reset a connection that may still work. Pending calls raise ConnectionClosed, as after a loss."""
+        self._ended(ConnectionClosed(reason))
+        self.abort()
 
     def abort(self) -> None:
         """Reset the connection."""

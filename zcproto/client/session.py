@@ -352,6 +352,18 @@ class SessionManager:
 
         call.add_done_callback(presented)
 
+    async def is_accepted_on(self, connection: ClientProtocol) -> bool:
+        """Show the session on a connection that is not used yet, if there is one. Return False if it is refused."""
+        if self.session is None or self._loop.time() >= self.valid_until or not connection.ready:
+            return True  # the connection shows what it is worth when it is used
+        try:
+            await answer(connection, self._show(connection))
+        except CallError as error:
+            return error.code is Code.TOKEN_EXPIRED
+        except ConnectionClosed:
+            return False
+        return True
+
     def _show(self, connection: ClientProtocol) -> PendingCall:
         if self._device is not None and self.needs_proof(connection):
             return self._attach(connection, self._device)

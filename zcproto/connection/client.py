@@ -43,6 +43,7 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.sent_ping import NO_PING, SentPing
 from zcproto.connection.settings import read_welcome
+from zcproto.connection.silence import PING_AFTER, Silence
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import (
     Code,
@@ -138,6 +139,7 @@ class ClientConnection(ClientOutput):
     dropped_unknown: int = field(default=0, init=False)
     queued_bytes: int = field(default=0, init=False)
     sent_bytes: int = field(default=0, init=False)
+    silence: Silence | None = field(default=None, init=False)  # once it is watched
     is_output_blocked: bool = field(default=False, init=False)
     welcome: dict[str, Any] = field(default_factory=dict, init=False)
     in_flight: dict[int, bytes] = field(default_factory=dict, init=False)
@@ -239,6 +241,7 @@ class ClientConnection(ClientOutput):
             if frame is None:
                 if decoder.buffered >= HEADER_SIZE:
                     self._partial = wall, now
+                    self._last_heard = now
                 if self._owes_pong is not None and not self.is_output_blocked:
                     self._send_pong(wall)
                 return
@@ -514,6 +517,39 @@ class ClientConnection(ClientOutput):
             self._sent_since_check = False
             self._keepalive_at = now + self._keepalive_interval
         return []
+
+    # --- silence --------------------------------------------------------------------------------
+
+    def watch_silence(self) -> None:
+        """Find out with `check_silence` when the server is silent. Idempotent."""
+        if self.silence is None:
+            self.silence = Silence(self._last_heard, self.sent_bytes)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the server has sent nothing since a PING whose answer is late, while requests wait."""
+        return self.silence is not None and self.silence.is_silent(self._last_heard)
+
+    def has_answered_since(self, other: ClientConnection) -> bool:
+        """Return whether a byte has arrived here since the last PING to the other, silent connection."""
+        return other.silence is not None and self._last_heard > other.silence.asked_at
+
+    def check_silence(self, wall: int, now: float, unsent: int = 0, *, after: float = PING_AFTER) -> float:
+        """Send a PING if requests have waited for `after` seconds without a byte, or if that is 0. Return when to
+        check again, in monotonic seconds, or NEVER.
+
+        `unsent` as in `handle_timeout`. A PING that is not answered in time does not end the connection.
+        """
+        silence = self.silence
+        if silence is None or self.state is State.CLOSED:
+            return NEVER
+        waits = bool(self.in_flight) or not after
+        if (
+            silence.check(now, self._last_heard, self.sent_bytes, unsent, waits=waits, after=after)
+            and not self.is_output_blocked
+        ):
+            self.ping(wall)
+        return silence.check_at
 
     # --- the end --------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from zcproto.connection.client_calls import ClientCall, ClientCalls, Refused
 from zcproto.connection.client_streams import ClientStream, ClientStreams, ClientStreamState
+from zcproto.connection.silence import Silence
 from zcproto.connection.state import State
 from zcproto.errors import (
     Code,
@@ -56,6 +57,7 @@ class ClientOutput:
     __slots__ = (
         "_calls",
         "_counter",
+        "_last_heard",
         "_last_token",
         "_next_stream",
         "_out",
@@ -70,6 +72,7 @@ class ClientOutput:
         "queued_bytes",
         "salt",
         "sent_bytes",
+        "silence",
         "state",
         "welcome",
     )
@@ -81,10 +84,12 @@ class ClientOutput:
     queued_bytes: int
     salt: bytes
     sent_bytes: int
+    silence: Silence | None
     state: State
     welcome: dict[str, Any]
     _calls: ClientCalls | None
     _counter: int
+    _last_heard: float
     _last_token: bytes
     _next_stream: int
     _out: list[bytes]
@@ -376,5 +381,7 @@ class ClientOutput:
         data = b"".join(self._out)
         self._out.clear()
         self.queued_bytes = 0
+        if self.silence is not None:
+            self.silence.note_sending(self._last_heard, self.sent_bytes)
         self.sent_bytes += len(data)
         return data
