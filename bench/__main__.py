@@ -23,6 +23,7 @@ SCENARIOS: Final = {
     "attacks": "Silent connections, floods and half frames: the others notice nothing.",
     "failover": "Failovers of Valkey and paused servers: no dead token is accepted again.",
     "failover_clients": "Kill one of three servers again and again: clients go on at the others.",
+    "frozen_server": "One of two servers hangs: clients go on at the other within seconds.",
     "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",
     "hostile": "Clients of hostile servers: their memory and CPU stay bounded.",
     "kills": "Kill a server again and again: nothing acknowledged is lost.",

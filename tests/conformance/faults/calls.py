@@ -152,7 +152,7 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-at-the-client": fault(
         "does not enforce deadlines",
         (
-            "zcproto.client.protocol:ClientProtocol._end_overdue",
+            "zcproto.client.protocol:ClientProtocol._look_at_calls",
             "if not call.done():",
             "if False:",
         ),
@@ -283,6 +283,27 @@ GOAWAY: Final[dict[str, Fault]] = {
             f"{_ENDPOINTS}.lost",
             "now >= self._stable_at",
             "True",
+        ),
+    ),
+    "silent-server-and-another-address": fault(
+        "waits for a server that does not answer PING",
+        (
+            "zcproto.client.connections:ConnectionManager.connection_silent",
+            "if self._beside is None:",
+            "if False:",
+        ),
+    ),
+    "slow-server-and-another-address": fault(
+        "leaves a server although it has answered PING",
+        (
+            "zcproto.connection.silence:Silence.check",
+            "if self._probed_at not in (NEVER, heard_at):",
+            "if False:",
+        ),
+        (
+            "zcproto.connection.silence:Silence.is_silent",
+            "self.is_late and heard_at == self._probed_at",
+            "self.is_late",
         ),
     ),
     "unavailable": fault("gives up at UNAVAILABLE", then("UNAVAILABLE", "RAISE")),

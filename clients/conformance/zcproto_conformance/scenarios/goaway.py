@@ -212,6 +212,54 @@ async def _(harness: Harness) -> None:
     raise CheckFailed(f"the client connected {_MANY} times in {_MANY_SECONDS:g} s")
 
 
+# --- silent servers ---------------------------------------------------------------------------------
+
+_TIMEOUT_MS: Final = 1_500
+"""Timeout of a call that gets no answer: longer than the second of silence before its PING."""
+
+_ANSWER_WITHIN: Final = 2.0
+"""Seconds from the PING of a client until it connects to another address."""
+
+
+async def _silent_server(harness: Harness) -> ConnectedClient:
+    """Connect a client with two addresses, let a call time out, and return at the PING that follows."""
+    _, _, port = harness.server.address.rpartition(":")
+    peer = await harness.connect_with_session(address=f"{harness.server.address},localhost:{port}")
+    late = await peer.client.call("sleep", {}, timeout_ms=_TIMEOUT_MS)
+    await late.expect_code(DEADLINE_EXCEEDED)
+    while (await peer.connection.next_raw_frame("PING")).kind != "PING":
+        pass
+    return peer
+
+
+@scenario(
+    "silent-server-and-another-address",
+    "6.6, 11.2: calls of a server that does not answer PING are lost, and continue at another address",
+)
+async def _(harness: Harness) -> None:
+    peer = await _silent_server(harness)
+    repeated = await peer.client.call("echo", {"n": 1}, idempotency_key="order-7")
+    lost = await peer.client.call("time")
+    await asyncio.sleep(_ANSWER_WITHIN)
+    connection = await harness.next_resumed(peer.session)
+    again = await connection.expect_request("echo")
+    expect(again.params == {"n": 1}, f"the call was repeated with params {again.params}")
+    connection.respond(again, "another address")
+    await repeated.expect_result("another address")
+    await lost.expect_lost(clean=False)
+
+
+@scenario("slow-server-and-another-address", "6.6: a client stays at a server that answers its PING")
+async def _(harness: Harness) -> None:
+    peer = await _silent_server(harness)
+    call = await peer.client.call("echo", {})
+    peer.connection.send("PONG")
+    request = await peer.connection.expect_request("echo")
+    await harness.server.expect_no_connection("beside a server that answers PING", _ANSWER_WITHIN + QUIET)
+    peer.connection.respond(request, "still here")
+    await call.expect_result("still here")
+
+
 # --- errors with retry_after_ms ---------------------------------------------------------------------
 
 
