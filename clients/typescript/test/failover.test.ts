@@ -652,6 +652,16 @@ describe("further connections", () => {
       await Promise.all(calls);
     });
 
+    test("session is refreshed where there is room", async () => {
+      const calls = await connectTwice();
+      server.connections[0]?.send(Kind.EVENT, 0, ["session.expiring", {}], { token: tokenText(1) });
+      await settled();
+      assert.deepEqual(requested(1), [["session.refresh", NO_TOKEN]]);
+      assert.deepEqual(requested(0), [refreshed]);
+      respondAll();
+      await Promise.all(calls);
+    });
+
     test("failed request for that fails nothing", async () => {
       const calls = await connectTwice();
       server.on("session.info", () => new Failure(Code.TOKEN_REVOKED));

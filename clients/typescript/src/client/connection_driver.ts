@@ -506,9 +506,10 @@ export class ConnectionDriver {
   /** Find out by a PING whether the server answers, if its silence is watched. */
   probe(): void {
     if (this.#silence !== undefined && !this.#silence.isProbed && this.error === undefined) {
+      const unsentBytes = this.#transport?.unsentBytes ?? 0; // before the PING
       this.#connection.ping(this.#wall());
       this.#flush();
-      this.#silence.probe(this.#clock.now(), this.#transport?.unsentBytes ?? 0);
+      this.#silence.probe(this.#clock.now(), unsentBytes);
       this.#checkSilence();
     }
   }

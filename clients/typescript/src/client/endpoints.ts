@@ -86,7 +86,7 @@ export class Endpoints {
     return this.otherDueAt(endpoint) < NEVER;
   }
 
-  /** When another endpoint than this one can be tried; Infinity if there is none. */
+  /** When another endpoint than this one can be tried; Infinity without one. */
   otherDueAt(endpoint: Endpoint): number {
     const others = this.#listed.filter((name) => name !== endpointText(endpoint));
     return this.#unlisted.size > 0 ? -NEVER : Math.min(...others.map((name) => this.#of(name).restsUntil));

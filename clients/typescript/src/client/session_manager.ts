@@ -447,12 +447,12 @@ export class SessionManager {
 
   /** Refresh or open the session. Unless `isMust`, the old token still works: give up at the first error. */
   async #renew(isMust: boolean): Promise<void> {
-    const { clock, getConnection, random } = this.#options;
+    const { clock, getConnection, waitReady, random } = this.#options;
     const { signal } = this.#closing;
     await this.#untilOpeningIsAllowed();
     const renewal = { must: isMust, backoff: new Backoff(random), done: new Set<string>(), lost: 0 };
     for (;;) {
-      const connection = await getConnection(signal);
+      await getConnection(signal);
       const login = this.#loginToFetch(clock.now());
       if (login !== undefined) {
         await unlessAborted(
@@ -461,7 +461,7 @@ export class SessionManager {
         );
         continue; // with the connection that is current now
       }
-      await connection.waitReady(signal);
+      const connection = await waitReady(signal);
       const sentAt = clock.now();
       if (!connection.ready || this.#loginToFetch(sentAt) !== undefined) {
         continue;

@@ -51,6 +51,8 @@ export interface ClientSettings {
 export interface SessionManagerOptions {
   readonly clock: Clock;
   readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
+  /** Return a connection that has room for a request, or takes no more. */
+  readonly waitReady: (signal: AbortSignal) => Promise<ConnectionDriver>;
   /** All open connections, those that drain included. */
   readonly connections: () => readonly ConnectionDriver[];
   readonly credentials: Credentials | undefined;

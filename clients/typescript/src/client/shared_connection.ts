@@ -91,7 +91,7 @@ export class SharedConnection {
     }
   }
 
-  /** Return whether the server of a connection knows one of the sessions, or there are none. */
+  /** Return whether the server of a connection knows one of the sessions. True without sessions. */
   async #canMoveTo(connection: ConnectionDriver): Promise<boolean> {
     const known = await Promise.all([...this.#sessions].map((session) => session.showBeside(connection)));
     return known.includes(true) || !known.includes(false);

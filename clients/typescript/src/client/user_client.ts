@@ -63,6 +63,7 @@ export class UserClient implements AsyncDisposable {
       clock,
       random,
       getConnection: (signal) => shared.manager.get(signal),
+      waitReady: (signal) => shared.manager.waitReady(signal),
       connections: () => shared.manager.all,
       credentials,
       client,

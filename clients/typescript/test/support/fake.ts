@@ -206,6 +206,10 @@ export class FakeConnection implements Transport {
   }
 
   write(data: Buffer): void {
+    this.unsentBytes += data.length;
+    setImmediate(() => {
+      this.unsentBytes -= data.length;
+    });
     this.#decoder.feed(data);
     for (let frame = this.#decoder.next(); frame !== undefined; frame = this.#decoder.next()) {
       this.frames.push(frame);
