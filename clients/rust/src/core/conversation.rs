@@ -25,9 +25,10 @@ use super::credit::{ReceiveCredit, SendCredit};
 use super::events::Event;
 use super::flood::FloodLimit;
 use super::freshness::Freshness;
-use super::keepalive::{Due, Keepalive};
+use super::keepalive::{self, Keepalive};
 use super::output::Output;
 use super::requests::{MAX_FRAME_BEFORE_SESSION, Requests};
+use super::silence::{Due, Silence};
 use super::streams::ItemStreams;
 use crate::codec::MAX_DEPTH;
 use crate::error::Code;
@@ -102,6 +103,7 @@ pub struct Conversation {
     pong_owed: Option<Token>, // the token of the latest PING without a PONG
     unrequested: FloodLimit,
     keepalive: Keepalive,
+    silence: Silence,
     scratch: Vec<u8>, // the body of a request
 }
 
@@ -134,6 +136,7 @@ impl Conversation {
             pong_owed: None,
             unrequested: FloodLimit::default(),
             keepalive: Keepalive::default(),
+            silence: Silence::default(),
             scratch: Vec::new(),
         }
     }
@@ -239,13 +242,55 @@ impl Conversation {
             return;
         }
         match self.keepalive.check(now) {
-            Due::Unreachable => self.end_with(None, "the server does not respond".to_owned(), events),
-            Due::Ping if !self.is_output_blocked => {
+            keepalive::Due::Unreachable => self.end_with(None, "the server does not respond".to_owned(), events),
+            keepalive::Due::Ping if !self.is_output_blocked => {
                 self.ping(wall);
                 self.keepalive.sent_since_check = false;
             }
-            Due::Ping | Due::Nothing => {}
+            keepalive::Due::Ping | keepalive::Due::Nothing => {}
         }
+    }
+
+    // --- silence ---------------------------------------------------------------------------------
+
+    /// Watch for silence from now on, since there is another server.
+    pub fn watch(&mut self, now: Duration) {
+        self.silence.watch(now, self.output.sent);
+    }
+
+    /// Record that a call has timed out: the server may hang.
+    pub fn call_timed_out(&mut self) {
+        self.silence.timed_out();
+    }
+
+    /// Record that bytes have arrived, of which [`receive`](Self::receive) may get none yet. Return whether that ends a silence.
+    pub fn heard(&mut self, now: Duration) -> bool {
+        self.silence.heard(now, self.output.sent)
+    }
+
+    /// Return whether the server hangs with requests of this client.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        self.silence.is_silent()
+    }
+
+    /// Send a PING to a server that may hang. Return when to call this again, at the latest; call it also after each request and
+    /// after bytes were sent. Appends [`Event::Silent`] once the server is silent.
+    pub fn check_silence(&mut self, wall: i64, now: Duration, events: &mut Vec<Event>) -> Option<Duration> {
+        if self.is_output_blocked || !matches!(self.state, State::Open | State::Draining) {
+            return None;
+        }
+        let (due, next) = self.silence.check(self.requests.len() > 0, self.output.sent, now);
+        match due {
+            Due::Nothing => {}
+            Due::Ping => {
+                let sent_since_check = self.keepalive.sent_since_check;
+                self.ping(wall);
+                self.keepalive.sent_since_check = sent_since_check;
+            }
+            Due::Silent => events.push(Event::Silent),
+        }
+        next
     }
 
     // --- the end ---------------------------------------------------------------------------------
@@ -272,6 +317,7 @@ impl Conversation {
     /// Record that the transport cannot send. PONG and PING wait.
     pub fn block_output(&mut self) {
         self.is_output_blocked = true;
+        self.silence.blocked();
     }
 
     /// Record that the transport can send again.

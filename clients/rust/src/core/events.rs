@@ -78,6 +78,8 @@ pub enum Event {
         /// The token of the session that it concerns; zeros for the server.
         token: Token,
     },
+    /// The server hangs with requests of this client. The connection continues.
+    Silent,
     /// The connection has ended. Send the output that is left, then close.
     Ended {
         /// The fatal error, if any.

@@ -24,6 +24,7 @@ mod freshness;
 mod keepalive;
 mod output;
 mod requests;
+mod silence;
 mod streams;
 
 pub use conversation::{Conversation, FRAME_TIMEOUT, MAX_SERVER_TIME, Settings, State};

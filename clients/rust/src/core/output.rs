@@ -11,6 +11,8 @@ pub(crate) struct Output {
     /// The offset of the server's clock from this one, in milliseconds.
     pub(crate) clock_offset: i128,
     pub(crate) buffer: Vec<u8>,
+    /// The bytes of all frames.
+    pub(crate) sent: u64,
     counter: u64, // of the last frame
 }
 
@@ -21,7 +23,9 @@ impl Output {
         let time = (i128::from(wall) + self.clock_offset).clamp(0, i128::from(u64::MAX));
         let timestamp = u64::try_from(time).unwrap_or(0);
         let (salt, counter, token) = (self.salt, self.counter, token.as_bytes());
+        let before = self.buffer.len();
         encode_frame(&mut self.buffer, &Frame { kind, stream, timestamp, salt, counter, token, body });
+        self.sent += (self.buffer.len() - before) as u64;
     }
 }
 
