@@ -303,7 +303,7 @@ pub unsafe extern "C" fn zcp_event(
 #[no_mangle]
 pub unsafe extern "C" fn zcp_close(client: *mut Client) -> i32 {
     // SAFETY: the caller passes a client for the last time.
-    unsafe { zcp_close_all(&client, 1) }
+    unsafe { zcp_close_all(ptr::from_ref(&client), 1) }
 }
 
 /// Close `count` clients and sessions and free them, as by `zcp_close`, with one wait for all of them: thousands of sessions on one
@@ -331,7 +331,9 @@ pub unsafe extern "C" fn zcp_close_all(clients: *const *mut Client, count: usize
                 while closing.join_next().await.is_some() {}
             }
         });
-        all.iter().for_each(|client| client.close_gates());
+        for client in all {
+            client.close_gates();
+        }
         closed
     });
     for &client in clients {

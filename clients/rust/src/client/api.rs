@@ -185,7 +185,13 @@ impl Client {
     async fn register(&self) -> Result<()> {
         let deadline = deadline_of(self.user.timeout);
         let attempts = Attempts { deadline, is_idempotent: true, is_registration: true, items: None };
-        self.user.run(attempts, |connection, slot, token| self.user.register(connection, slot, token)).await.map(drop)
+        let registered =
+            self.user.run(attempts, |connection, slot, token| self.user.register(connection, slot, token)).await;
+        match registered {
+            Ok(_) => self.user.register_on_others().await,
+            Err(_) => self.user.forget_registrations(),
+        }
+        registered.map(drop)
     }
 
     /// Wait for the next event of the server. Return `None` after `close`.

@@ -5,12 +5,19 @@ use std::time::Duration;
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const MAX_DELAY: Duration = Duration::from_secs(30);
 
-/// Random delays between 0 and a ceiling of 100 ms that doubles up to 30 s.
+/// Return the random delay after a number of earlier ones: between 0 and a ceiling of 100 ms that doubles up to 30 s. `random` is
+/// from 0 to 1.
 ///
 /// Full jitter spreads the reconnects after an outage evenly, however many clients there are.
+pub(crate) fn delay(earlier: u32, random: f64) -> Duration {
+    let ceiling = FIRST_DELAY.saturating_mul(2_u32.saturating_pow(earlier)).min(MAX_DELAY);
+    ceiling.mul_f64(random)
+}
+
+/// Delays in a row.
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
-    ceiling: Duration,
+    earlier: u32,
     random: fn() -> f64,
 }
 
@@ -23,19 +30,19 @@ impl Default for Backoff {
 impl Backoff {
     /// `random` returns numbers from 0 to 1.
     pub(crate) fn new(random: fn() -> f64) -> Self {
-        Self { ceiling: FIRST_DELAY, random }
+        Self { earlier: 0, random }
     }
 
     /// Return the next delay, which is added to the delay that the server asks for.
     pub(crate) fn next(&mut self, retry_after: Duration) -> Duration {
-        let delay = retry_after + self.ceiling.mul_f64((self.random)());
-        self.ceiling = (self.ceiling * 2).min(MAX_DELAY);
-        delay
+        let delay = delay(self.earlier, (self.random)());
+        self.earlier = self.earlier.saturating_add(1);
+        retry_after + delay
     }
 
     /// Start again from 100 ms, after a success.
     pub(crate) fn reset(&mut self) {
-        self.ceiling = FIRST_DELAY;
+        self.earlier = 0;
     }
 }
 

@@ -48,7 +48,7 @@ struct Waiter {
 /// A request in flight; without a waiter it was abandoned.
 struct Entry {
     waiter: Option<Waiter>,
-    _slot: Slot,
+    _slot: Option<Slot>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +69,8 @@ struct State {
     /// Whether an item waits until what is queued was sent.
     has_waiting_items: bool,
     closing: Option<Closing>,
+    /// Why this end cuts the connection.
+    reason: Option<&'static str>,
     is_woken: bool,
     waker: Option<Waker>,
 }
@@ -84,6 +86,7 @@ pub(crate) struct Connection {
     changed: Notify,
     state: Mutex<State>,
     is_further: AtomicBool,
+    is_watched: AtomicBool,
     is_closed: AtomicBool,
 }
 
@@ -120,10 +123,12 @@ impl Connection {
                 is_blocked: false,
                 has_waiting_items: false,
                 closing: None,
+                reason: None,
                 is_woken: false,
                 waker: None,
             }),
             is_further: false.into(),
+            is_watched: false.into(),
             is_closed: false.into(),
         });
         tokio::spawn(Arc::clone(&connection).run(transport, listener));
@@ -204,6 +209,37 @@ impl Connection {
         self.is_further.load(Ordering::Acquire)
     }
 
+    /// Watch for silence, since there is another server.
+    pub(crate) fn watch(&self) {
+        self.lock().conversation.watch(self.now());
+        self.is_watched.store(true, Ordering::Release);
+    }
+
+    /// Record that a call has timed out: the server may hang.
+    pub(crate) fn call_timed_out(&self) {
+        if self.is_watched.load(Ordering::Acquire) {
+            let mut state = self.lock();
+            state.conversation.call_timed_out();
+            state.is_woken = true;
+            wake(state);
+        }
+    }
+
+    pub(crate) fn is_silent(&self) -> bool {
+        self.lock().conversation.is_silent()
+    }
+
+    /// Wait until a silent connection has received a byte, or has ended.
+    pub(crate) async fn heard(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if !self.is_silent() || self.error().is_some() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     pub(crate) fn has_session(&self) -> bool {
         self.lock().conversation.has_session()
     }
@@ -280,9 +316,24 @@ impl Connection {
         if let Some(items) = &items {
             items.opened(self, number);
         }
-        state.pending.insert(number, Entry { waiter: Some(Waiter { sender, items, on_result }), _slot: slot });
+        state.pending.insert(number, Entry { waiter: Some(Waiter { sender, items, on_result }), _slot: Some(slot) });
         wake(state);
         Ok(PendingCall { connection: Arc::clone(self), number, receiver, is_done: false })
+    }
+
+    /// Show the new token of a refreshed session, without waiting for room or for the answer.
+    pub(crate) fn show(&self, old: Option<&Token>, token: &Token) {
+        let mut state = self.lock();
+        if state.error.is_some() {
+            return;
+        }
+        if let Some(old) = old {
+            state.conversation.session_renewed(old, token);
+        }
+        if let Some(number) = state.conversation.show(token, wall()) {
+            state.pending.insert(number, Entry { waiter: None, _slot: None });
+            wake(state);
+        }
     }
 
     /// Run a step of the conversation and send its frames.
@@ -350,6 +401,12 @@ impl Connection {
     /// Cut the connection, like a network failure.
     pub(crate) fn abort(&self) {
         self.closing(Closing::Abort);
+    }
+
+    /// Cut the connection for a reason that its calls get.
+    pub(crate) fn give_up(&self, reason: &'static str) {
+        self.lock().reason = Some(reason);
+        self.abort();
     }
 
     fn closing(&self, how: Closing) {

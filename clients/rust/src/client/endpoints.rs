@@ -85,6 +85,12 @@ impl Endpoints {
         due_times.min()?
     }
 
+    /// Return whether there is more than one endpoint, as far as that is known.
+    pub(crate) fn are_several(&self) -> bool {
+        let endpoints = self.known.iter().filter(|(place, _)| matches!(place, Place::Endpoint(_)));
+        self.addresses.len() > 1 || endpoints.count() > 1
+    }
+
     /// Let no place rest.
     pub(crate) fn end_rests(&mut self) {
         for (_, rest) in &mut self.known {
@@ -205,6 +211,11 @@ impl Round {
     /// Return the addresses, to resolve them.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = &Address> {
         self.names.iter().map(|name| &name.address)
+    }
+
+    /// Do not try an endpoint.
+    pub(crate) fn exclude(&mut self, endpoint: &Endpoint) {
+        self.tried.push(endpoint.clone());
     }
 
     /// Record the IP addresses of an address; none if it cannot be resolved.

@@ -62,6 +62,8 @@ struct Running {
 #[derive(Default)]
 struct State {
     handlers: HashMap<String, Handler>,
+    /// Counts the changes of their names.
+    version: u64,
     running: HashMap<Key, Running>,
 }
 
@@ -80,8 +82,16 @@ impl Handlers {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn methods(&self) -> Vec<String> {
-        self.lock().handlers.keys().cloned().collect()
+    /// Return the names of the methods, and their version.
+    pub(crate) fn methods(&self) -> (Vec<String>, u64) {
+        let state = self.lock();
+        (state.handlers.keys().cloned().collect(), state.version)
+    }
+
+    /// Return the version of the methods; `None` without any.
+    pub(crate) fn version(&self) -> Option<u64> {
+        let state = self.lock();
+        (!state.handlers.is_empty()).then_some(state.version)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -103,22 +113,25 @@ impl Handlers {
                 })
             })
         };
-        self.lock().handlers.insert(method.to_owned(), Arc::new(boxed));
+        let mut state = self.lock();
+        state.version += u64::from(state.handlers.insert(method.to_owned(), Arc::new(boxed)).is_none());
     }
 
     /// Remove the handler of a method. Return false without one.
     pub(crate) fn remove(&self, method: &str) -> bool {
-        self.lock().handlers.remove(method).is_some()
+        let mut state = self.lock();
+        let is_removed = state.handlers.remove(method).is_some();
+        state.version += u64::from(is_removed);
+        is_removed
     }
 
     /// Run the handler of a call and answer it.
     pub(crate) fn call(&self, connection: &Arc<Connection>, call: ServerCall, user: String) {
         let key = (connection.id, call.number);
         let mut state = self.lock();
-        let running = state.running.keys().filter(|(id, _)| *id == connection.id).count();
         let refusal = match state.handlers.get(&call.method) {
             None => CallError::new(Code::Unimplemented, "this client does not handle this method"),
-            Some(_) if running >= self.max as usize => {
+            Some(_) if state.running.len() >= self.max as usize => {
                 CallError::new(Code::ResourceExhausted, format!("this client handles {} calls at once", self.max))
             }
             Some(handler) => {

@@ -3,11 +3,13 @@
 //! Decides: when to connect and reconnect, and which session an event or a call from the server belongs to. The first round of
 //! attempts is repeated only while nothing listens or a server goes away, because it may be starting, or be replaced. After a
 //! loss, and after GOAWAY, the client connects again: at once to a server that does not rest, else once one is due. After a close
-//! for idleness it connects with the next call, and not at all once all sessions were revoked or replaced.
+//! for idleness it connects with the next call, and not at all once all sessions were revoked or replaced. While a server hangs, it
+//! looks for another one (`beside.rs`).
 //! Rules: all who wait for a connection share one attempt. The delays of a server start again once a connection to it has lasted
 //! `STABLE_AFTER`: a server that answers and ends each connection must not make its clients reconnect many times a second.
 //! Must not know: calls, retries, and how sessions are opened.
 
+mod beside;
 mod connecting;
 mod further;
 
@@ -27,7 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
 /// How long a connection must last to count as a success.
@@ -56,6 +58,8 @@ struct State {
     others: Vec<Arc<Connection>>,
     users: Vec<Weak<User>>,
     connecting: Option<Attempt>,
+    /// The search for another server while the current one is silent.
+    beside: Option<AbortHandle>,
     last_error: Option<Error>,
     endpoints: Endpoints,
     /// When the current connection counts as a success.
@@ -107,6 +111,20 @@ impl Hub {
     /// Return the connection for new calls, if there is one.
     pub(crate) fn current(&self) -> Option<Arc<Connection>> {
         self.lock().current.clone()
+    }
+
+    /// Record that a call has timed out: a server may hang.
+    pub(crate) fn call_timed_out(&self) {
+        for connection in self.connections() {
+            connection.call_timed_out();
+        }
+    }
+
+    /// Return all connections that have not ended, those that drain included.
+    pub(crate) fn connections(&self) -> Vec<Arc<Connection>> {
+        let state = self.lock();
+        let all = state.current.iter().chain(state.further.all()).chain(&state.others);
+        all.filter(|connection| connection.error().is_none()).cloned().collect()
     }
 
     /// Return why there is no connection.
@@ -211,7 +229,8 @@ impl Hub {
     pub(crate) async fn close_others(&self, own: &Arc<User>) {
         let others: Vec<_> = self.users().into_iter().filter(|user| !Arc::ptr_eq(user, own)).collect();
         let mut closing = JoinSet::new();
-        for user in others.iter().cloned() {
+        for user in &others {
+            let user = Arc::clone(user);
             closing.spawn(async move { user.close().await });
         }
         let all = async { while closing.join_next().await.is_some() {} };
@@ -227,6 +246,9 @@ impl Hub {
         state.is_closed = true;
         if let Some(attempt) = state.connecting.take() {
             attempt.abort();
+        }
+        if let Some(looking) = state.beside.take() {
+            looking.abort();
         }
         let mut connections = std::mem::take(&mut state.others);
         connections.extend(state.current.take());
@@ -265,6 +287,7 @@ impl State {
             others: Vec::new(),
             users: Vec::new(),
             connecting: None,
+            beside: None,
             last_error: None,
             endpoints,
             stable_at: None,
@@ -296,6 +319,7 @@ impl Listener for Hub {
                     user.event_received(connection, &name, body, &token);
                 }
             }
+            Event::Silent => self.silent(connection),
             Event::GoAway { reason, .. } => {
                 let mut state = self.lock();
                 if state.further.discard(connection.id) {

@@ -21,6 +21,7 @@ use crate::core::issued_token;
 use crate::error::{CallError, Code, Error, Result};
 use crate::message::Meta;
 use crate::secret::Token;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -36,6 +37,9 @@ const MAX_LOST: u32 = 3;
 /// Minimum interval between early refreshes, and from a session that is usable for less than that to the next one.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How long a session must last until the delay after it was lost starts again.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
+
 /// The state of the session of one user.
 #[derive(Default)]
 pub(crate) struct Sessions {
@@ -44,11 +48,14 @@ pub(crate) struct Sessions {
     unknown_token: Option<Token>, // refused with UNAUTHENTICATED
     ended_by: Option<CallError>,
     renewing: Option<Attempt>,
-    attached_to: Option<u64>,   // the connection where the session of a device was attached last
-    registered_on: Option<u64>, // the connection where the handlers were registered last
+    attached_to: HashSet<u64>,     // the connections where the session of a device was attached
+    registered: HashMap<u64, u64>, // by connection: the version of the handlers that were registered there
     refreshed_early_at: Option<Instant>,
     not_before: Option<Instant>, // of the next renewal
     backoff: Backoff,            // of sessions that expire at once
+    is_lost: bool,               // the server does not know the token, and no other session was opened yet
+    opened_at: Option<Instant>,
+    lost_backoff: Backoff, // of sessions that the server has lost
     checked_revocation: Option<(u64, Token)>,
     login: Option<(Value, Instant)>, // fetched, and until when it holds
     is_fetching_login: bool,
@@ -62,6 +69,19 @@ impl Sessions {
             return false;
         }
         self.session.as_ref().map_or(!self.is_required, |session| now < session.usable_until)
+    }
+
+    fn has_refresh_token(&self, now: Instant) -> bool {
+        self.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some())
+    }
+
+    /// Delay the opening of the next session, since the server has lost this one (section 11.2).
+    fn delay_opening(&mut self, now: Instant) {
+        if self.opened_at.is_none_or(|at| now.saturating_duration_since(at) >= STABLE_AFTER) {
+            self.lost_backoff.reset();
+        }
+        self.is_lost = true;
+        self.not_before = Some(now + self.lost_backoff.next(Duration::ZERO));
     }
 }
 
@@ -101,7 +121,9 @@ impl User {
     /// Return why the renewal takes its time, if there is a reason.
     pub(crate) fn renewal_problem(&self) -> Option<&'static str> {
         let sessions = self.lock();
-        if sessions.not_before.is_some_and(|time| Instant::now() < time) {
+        if sessions.is_lost {
+            Some("the server has lost it, and no other one was opened")
+        } else if sessions.not_before.is_some_and(|time| Instant::now() < time) {
             Some("the server opens only expired sessions; report it to its operator")
         } else if sessions.is_fetching_login {
             Some("the function given as login has not returned")
@@ -175,18 +197,34 @@ impl User {
         }
     }
 
-    /// Handle a token that belongs to another certificate. Return false for credentials without one.
-    pub(crate) fn reopen(&self, token: &Token) -> bool {
-        if !self.credentials.as_ref().is_some_and(Credentials::can_reopen) {
-            return false;
-        }
+    pub(crate) fn has_refresh_token(&self) -> bool {
+        self.lock().has_refresh_token(Instant::now())
+    }
+
+    /// Return whether another session can be opened in place of one that belongs to another certificate.
+    pub(crate) fn can_reopen(&self) -> bool {
+        self.credentials.as_ref().is_some_and(Credentials::can_reopen)
+    }
+
+    /// Open another session in place of that of a token.
+    pub(crate) fn reopen(&self, token: &Token) {
         if self.is_current(token) {
-            if let Some(session) = &mut self.lock().session {
-                session.drop_refresh_token();
-            }
+            self.drop_refresh_token();
             self.mark_expired(token);
         }
-        true
+    }
+
+    /// Handle a token that the server does not know: open another session after a delay, once for all calls. The store has lost
+    /// the refresh token as well.
+    pub(crate) fn mark_lost(&self, token: &Token) {
+        if self.is_current(token) {
+            let mut sessions = self.lock();
+            if !sessions.is_lost {
+                sessions.delay_opening(Instant::now());
+                drop(sessions);
+                self.reopen(token);
+            }
+        }
     }
 
     /// Handle UNAUTHENTICATED for a token. It stays in use until the application asks for a new session.
@@ -206,6 +244,7 @@ impl User {
             let mut sessions = self.lock();
             sessions.ended_by = Some(error.clone());
             sessions.session = None;
+            sessions.is_lost = false;
             stop(&mut sessions.refresh_timer);
             stop(&mut sessions.keeper);
         }
@@ -226,8 +265,7 @@ impl User {
     fn refresh_early(self: &Arc<Self>) {
         let mut sessions = self.lock();
         let now = Instant::now();
-        let can_refresh = sessions.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some());
-        if !can_refresh || sessions.renewing.is_some() || self.is_closed.load(Ordering::Acquire) {
+        if !sessions.has_refresh_token(now) || sessions.renewing.is_some() || self.is_closed.load(Ordering::Acquire) {
             return;
         }
         if let Some(allowed_at) = sessions.refreshed_early_at.map(|at| at + MIN_REFRESH_INTERVAL).filter(|&at| now < at)
@@ -237,6 +275,15 @@ impl User {
         }
         sessions.refreshed_early_at = Some(now);
         self.renewing(&mut sessions, false);
+    }
+
+    /// Renew the session now if it cannot be used, although no call waits for it.
+    fn renew_soon(self: &Arc<Self>) {
+        let mut sessions = self.lock();
+        let is_over = sessions.ended_by.is_some() || self.is_closed.load(Ordering::Acquire);
+        if !is_over && !sessions.is_usable(Instant::now()) {
+            self.renewing(&mut sessions, true);
+        }
     }
 
     fn refresh_at(self: &Arc<Self>, sessions: &mut Sessions, at: Instant) {
@@ -261,10 +308,7 @@ impl User {
 
     /// Refresh or open the session.
     async fn try_renew(self: &Arc<Self>, must: bool) -> Result<()> {
-        let not_before = self.lock().not_before;
-        if let Some(time) = not_before {
-            sleep_until(time).await;
-        }
+        self.delayed().await;
         let mut renewal = Renewal { must, backoff: Backoff::default(), done: Vec::new(), lost: 0 };
         loop {
             let connection = self.hub.get().await?;
@@ -317,6 +361,14 @@ impl User {
         }
     }
 
+    /// Wait until the next session may be opened.
+    async fn delayed(&self) {
+        let not_before = self.lock().not_before;
+        if let Some(time) = not_before {
+            sleep_until(time).await;
+        }
+    }
+
     fn drop_refresh_token(&self) {
         if let Some(session) = &mut self.lock().session {
             session.drop_refresh_token();
@@ -348,9 +400,10 @@ impl User {
             }
             _ => {}
         }
-        if is_refresh && self.should_open_instead(&error) {
+        if is_refresh && self.should_open_instead(&error, renewal.must) {
             self.drop_refresh_token();
             renewal.must = true;
+            self.delayed().await;
             return Ok(true);
         }
         if !renewal.must && !retry::ends_session(error.code) {
@@ -367,12 +420,19 @@ impl User {
         Err(error.into())
     }
 
-    /// Return whether to open a new session instead: the refresh token has expired, may have been used, or belongs to a
-    /// previous certificate.
-    fn should_open_instead(&self, error: &CallError) -> bool {
-        let is_other_certificate =
-            retry::action(error) == Action::Reopen && self.credentials.as_ref().is_some_and(Credentials::can_reopen);
-        error.code == Code::TokenExpired || retry::may_have_run(error.code) || is_other_certificate
+    /// Return whether to open a new session instead: the refresh token has expired, may have been used, belongs to a previous
+    /// certificate, or is unknown when the token is no longer valid.
+    fn should_open_instead(&self, error: &CallError, must: bool) -> bool {
+        match retry::action(error) {
+            Action::Reopen => self.can_reopen(),
+            Action::Report | Action::Replace if error.code == Code::Unauthenticated => {
+                if must {
+                    self.lock().delay_opening(Instant::now());
+                }
+                must
+            }
+            _ => error.code == Code::TokenExpired || retry::may_have_run(error.code),
+        }
     }
 
     /// Use the session of an answer.
@@ -388,19 +448,17 @@ impl User {
             tokens.coming = None;
             old
         };
-        for further in self.hub.further() {
-            if let Some(old) = &old {
-                further.session_ended(old);
-            }
-            self.present_later(&further);
+        let token = session.token().clone();
+        if let Some(old) = old.as_ref().filter(|_| !is_refresh) {
+            connection.session_ended(old);
         }
-        if let Some(old) = old.filter(|_| !is_refresh) {
-            connection.session_ended(&old);
-        }
-        let (must_attach, must_register) = {
+        {
             let mut sessions = self.lock();
+            sessions.is_lost = false;
             if !is_refresh {
-                sessions.attached_to = Some(connection.id);
+                sessions.opened_at = Some(now);
+                sessions.registered.clear();
+                sessions.attached_to = HashSet::from([connection.id]);
             }
             if session.usable_until < now + MIN_REFRESH_INTERVAL {
                 let delay = MIN_REFRESH_INTERVAL + sessions.backoff.next(Duration::ZERO);
@@ -415,16 +473,24 @@ impl User {
             if let Some(at) = refresh_at {
                 self.refresh_at(&mut sessions, at);
             }
-            let is_registered = is_refresh && sessions.registered_on == Some(connection.id);
-            (is_refresh && sessions.attached_to != Some(connection.id), !is_registered && !self.handlers.is_empty())
-        };
-        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
-        if is_device && must_attach {
+        }
+        for other in self.hub.connections().into_iter().filter(|other| other.id != connection.id) {
+            if is_refresh && !self.needs_proof(&other) {
+                other.show(old.as_ref(), &token); // at once: the server waits for it (section 9.6)
+                self.catch_up(&other, Some(&token));
+            } else {
+                if let Some(old) = &old {
+                    other.session_ended(old);
+                }
+                self.present_later(&other);
+            }
+        }
+        if self.needs_proof(connection) {
             self.present_later(connection);
-        } else if must_register {
+        } else if self.needs_registration(connection) {
             let (user, connection) = (Arc::clone(self), Arc::clone(connection));
             tokio::spawn(async move {
-                let _ = user.register_if_any(&connection).await; // or the next connection registers them
+                let _ = user.register_if_any(&connection, None).await; // or the next connection registers them
             });
         }
         Ok(())
@@ -435,8 +501,15 @@ impl User {
         let (user, connection) = (Arc::clone(self), Arc::clone(connection));
         tokio::spawn(async move {
             user.after_renewal().await;
-            user.present(&connection).await;
+            user.present(&connection, None).await;
         });
+    }
+
+    /// Show the present token on a connection in use, unless it was shown there already and nothing else is missing.
+    pub(crate) fn catch_up(self: &Arc<Self>, connection: &Arc<Connection>, shown: Option<&Token>) {
+        if shown != Some(&self.token()) || self.needs_registration(connection) {
+            self.present_later(connection);
+        }
     }
 
     /// Wait until no renewal runs.

@@ -221,7 +221,7 @@ impl<'a> StreamBuilder<'a> {
                 let outcome = user
                     .run(attempts, |connection, slot, token| {
                         let traceparent = traceparent.as_deref();
-                        let meta = Meta { deadline_ms: remaining_ms(deadline), traceparent, ..Meta::default() };
+                        let meta = Meta { deadline_ms: remaining_ms(deadline)?, traceparent, ..Meta::default() };
                         let (has_ended_items, last) = {
                             let state = items.lock();
                             (state.has_ended_items, state.last.clone())

@@ -3,14 +3,13 @@
 //! Decides: whether a call or a stream is retried after an error, by the table of zcp1.md, section 11.1 (`retry.rs`).
 //! Must not know: when connections are made (`hub.rs`) and how sessions are renewed (`renewal.rs`).
 
-use super::backoff::Backoff;
 use super::connection::{Connection, PendingCall, Slot};
 use super::events::EventQueue;
 use super::handlers::Handlers;
 use super::hub::Hub;
 use super::options::{ConnectOptions, Credentials};
 use super::renewal::Sessions;
-use super::retry::{self, Action};
+use super::retry::{self, Action, Failed, Once, Outcome, Retries, Shown, Step};
 use super::stream::Items;
 use crate::core::ServerCall;
 use crate::error::{CallError, Closed, Code, Error, Result};
@@ -46,24 +45,6 @@ pub(crate) struct User {
     pub(crate) is_closed: AtomicBool,
 }
 
-/// The retries of a call. Created at its first error, which most calls never have.
-#[derive(Default)]
-struct Retries {
-    backoff: Backoff,
-    done: Vec<Action>,
-}
-
-impl Retries {
-    /// Return whether this is the first time that an action is due.
-    fn is_first(&mut self, action: Action) -> bool {
-        let is_first = !self.done.contains(&action);
-        if is_first {
-            self.done.push(action);
-        }
-        is_first
-    }
-}
-
 /// What is known of a request apart from its content.
 pub(crate) struct Attempts<'a> {
     pub(crate) deadline: Option<Instant>,
@@ -80,10 +61,12 @@ pub(crate) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
 
-/// Return the value of `deadline_ms`.
-pub(crate) fn remaining_ms(deadline: Option<Instant>) -> Option<u64> {
-    let left = deadline?.saturating_duration_since(Instant::now());
-    Some(u64::try_from(left.as_micros().div_ceil(1_000)).unwrap_or(u64::MAX).max(1))
+/// Return the value of `deadline_ms`. Fails at the end of the timeout.
+pub(crate) fn remaining_ms(deadline: Option<Instant>) -> Result<Option<u64>> {
+    let Some(deadline) = deadline else { return Ok(None) };
+    let left = deadline.saturating_duration_since(Instant::now());
+    let over = || Error::call(Code::DeadlineExceeded, "no response within the call's timeout");
+    retry::deadline_ms(left).map(Some).ok_or_else(over)
 }
 
 impl User {
@@ -137,7 +120,7 @@ impl User {
         let is_idempotent = meta.idempotency_key.is_some();
         let attempts = Attempts { deadline, is_idempotent, is_registration: false, items: None };
         self.run(attempts, |connection, slot, token| {
-            let meta = Meta { deadline_ms: remaining_ms(deadline), ..meta };
+            let meta = Meta { deadline_ms: remaining_ms(deadline)?, ..meta };
             connection.request(slot, method, params, token, &meta)
         })
         .await
@@ -152,7 +135,10 @@ impl User {
             return self.try_until_answered(&attempts, send).await;
         };
         let answered = timeout_at(deadline, self.try_until_answered(&attempts, send)).await;
-        answered.unwrap_or_else(|_| Err(self.deadline_error()))
+        answered.unwrap_or_else(|_| {
+            self.hub.call_timed_out();
+            Err(self.deadline_error())
+        })
     }
 
     pub(crate) fn deadline_error(&self) -> Error {
@@ -235,101 +221,120 @@ impl User {
         token: &'a Token,
     ) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
         Box::pin(async move {
+            let left = attempts.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let random = crate::random::fraction();
             if let Some(items) = attempts.items {
                 if items.can_reopen() && self.check_open().is_ok() && retry::is_interruption(&error, items.was_lost()) {
                     if items.drained().await {
                         *retries = Retries::default();
                     }
                     let asked = error.as_call().map_or(Duration::ZERO, CallError::retry_after);
-                    let delay = retries.backoff.next(asked);
-                    return self.wait(delay, error, attempts).await;
+                    return wait(retries.wait(asked, left, random), error).await;
                 }
                 if items.has_begun() {
                     return Err(error);
                 }
             }
-            match error {
-                Error::Call(failure) => self.after_call_error(failure, attempts, retries, connection, token).await,
-                Error::Closed(_)
-                    if self.check_open().is_ok() && (connection.unanswered_did_not_run() || attempts.is_idempotent) =>
-                {
-                    // Back off: the call itself may be what crashes the server.
-                    let delay = retries.backoff.next(Duration::ZERO);
-                    self.wait(delay, error, attempts).await
+            let outcome = match &error {
+                Error::Call(failure) => Outcome::Error(failure),
+                Error::Closed(_) if self.check_open().is_err() => return Err(error),
+                Error::Closed(_) if connection.unanswered_did_not_run() => Outcome::Ended,
+                Error::Closed(_) => Outcome::Lost,
+                _ => return Err(error),
+            };
+            let failed = Failed {
+                outcome,
+                is_idempotent: attempts.is_idempotent,
+                shown: self.shown(token),
+                left,
+                is_draining: connection.is_draining(),
+                can_open: self.credentials.is_some(),
+                can_reopen: self.can_reopen(),
+                has_device: matches!(self.credentials, Some(Credentials::Device { .. })),
+                has_refresh_token: self.has_refresh_token(),
+            };
+            let step = retries.next(&failed, random);
+            match step {
+                Step::Send => Ok(()),
+                Step::Wait(_) => wait(step, error).await,
+                Step::Refresh => {
+                    self.mark_expired(token);
+                    Ok(())
                 }
-                _ => Err(error),
+                Step::Reopen => {
+                    self.reopen(token);
+                    Ok(())
+                }
+                Step::Replace => {
+                    self.mark_lost(token);
+                    Ok(())
+                }
+                Step::Attach => self.attach_after(error, attempts, retries, connection, token).await,
+                Step::Report => match error {
+                    Error::Call(failure) => self.reported(failure, left, retries, connection, token).await,
+                    error => Err(error),
+                },
             }
         })
     }
 
-    async fn after_call_error(
+    /// Return which token a request had. One of another session than that which has ended is not earlier.
+    fn shown(&self, token: &Token) -> Shown {
+        if token.is_none() {
+            Shown::None
+        } else if *token == self.token() || self.has_ended() {
+            Shown::Present
+        } else {
+            Shown::Earlier
+        }
+    }
+
+    async fn attach_after(
         self: &Arc<Self>,
-        failure: CallError,
+        error: Error,
         attempts: &Attempts<'_>,
         retries: &mut Retries,
         connection: &Arc<Connection>,
         token: &Token,
     ) -> Result<()> {
-        let has_token = !token.is_none();
-        match retry::action(&failure) {
-            Action::Later => {
-                // What a server asks for that goes away concerns its own return, which connecting observes.
-                let asked = if connection.is_draining() { Duration::ZERO } else { failure.retry_after() };
-                let delay = retries.backoff.next(asked);
-                self.wait(delay, failure.into(), attempts).await
-            }
-            Action::AtOnce if retries.is_first(Action::AtOnce) => Ok(()),
-            Action::Attach if has_token && retries.is_first(Action::Attach) => {
-                match self.attach(connection, token).await {
-                    Ok(true) => Ok(()),
-                    Ok(false) => Err(failure.into()),
-                    Err(Error::Call(refusal)) if refusal.code != Code::DeadlineExceeded => {
-                        if retry::action(&refusal) == Action::Later {
-                            retries.done.retain(|&action| action != Action::Attach); // the session was not attached
-                        }
-                        self.after_failure(refusal.into(), attempts, retries, connection, token).await
-                    }
-                    Err(refusal) => Err(refusal),
+        match self.attach(connection, token).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(error),
+            Err(Error::Call(refusal)) if refusal.code != Code::DeadlineExceeded => {
+                if retry::action(&refusal) == Action::Later {
+                    retries.done.retain(|&once| once != Once::Action(Action::Attach)); // it was not attached
                 }
+                self.after_failure(refusal.into(), attempts, retries, connection, token).await
             }
-            Action::Reopen if has_token && retries.is_first(Action::Reopen) && self.reopen(token) => Ok(()),
-            Action::Renew if has_token && retries.is_first(Action::Renew) => {
-                self.mark_expired(token);
-                Ok(())
-            }
-            action if retry::ends_session(failure.code) && has_token => {
-                if *token != self.token() && !self.has_ended() && retries.is_first(action) {
-                    return Ok(()); // the token of a previous session
-                }
-                self.mark_ended(token, &failure);
-                Err(failure.into())
-            }
-            _ if failure.code == Code::InvalidArgument
-                && failure.details.get("size").is_some()
-                && has_token
-                && !connection.has_session()
-                && retries.is_first(Action::AtOnce) =>
-            {
-                // Too large for a connection without a session: show the token by a small request first.
-                let left = attempts.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-                self.call("session.info", &[0xc0], Meta::default(), left).await.map(drop)
-            }
-            _ => {
-                if failure.code == Code::Unauthenticated && has_token {
-                    self.mark_unknown(token);
-                }
-                Err(failure.into())
-            }
+            Err(refusal) => Err(refusal),
         }
     }
 
-    /// Wait before a retry. Return the error at once if the deadline would pass.
-    async fn wait(&self, delay: Duration, error: Error, attempts: &Attempts<'_>) -> Result<()> {
-        if attempts.deadline.is_some_and(|deadline| Instant::now() + delay >= deadline) {
-            return Err(error);
+    /// Record what an error that is reported means for the session, and return it.
+    async fn reported(
+        self: &Arc<Self>,
+        failure: CallError,
+        left: Option<Duration>,
+        retries: &mut Retries,
+        connection: &Arc<Connection>,
+        token: &Token,
+    ) -> Result<()> {
+        if token.is_none() {
+            return Err(failure.into());
         }
-        sleep(delay).await;
-        Ok(())
+        if retry::ends_session(failure.code) {
+            self.mark_ended(token, &failure);
+        } else if failure.code == Code::Unauthenticated {
+            self.mark_unknown(token);
+        } else if failure.code == Code::InvalidArgument
+            && failure.details.get("size").is_some()
+            && !connection.has_session()
+            && retries.is_first(Once::Show)
+        {
+            // Too large for a connection without a session: show the token by a small request first.
+            return self.call("session.info", &[0xc0], Meta::default(), left).await.map(drop);
+        }
+        Err(failure.into())
     }
 
     // --- notifications of the connection ---------------------------------------------------------
@@ -344,5 +349,13 @@ impl User {
 
     pub(crate) fn connection_ended(&self, connection: &Connection, error: &Closed) {
         self.handlers.abort(&error.reason, Some(connection));
+        self.forget(connection);
     }
+}
+
+/// Wait before a retry, or return the error without one.
+async fn wait(step: Step, error: Error) -> Result<()> {
+    let Step::Wait(delay) = step else { return Err(error) };
+    sleep(delay).await;
+    Ok(())
 }

@@ -1,10 +1,9 @@
 //! Further connections to a server, for calls that it allows no more of in flight on one.
 
-use crate::fake::{Fake, Peer, Sent, goaway, welcome_of};
+use crate::fake::{self, Fake, Peer, goaway, welcome_of};
 use std::time::Duration;
 use tokio::task::JoinHandle;
-use zcproto::frame::Kind;
-use zcproto::{Client, Error, codec};
+use zcproto::{Client, Error};
 
 /// A server that allows one request in flight on each connection, and its client. Its methods block.
 struct Crowded {
@@ -20,7 +19,7 @@ impl Crowded {
         let options = server.options().max_connections(max_connections);
         let accepting = tokio::task::spawn_blocking(move || {
             let mut first = accept(&server);
-            let number = request(&mut first, "first");
+            let number = first.expect("first");
             (server, first, number)
         });
         let client = Client::connect(options).await.unwrap();
@@ -47,35 +46,23 @@ fn call(client: &Client, method: &'static str) -> JoinHandle<zcproto::Result<Str
     tokio::spawn(async move { client.call::<String>(method, &()).await })
 }
 
-/// Wait for the request of a method, and return its number.
-fn request(peer: &mut Peer, method: &str) -> u32 {
-    let (kind, number, body) = peer.receive().expect("a request");
-    assert_eq!(kind, Kind::Request);
-    assert!(body.windows(method.len()).any(|text| text == method.as_bytes()), "another method than {method}");
-    number
-}
-
-fn result(number: u32, text: &str) -> Sent {
-    (Kind::Response, number, codec::encode(&text.into()).unwrap())
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
-    let in_flight = request(&mut other, "second");
+    let in_flight = other.expect("second");
     let third = call(&crowded.client, "third");
-    other.send(&[result(in_flight, "2")]);
-    let in_flight = request(&mut other, "third"); // whichever has room first
-    other.send(&[result(in_flight, "3")]);
+    other.send(&[fake::text(in_flight, "2")]);
+    let in_flight = other.expect("third"); // whichever has room first
+    other.send(&[fake::text(in_flight, "3")]);
     assert_eq!(second.await.unwrap().unwrap(), "2");
     assert_eq!(third.await.unwrap().unwrap(), "3");
-    crowded.first.send(&[result(number, "1")]);
+    crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
     let fourth = call(&crowded.client, "fourth");
-    let in_flight = request(&mut crowded.first, "fourth");
-    crowded.first.send(&[result(in_flight, "4")]);
+    let in_flight = crowded.first.expect("fourth");
+    crowded.first.send(&[fake::text(in_flight, "4")]);
     assert_eq!(fourth.await.unwrap().unwrap(), "4");
     assert!(!crowded.server.has_waiting(), "there are more connections than allowed");
     let closing = tokio::task::spawn_blocking(move || other.close());
@@ -87,10 +74,10 @@ async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
 async fn further_connections_are_off_by_default() {
     let (mut crowded, number, first) = Crowded::new(1).await;
     let second = call(&crowded.client, "second");
-    crowded.first.send(&[result(number, "1")]);
+    crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
-    let in_flight = request(&mut crowded.first, "second");
-    crowded.first.send(&[result(in_flight, "2")]);
+    let in_flight = crowded.first.expect("second");
+    crowded.first.send(&[fake::text(in_flight, "2")]);
     assert_eq!(second.await.unwrap().unwrap(), "2");
     assert!(!crowded.server.has_waiting());
     crowded.close().await;
@@ -101,10 +88,10 @@ async fn the_failure_of_a_further_connection_fails_no_call() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     drop(crowded.server.accept());
-    crowded.first.send(&[result(number, "1")]);
+    crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
-    let in_flight = request(&mut crowded.first, "second");
-    crowded.first.send(&[result(in_flight, "2")]);
+    let in_flight = crowded.first.expect("second");
+    crowded.first.send(&[fake::text(in_flight, "2")]);
     assert_eq!(second.await.unwrap().unwrap(), "2");
     crowded.close().await;
 }
@@ -114,10 +101,10 @@ async fn the_loss_of_a_further_connection_loses_its_calls_alone() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
-    request(&mut other, "second");
+    other.expect("second");
     drop(other);
     assert!(matches!(second.await.unwrap(), Err(Error::Closed(_))), "it may have run");
-    crowded.first.send(&[result(number, "1")]);
+    crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
     assert!(crowded.client.endpoint().is_some());
     crowded.close().await;
@@ -128,13 +115,13 @@ async fn a_call_that_a_leaving_further_connection_did_not_run_is_sent_elsewhere(
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
-    request(&mut other, "second");
+    other.expect("second");
     other.send(&[goaway("draining", 0)]);
     tokio::task::spawn_blocking(move || other.close()).await.unwrap();
-    crowded.first.send(&[result(number, "1")]);
+    crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
-    let in_flight = request(&mut crowded.first, "second");
-    crowded.first.send(&[result(in_flight, "2")]);
+    let in_flight = crowded.first.expect("second");
+    crowded.first.send(&[fake::text(in_flight, "2")]);
     assert_eq!(second.await.unwrap().unwrap(), "2");
     crowded.close().await;
 }
@@ -144,7 +131,7 @@ async fn closing_the_client_closes_further_connections() {
     let (crowded, _, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
-    request(&mut other, "second");
+    other.expect("second");
     let closing = tokio::task::spawn_blocking(move || assert!(other.receive().is_none()));
     crowded.close().await;
     closing.await.unwrap();
@@ -159,11 +146,11 @@ async fn an_idle_further_connection_is_closed() {
     let options = server.options().max_connections(2);
     let script = std::thread::spawn(move || {
         let mut first = accept(&server);
-        let one = request(&mut first, "first");
+        let one = first.expect("first");
         let mut other = accept(&server);
-        let two = request(&mut other, "second");
-        other.send(&[result(two, "2")]);
-        first.send(&[result(one, "1")]);
+        let two = other.expect("second");
+        other.send(&[fake::text(two, "2")]);
+        first.send(&[fake::text(one, "1")]);
         assert!(other.receive().is_none());
         first
     });

@@ -11,6 +11,7 @@ mod further;
 mod handlers;
 mod scripted;
 mod sessions;
+mod several;
 mod streams;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,11 +1,12 @@
 //! Servers that go away, and others that take their place.
 
-use crate::fake::{Fake, goaway, options_at, welcome};
+use crate::fake::{Fake, goaway, options_at, session, text, welcome};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::net::TcpSocket;
 use tokio::runtime::Runtime;
+use zcproto::frame::Kind;
 use zcproto::{Client, Code, Error, TlsFailure, Value};
 
 /// Return a socket whose port refuses connections while it is open.
@@ -140,4 +141,96 @@ fn a_client_outside_of_its_runtime_reports_errors_and_does_not_panic() {
     let ended = other.block_on(stream.result::<Value>());
     assert!(matches!(ended, Err(Error::Closed(_))), "{ended:?}");
     script.join().unwrap();
+}
+
+/// Let time pass for a client.
+async fn advance(seconds: u64) {
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(seconds)).await;
+    tokio::time::resume();
+}
+
+#[tokio::test]
+async fn a_client_moves_from_a_server_that_hangs_and_repeats_idempotent_calls_there() {
+    let (first, second) = (Fake::new(), Fake::new());
+    let options = options_at(&[&first.address(), &second.address()]).verify(false).api_key("ada", "key");
+    let (sender, received) = std::sync::mpsc::channel();
+    let script = std::thread::spawn(move || {
+        let mut hanging = first.accept();
+        hanging.send(&[welcome()]);
+        let number = hanging.expect("session.open");
+        hanging.send(&[session(number, 1)]);
+        hanging.expect("who");
+        hanging.expect("who");
+        sender.send(()).unwrap();
+        assert_eq!(hanging.receive().unwrap().0, Kind::Ping);
+        sender.send(()).unwrap();
+        let mut next = second.accept();
+        next.send(&[welcome()]);
+        let number = next.expect("session.info");
+        assert_eq!(next.token, [1; 32]);
+        next.send(&[text(number, "")]);
+        let number = next.expect("session.info"); // the client has moved
+        next.send(&[text(number, "")]);
+        assert_eq!(hanging.receive(), None);
+        let number = next.expect("who");
+        next.send(&[text(number, "second")]);
+        let number = next.expect("session.close");
+        next.send(&[text(number, "")]);
+    });
+    let client = Client::connect(options).await.unwrap();
+    let start = |key| {
+        let client = client.clone();
+        tokio::spawn(async move {
+            let request = client.request("who").timeout(None);
+            if key { request.idempotency_key("once").send::<String>().await } else { request.send().await }
+        })
+    };
+    let (repeated, lost) = (start(true), start(false));
+    let received = tokio::task::spawn_blocking(move || received.recv().map(|()| received).unwrap()).await.unwrap();
+    advance(5).await;
+    let received = tokio::task::spawn_blocking(move || received.recv().map(|()| received).unwrap()).await.unwrap();
+    advance(2).await;
+    assert_eq!(repeated.await.unwrap().unwrap(), "second");
+    let lost = lost.await.unwrap();
+    assert!(matches!(lost, Err(Error::Closed(_))), "it may have run: {lost:?}");
+    client.close().await;
+    script.join().unwrap();
+    drop(received);
+}
+
+#[tokio::test]
+async fn a_byte_of_the_server_ends_the_move_to_another_one() {
+    let (first, second) = (Fake::new(), Fake::new());
+    let options = options_at(&[&first.address(), &second.address()]).verify(false).api_key("ada", "key");
+    let (sender, received) = std::sync::mpsc::channel();
+    let script = std::thread::spawn(move || {
+        let mut hanging = first.accept();
+        hanging.send(&[welcome()]);
+        let number = hanging.expect("session.open");
+        hanging.send(&[session(number, 1)]);
+        let who = hanging.expect("who");
+        sender.send(()).unwrap();
+        assert_eq!(hanging.receive().unwrap().0, Kind::Ping);
+        sender.send(()).unwrap();
+        let mut next = second.accept();
+        next.send(&[welcome()]);
+        next.expect("session.info");
+        hanging.send(&[(Kind::Pong, 0, Vec::new())]);
+        assert_eq!(next.receive(), None);
+        hanging.send(&[text(who, "first")]);
+        let number = hanging.expect("session.close");
+        hanging.send(&[text(number, "")]);
+    });
+    let client = Client::connect(options).await.unwrap();
+    let call = client.clone();
+    let call = tokio::spawn(async move { call.request("who").timeout(None).send::<String>().await });
+    let received = tokio::task::spawn_blocking(move || received.recv().map(|()| received).unwrap()).await.unwrap();
+    advance(5).await;
+    let received = tokio::task::spawn_blocking(move || received.recv().map(|()| received).unwrap()).await.unwrap();
+    advance(2).await;
+    assert_eq!(call.await.unwrap().unwrap(), "first");
+    client.close().await;
+    script.join().unwrap();
+    drop(received);
 }

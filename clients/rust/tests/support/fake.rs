@@ -22,6 +22,8 @@ pub struct Peer {
     stream: StreamOwned<ServerConnection, TcpStream>,
     decoder: FrameDecoder,
     counter: u64,
+    /// The token of the frame that was received last.
+    pub token: [u8; 32],
 }
 
 /// A frame: kind, number and body.
@@ -61,7 +63,7 @@ impl Fake {
     pub fn accept(&self) -> Peer {
         let (tcp, _) = self.listener.accept().unwrap();
         let tls = ServerConnection::new(Arc::clone(&self.config)).unwrap();
-        Peer { stream: StreamOwned::new(tls, tcp), decoder: FrameDecoder::new(), counter: 0 }
+        Peer { stream: StreamOwned::new(tls, tcp), decoder: FrameDecoder::new(), counter: 0, token: [0; 32] }
     }
 }
 
@@ -75,10 +77,15 @@ pub fn options_at(addresses: &[&str]) -> ConnectOptions {
 impl Peer {
     /// Send frames in one TLS record.
     pub fn send(&mut self, frames: &[Sent]) {
+        self.send_with([0; 32], frames);
+    }
+
+    /// Send frames with a token.
+    pub fn send_with(&mut self, token: [u8; 32], frames: &[Sent]) {
         let timestamp = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
         let mut bytes = Vec::new();
         for (kind, stream, body) in frames {
-            let (salt, counter, token) = (7, self.counter, &[0; 32]);
+            let (salt, counter, token) = (7, self.counter, &token);
             frame::encode_frame(
                 &mut bytes,
                 &Frame { kind: *kind, stream: *stream, timestamp, salt, counter, token, body },
@@ -95,6 +102,7 @@ impl Peer {
             Accepted { receiver: Side::Server, max_length: 1 << 20, max_item: 1 << 20, streams: true, calls: true };
         loop {
             if let Some(frame) = self.decoder.next(&accepted).unwrap() {
+                self.token = *frame.token;
                 return Some((frame.kind, frame.stream, frame.body.to_vec()));
             }
             let mut bytes = [0; 4096];
@@ -103,6 +111,13 @@ impl Peer {
                 size => self.decoder.feed(&bytes[..size]),
             }
         }
+    }
+
+    /// Wait for a REQUEST of a method, and return its number.
+    pub fn expect(&mut self, method: &str) -> u32 {
+        let (kind, number, body) = self.receive().expect("a request");
+        assert_eq!((kind, method_of(&body).as_str()), (Kind::Request, method));
+        number
     }
 
     /// Answer a number of requests with a text. Return false if the client has ended before.
@@ -144,6 +159,39 @@ pub fn welcome_of(max_streams: i64) -> Sent {
         ("sts", sts),
     ]);
     (Kind::Welcome, 0, codec::encode(&body).unwrap())
+}
+
+/// WELCOME of a server that calls clients, too.
+pub fn welcome_with_calls(max_streams: i64) -> Sent {
+    let (kind, stream, body) = welcome_of(max_streams);
+    let Value::Map(mut body) = codec::decode(&body).unwrap() else { panic!("no map") };
+    let streams = Value::from([("max_open", Value::from(16)), ("max_item", 65_536.into())]);
+    body.extend([("streams".to_owned(), streams), ("calls".to_owned(), Value::from([("max", Value::from(32))]))]);
+    (kind, stream, codec::encode(&Value::Map(body)).unwrap())
+}
+
+/// A RESPONSE with a text.
+pub fn text(stream: u32, text: &str) -> Sent {
+    (Kind::Response, stream, codec::encode(&text.into()).unwrap())
+}
+
+/// An ERROR with details.
+pub fn error(stream: u32, code: u8, details: Value) -> Sent {
+    let body = Value::Array(vec![i64::from(code).into(), "refused".into(), details]);
+    (Kind::Error, stream, codec::encode(&body).unwrap())
+}
+
+/// An EVENT of a session.
+pub fn event(name: &str) -> Sent {
+    let body = Value::Array(vec![name.into(), Value::from([("expires_at", Value::from(0))])]);
+    (Kind::Event, 0, codec::encode(&body).unwrap())
+}
+
+/// A CALL without params.
+pub fn call(stream: u32, method: &str) -> Sent {
+    let meta = Value::from([("deadline_ms", Value::from(3_600_000))]);
+    let body = Value::Array(vec![method.into(), Value::Map(Vec::new()), meta]);
+    (Kind::Call, stream, codec::encode(&body).unwrap())
 }
 
 pub fn goaway(reason: &str, retry_after_ms: i64) -> Sent {

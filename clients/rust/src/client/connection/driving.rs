@@ -25,7 +25,7 @@ const FOREVER: Duration = Duration::from_secs(365 * 86_400);
 impl Connection {
     pub(super) async fn run(self: Arc<Self>, mut transport: Transport, listener: Arc<dyn Listener>) {
         let how = self.drive(&mut transport, &*listener).await;
-        let reason = "the connection was closed by this client";
+        let reason = self.lock().reason.unwrap_or("the connection was closed by this client");
         let error = if how == Closing::Abort { Closed::broken(reason) } else { Closed::clean(reason) };
         self.end(&error, &*listener);
         if how == Closing::Graceful {
@@ -59,12 +59,20 @@ impl Connection {
             let (closing, deadline) = {
                 let mut state = self.lock();
                 state.is_woken = false;
+                let next = if self.is_watched.load(Ordering::Acquire) {
+                    state.conversation.check_silence(wall(), self.now(), &mut events)
+                } else {
+                    None
+                };
                 if !is_blocked {
                     state.conversation.swap_output(&mut output);
                     state.wake_waiting_items();
                 }
-                (state.closing, state.conversation.next_deadline())
+                (state.closing, [next, state.conversation.next_deadline()].into_iter().flatten().min())
             };
+            for event in events.drain(..) {
+                listener.event(self, event); // Silent
+            }
             if closing == Some(Closing::Abort) {
                 return Closing::Abort;
             }
@@ -95,7 +103,12 @@ impl Connection {
             let turn = poll_fn(|cx| self.poll_turn(cx, transport, is_blocked, reading_pause.is_some(), timer.as_mut()));
             match turn.await {
                 Turn::Woken => {}
-                Turn::Read(Ok(size)) => end = transport.decrypt(size),
+                Turn::Read(Ok(size)) => {
+                    if size > 0 && self.is_watched.load(Ordering::Acquire) {
+                        self.has_heard();
+                    }
+                    end = transport.decrypt(size);
+                }
                 Turn::Read(Err(error)) => end = Some(End::Broken(reset(&error))),
                 Turn::Time => {
                     reading_pause = reading_pause.filter(|&until| Instant::now() < until);
@@ -135,6 +148,13 @@ impl Connection {
             }
         }
         timer.poll(cx).map(|()| Turn::Time)
+    }
+
+    /// Record that bytes have arrived, perhaps too few for a record of TLS.
+    fn has_heard(&self) {
+        if self.lock().conversation.heard(self.now()) {
+            self.changed.notify_waiters();
+        }
     }
 
     fn set_blocked(&self, is_blocked: bool) {

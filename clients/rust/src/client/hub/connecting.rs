@@ -27,7 +27,7 @@ enum Progress {
 }
 
 /// A failure in a round.
-struct Failure {
+pub(super) struct Failure {
     place: Place,
     error: Error,
     /// Whether another attempt may succeed soon: nothing listens there yet, or the server is being replaced.
@@ -203,7 +203,7 @@ impl Hub {
     }
 
     /// Let a place rest after a failure.
-    fn failed(&self, place: Place, error: Error, retry_after: Option<Duration>) -> Failure {
+    pub(super) fn failed(&self, place: Place, error: Error, retry_after: Option<Duration>) -> Failure {
         let is_refused = matches!(error, Error::CannotConnect { refused: true, .. });
         let failure = Failure { place, error, may_be_starting: is_refused || retry_after.is_some() };
         let mut state = self.lock();
@@ -213,40 +213,52 @@ impl Hub {
         failure
     }
 
-    /// Use a new connection for calls, and show it to all sessions. If its server is going away, return for how long.
-    fn adopt(&self, attempted: Attempted) -> Result<Option<Duration>> {
-        let connection = {
+    /// Use a new connection for calls, and show all sessions on it. If its server is going away, return for how long.
+    pub(super) fn adopt(&self, attempted: Attempted) -> Result<Option<Duration>> {
+        let connection = attempted.keep();
+        if let Some(retry_after) = connection.retry_after() {
+            return Ok(Some(retry_after)); // GOAWAY in the same read as WELCOME
+        }
+        if let Some(error) = connection.error() {
+            return Err(error.into());
+        }
+        // Before calls are sent there: their methods may call back.
+        let users = self.users().into_iter().filter(|user| user.session().is_some());
+        let showing: Vec<_> = users.map(|user| (user.begin_registration(&connection), user)).collect();
+        let replaced = {
             let mut state = self.lock();
             if state.is_closed {
+                connection.abort();
                 return Err(Closed::clean("this client is closed").into());
-            }
-            let connection = attempted.keep();
-            let retry_after = connection.retry_after(); // GOAWAY in the same read as WELCOME
-            if retry_after.is_some() {
-                return Ok(retry_after);
-            }
-            if let Some(error) = connection.error() {
-                return Err(error.into());
             }
             state.endpoints.used(&connection.endpoint);
             if !std::mem::replace(&mut state.has_connected, true) {
                 state.endpoints.reset(&connection.endpoint);
             }
-            state.current = Some(Arc::clone(&connection));
+            if state.endpoints.are_several() {
+                connection.watch();
+            }
             state.stable_at = Some(Instant::now() + STABLE_AFTER);
-            connection
+            let silent = state.current.replace(Arc::clone(&connection));
+            let further = if silent.is_some() { state.further.take() } else { Vec::new() };
+            let replaced: Vec<_> = silent.into_iter().chain(further).collect();
+            state.others.extend(replaced.iter().cloned());
+            replaced
         };
+        for silent in replaced {
+            silent.give_up("the server did not respond; another one is used");
+        }
         if connection.error().is_some() {
             self.lost(&connection); // it has ended meanwhile
         }
         let hub = self.arc();
         tokio::spawn(async move {
-            let mut showing = JoinSet::new();
-            for user in hub.users() {
+            let mut working = JoinSet::new();
+            for (registering, user) in showing {
                 let connection = Arc::clone(&connection);
-                showing.spawn(async move { user.present(&connection).await });
+                working.spawn(async move { user.present(&connection, registering).await });
             }
-            while showing.join_next().await.is_some() {}
+            while working.join_next().await.is_some() {}
             hub.report(&connection);
         });
         Ok(None)

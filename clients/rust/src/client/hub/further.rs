@@ -5,7 +5,7 @@
 //! where the current connection is. A failure fails no call. The next attempt after it, or after a loss, is delayed. A call waits
 //! in the queues of all connections and takes the first room. One without a request in flight for `IDLE_AFTER` is closed; one that
 //! is lost is not replaced until it is needed.
-//! Must not know: sessions, except that it shows them on a new connection.
+//! Must not know: sessions, except that it shows and registers them on a new connection before calls are sent there.
 
 use super::super::address::Endpoint;
 use super::super::backoff::Backoff;
@@ -93,6 +93,11 @@ impl Further {
         for task in [self.connecting.take(), self.closer.take()].into_iter().flatten() {
             task.abort();
         }
+        self.take()
+    }
+
+    /// Use none of the connections any more, and return them.
+    pub(super) fn take(&mut self) -> Vec<Arc<Connection>> {
         std::mem::take(&mut self.used).into_iter().map(|(connection, _)| connection).collect()
     }
 }
@@ -173,23 +178,34 @@ impl Hub {
 
     async fn connect_further(self: Arc<Self>, endpoint: Endpoint) {
         let attempted = self.dialer.dial(&endpoint, self.arc(), || {}).await.ok(); // whatever it is, the current one goes on
+        let mut shown = Vec::new();
         if let Some(attempted) = &attempted {
             let connection = attempted.connection();
             connection.mark_further();
             let mut showing = JoinSet::new();
             for user in self.users() {
                 let connection = Arc::clone(connection);
-                showing.spawn(async move { user.present(&connection).await });
+                showing.spawn(async move { (user.present(&connection, None).await, user) });
             }
-            while showing.join_next().await.is_some() {}
+            while let Some(showed) = showing.join_next().await {
+                shown.extend(showed);
+            }
         }
         {
             let mut state = self.lock();
             state.further.connecting = None;
             match attempted {
                 Some(attempted) if attempted.connection().is_open() && !state.is_closed => {
-                    state.further.used.push((attempted.keep(), Instant::now()));
+                    let connection = attempted.keep();
+                    if state.endpoints.are_several() {
+                        connection.watch();
+                    }
+                    state.further.used.push((Arc::clone(&connection), Instant::now()));
                     self.close_idle_later(&mut state);
+                    drop(state);
+                    for (token, user) in shown {
+                        user.catch_up(&connection, token.as_ref());
+                    }
                 }
                 _ => state.further.delay(),
             }

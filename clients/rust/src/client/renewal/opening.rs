@@ -17,9 +17,8 @@ impl User {
     /// Return whether a login must be fetched before the next request.
     pub(super) fn needs_login(&self, now: Instant) -> bool {
         let sessions = self.lock();
-        let can_refresh = sessions.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some());
         let is_fetched = sessions.login.as_ref().is_some_and(|(_, until)| now < *until);
-        matches!(self.credentials, Some(Credentials::Login(_))) && !can_refresh && !is_fetched
+        matches!(self.credentials, Some(Credentials::Login(_))) && !sessions.has_refresh_token(now) && !is_fetched
     }
 
     /// Call the function that returns a login.

@@ -11,8 +11,10 @@ use crate::codec;
 use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::message::Meta;
 use crate::secret::Token;
+use std::future::{Future, poll_fn};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -20,33 +22,81 @@ use tokio::time::{Instant, sleep};
 const MAX_KEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 impl User {
-    /// Show the token on a new connection, so that events and calls of the session arrive there. Attach a session that is bound
-    /// to a device. The request is small: a large one is refused on a connection without a session.
-    pub(crate) async fn present(self: &Arc<Self>, connection: &Arc<Connection>) {
-        let (is_bound, is_attached) = {
-            let sessions = self.lock();
-            match &sessions.session {
-                Some(session) if sessions.renewing.is_none() => {
-                    (session.info.bound, sessions.attached_to == Some(connection.id))
-                }
-                _ => return,
-            }
-        };
+    /// Show the token on a connection, so that events and calls of the session arrive there, and return it. Attach a session
+    /// that is bound to a device, and register the application's handlers. `registering` is the registration if it was sent
+    /// already. The request is small: a large one is refused on a connection without a session.
+    pub(crate) async fn present(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        registering: Option<PendingCall>,
+    ) -> Option<Token> {
+        if !self.can_present() {
+            return None;
+        }
         let token = self.token();
-        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
-        let shown = if is_bound && is_device && !is_attached {
+        let shown = if self.needs_proof(connection) {
             match self.attach(connection, &token).await {
-                Ok(_) => self.register_if_any(connection).await,
+                Ok(_) => self.register_if_any(connection, None).await,
                 Err(error) => Err(error),
             }
-        } else if !self.handlers.is_empty() && connection.has_calls() && !connection.is_further() {
-            self.register_if_any(connection).await
+        } else if registering.is_some() || self.needs_registration(connection) {
+            self.register_if_any(connection, registering).await
         } else {
             self.request(connection, "session.info", &[0xc0], &token).await.map(drop)
         };
         if let Err(Error::Call(error)) = shown {
             self.handle_refusal(&token, &error);
         } // otherwise the next connection shows the token
+        Some(token)
+    }
+
+    /// Show the token on a connection that may replace another one, and wait for any answer. Return false without a token to show.
+    pub(crate) async fn prove(&self, connection: &Arc<Connection>) -> Result<bool> {
+        if !self.can_present() {
+            return Ok(false);
+        }
+        let token = self.token();
+        let shown = if self.needs_proof(connection) {
+            self.attach(connection, &token).await.map(drop)
+        } else {
+            self.request(connection, "session.info", &[0xc0], &token).await.map(drop)
+        };
+        match shown {
+            Err(Error::Call(error)) if error.code != Code::DeadlineExceeded => Ok(true),
+            shown => shown.map(|()| true),
+        }
+    }
+
+    /// Return whether there is a token to show. During a renewal there will be another one.
+    fn can_present(&self) -> bool {
+        let sessions = self.lock();
+        sessions.session.is_some() && sessions.renewing.is_none()
+    }
+
+    /// Return whether the session must be attached to a connection by the key of its device.
+    pub(super) fn needs_proof(&self, connection: &Connection) -> bool {
+        let sessions = self.lock();
+        let is_bound = sessions.session.as_ref().is_some_and(|session| session.info.bound);
+        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
+        is_bound && is_device && !sessions.attached_to.contains(&connection.id)
+    }
+
+    /// Return whether the application's handlers are not registered on a connection.
+    pub(super) fn needs_registration(&self, connection: &Connection) -> bool {
+        let Some(version) = self.handlers.version().filter(|_| connection.has_calls()) else { return false };
+        self.lock().registered.get(&connection.id) != Some(&version)
+    }
+
+    /// Register the handlers again when the session is shown next: the last registration has failed.
+    pub(crate) fn forget_registrations(&self) {
+        self.lock().registered.clear();
+    }
+
+    /// Forget a connection that has ended.
+    pub(crate) fn forget(&self, connection: &Connection) {
+        let mut sessions = self.lock();
+        sessions.attached_to.remove(&connection.id);
+        sessions.registered.remove(&connection.id);
     }
 
     /// Send a small request of the session, and wait for its result.
@@ -73,34 +123,64 @@ impl User {
     ) -> Result<PendingCall> {
         self.touch();
         self.keep();
-        let methods = self.handlers.methods();
+        let (methods, version) = self.handlers.methods();
         let methods: Vec<&str> = methods.iter().map(String::as_str).collect();
         let max = self.handlers.max;
         let sent =
             connection.send(slot, None, None, |conversation, wall| conversation.handle(token, &methods, max, wall))?;
-        self.lock().registered_on = Some(connection.id);
+        self.lock().registered.insert(connection.id, version);
         Ok(sent)
     }
 
-    /// Register the application's handlers, if there are any. Retries while that may succeed on this connection.
-    pub(super) async fn register_if_any(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<()> {
+    /// Send the registration of the application's handlers on a connection that is not in use yet, if that can be done at once.
+    pub(crate) fn begin_registration(self: &Arc<Self>, connection: &Arc<Connection>) -> Option<PendingCall> {
+        if !self.can_present() || self.needs_proof(connection) || !self.needs_registration(connection) {
+            return None;
+        }
+        self.register(connection, connection.try_slot()?, &self.token()).ok()
+    }
+
+    /// Register the application's handlers if they are not registered on a connection. `sent` is the registration if it was sent
+    /// already. Retries while that may succeed on this connection.
+    pub(super) async fn register_if_any(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        mut sent: Option<PendingCall>,
+    ) -> Result<()> {
         let mut backoff = Backoff::default();
-        while !self.handlers.is_empty() && connection.has_calls() && !connection.is_further() && !self.has_ended() {
-            let Some(slot) = connection.slot().await else {
-                return Ok(()); // the next connection registers them
+        loop {
+            let registering = match sent.take() {
+                Some(sent) => sent,
+                None if self.has_ended() || !self.needs_registration(connection) => return Ok(()),
+                None => match connection.slot().await {
+                    Some(slot) => self.register(connection, slot, &self.token())?,
+                    None => return Ok(()), // the next connection registers them
+                },
             };
-            let token = self.token();
-            match in_time(REQUEST_TIMEOUT, self.register(connection, slot, &token)?).await {
-                Err(Error::Call(error)) if may_succeed_later(&error) => sleep(backoff.next(error.retry_after())).await,
-                registered => {
-                    if registered.is_err() {
-                        self.lock().registered_on = None;
-                    }
-                    return registered.map(drop);
-                }
+            let Err(error) = in_time(REQUEST_TIMEOUT, registering).await else { return Ok(()) };
+            self.lock().registered.remove(&connection.id);
+            match error {
+                Error::Call(error) if may_succeed_later(&error) => sleep(backoff.next(error.retry_after())).await,
+                error => return Err(error),
             }
         }
-        Ok(())
+    }
+
+    /// Register the handlers on further connections, too, after they have changed: before later requests there, since slots are
+    /// given in order.
+    pub(crate) async fn register_on_others(self: &Arc<Self>) {
+        for connection in self.hub.further() {
+            let user = Arc::clone(self);
+            let mut registering = Box::pin(async move {
+                let slot = connection.slot().await?;
+                let sent = user.register(&connection, slot, &user.token()).ok()?;
+                let registered = in_time(REQUEST_TIMEOUT, sent).await;
+                registered.inspect_err(|_| user.forget(&connection)).ok()
+            });
+            if poll_fn(|cx| Poll::Ready(registering.as_mut().poll(cx).is_pending())).await {
+                tokio::spawn(registering);
+            }
+        }
     }
 
     /// Attach the session of a token to a connection if both are still in use. Return false without a device. Concurrent
@@ -111,26 +191,31 @@ impl User {
         };
         let is_first = self.attaching.try_lock().is_ok_and(|_guard| true);
         let _guard = self.attaching.lock().await;
-        let is_attached = self.lock().attached_to == Some(connection.id);
+        let is_attached = self.lock().attached_to.contains(&connection.id);
         if !self.is_current(token) || !connection.is_open() || (is_attached && !is_first) {
             return Ok(true);
         }
-        self.lock().attached_to = None;
+        self.lock().attached_to.remove(&connection.id);
         let mut params = Vec::new();
         codec::write_map(&mut params, 1);
         codec::write_str(&mut params, "signature");
         codec::write_bin(&mut params, &device.sign(&connection.channel().attach_message(token)));
         match self.request(connection, "session.attach", &params, token).await {
-            Ok(_) => self.lock().attached_to = Some(connection.id),
+            Ok(_) => drop(self.lock().attached_to.insert(connection.id)),
             Err(Error::Closed(_)) => {} // the next connection attaches it
             Err(error) => return Err(error),
         }
         Ok(true)
     }
 
-    fn handle_refusal(&self, token: &Token, error: &CallError) {
-        if retry::action(error) == Action::Reopen {
+    /// Handle the error of a request that only shows a token.
+    fn handle_refusal(self: &Arc<Self>, token: &Token, error: &CallError) {
+        let action = retry::action(error);
+        if action == Action::Reopen && self.can_reopen() {
             self.reopen(token);
+        } else if action == Action::Replace && self.credentials.is_some() {
+            self.mark_lost(token);
+            self.renew_soon();
         } else if error.code == Code::Unauthenticated {
             self.mark_unknown(token);
         } else if error.code == Code::TokenExpired {
@@ -159,7 +244,7 @@ impl User {
                         drop(sessions);
                         let (user, connection) = (Arc::clone(self), Arc::clone(connection));
                         // The answer has the code: revoked or replaced.
-                        tokio::spawn(async move { user.present(&connection).await });
+                        tokio::spawn(async move { user.present(&connection, None).await });
                     }
                 }
                 "session.expiring" => self.refresh_early(),
@@ -205,7 +290,7 @@ impl User {
                 } else if left < Duration::from_millis(idle) / 2 {
                     if let Ok(connection) = user.hub.get().await {
                         user.touch();
-                        user.present(&connection).await;
+                        user.present(&connection, None).await;
                     }
                 }
             }

@@ -9,6 +9,8 @@ use crate::message::{self, Credit, Meta, Welcome};
 use crate::secret::Token;
 use zeroize::Zeroize;
 
+const NIL: &[u8] = &[0xc0];
+
 /// The largest buffer that is kept between requests, in bytes.
 const MAX_SCRATCH: usize = 65_536;
 
@@ -33,7 +35,19 @@ impl Conversation {
         wall: i64,
     ) -> Result<u32, Error> {
         self.require_open()?;
+        self.require_room()?;
         self.send_request(Kind::Request, method, params, token, meta, None, wall)
+    }
+
+    /// Queue a `session.info` that shows a new token, and return its number. Its answer does not matter: it can be sent on a
+    /// connection that drains or has no room, too. Return `None` if it cannot be sent.
+    pub fn show(&mut self, token: &Token, wall: i64) -> Option<u32> {
+        let is_open = matches!(self.state, State::Open | State::Draining);
+        let has_room = self.requests.len() < 2 * self.requests.max_streams as usize; // for a server that answers nothing
+        if !is_open || !has_room {
+            return None;
+        }
+        self.send_request(Kind::Request, "session.info", NIL, token, &Meta::default(), None, wall).ok()
     }
 
     /// Queue an OPEN that grants `window`: how many items and bytes the server may send ahead of the application.
@@ -58,6 +72,7 @@ impl Conversation {
             let error = CallError::new(Code::ResourceExhausted, "too many streams on this connection; close some");
             return Err(error.with("limit", i64::from(limits.max_open)).into());
         }
+        self.require_room()?;
         let number = self.send_request(Kind::Open, method, params, token, meta, Some(window), wall)?;
         self.streams.add(number, token.clone(), window);
         Ok(number)
@@ -99,6 +114,13 @@ impl Conversation {
         }
     }
 
+    fn require_room(&self) -> Result<(), Error> {
+        if self.requests.is_full() {
+            return Err(Error::call(Code::ResourceExhausted, "too many requests in flight on this connection"));
+        }
+        Ok(())
+    }
+
     #[allow(clippy::too_many_arguments, reason = "the parts of one frame")]
     fn send_request(
         &mut self,
@@ -110,9 +132,6 @@ impl Conversation {
         credit: Option<Credit>,
         wall: i64,
     ) -> Result<u32, Error> {
-        if self.requests.is_full() {
-            return Err(Error::call(Code::ResourceExhausted, "too many requests in flight on this connection"));
-        }
         self.scratch.clear();
         message::encode_request(&mut self.scratch, method, params, meta, credit)
             .map_err(|fault| Error::call(Code::InvalidArgument, fault.phrase()))?;

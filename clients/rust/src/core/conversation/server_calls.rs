@@ -88,6 +88,12 @@ impl Conversation {
         true
     }
 
+    /// Accept calls with a newer token of a session that was refreshed on another connection.
+    pub fn session_renewed(&mut self, old: &Token, token: &Token) {
+        self.requests.session_ended(old);
+        self.calls.token_renewed(old, token);
+    }
+
     /// Forget the token of a session that has ended.
     pub fn session_ended(&mut self, token: &Token) {
         self.requests.session_ended(token);
