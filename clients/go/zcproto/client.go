@@ -280,7 +280,7 @@ func (s *shared) remove(session *Session) {
 }
 
 // show shows all sessions on a further connection. The function that it returns waits for the answers, and returns whether the server
-// has accepted a session, unless there is none to accept.
+// has accepted a session, or the client has no valid one.
 func (s *shared) show(c *connection) (await func() bool) {
 	var waits []func()
 	for _, each := range s.all {

@@ -27,7 +27,7 @@ test("types of params, results and logins", () => {
   void client?.stream<Order, number>("jobs", order, jobs).result.then((count) => count.toFixed());
   void client?.sessionFor({ login });
 
-  // @ts-expect-error a list is no map
+  // @ts-expect-error a list is not a map
   accepted.push([1, 2]);
   // @ts-expect-error bytes are no map
   accepted.push(new Uint8Array(1));
