@@ -9,9 +9,9 @@ import pytest
 from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness
 from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION
 from zcproto.connection.events import ClientEvent, EventReceived, ResponseReceived
-from zcproto.errors import Code, InvalidArgument
-from zcproto.wire.frame import ERROR, EVENT, NO_TOKEN, RESPONSE
-from zcproto.wire.message import encode_body, encode_error
+from zcproto.errors import Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable
+from zcproto.wire.frame import ERROR, EVENT, GOAWAY, NO_TOKEN, RESPONSE
+from zcproto.wire.message import decode_request, encode_body, encode_error
 
 
 def body_of(size: int) -> dict[str, Any]:
@@ -102,3 +102,35 @@ def test_session_revoked_event_ends_session(harness: ClientHarness) -> None:
         EventReceived("session.revoked", {"reason": "operator"}, TOKEN, body)
     ]
     assert not harness.client.has_session
+
+
+# --- showing a token ----------------------------------------------------------------------------------
+
+
+def test_token_is_shown_beyond_the_limit_of_requests_and_after_goaway(harness: ClientHarness) -> None:
+    for _ in range(WELCOME_MAP["max_streams"]):
+        harness.request("echo")
+    with pytest.raises(ResourceExhausted):
+        harness.request("echo")
+    streams = [harness.client.show(TOKEN, harness.wall)]
+    harness.receive_frame(GOAWAY, 0, encode_body({"reason": "draining", "retry_after_ms": 0}))
+    with pytest.raises(Unavailable):
+        harness.request("echo")
+    streams.append(harness.client.show(TOKEN, harness.wall))
+    *_, first, second = harness.sent()
+    assert [frame[2] for frame in (first, second)] == streams
+    assert {frame[6] for frame in (first, second)} == {TOKEN}
+    assert {decode_request(frame[7])[0] for frame in (first, second)} == {"session.info"}
+    assert set(streams) <= set(harness.client.in_flight)
+
+
+def test_token_is_shown_on_a_stream_that_is_not_in_flight(harness: ClientHarness) -> None:
+    harness.request("echo")
+    harness.client._next_stream = 1  # as after 2^32 requests
+    assert harness.client.show(TOKEN, harness.wall) == 2
+
+
+def test_token_is_not_shown_after_the_end(harness: ClientHarness) -> None:
+    harness.client.end()
+    with pytest.raises(ConnectionClosed):
+        harness.client.show(TOKEN, harness.wall)

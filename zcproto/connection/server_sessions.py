@@ -116,12 +116,7 @@ class ServerSessions(ServerOutput):
     def _is_current(self, session: Session, token: bytes, wall: int) -> bool:
         """Return whether a session accepted here is still used here, with the same valid token."""
         known = self.sessions.get(session.id)
-        return (
-            known is not None
-            and known.token == token
-            and known.cut_at == NEVER
-            and self.registry.check_again(session, wall)
-        )
+        return known is not None and known.token == token and self.registry.check_again(session, wall)
 
     def _next_check(self, session: Session, wall: int) -> int:
         """Return until when frames with the token of a session, used now, are accepted."""
@@ -284,6 +279,7 @@ class ServerSessions(ServerOutput):
         known = self.sessions.get(session_id)
         if known is None or known.cut_at != NEVER or digest_of(known.token) == token_digest:
             return False
+        self._forget_token_of(session_id)  # if it becomes valid again it has to be shown again
         known.due_at, known.cut_at = NEVER, now + min(ROTATION_GRACE_S, max(0, known.expires_at - wall) / MS)
         self._session_deadline = min(self._session_deadline, _soon(known.cut_at, now))
         self.deadline_moved = True
