@@ -119,12 +119,18 @@ class CallRunner:
         else:
             waiter.set_exception(error)
 
-    def session_ended(self, session_id: str, *, is_kept: bool, why: str) -> None:
-        """Fail the calls of a session. `is_kept`: keep its registration until its newest token is shown."""
+    def session_ended(self, session_id: str, *, is_kept: bool, is_refreshed: bool = False) -> None:
+        """Fail the calls of a session. `is_kept`: keep its registration until its newest token is shown.
+
+        `is_refreshed`: it has not ended, but the peer has not shown its newest token.
+        """
         wall = self._state.clock.wall()
         for call in self._connection.withdraw_session(session_id, wall, is_kept=is_kept):
             self._state.clients.count("closed")
-            self._wake(call, None, ConnectionClosed(why))
+            error = ConnectionClosed("the session of the client has ended")
+            if is_refreshed:
+                error = ConnectionClosed("the client has refreshed its session on another connection")
+            self._wake(call, None, error)
 
     def close(self, reason: str) -> None:
         """Fail all calls: the connection has ended."""

@@ -61,8 +61,6 @@ NOT_PERMITTED: Final = encode_error(
 LOGGED_CUTS: Final = frozenset({"slow", "stale", "token_rotated", "wrong_token"})
 """Reasons of a fault of the client or of the network, which its operator should know."""
 
-EXPIRED: Final = "the session of the client has ended"
-ROTATED: Final = "the session of the client was refreshed on another connection"
 TOO_MANY_ITEMS: Final = "too many items wait for their methods; try again"
 KEY_NEEDS_SESSION: Final = encode_error(
     Code.INVALID_ARGUMENT, "meta.idempotency_key needs a session; call session.open first"
@@ -150,22 +148,22 @@ class Dispatcher(asyncio.Protocol):
         """Drop the registration of a session."""
         self._state.clients.remove(self, session_id)
         if self._calls is not None:
-            self._calls.session_ended(session_id, is_kept=False, why=EXPIRED)
+            self._calls.session_ended(session_id, is_kept=False)
 
     def _end_calls(self, session_id: str, reason: EndReason) -> None:
         """Fail the calls of a session. A registration is kept if the session can still be refreshed."""
         if self._calls is None:
             return
         if reason in (EndReason.EXPIRED, EndReason.IDLE):
-            self._suspend_calls(session_id, EXPIRED)
+            self._suspend_calls(session_id)
         else:
             self.unregister(session_id)
 
-    def _suspend_calls(self, session_id: str, why: str) -> None:
+    def _suspend_calls(self, session_id: str, *, is_refreshed: bool = False) -> None:
         """Fail the calls of a session; keep its registration until its newest token is shown here."""
         if self._calls is not None:
             self._state.clients.suspend(self, session_id)
-            self._calls.session_ended(session_id, is_kept=True, why=why)
+            self._calls.session_ended(session_id, is_kept=True, is_refreshed=is_refreshed)
 
     @property
     def is_draining(self) -> bool:

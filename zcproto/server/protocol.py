@@ -48,7 +48,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
-from zcproto.server.dispatch import EXPIRED, ROTATED, SENT_AT_ONCE, Dispatcher
+from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
 from zcproto.server.eager import EagerWorker
 from zcproto.server.state import NO_METHODS, PART_BITS, ServerState, log
 from zcproto.server.streams import STREAM_TURN_BYTES, StreamRunner
@@ -307,7 +307,7 @@ class ServerProtocol(Dispatcher):
                 self._state.clients.resume(self, event.session_id)
         elif event.__class__ is SessionLeft:
             self._state.session_connections.leave(event.session_id, self)
-            self._suspend_calls(event.session_id, EXPIRED)
+            self._suspend_calls(event.session_id)
         elif event.__class__ is TokenUnknown:
             return self._look_up(event)
         elif event.__class__ is RequestEnded:
@@ -442,7 +442,7 @@ class ServerProtocol(Dispatcher):
         """Suspend a session that another token has replaced, unless this peer has shown that."""
         connection = self._connection
         if connection is not None and connection.suspend(session_id, token_digest, self.wall(), self.now()):
-            self._suspend_calls(session_id, ROTATED)
+            self._suspend_calls(session_id, is_refreshed=True)
             self.flush_soon()
 
     def session_used_since(self, session_id: str) -> int | None:
