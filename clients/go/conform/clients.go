@@ -36,6 +36,7 @@ type step struct {
 	Login      []value  `json:"login"`
 	ClientName string   `json:"client_name"`
 	MaxCalls   int      `json:"max_calls"`
+	MaxConns   int      `json:"max_connections"`
 	Home       string   `json:"home"`
 
 	TimeoutMs        int64      `json:"timeout_ms"`
@@ -172,6 +173,7 @@ func (c *clients) connect(step *step) (answer, error) {
 		Timeout:            milliseconds(step.TimeoutMs),
 		ConnectTimeout:     milliseconds(step.ConnectTimeoutMs),
 		MaxCalls:           step.MaxCalls,
+		MaxConnections:     step.MaxConns,
 		Home:               step.Home,
 	}
 	return func() (any, error) {

@@ -213,6 +213,7 @@ export class Conform {
       home: text("home"),
       timeoutMs: number("timeout_ms"),
       maxCalls: number("max_calls"),
+      maxConnections: number("max_connections"),
       connectTimeoutMs: number("connect_timeout_ms"),
     });
     this.#clients.set(text("client") ?? "", client);
