@@ -22,7 +22,8 @@
  *               (stores/valkey/servers.py, stores/valkey/sentinels.py)
  *   REPEAT      a node that was disconnected first repeats the revocations and rotations in its memory.
  *               (stores/revoker.py)
- *   DISTRUST    a node that was paused accepts nothing before the store has answered. (stores/stall.py, stores/sync.py)
+ *   DISTRUST    a node that was paused accepts nothing before it has asked the store. Without an answer the pause counts
+ *               to the grace. (stores/stall.py, stores/sync.py)
  *   CONFIRM     only the primary's answer counts for that. (stores/valkey/client.py)
  *   PENDING     a revocation that cannot be written is in a file before it is acknowledged, and written before anything
  *               else once the store is back. (stores/pending.py)
@@ -82,6 +83,7 @@ byte state[2];
 bit link[2];                    /* the server that the node uses */
 bit is_due[2];                  /* has to ask the store before the next tick */
 bit is_trusted[2] = 1;
+byte paused_for[2];             /* ticks in which it has not asked the store */
 #ifndef LIMIT
 bit is_free[2];                 /* has counted the sessions of the user */
 #endif
@@ -214,10 +216,11 @@ inline heartbeat(node) {
     if
     :: is_cut[node] ->
         if
-        :: !is_trusted[node] -> is_out[node] = 1; grace[node] = 0
-        :: is_trusted[node] && !is_out[node] -> is_out[node] = 1; grace[node] = GRACE
+        :: !is_out[node] -> is_out[node] = 1; grace[node] = GRACE
         :: else -> decrease(grace[node])
         fi;
+        grace[node] = (grace[node] > paused_for[node] -> grace[node] - paused_for[node] : 0);
+        paused_for[node] = 0;
         is_trusted[node] = 1;
         has_gap[node] = 1
     :: else ->
@@ -238,6 +241,7 @@ inline heartbeat(node) {
         fi;
         adopt(node);
         is_out[node] = 0;
+        paused_for[node] = 0;
         is_trusted[node] = 1
     fi
 }
@@ -338,7 +342,7 @@ inline crash(node) {
         own[of(node, s)] = (own[of(node, s)] == 3 -> 3 : 0)
     }
     s = 0;
-    grace[node] = 0; repeats[node] = 0; is_due[node] = 0; is_trusted[node] = 1;
+    grace[node] = 0; repeats[node] = 0; is_due[node] = 0; is_trusted[node] = 1; paused_for[node] = 0;
     forget_lost()
 }
 
@@ -448,6 +452,8 @@ end:    do
             decrease(recent[of(1, s)])
         }
         s = 0;
+        paused_for[0] = (state[0] == PAUSED && paused_for[0] < GRACE -> paused_for[0] + 1 : paused_for[0]);
+        paused_for[1] = (state[1] == PAUSED && paused_for[1] < GRACE -> paused_for[1] + 1 : paused_for[1]);
         cut_for[0] = (is_cut[0] -> (cut_for[0] > GRACE + 1 -> cut_for[0] : cut_for[0] + 1) : 0);
         cut_for[1] = (is_cut[1] -> (cut_for[1] > GRACE + 1 -> cut_for[1] : cut_for[1] + 1) : 0);
         differ = (keeps(0, 0) && keeps(1, 0) && memory[of(0, 0)] != memory[of(1, 0)] -> differ + 1 : 0);

@@ -14,7 +14,7 @@ import pytest
 from tests.limits import TIMEOUT
 from zcproto.common import link as link_module
 from zcproto.common.link import Link, LinkClient, LinkServer, Topics
-from zcproto.common.link_core import HELLO, MIN_VERSION, VERSION, LinkLost, pack
+from zcproto.common.link_core import HELLO, MIN_VERSION, TICKS, VERSION, LinkLost, pack
 from zcproto.common.unix_socket import listen_unix
 from zcproto.errors import (
     InternalError,
@@ -283,6 +283,30 @@ async def test_call_finds_a_silent_server_without_a_heartbeat(pair: Pair) -> Non
     pair.link._handle = lambda *message: None  # type: ignore[method-assign] # reads, and does nothing
     with pytest.raises(LinkLost, match="the other process does not answer"):
         await client.call("echo", 1, within=TIMEOUT)
+
+
+async def test_server_that_waits_for_a_processor_is_not_silent(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def queued(pid: int) -> float:
+        asked.append(pid)
+        return float(len(asked) * is_busy)
+
+    is_busy = True
+    monkeypatch.setattr(link_module, "queued_seconds", queued)
+    client = await pair.connected(silence=0.02, heartbeat=3600.0)
+    assert client.link is not None
+    client.link.facts = {"pid": 4711}  # of its HELLO
+    pair.link._handle = lambda *message: None  # type: ignore[method-assign] # reads, and does nothing
+    call = asyncio.create_task(client.call("echo", 1, within=0.02))
+    await until(lambda: len(asked) > 4 * TICKS or call.done())
+    assert not call.done()
+    assert {*asked} == {4711}
+    is_busy = False
+    with pytest.raises(LinkLost, match="answer"):
+        await call
 
 
 async def test_idle_link_is_kept_by_pings(pair: Pair) -> None:

@@ -5,6 +5,7 @@ import ctypes
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,13 +42,13 @@ def test_uvloop_is_used_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_in_the_queue_of_the_processors_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     schedstat = tmp_path / "schedstat"
     monkeypatch.setattr(
-        process, "Path", lambda name: schedstat if name == "/proc/7/schedstat" else Path(name)
+        process, "Path", lambda name: schedstat if name == "/proc/7/task/7/schedstat" else Path(name)
     )
     assert queued_seconds(7) == 0.0
     for text, seconds in (("1 2500000000 3\n", 2.5), ("", 0.0), ("1 x 3", 0.0)):
         schedstat.write_text(text)
         assert queued_seconds(7) == seconds
-    assert queued_seconds(os.getpid()) >= 0.0
+    assert queued_seconds(os.getpid(), threading.get_native_id()) >= 0.0
 
 
 @pytest.mark.parametrize(

@@ -293,13 +293,19 @@ def test_no_grace_without_known_sessions(watch: Watch) -> None:
     assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER, HealthAlert.ENDED]
 
 
-def test_grace_ended_early_refuses_all_once(watch: Watch) -> None:
-    watch.health.end_grace()  # without an outage
+def test_grace_begins_with_the_stall_before_the_outage(watch: Watch) -> None:
+    watch.health.count_stall(watch.now, GRACE)  # without an outage
     assert watch.alerts == []
     watch.outage()
+    watch.health.count_stall(watch.now, GRACE - 10.0)
+    assert watch.alerts == [HealthAlert.BEGAN]
+    assert watch.health.since == watch.now - GRACE + 10.0
+    watch.health.handle_time(watch.now + 9.9)
+    assert not watch.health.grace_over
+    watch.health.count_stall(watch.now + 9.9, 0.5, 0.2)  # the machine slept
     for _ in range(2):
-        watch.health.end_grace()
         assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER]
+        watch.health.count_stall(watch.now, GRACE)
 
 
 # --- retry delay and alerts ------------------------------------------------------------------

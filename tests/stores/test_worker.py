@@ -190,11 +190,31 @@ async def test_thread_that_uses_the_processor_does_not_hang(bench: Bench) -> Non
             pass
         seen.append(bench.worker._progress())
 
-    seen: list[tuple[int, float]] = []
+    seen: list[tuple[int, float, float]] = []
     await bench.worker.submit(work, LONG)
-    (turn, used), (same_turn, used_after) = seen
+    (turn, used, _), (same_turn, used_after, _) = seen
     assert same_turn == turn
     assert used_after > used
+
+
+@pytest.mark.usefixtures("long_patience")
+async def test_thread_that_waits_for_a_processor_does_not_hang(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def queued(pid: int, thread: int | None) -> float:
+        asked.append(thread)
+        return float(len(asked))
+
+    monkeypatch.setattr(worker, "queued_seconds", queued)
+    monkeypatch.setattr(worker, "_READ_EVERY_S", 0.0)
+    waits = asyncio.create_task(bench.worker.submit(lambda: bench.go_on.wait(LONG), 0.001))
+    await until(lambda: len(asked) > 3 * CHECKS or waits.done())
+    assert not waits.done()
+    assert {*asked} == {bench.worker._thread.native_id}
+    bench.go_on.set()
+    assert await waits
 
 
 async def test_done_job_is_not_late_when_the_loop_is(bench: Bench) -> None:

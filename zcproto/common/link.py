@@ -27,7 +27,8 @@ with `LinkServer.notify` to all of them. Arguments and results are what msgpack 
 Rules:
 - The bytes of one turn of the event loop are one write. A peer that does not read is disconnected at MAX_BUFFER.
 - A client sends a ping after `heartbeat` seconds without one, and also while calls wait. If nothing comes for
-  `silence` seconds, the connection is lost.
+  `silence` seconds, the connection is lost. Time in which the server, whose process id is the fact `pid`, waits
+  for a processor does not count: it is not silent, the machine is busy.
 - The socket is for one user: its mode is 0600, and the peer's user is checked where the system reports it.
 
 It must not know: what a topic is for.
@@ -61,6 +62,7 @@ from zcproto.common.link_core import (
     pack,
 )
 from zcproto.common.network import address_of
+from zcproto.common.process import queued_seconds
 from zcproto.common.unix_socket import peer_process
 from zcproto.errors import CallError, InternalError, ResourceExhausted, Unimplemented
 
@@ -76,7 +78,8 @@ HIGH_WATER: Final = 4 << 20
 MAX_LINKS: Final = 1_024
 CALL_LIMIT_S: Final = 5.0
 HELLO_LIMIT_S: Final = 5.0
-SILENCE_S: Final = 1.0
+SILENCE_S: Final = 3.0
+"""The kernel reports a process that has ended at once. This is for one that hangs, and longer than one is slow."""
 
 HEARTBEAT_S: Final = 2.0
 """Of a link without calls. Each call finds a silent peer by itself, within the silence."""
@@ -145,6 +148,7 @@ class Link(asyncio.Protocol):
         self._is_ending = False
         self._timer: asyncio.TimerHandle | None = None
         self._is_ticking = False
+        self._queued = 0.0
         self._running: set[asyncio.Task[None]] = set()
         self.name = ""
         self.facts: dict[str, Any] = {}
@@ -327,9 +331,17 @@ class Link(asyncio.Protocol):
         elif self._heartbeat is not None:
             self._timer = self._loop.call_at(next_multiple(self._heartbeat, self._loop.time()), self._ping)
 
+    def _is_peer_starved(self) -> bool:
+        """Return whether the server waited for a processor for most of the last tick."""
+        pid = self.facts.get("pid")
+        if self._heartbeat is None or type(pid) is not int:
+            return False
+        before, self._queued = self._queued, queued_seconds(pid)
+        return self._queued - before > self._tick / 2
+
     def _count(self) -> None:
         try:
-            for future in self._core.tick():
+            for future in () if self._is_peer_starved() else self._core.tick():
                 _fail(future, "the other process did not answer in time")
         except LinkLost as error:
             self.lose(error.reason)

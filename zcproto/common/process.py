@@ -42,13 +42,15 @@ FILLED: Final = 0.75
 """The part of a mapping that is in use, at least, so that huge pages take little more memory."""
 
 
-def queued_seconds(pid: int) -> float:
-    """Return how long the main thread of a process was ready to run and had no processor; 0 if it is not known.
+def queued_seconds(pid: int, thread: int | None = None) -> float:
+    """Return how long a thread of a process was ready to run and had no processor; 0 if it is not known.
 
-    Linux has it in the second field of schedstat, in nanoseconds. A container that has used up its share waits too.
+    `thread` is its native id; None: the main thread. Linux has it in the second field of schedstat, in nanoseconds.
+    A container that has used up its share waits too.
     """
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / _NS_PER_S
+        path = f"/proc/{pid}/task/{pid if thread is None else thread}/schedstat"
+        return int(Path(path).read_bytes().split()[1]) / _NS_PER_S
     except (OSError, ValueError, IndexError):
         return 0.0
 

@@ -9,6 +9,7 @@ Must not know: how the processes are started and ended.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
     throttle = Throttle(config.limits.login_failures)
     calls, notices = throttle_calls(throttle, system_clock.now)
     topics = Topics(calls, {**notices, **reports.topics})
-    server = LinkServer(place.link, topics, name=place.name)
+    server = LinkServer(place.link, topics, name=place.name, facts={"pid": os.getpid()})
     first_level = level()
 
     def on_link(link: Link) -> None:

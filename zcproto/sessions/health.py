@@ -9,8 +9,9 @@ Rules:
 - A failure that took half the timeout, or the third one within ten seconds, is an outage. Successes in between
   do not reset the count: otherwise a store that can be read but not written would never be detected.
 - Results that arrive during an outage belong to operations begun before it and are ignored.
-- Known sessions stay valid for the grace, counted from the beginning of the outage on the monotonic clock. Then all
-  are refused until a probe succeeds (GRACE_ENDS in spec/store.pml).
+- Known sessions stay valid for the grace, counted from the beginning of the outage on the monotonic clock, or from
+  that of a stall of this process before it. Then all are refused until a probe succeeds (GRACE_ENDS in
+  spec/store.pml).
 - Probes use exponential backoff with jitter. It is reset only after a healthy minute, so a flapping store is probed
   less and less often. A new connection shortens the wait to that of a first probe: the sooner an outage ends, the
   sooner revocations made meanwhile reach all servers.
@@ -149,10 +150,15 @@ class StoreHealth:
         if not grace or not self._grace_s:
             self._end_grace()
 
-    def end_grace(self) -> None:
-        """End the grace of an outage early: changes to known sessions may have been missed."""
-        if self.state is not HealthState.HEALTHY and not self.grace_over:
-            self._end_grace()
+    def count_stall(self, now: float, stalled_s: float, hidden_s: float = 0.0) -> None:
+        """Count a stall of this process that ended now to the grace of the outage: it has missed changes since.
+
+        `hidden_s` is the part of it in which the monotonic clock stood still, while the machine slept.
+        """
+        if self.state is not HealthState.HEALTHY:
+            self.since = min(self.since - hidden_s, now - stalled_s)
+            if self._grace_ends_at() <= now:
+                self._end_grace()
 
     def handle_time(self, now: float) -> bool:
         """Handle due timers. Return True if the caller must probe the store now and report the result."""

@@ -28,7 +28,7 @@ _EXTENSIONS: Final = 4
 class StallWatch:
     """Extends the trust in a registry by `limit` seconds, until the process stalls for longer.
 
-    `on_stall` is called with the seconds of the stall.
+    `on_stall` is called with the seconds of the stall, and how many of them the monotonic clock did not count.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StallWatch:
         wheel: DeadlineWheel,
         clock: Clock,
         limit: float,
-        on_stall: Callable[[float], None],
+        on_stall: Callable[[float, float], None],
     ) -> None:
         self._registry = registry
         self._wheel = wheel
@@ -61,9 +61,10 @@ class StallWatch:
         self._wheel.discard(self)
 
     def handle_deadline(self, now: float) -> None:
-        stalled = max(self._clock.now() - self._now, (self._clock.wall() - self._wall) / MS_PER_SECOND)
+        counted = self._clock.now() - self._now
+        stalled = max(counted, (self._clock.wall() - self._wall) / MS_PER_SECOND)
         if stalled < self._limit:
             self.resume()
         else:
             self._registry.distrust()
-            self._on_stall(stalled)
+            self._on_stall(stalled, stalled - counted)

@@ -8,7 +8,8 @@ Decides:
   if the store has reported its end, else the store is asked for it within the second. If both still disagree about
   its token when all processes have repeated their rotations, the session is ended.
 - After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
-  answered and all changes it reported are applied. An outage has no grace then (DISTRUST in spec/store.pml).
+  answered and all changes it reported are applied (DISTRUST in spec/store.pml). If the store does not answer within
+  the timeout, that is an outage, whose grace began with the stall.
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
   else, so that their users notice nothing. After the grace period it does not, because tokens are refused then;
   revocations are repeated all the same, because other processes may still restore sessions.
@@ -36,7 +37,7 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_from_text, id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.leases import IsUsed, Leases
-from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
+from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker, LoopTimeout
 from zcproto.stores.outage_report import OutageFigures, OutageReport
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker, end_here
@@ -213,21 +214,25 @@ class StoreSync:
                 self.tasks.run_in_background(self.examine())  # after a failover it is another server
         self._set_deadlines()
 
-    def _stalled(self, seconds: float) -> None:
+    def _stalled(self, seconds: float, hidden_s: float) -> None:
         log.warning("store.stalled", seconds=round(seconds, 3))
-        self.tasks.run_in_background(self._regain_trust())
+        self.tasks.run_in_background(self._regain_trust(seconds, hidden_s))
 
-    async def _regain_trust(self) -> None:
-        """Wait until the store has answered and all reported changes are applied; in an outage, end the grace."""
+    async def _regain_trust(self, stalled_s: float, hidden_s: float) -> None:
+        """Wait until the store has answered and all reported changes are applied, or an outage has begun."""
+        ended = self.clock.now()
         while self.health.is_healthy:
             try:
-                await self.breaker.call(self.store.ping())  # its answer comes after the changes until now
+                async with LoopTimeout(self.timeout):
+                    await self.breaker.call(self.store.ping())  # its answer comes after the changes until now
                 await self.changes.checked.wait()
                 break
+            except TimeoutError:
+                self.breaker.failed(f"no answer within {self.timeout * 1000:.0f} ms", self.timeout)
             except StoreUnavailable:
                 await asyncio.sleep(RETRY_PAUSE_S)
-        if not self.health.is_healthy:
-            self.health.end_grace()
+        self.health.count_stall(self.clock.now(), stalled_s + self.clock.now() - ended, hidden_s)
+        self._set_deadlines()
         if not self.tasks.is_stopping:
             self.stalls.resume()
 

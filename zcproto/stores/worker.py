@@ -5,8 +5,8 @@ Decides: which jobs form a group, and when a job is given up.
 Rules:
 - Jobs submitted in one turn of the loop form one group, and so do jobs submitted while the thread is busy.
 - The time of a job is counted from when the thread begins it. While the thread hangs in one group for longer than
-  the timeout, all jobs fail. Time in which the event loop did not run, or in which the thread used the processor,
-  does not count: on a busy machine both wait for a processor, and the disk is well.
+  the timeout, all jobs fail. Time in which the event loop did not run, or in which the thread used a processor or
+  waited for one, does not count: the disk is well.
 - A job that waits although the thread works is refused after some timeouts: the caller comes too often, the disk is
   well. A job that has not begun when it ends is not run, unless it is a lasting one.
 - A busy event loop takes the interpreter back from the thread within microseconds, again and again. So when an
@@ -21,6 +21,7 @@ It must not know: what the jobs do.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from threading import Lock, Thread
 from typing import Any, Final
 
 from zcproto.common.clock import cpu_clock
+from zcproto.common.process import queued_seconds
 from zcproto.stores.base import StoreUnavailable, too_many_operations
 
 GROUP: Final = 256
@@ -43,6 +45,7 @@ CHECKS: Final = 4
 PATIENCE: Final = 8
 """Timeouts that a job may wait for a thread that works."""
 
+_READ_EVERY_S: Final = 0.005
 _LATE_S: Final = 0.015
 _AGAIN_S: Final = 0.005
 _PAUSE_S: Final = 0.0001
@@ -101,6 +104,7 @@ class Worker:
         self._thread = Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
         self._cpu_seconds = cpu_clock(self._thread)
+        self._queued, self._queued_at = 0.0, 0.0
 
     async def submit(
         self, work: Any, within: float, *, lasting: bool = False, behind: bool = False, ahead: bool = False
@@ -157,7 +161,12 @@ class Worker:
         self._watched = self._loop.call_later(_AGAIN_S, self._watch, groups, pauses + 1)
 
     def _check(
-        self, job: Job, within: float, checks: int, still: int = 0, before: tuple[int, float] | None = None
+        self,
+        job: Job,
+        within: float,
+        checks: int,
+        still: int = 0,
+        before: tuple[int, float, float] | None = None,
     ) -> None:
         """Give up a job if the thread hangs, or if it has waited too long for a thread that works.
 
@@ -179,9 +188,12 @@ class Worker:
             within / CHECKS, self._check, job, within, checks + 1, still, progress
         )
 
-    def _progress(self) -> tuple[int, float]:
+    def _progress(self) -> tuple[int, float, float]:
         """Return what changes whenever the thread does something other than wait for the disk."""
-        return self._turns, self._cpu_seconds()
+        now = self._loop.time()
+        if now - self._queued_at >= _READ_EVERY_S:  # not for each of thousands of jobs
+            self._queued, self._queued_at = queued_seconds(os.getpid(), self._thread.native_id), now
+        return self._turns, self._cpu_seconds(), self._queued
 
     def _give_up(self, job: Job) -> bool:
         """Keep a job from being run. Return False if that is too late, or if it must be run."""

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.stores.faulty import FAILS, WORKS
+from tests.stores.faulty import FAILS, HANGS, WORKS
 from tests.stores.hub_harness import until
 from tests.stores.service.harness import (
     TIMEOUT,
@@ -124,21 +124,40 @@ async def test_connections_check_their_sessions_again_after_the_wall_clock_went_
     assert process.registry.generation == generation
 
 
-async def test_failing_store_after_a_stall_has_no_grace(start_process: StartProcess) -> None:
-    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+@pytest.mark.parametrize("mode", [FAILS, HANGS])
+async def test_grace_of_an_outage_after_a_stall_began_with_the_stall(
+    start_process: StartProcess, mode: str
+) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S, grace=60.0)
     opened = await process.open()
     process.use(opened)
-    process.store.mode = FAILS
-    await process.advance(LIMIT)
+    process.store.mode = mode
+    await process.advance(20.0)
     assert process.state is not HealthState.HEALTHY
+    assert process.is_valid(opened)
+    await run_for(process, 25.0)
+    assert process.is_valid(opened)
+    await run_for(process, 16.0)
     assert process.registry.closed
     process.store.mode = WORKS
     await run_for(process, MAX_DELAY_S)
     assert process.is_valid(opened)
 
 
-async def test_stall_during_an_outage_ends_the_grace(start_process: StartProcess) -> None:
-    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+async def test_failing_store_after_a_stall_longer_than_the_grace_refuses_all(
+    start_process: StartProcess,
+) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S, grace=60.0)
+    opened = await process.open()
+    process.use(opened)
+    process.store.mode = FAILS
+    process.clock.wall_ms += 61_000  # the machine slept, and its monotonic clock stood still
+    await process.advance(0.2)
+    assert process.registry.closed
+
+
+async def test_stall_during_an_outage_does_not_end_the_grace(start_process: StartProcess) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S, grace=60.0)
     opened = await process.open()
     process.use(opened)
     await process.outage()
@@ -146,12 +165,31 @@ async def test_stall_during_an_outage_ends_the_grace(start_process: StartProcess
     assert process.is_valid(opened)
     for _ in range(2):
         await process.advance(LIMIT)
-        assert process.check(opened.token) is Code.UNAVAILABLE
-    await run_for(process, 1.0)
-    assert process.check(opened.token) is Code.UNAVAILABLE
+        assert process.is_valid(opened)
+    process.clock.wall_ms += 30_000
+    await run_for(process, 0.2)
+    assert process.is_valid(opened)
+    await run_for(process, 28.0)
+    assert process.registry.closed
     process.store.mode = WORKS
     await run_for(process, 2 * MAX_DELAY_S)
     assert process.is_valid(opened)
+
+
+async def test_store_that_does_not_answer_after_a_stall_is_an_outage_with_a_grace(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of another process keeps the time of its operations, for longer than tokens can be refused."""
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    opened = await process.open()
+    process.use(opened)
+    process.store.keeps_time = True
+    process.store.late["ping"] = asyncio.Event()
+    await process.advance(LIMIT)
+    assert process.state is not HealthState.HEALTHY
+    assert process.is_valid(opened)
+    process.store.late.pop("ping").set()
+    await process.recover()
 
 
 async def test_process_with_its_own_store_is_trusted_after_a_stall(start_process: StartProcess) -> None:
