@@ -109,6 +109,15 @@ def hs256(secret: bytes, header: dict[str, Any] | None = None) -> str:
     return forged(used, claims(), lambda signed: hmac.digest(secret, signed, sha256))
 
 
+HEADER_JSON = b'{"alg":"RS256","kid":"one","typ":"JWT"}'
+
+
+def signed(header: bytes, payload: bytes) -> str:
+    """Return a token of any bytes that the provider has signed."""
+    algorithm = jwt.algorithms.get_default_algorithms()["RS256"]
+    return forged(header, payload, lambda data: algorithm.sign(data, private_key("RSA")))
+
+
 def by_attacker(**header: Any) -> str:
     return jwt.encode(claims(), EVIL, "RS256", headers={"kid": "one", **header})
 
@@ -175,10 +184,23 @@ FORGED = {
     "nested payload": forged({"alg": "RS256"}, b"[" * 3000),
     "NaN": forged({"alg": "RS256"}, b'{"exp": NaN}'),
     "not UTF-8": forged({"alg": "RS256"}, b'{"\xff": 1}'),
+    **{
+        f"{what} in {name}": signed(header, payload)
+        for name in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+        for what, header, payload in (
+            ("payload", HEADER_JSON, json.dumps(claims()).encode(name)),
+            ("header", HEADER_JSON.decode().encode(name), json.dumps(claims()).encode()),
+        )
+    },
+    "surrogate in UTF-8": signed(HEADER_JSON, json.dumps(claims()).encode() + b"\xed\xa0\x80"),
     "encrypted": "a.b.c.d.e",
     "empty": "",
     "dots": "..",
 }
+
+
+def test_signed_token_of_usual_bytes_is_accepted() -> None:
+    assert accepted(signed(HEADER_JSON, json.dumps(claims()).encode())) == claims()
 
 
 @pytest.mark.parametrize("text", FORGED.values(), ids=FORGED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.auth.helpers import DIGEST, FunctionAuthenticator, directory, drive, identified
 from zcproto.auth import Identity, Login, Throttle, UserFile
+from zcproto.auth.application import ApplicationAuthenticator
+from zcproto.auth.identity import NO_CHANNEL, Authenticator
 from zcproto.auth.login import MAX_PENDING
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.common.roles import OPERATORS
@@ -23,6 +26,10 @@ NOW = 50.0
 
 def never(params: Mapping[str, Any], address: str) -> None:
     return None
+
+
+def application(own: Authenticator) -> ApplicationAuthenticator:
+    return ApplicationAuthenticator(own, lambda: 8.0, lambda *refused: None, lambda *late: None)
 
 
 @pytest.fixture
@@ -246,6 +253,26 @@ async def test_concurrent_logins_without_a_name_are_not_limited() -> None:
     login = Login([FunctionAuthenticator("own", function)], Throttle())
     results = await asyncio.gather(*(identified(login, {"scheme": "own"}, ADDRESS, NOW) for _ in range(100)))
     assert results == [Identity("alice")] * 100
+
+
+def test_sessions_opened_without_a_name_are_limited_for_the_user_whom_the_authenticator_names() -> None:
+    login = Login([application(FunctionAuthenticator("own", never))], Throttle())
+    unnamed = {"scheme": "own", "ticket": "a"}
+    with ExitStack() as openings:
+        for _ in range(MAX_PENDING):
+            openings.enter_context(login.opening(unnamed, NO_CHANNEL, "alice"))
+        with pytest.raises(ResourceExhausted) as refused, login.opening(unnamed, NO_CHANNEL, "alice"):
+            pass
+        assert refused.value.details == {"retry_after_ms": 1000}
+        assert login.throttled == 1
+        with login.opening(unnamed, NO_CHANNEL, "bob"):
+            pass
+        with login.opening(
+            {"scheme": "own", "user": "alice"}, NO_CHANNEL, "alice"
+        ):  # counted while it was pending
+            pass
+    with login.opening(unnamed, NO_CHANNEL, "alice"):
+        pass
 
 
 def test_device_and_user_of_the_same_name_are_counted_separately() -> None:

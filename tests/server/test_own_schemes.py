@@ -22,9 +22,12 @@ from tests.server.helpers import PATIENT_CLIENT, ROOT, TIMEOUT, ServerThread
 from zcproto.app.app import App, Context
 from zcproto.app.authentication import Answer, CallableAuthenticator
 from zcproto.auth import BUILT_IN_SCHEMES, Identity, UserFile
+from zcproto.auth.login import MAX_PENDING
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code, NotFound
 from zcproto.observe.log import configure_logging
+from zcproto.sessions import OpenedSession
+from zcproto.wire.frame import Kind
 
 PASSWORDS = {"ada": "correct horse", "root": "battery staple"}
 
@@ -251,6 +254,38 @@ def test_reload_changes_the_limits_of_logins(serve: Serve) -> None:
         client.send(*(client.request("session.open", {"scheme": "own"}) for _ in range(5)))
         answers = [client.receive().code for _ in range(4)]
     assert answers == [Code.RESOURCE_EXHAUSTED] * 4, "one address may have a quarter"
+
+
+def test_logins_that_name_no_user_are_limited_for_their_user_until_their_sessions_are_open(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = asyncio.Event()
+
+    async def check(ticket: str) -> str:
+        return ticket
+
+    server = serve(app(CallableAuthenticator("ticket", check)), users_file=True, sessions__per_user=20)
+    sessions = server.server.state.sessions
+    open_now = sessions.open
+
+    async def open_later(user: str, **opening: Any) -> OpenedSession:
+        await gate.wait()
+        return await open_now(user, **opening)
+
+    monkeypatch.setattr(sessions, "open", open_later)
+    with server.client() as client:
+
+        def send(user: str, count: int) -> None:
+            login = {"scheme": "ticket", "ticket": user}
+            client.send(*(client.request("session.open", login) for _ in range(count)))
+
+        send("ada", MAX_PENDING + 1)
+        assert client.receive().code == Code.RESOURCE_EXHAUSTED
+        send("bob", 1)
+        server.in_loop(gate.set)
+        found = client.answers(MAX_PENDING + 1).values()
+        assert {answer.kind for answer in found} == {Kind.RESPONSE}
+        assert client.call("session.open", {"scheme": "ticket", "ticket": "ada"})["user"] == "ada"
 
 
 PROGRAM = """

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Literal
 
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import AnsweredError, Client, ServerThread
+from tests.server.helpers import PATIENT_CLIENT, AnsweredError, Client, ServerThread, eventually
 from zcproto import App, Context, Identity
 from zcproto.app.access import Access
 from zcproto.auth.identity import Channel
+from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.common.roles import MAX_ROLE, MAX_ROLES, NO_ROLES, is_role, roles_from
 from zcproto.config import LogConfig, RoleConfig
-from zcproto.errors import Code, ConfigError
+from zcproto.errors import Cancelled, Code, ConfigError, PermissionDenied
 from zcproto.observe.log import configure_logging
 from zcproto.server.access import access_of
 
@@ -168,6 +171,50 @@ def test_reload_applies_roles_to_open_sessions(serve: Serve) -> None:
         method = server.server.state.methods["any"]
         assert (method.calls, method.is_direct) == (calls + 1, True)
     assert next(method for method in app if method.name == "any").access is None  # other servers may serve it
+
+
+@pytest.mark.parametrize("rule", ["deny", "allow"])
+def test_reload_that_denies_a_method_cuts_its_streams_of_the_role_only(
+    serve: Serve, rule: Literal["deny", "allow"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app, gate, ended = application(), asyncio.Event(), []
+
+    @app.method("feed")
+    async def feed(context: Context) -> AsyncIterator[int]:
+        try:
+            yield 1
+            await gate.wait()
+            yield 2
+        finally:
+            ended.append(context.user)
+
+    server = serve(app, users_file=True)
+    configure_logging(LogConfig(level="info", format="json"))
+    denied, allowed = ("ada.guest", "bob.staff")
+    role = {"name": "guest", "deny": ["feed"]} if rule == "deny" else {"name": "staff", "allow": ["feed"]}
+
+    def connect(user: str) -> BlockingClient:
+        login = {"scheme": "name", "user": user}
+        address = f"localhost:{server.port}"
+        return connect_blocking(address, login=login, ca_file=server.ca_file, **PATIENT_CLIENT)
+
+    with connect(denied) as ada, connect(allowed) as bob:
+        with ada.stream("feed") as cut, ada.stream("feed") as also_cut, bob.stream("feed") as kept:
+            assert [next(iter(each)) for each in (cut, also_cut, kept)] == [1, 1, 1]
+            server.reload(auth__role=[role])
+            for stream in (cut, also_cut):
+                with pytest.raises(Cancelled) as error:
+                    next(iter(stream))
+                assert error.value.details == {"reason": "denied"}
+            eventually(lambda: ended == ["ada", "ada"])
+            server.in_loop(gate.set)
+            assert next(iter(kept)) == 2
+        assert ada.call("any") == "any"
+        with pytest.raises(PermissionDenied), ada.stream("feed") as stream:
+            next(iter(stream))
+    assert server.server.state.counters.streams_cut["denied"] == 2
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "stream.cut" in line]
+    assert [(line["user"], line["what"], line["reason"]) for line in lines] == [("ada", "feed", "denied")] * 2
 
 
 def test_reload_with_an_unknown_method_changes_nothing(serve: Serve) -> None:

@@ -9,7 +9,8 @@ Rules:
   secret of an HMAC, and there is no `none`.
 - Keys come from the issuer's key set. What a token says of keys (`jwk`, `jku`, `x5u`, `x5c`) is ignored; `kid`
   chooses among the keys of the set, and nothing else.
-- A token has one form: base64url without padding, JSON without repeated names, no `crit`.
+- A token has one form: base64url without padding, JSON in UTF-8 without a byte order mark and without repeated
+  names, no `crit`.
 - A reason never has a part of the token.
 
 Must not know: where keys come from, users, the time. PyJWT is imported with the first key.
@@ -191,7 +192,8 @@ def read_keys(document: bytes) -> list[IssuerKey]:
 def read_json(data: bytes) -> dict[str, Any]:
     """Return a JSON object. Raises ValueError for anything else, also for repeated names."""
     try:
-        found = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        # Given bytes, json.loads would also read UTF-16, UTF-32 and a byte order mark (RFC 8259, section 8.1).
+        found = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):

@@ -8,6 +8,8 @@ Rules:
 - A login refused by the throttle is not examined; its error carries the time to wait.
 - At most 16 logins of one user are pending at once, so that concurrent guesses to a slow authenticator cannot all
   pass before the first one has failed. All pending ones are limited too; one address has a quarter of them.
+- A login that names no user, such as one by a token, counts for the user whom its authenticator has named, from
+  then until its session is open. Only tokens of that user can use up this share.
 - An exception of the authenticator does not count as a failed login.
 
 Must not know: sessions, connections, how a scheme decides.
@@ -15,7 +17,8 @@ Must not know: sessions, connections, how a scheme decides.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TypeVar
 
 from zcproto.auth.application import ApplicationAuthenticator
@@ -85,6 +88,7 @@ class Login:
         self._pending_all = counting.counts("logins_pending")
         self._pending_users = counting.counts("logins_pending_per_user")
         self._pending_networks = counting.counts("logins_pending_per_address")
+        self._opening_users = counting.counts("logins_opening_per_user")
         self.throttled = 0
         self.accepted = dict.fromkeys([*self._authenticators, ATTACH], 0)
         self.refused = dict.fromkeys(self.accepted, 0)
@@ -239,6 +243,22 @@ class Login:
         if counted is not None:
             await counted
 
+    @contextmanager
+    def opening(self, fields: Mapping[str, Any], channel: Channel, user: str) -> Iterator[None]:
+        """Count a login until the session of the user is open, if the fields have named no user.
+
+        Raises ResourceExhausted if as many of this user are being opened as may be.
+        """
+        if fields["scheme"] not in self.external or self.user_named(fields, channel):
+            yield
+            return
+        if not self._opening_users.add(user, MAX_PENDING):
+            self._refuse_for_now(_RETRY_PENDING_MS)
+        try:
+            yield
+        finally:
+            self._opening_users.remove(user)
+
     def is_gone(self, key: str) -> bool:
         """Return whether a key has been removed, so that no session may be opened with it."""
         return self._devices is not None and self._devices.is_gone(key)
@@ -262,8 +282,11 @@ class Login:
         if not retry_after_ms and self._is_full(name, address):
             retry_after_ms = _RETRY_PENDING_MS
         if retry_after_ms:
-            self.throttled += 1
-            raise ResourceExhausted("too many logins; wait", {"retry_after_ms": retry_after_ms})
+            self._refuse_for_now(retry_after_ms)
+
+    def _refuse_for_now(self, retry_after_ms: int) -> NoReturn:
+        self.throttled += 1
+        raise ResourceExhausted("too many logins; wait", {"retry_after_ms": retry_after_ms})
 
     def _is_full(self, name: str, address: str) -> bool:
         """Return whether as many logins are pending as may be: of the user, of the address or in all."""

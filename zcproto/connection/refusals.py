@@ -46,6 +46,11 @@ ROTATED: Final = encode_error(
 SLOW: Final = encode_error(
     Code.CANCELLED, "an item has waited too long for credit: read faster", {"reason": "slow"}
 )
+DENIED: Final = encode_error(
+    Code.CANCELLED,
+    "the roles of this session no longer allow the method of this stream",
+    {"reason": "denied"},
+)
 SESSION_ENDED: Final = {
     code: encode_error(Code.CANCELLED, "the session of this stream has ended", {"reason": code.name.lower()})
     for code in (Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED)
@@ -54,7 +59,7 @@ SESSION_ENDED: Final = {
 
 CUT_REASONS: Final = (
     *("caller", "deadline", "token_expired", "token_revoked", "token_rotated", "session_replaced"),
-    *("draining", "slow", "stale", "wrong_token", "slow_frame"),
+    *("draining", "slow", "stale", "wrong_token", "denied", "slow_frame"),
 )
 """Reasons for which a server cuts a stream."""
 

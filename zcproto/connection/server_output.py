@@ -6,6 +6,7 @@ arrive.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final
@@ -202,6 +203,11 @@ class ServerOutput:
             for stream in self.open_streams()
             if stream.session is not None and stream.session.id == session_id
         ]
+
+    def cut_denied(self, may_go_on: Callable[[ServerStream], bool], wall: int) -> list[RequestEnded]:
+        """Cut the streams whose sessions may no longer call their methods."""
+        denied = (stream for stream in self.open_streams() if not may_go_on(stream))
+        return [self._cut(stream, refusals.DENIED, wall) for stream in denied]
 
     def send_item(self, stream: ServerStream, body: bytes, wall: int) -> None:
         """Send an encoded item. Only while the stream is in flight and its credit allows it."""

@@ -116,6 +116,8 @@ async def _reload(
     except BaseException:
         log_change.drop()
         raise
+    if new.auth.role != old.auth.role:
+        await parts.state.cut_denied_streams()
     if checked:
         for kind, about, count in _certificate_alerts(parts):
             if (kind, about, count) in before:  # not raised again: the certificate is no longer configured

@@ -58,8 +58,8 @@ NOT_PERMITTED: Final = encode_error(
     Code.PERMISSION_DENIED,
     "the roles of this session do not allow this method; call server.info to list those that they allow",
 )
-LOGGED_CUTS: Final = frozenset({"slow", "stale", "token_rotated", "wrong_token"})
-"""Reasons of a fault of the client or of the network, which its operator should know."""
+LOGGED_CUTS: Final = frozenset({"slow", "stale", "token_rotated", "wrong_token", "denied"})
+"""Reasons that an operator should know: a fault of the client or of the network, and what a reload has ended."""
 
 TOO_MANY_ITEMS: Final = "too many items wait for their methods; try again"
 KEY_NEEDS_SESSION: Final = encode_error(
@@ -437,6 +437,16 @@ class Dispatcher(asyncio.Protocol):
                 for ended in self._connection.cut_streams(session_id, code, self.wall()):
                     self._stop(ended)
             self.flush_soon()
+
+    def cut_denied_streams(self) -> None:
+        """Cut the streams whose sessions may no longer call their methods."""
+        if self._connection is not None:
+            for ended in self._connection.cut_denied(self._may_go_on, self.wall()):
+                self._stop(ended)
+            self.flush_soon()
+
+    def _may_go_on(self, stream: ServerStream) -> bool:
+        return self._state.methods[stream.method].may_be_called_by(stream.session)
 
     def _count_cut(self, stream: Request, reason: str) -> None:
         self._state.counters.streams_cut[reason] += 1

@@ -129,15 +129,16 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             except Unauthenticated:
                 log_refused(context, fields, channel)
                 raise
-        opened = await state.sessions.open(
-            identity.user,
-            roles=frozenset(identity.roles),
-            client=client,
-            address=context.peer,
-            key=identity.key,
-            external=scheme in login.external,
-            ends_at=identity.ends_at,
-        )
+        with login.opening(fields, channel, identity.user):
+            opened = await state.sessions.open(
+                identity.user,
+                roles=frozenset(identity.roles),
+                client=client,
+                address=context.peer,
+                key=identity.key,
+                external=scheme in login.external,
+                ends_at=identity.ends_at,
+            )
         if identity.key:
             if login.is_gone(identity.key):  # removed while the session was opened
                 await state.sessions.revoke(
