@@ -11,11 +11,13 @@ from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Re
 from zcproto.connection.refusals import (
     CUT_REASONS,
     DEADLINE_EXCEEDED,
+    DENIED,
     LEFT,
     ROTATED,
     SESSION_ENDED,
     SLOW,
     SLOW_FRAME,
+    TOO_MUCH_HELD,
     WRONG_TOKEN,
     reason_in,
     stale_on_stream,
@@ -201,6 +203,7 @@ def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:
 
 
 def test_every_reason_of_a_cut_is_listed() -> None:
-    bodies = [LEFT, WRONG_TOKEN, ROTATED, SLOW, *SESSION_ENDED.values(), stale_on_stream(WALL), SLOW_FRAME]
+    bodies = [LEFT, WRONG_TOKEN, ROTATED, SLOW, DENIED, TOO_MUCH_HELD]
+    bodies += [*SESSION_ENDED.values(), stale_on_stream(WALL), SLOW_FRAME]
     reasons = {reason_in(body) for body in [*bodies, DEADLINE_EXCEEDED]}
     assert reasons | {"draining"} == set(CUT_REASONS)

@@ -28,9 +28,9 @@ ITEM_SIZE = 65
 class ItemPeer(StreamPeer):
     """A client that sends items."""
 
-    def __init__(self, harness: Harness, **limits: Any) -> None:
+    def __init__(self, harness: Harness, user: str = "ada", **limits: Any) -> None:
         super().__init__(harness, replace(WINDOW, **limits))
-        self.login()
+        self.login(user)
 
     def _add_methods(self, harness: Harness) -> None:
         super()._add_methods(harness)
@@ -107,7 +107,7 @@ def test_method_takes_items_and_returns_its_result(client: ItemPeer) -> None:
 
 
 def nothing_held(client: ItemPeer) -> None:
-    assert client.harness.state.item_bytes == 0
+    assert client.harness.state.items.held == 0
 
 
 def test_end_at_once_gives_no_items(client: ItemPeer) -> None:
@@ -239,26 +239,98 @@ def test_items_of_an_ended_connection_are_discarded(client: ItemPeer) -> None:
     client.next()
     client.turn()
     client.send(*client.items(1, 2, 3))
-    assert client.harness.state.item_bytes > 0
+    assert client.harness.state.items.held > 0
     client.lose()
     nothing_held(client)
     nothing_left(client.harness)
 
 
-def test_full_memory_shrinks_grants_and_refuses_new_streams(harness: Harness) -> None:
-    client = ItemPeer(harness, memory_bytes=3 * ITEM_SIZE)
-    client.send(client.open("slowly"))
-    client.turn()
-    client.next()
-    client.turn()
-    client.send(*client.items(1, 2, 3, 4))
-    client.turn()
-    client.send(client.open("sum", stream=2), client.open("count", {"n": 1}, stream=3))
-    refused, *others = client.turn()
+class FurtherPeer(ItemPeer):
+    """Another client of the methods that the first one has added."""
+
+    def _add_methods(self, harness: Harness) -> None:
+        self.taken, self.futures = [], harness.futures
+
+
+MEMORY = 16_000
+LARGE_ITEM = bytes(900)
+
+
+def fill(harness: Harness, connections: int) -> list[FurtherPeer]:
+    """Let one user be granted items on all streams before it sends any; then it sends all that it may.
+
+    A last connection opens one more stream while these items wait.
+    """
+    peers = [FurtherPeer(harness, memory_bytes=MEMORY) for _ in range(connections)]
+    granted = list[tuple[FurtherPeer, Answer]]()
+    for peer in peers:
+        for number in range(1, LIMITS.max_open + 1):
+            peer.send(peer.open("slowly", stream=number))
+            peer.turn()
+            peer.next()
+            granted += [(peer, answer) for answer in peer.turn()]
+    assert {answer.kind for _, answer in granted} == {Kind.CREDIT}
+    assert harness.state.items.held == 0
+
+    def send() -> None:  # before a method takes any
+        for peer, answer in granted:
+            items, size = decode_body(answer.body)
+            allowed = min(items, -(-size // len(peer.items(LARGE_ITEM)[0])))
+            frames = peer.items(*[LARGE_ITEM] * allowed, stream=answer.stream)
+            peer.protocol.data_received(b"".join(frames))
+            held.append(harness.state.items.held)
+        last.protocol.data_received(last.open("sum"))
+
+    last = FurtherPeer(harness, memory_bytes=MEMORY)
+    held = list[int]()
+    harness.in_loop(send)
+    assert MEMORY / 2 - 2_000 < max(held) <= MEMORY / 2
+    return [*peers, last]
+
+
+def test_items_granted_before_any_is_held_stay_within_the_share_of_their_user(harness: Harness) -> None:
+    ItemPeer(harness, memory_bytes=MEMORY)
+    *peers, last = fill(harness, connections=6)
+    answers = [answer for peer in peers for answer in peer.turn()]
+    cut = [answer.error for answer in answers if answer.kind is Kind.ERROR]
+    assert {(error.code, error.details["reason"]) for error in cut} == {(Code.CANCELLED, "memory")}
+    assert harness.state.counters.streams_cut == {"memory": len(cut)}
+    (refused,) = last.turn()
     assert (refused.code, refused.error.details) == (Code.RESOURCE_EXHAUSTED, {"retry_after_ms": 1_000})
-    assert kinds(others) == [Kind.ITEM, Kind.RESPONSE]
-    for _ in range(3):
-        client.next()
-        client.turn()
-    client.send(client.open("sum", stream=2))
-    assert credits(client.turn()) == [[4, 2_000]]
+    for peer in peers:
+        peer.lose()
+    assert (harness.state.items.held, harness.state.items.promised, harness.state.items.shares) == (0, 0, {})
+
+
+def test_user_that_fills_its_share_does_not_refuse_or_cut_another_one(harness: Harness) -> None:
+    ItemPeer(harness, memory_bytes=MEMORY)
+    fill(harness, connections=6)
+    bob = FurtherPeer(harness, "bob", memory_bytes=MEMORY)
+    bob.send(bob.open("sum"))
+    (credit,) = credits(bob.turn())
+    total = 0
+    for number in range(1, 50):
+        bob.send(*bob.items(number))
+        total += number
+        bob.turn()
+    bob.send(bob.end())
+    assert bob.turn()[-1].value == total
+    assert credit[0] >= 1
+
+
+def test_windows_shrink_before_the_memory_is_promised(harness: Harness) -> None:
+    first = ItemPeer(harness, memory_bytes=MEMORY)
+    peers = [first, *(FurtherPeer(harness, memory_bytes=MEMORY) for _ in range(5))]
+    granted = list[int]()
+    for peer in peers:
+        for number in range(1, LIMITS.max_open + 1):
+            peer.send(peer.open("sum", stream=number))
+            granted += [size for _, size in credits(peer.turn())]
+    assert granted == sorted(granted, reverse=True)
+    assert granted[0] == WINDOW.window_bytes
+    assert sum(granted) < MEMORY / 2
+    assert min(granted) >= 1
+    bob = FurtherPeer(harness, "bob", memory_bytes=MEMORY)
+    bob.send(bob.open("sum"))
+    ((_, size),) = credits(bob.turn())
+    assert size > 4 * granted[-1]

@@ -156,7 +156,7 @@ def test_random_schedules_of_streams_end_with_all_items_in_order(
         assert stream.got == stream.sent[: len(stream.got)]
         assert stream.was_left or stream.got == stream.sent
     client.turn()
-    assert harness.state.item_bytes == 0
+    assert harness.state.items.held == 0
     assert harness.state.tasks.running == 0
     client.peer.lose()
     assert loop.run_until_complete(harness.state.tasks.close(1.0)) == 0

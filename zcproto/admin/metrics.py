@@ -120,7 +120,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("streams.max_item_bytes", config.streams.max_item_bytes, None),
         ("streams.window_items", config.streams.window_items, None),
         ("streams.window_bytes", config.streams.window_bytes, None),
-        ("streams.memory_bytes", config.streams.memory_bytes, parts.state.item_bytes),
+        ("streams.memory_bytes", config.streams.memory_bytes, parts.state.items.held),
         ("streams.write_bytes", config.streams.write_bytes, None),
         ("calls.max", config.calls.max, None),
         ("calls.per_user", config.calls.per_user, parts.state.clients.most_in_flight),

@@ -150,7 +150,7 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
             "items_received": counters.streams.items_received,
             "bytes_sent": counters.streams.bytes_sent,
             "bytes_received": counters.streams.bytes_received,
-            "waiting_bytes": state.item_bytes,
+            "waiting_bytes": state.items.held,
         },
         "calls": {
             "handlers": len(state.clients),

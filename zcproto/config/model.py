@@ -404,12 +404,14 @@ class StreamsConfig(Settings):
     max_item_bytes: Annotated[int, whole(1024, 1_048_576)] = 65_536
     """The largest frame of an item, in bytes, in both directions; at most `limits.max_frame_bytes`."""
     window_items: Annotated[int, whole(1, 65_535)] = 32
-    """Items that a client may send before its method takes them, per stream."""
+    """Items that a client may send before its method takes them, per stream; fewer as memory_bytes fills."""
     window_bytes: Annotated[int, whole(1024, 67_108_864)] = 65_536
     """Bytes of these items."""
     memory_bytes: Annotated[int, whole(1_048_576, 1_099_511_627_776)] = 67_108_864
-    """Bytes of items of all clients that wait for their methods. Beyond it each stream may send one item at a time,
-    and new streams of methods that take items are refused. Divided among workers."""
+    """Bytes of items of all clients that wait for their methods, at least four of the largest items. One user may
+    hold as much as it leaves free: half of it, or a third each of two users. Beyond it the user's own streams are
+    cancelled and its new ones refused. What may still be sent counts, too: windows shrink, down to one item, before
+    all is promised. Divided among workers."""
     write_bytes: Annotated[int, whole(16_384, 67_108_864)] = 65_536
     """Bytes of items that wait for a client that reads slowly, beyond which its methods wait."""
     stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0

@@ -84,6 +84,11 @@ class ItemQueue:
         return self._received[1] - self._taken[1]
 
     @property
+    def promised_bytes(self) -> int:
+        """The bytes that the peer may send, or has sent, and that were not taken."""
+        return self.held_bytes if self.has_ended else max(self.held_bytes, self._granted[1] - self._taken[1])
+
+    @property
     def taken(self) -> int:
         """The number of items taken: the number of the next one."""
         return self._taken[0]

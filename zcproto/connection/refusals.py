@@ -51,6 +51,11 @@ DENIED: Final = encode_error(
     "the roles of this session no longer allow the method of this stream",
     {"reason": "denied"},
 )
+TOO_MUCH_HELD: Final = encode_error(
+    Code.CANCELLED,
+    "too many items of this user wait for their methods: send on fewer streams at once",
+    {"reason": "memory"},
+)
 SESSION_ENDED: Final = {
     code: encode_error(Code.CANCELLED, "the session of this stream has ended", {"reason": code.name.lower()})
     for code in (Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED)
@@ -59,7 +64,7 @@ SESSION_ENDED: Final = {
 
 CUT_REASONS: Final = (
     *("caller", "deadline", "token_expired", "token_revoked", "token_rotated", "session_replaced"),
-    *("draining", "slow", "stale", "wrong_token", "denied", "slow_frame"),
+    *("draining", "slow", "stale", "wrong_token", "denied", "memory", "slow_frame"),
 )
 """Reasons for which a server cuts a stream."""
 

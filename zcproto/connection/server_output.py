@@ -193,6 +193,10 @@ class ServerOutput:
             return []
         return [held for held in self._held.values() if isinstance(held, ServerStream)]
 
+    def cut_stream(self, stream: ServerStream, body: bytes, wall: int) -> RequestEnded:
+        """Cut a stream in flight, whatever its client sends, with an encoded error."""
+        return self._cut(stream, body, wall)
+
     def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
         """Cut the streams of a session that has ended."""
         return self._cut_streams(session_id, refusals.SESSION_ENDED[code], wall)

@@ -43,7 +43,7 @@ class StreamLimits:
     stall_timeout_s: float = 300.0
     """Longest time that an item waits for credit."""
     memory_bytes: int = 67_108_864
-    """What the items of all clients may take, beyond which little is granted."""
+    """What the items of all clients may take; one user's, as much as they leave free."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from zcproto.app.app import RESERVED_PREFIXES, UNLIMITED, Method
 from zcproto.app.context import Context, DetachedContext
 from zcproto.common.network import network_of
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
-from zcproto.connection.refusals import NEEDS_SESSION
+from zcproto.connection.refusals import NEEDS_SESSION, TOO_MUCH_HELD
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import (
@@ -58,10 +58,10 @@ NOT_PERMITTED: Final = encode_error(
     Code.PERMISSION_DENIED,
     "the roles of this session do not allow this method; call server.info to list those that they allow",
 )
-LOGGED_CUTS: Final = frozenset({"slow", "stale", "token_rotated", "wrong_token", "denied"})
+LOGGED_CUTS: Final = frozenset({"slow", "stale", "token_rotated", "wrong_token", "denied", "memory"})
 """Reasons that an operator should know: a fault of the client or of the network, and what a reload has ended."""
 
-TOO_MANY_ITEMS: Final = "too many items wait for their methods; try again"
+TOO_MANY_ITEMS: Final = "too many items of this user wait for their methods; try again"
 KEY_NEEDS_SESSION: Final = encode_error(
     Code.INVALID_ARGUMENT, "meta.idempotency_key needs a session; call session.open first"
 )
@@ -424,6 +424,11 @@ class Dispatcher(asyncio.Protocol):
             del self._workers[ended.request]
             worker.cancel()
         # A request with an idempotency key continues, and stays here until it has ended.
+
+    def cut_stream(self, stream: ServerStream) -> None:
+        """End a stream whose user's items take too much memory."""
+        if self._connection is not None:
+            self._stop(self._connection.cut_stream(stream, TOO_MUCH_HELD, self.wall()))
 
     def cut_streams_soon(self) -> None:
         """Cut the streams of the sessions that this peer has ended, after its request has been answered."""

@@ -27,6 +27,7 @@ from zcproto.observe.log import LogBatch, get_logger
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
+from zcproto.server.item_budget import ItemBudget
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.request_limits import RequestLimits
 from zcproto.server.threads import ThreadPool
@@ -210,8 +211,7 @@ class ServerState:
     lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
     """What the lifespans of the application have yielded."""
     counters: Counters = field(default_factory=Counters)
-    item_bytes: int = 0
-    """Bytes of the items of clients that wait for their methods."""
+    items: ItemBudget = field(default_factory=ItemBudget)
     request_limits: RequestLimits = field(default_factory=RequestLimits)
     tracing: Tracing | None = None
     telemetry_counts: Callable[[], Iterable[tuple[str, str, int]]] = tuple

@@ -27,6 +27,7 @@ from zcproto.connection.events import Request, ServerStream
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.server_streams import read_item
 from zcproto.errors import Cancelled, InvalidArgument
+from zcproto.server.item_budget import LEAST_ITEMS, ItemShare
 from zcproto.server.state import ServerState
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError
@@ -42,6 +43,9 @@ class StreamOwner(Protocol):
 
     def flush_soon(self) -> None:
         """Send what is queued at the end of this turn of the loop."""
+
+    def cut_stream(self, stream: ServerStream) -> None:
+        """End a stream whose user's items take too much memory."""
 
     def method_ended(self, request: Request, result: Any, error: BaseException | None) -> None:
         """Answer a stream with the result of its method, or with its exception."""
@@ -93,14 +97,17 @@ class StreamWorker:
 class StreamItems(Items[Any]):
     """The client's items of one stream, as its method takes them."""
 
-    __slots__ = ("_check", "_counted", "_queue", "_runner", "_stream", "_waiter")
+    __slots__ = ("_check", "_queue", "_runner", "_stream", "_waiter", "held", "promised", "share")
 
-    def __init__(self, runner: StreamRunner, stream: ServerStream, queue: ItemQueue, check: Checker) -> None:
+    def __init__(
+        self, runner: StreamRunner, stream: ServerStream, queue: ItemQueue, check: Checker, share: ItemShare
+    ) -> None:
         self._runner = runner
         self._stream = stream
         self._queue = queue
         self._check = check
-        self._counted = 0  # in `item_bytes` of the server
+        self.share = share
+        self.held = self.promised = 0  # as counted in the share
         self._waiter: asyncio.Future[None] | None = None
 
     async def __anext__(self) -> Any:
@@ -112,15 +119,16 @@ class StreamItems(Items[Any]):
                 raise Cancelled("the stream has ended")
             if queue.has_ended:
                 raise StopAsyncIteration
-            self._runner.grant(self._stream, queue)
+            self._runner.grant(self._stream, queue, self)
+            self.count()
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         number, body = queue.taken, queue.take()
+        self._runner.grant(self._stream, queue, self)
         self.count()
-        self._runner.grant(self._stream, queue)
         value = read_item(self._stream, body, self._runner.max_depth)
         try:
             return self._check(value, f"item {number}")
@@ -130,19 +138,25 @@ class StreamItems(Items[Any]):
     def arrived(self) -> None:
         """Count what has arrived, and wake the method."""
         self.count()
+        self._wake()
+
+    def close(self) -> None:
+        """Count nothing any more: the stream was answered, or its connection has ended. Wake the method."""
+        self._queue.clear()
+        self._queue.has_ended = True
+        self.count()
+        self.share.leave()
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def discard(self) -> None:
-        """Discard what waits."""
-        self._queue.clear()
-        self.count()
-
     def count(self) -> None:
-        """Count what waits against the memory of the server."""
-        held = self._queue.held_bytes
-        self._runner.state.item_bytes += held - self._counted
-        self._counted = held
+        """Count what waits, and what was granted, against the memory of the server."""
+        held, promised = self._queue.held_bytes, self._queue.promised_bytes
+        self.share.count(held - self.held, promised - self.promised)
+        self.held, self.promised = held, promised
 
 
 class StreamRunner:
@@ -151,6 +165,7 @@ class StreamRunner:
     __slots__ = (
         "_connection",
         "_limits",
+        "_memory",
         "_part",
         "_queue",
         "_room",
@@ -167,6 +182,7 @@ class StreamRunner:
         self._connection = connection
         self.owner = owner
         self._limits = connection.settings.streams
+        self._memory = max(self._limits.memory_bytes, LEAST_ITEMS * self._limits.max_item)
         self._part = min(STREAM_TURN_BYTES, self._limits.write_bytes)
         self._room = self._limits.write_bytes  # not yet assigned to a stream, in this turn
         self._turn = 0
@@ -197,34 +213,44 @@ class StreamRunner:
         self.running -= 1
         self.state.counters.streams_open[stream.method] -= 1
         if worker.items is not None:
-            worker.items.arrived()
+            worker.items.close()
 
     def close(self) -> None:
         """Discard all items, and cancel all methods: the connection has ended."""
         for stream, worker in self.workers():
-            if worker.items is not None:
-                worker.items.discard()
             self.release(stream)
             worker.cancel()
 
     # --- the client's items -----------------------------------------------------------------------
 
     def take_items(self, stream: ServerStream, check: Checker) -> StreamItems | None:
-        """Return the client's items of a stream that begins; None if the server holds too many."""
-        if self.state.item_bytes >= self._limits.memory_bytes:
+        """Return the client's items of a stream that begins; None if the server holds too many of its user."""
+        assert stream.session is not None, "a stream needs one"
+        share = self.state.items.join(stream.session.user)
+        if share.is_over(self._memory - self._limits.max_item):  # its next item may be too much
+            share.leave()
             return None
         queue = self._connection.streams(self.state.clock.now()).take_items(stream)
-        return StreamItems(self, stream, queue, check)
+        return StreamItems(self, stream, queue, check, share)
 
-    def grant(self, stream: ServerStream, queue: ItemQueue) -> None:
-        """Let the client send more, one item at a time while the server holds too many."""
-        is_full = self.state.item_bytes >= self._limits.memory_bytes
-        queue.window = (1, 1) if is_full else (self._limits.window_items, self._limits.window_bytes)
+    def grant(self, stream: ServerStream, queue: ItemQueue, items: StreamItems) -> None:
+        """Let the client send more, the less the more its user was promised."""
+        most = self._limits.window_items, self._limits.window_bytes
+        queue.window = items.share.window(self._memory, most, items.promised)
         if self._connection.grant(stream, self.state.clock.wall()):
             self.owner.flush_soon()
 
     def items_received(self, stream: ServerStream) -> None:
-        stream.worker.items.arrived()
+        """Wake the method, or cut the stream that holds most if its user holds too much."""
+        items: StreamItems = stream.worker.items
+        items.arrived()
+        if items.share.is_over(self._memory):
+            own = [
+                (worker.items.held, number, each)
+                for number, (each, worker) in enumerate(self.workers())
+                if worker.items is not None and worker.items.share is items.share
+            ]
+            self.owner.cut_stream(max(own)[2])
 
     # --- the items of methods ---------------------------------------------------------------------
 
