@@ -238,7 +238,7 @@ class BearerTokens:
     async def _check(self, token: bytes, request: HttpRequest) -> Session | HttpResponse:
         state, address = self._state, request.peer.address
         session = state.registry.check(token, state.clock.wall())
-        if not isinstance(session, Session) and state.sessions.is_shared:
+        if not isinstance(session, Session) and state.sessions.looks_up:
             try:
                 await state.sessions.look_up(token, address, session)
             except CallError as error:

@@ -90,6 +90,7 @@ FIELDS: Final[dict[str, str]] = {
     "incident": "id returned to the caller, to find this line",
     "keys": "number of peers, users or causes of the suppressed lines",
     "kind": "kind of an alert, see docs/alerts.md",
+    "left": "sessions that are still to be loaded",
     "limit": "value of the limit",
     "lines": "number of lines",
     "lost": "total of messages lost by this sink",
@@ -306,6 +307,8 @@ user.gone info (user sessions), audit success
     A user was removed, disabled or given another key.
 device.gone info (device user sessions), audit success
     A device was removed or changed.
+sessions.loading info (sessions left)
+    The server begins to work, and loads the rest of the sessions from the store meanwhile.
 sessions.loaded info (sessions)
     Sessions were loaded from the store.
 sessions.left_out error (sessions cure)

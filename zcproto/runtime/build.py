@@ -295,7 +295,7 @@ def build_state(
     sessions.on_reuse = partial(on_refresh_reused, alerts)
     tasks = EagerTasks(loop)
     state = ServerState(
-        settings=replace(connection_settings(config), looks_up=sessions.is_shared),
+        settings=replace(connection_settings(config), looks_up=sessions.looks_up),
         registry=registry,
         wheel=wheel,
         tasks=tasks,
@@ -328,10 +328,16 @@ def build_state(
     if role.connections is not None:
         state.connections_elsewhere = role.connections(state)
     if sync is not None:
+        sync.on_loaded = partial(_end_looking_up, state)
         sync.on_reached = state.idempotency.store_reached
         changed = sync.leases.connection_changed
         connections.on_changed = lambda session_id: None if state.draining else changed(session_id)
     return state, sync
+
+
+def _end_looking_up(state: ServerState) -> None:
+    """Refuse unknown tokens of new connections at once: the registry has all sessions."""
+    state.settings = replace(state.settings, looks_up=False)
 
 
 class LoginParts(NamedTuple):

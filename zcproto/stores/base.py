@@ -180,7 +180,10 @@ class SessionStore(Protocol):
         """Return what is wrong with the configuration of the store's servers, one sentence each."""
 
     def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
-        """Yield all records in batches; nothing if the store is shared."""
+        """Yield all records in small batches; nothing if the store is shared.
+
+        Operations on sessions go ahead of it. A batch has what they had changed when it was read.
+        """
 
     # --- sessions --------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ It must not know: connections (except which sessions they use), how the store ke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Final
@@ -28,7 +28,7 @@ from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ResourceExhausted
 from zcproto.sessions import SessionRegistry
-from zcproto.sessions.record import UserLimit
+from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.token import id_from_text, id_text
 from zcproto.stores.base import LEASE_MS, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, CircuitBreaker
@@ -77,6 +77,8 @@ class Leases:
         self._is_planned = False
         self._began = clock.wall()
         self._trusted_at = self._renew_at = clock.now() + LEASE_S
+        self.is_registry_complete: Callable[[], bool] = lambda: True
+        """Whether the registry has all sessions of a store that is not shared."""
         self.unjoined: set[bytes] = set()
         """Sessions that are being opened, so that no connection can use them yet."""
         self.deadline_tick = 0
@@ -90,9 +92,13 @@ class Leases:
         if self._store.shared:
             await self._write()
             return replace(limit, counts_expired=is_trusted)
+        if self.is_registry_complete():
+            records: Sequence[SessionRecord] = self._registry.records(user, self._registry.kept)
+        else:
+            records = await self._breaker.call(self._store.list(user))
         disconnected = frozenset(
             record.id
-            for record in self._registry.records(user, self._registry.kept)
+            for record in records
             if not self._is_used(id_text(record.id))
             and record.id not in self.unjoined
             and (is_trusted or record.created_at >= self._began)

@@ -94,7 +94,7 @@ class SessionService:
         self.on_reuse: OnReuse = lambda session_id, user, address: None
 
     @property
-    def is_shared(self) -> bool:
+    def looks_up(self) -> bool:
         """Whether a token that is unknown here may be valid, so that it has to be looked up."""
         return False
 
@@ -206,7 +206,12 @@ class StoredSessionService(SessionService):
 
     @property
     def is_shared(self) -> bool:
+        """Whether other processes write to the store."""
         return self._store.shared
+
+    @property
+    def looks_up(self) -> bool:
+        return self.sync.looks_up
 
     def statistics(self) -> dict[str, Any]:
         return {**self.sync.statistics(), "lookups": self.lookups, "misses": self.misses}
@@ -216,8 +221,8 @@ class StoredSessionService(SessionService):
     async def open(self, user: str, **opening: Unpack[Opening]) -> OpenedSession:
         self.sync.breaker.check()
         registry = self._registry
-        if not self.is_shared and registry.kept + len(self._opening) >= registry.settings.max_sessions:
-            raise too_many_sessions()
+        if not self.is_shared:
+            await self._check_room()
         if self._opening_of[user] >= OPENINGS_PER_USER:
             raise ResourceExhausted(
                 "too many logins of this user at once; wait for one to end",
@@ -244,6 +249,14 @@ class StoredSessionService(SessionService):
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
+
+    async def _check_room(self) -> None:
+        """Raise ResourceExhausted if the server has as many sessions as it may have."""
+        most, sessions = self._registry.settings.max_sessions, self._registry.kept + self.sync.unloaded
+        if self.sync.unloaded and sessions + len(self._opening) >= most:  # some may be counted twice
+            sessions = await self._ask(self._call(self._store.count()))
+        if sessions + len(self._opening) >= most:
+            raise too_many_sessions()
 
     def _created(self, creating: asyncio.Task[None]) -> None:
         user = self._opening.pop(creating)
@@ -406,7 +419,7 @@ class StoredSessionService(SessionService):
         if waiting is not None:  # the first attempt may have failed
             await self._write(waiting)
             return True
-        if not self.is_shared or known is not None:
+        if not self.looks_up or known is not None:
             return False
         # Also if it is remembered as ended: a failover may have lost that.
         if user is not None and self.sync.pending.unverified(user) >= registry.settings.per_user:
@@ -431,7 +444,7 @@ class StoredSessionService(SessionService):
         registry.revoke_key(user, key, reason)
         opened_until = self._opened_until()
         failed: Exception | None = None
-        if self.is_shared:
+        if self.looks_up:
             try:
                 listed = await self._call(self._store.list(user))
                 records |= {record.id: record for record in listed}
@@ -452,7 +465,7 @@ class StoredSessionService(SessionService):
     async def revoke_all(self, reason: EndReason) -> int:
         known = self._registry.revoke_all(reason)
         await self._write(Revocation(self._opened_until()))
-        if self.is_shared:
+        if self.looks_up:
             self.sync.changes.handle_all_ended()
         return known
 
@@ -468,20 +481,20 @@ class StoredSessionService(SessionService):
     async def find_by_refresh_token(self, refresh_token: bytes) -> SessionRecord | None:
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         known = self._registry.record(session_id)
-        if known is not None or not self.is_shared:
+        if known is not None or not self.looks_up:
             return known
         found = await self._ask(self._call(self._store.get(session_id)))
         return found if isinstance(found, SessionRecord) else None
 
     async def list(self, user: str) -> list[SessionInfo]:
-        if not self.is_shared:
+        if not self.looks_up:
             return await super().list(user)
         wall = self._clock.wall()
         records = await self._ask(self._call(self._store.list(user)))
         return [info for record in records if (info := self._info(record, wall)) is not None]
 
     async def records(self, user: str | None, limit: int) -> Sequence[SessionRecord]:
-        if not self.is_shared:
+        if not self.looks_up:
             return await super().records(user, limit)
         return (await self._ask(self._call(self._store.list(user))))[:limit]
 
@@ -506,6 +519,8 @@ class StoredSessionService(SessionService):
         return wall < record.expires_at and (idle_ms is None or wall < last_used_at + idle_ms)
 
     async def look_up(self, token: bytes, address: str, code: Code) -> None:
+        if not self.looks_up:  # a connection from before the store was loaded
+            return
         digest, now = digest_of(token), self._clock.now()
         if now < self._unknown.get(digest, 0.0):
             return
@@ -537,7 +552,7 @@ class StoredSessionService(SessionService):
             if here is not None and here.token_digest == digest and here.last_used_at < found.last_used_at:
                 registry.forget(found.id)  # another process has used it since it lapsed here
             is_live = self._is_live(found, found.last_used_at, self._clock.wall())
-            if registry.restore(found, make_room=True) and is_live:
+            if registry.restore(found, make_room=self.is_shared) and is_live:
                 return
         elif found is not None:
             end_here(registry, found)

@@ -2,7 +2,8 @@
 
 Decides:
 - Pending revocations reach the store before anything else, and before a token is accepted.
-- A store that is not shared is loaded completely at the start and never asked about unknown tokens.
+- A store that is not shared is loaded completely: up to LOADED_FIRST records before the server listens, the rest
+  beside its work. Until then unknown tokens are looked up in it, and after that never.
 - When last uses are written, and when expired entries are removed.
 - A session changed by another process is dropped from the registry if no connection uses it. Otherwise it is ended
   if the store has reported its end, else the store is asked for it within the second. If both still disagree about
@@ -21,10 +22,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, Final
 
 from zcproto.common.clock import Clock
@@ -37,7 +38,7 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_from_text, id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.leases import IsUsed, Leases
-from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker, LoopTimeout
+from zcproto.stores.operations import UPKEEP, BackgroundTasks, Call, CircuitBreaker, LoopTimeout
 from zcproto.stores.outage_report import OutageFigures, OutageReport
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker, end_here
@@ -51,8 +52,8 @@ TOUCH_INTERVAL_S: Final = 30.0
 
 EXAMINE_INTERVAL_S: Final = 3_600.0
 
-LOADED_AT_ONCE: Final = 200
-"""Records loaded in one turn of the event loop, about a millisecond."""
+LOADED_FIRST: Final = 20_000
+"""Records loaded before the server listens: about a second."""
 
 EXPIRED_AT_ONCE: Final = 4_000
 EXPIRE_PAUSE_S: Final = 0.02
@@ -70,6 +71,8 @@ CHANGES: Final = 4_096
 """Changed sessions that are remembered, for `has_changed`."""
 
 Found = SessionRecord | EndedRecord
+
+Batches = AsyncIterator[Sequence[Found]]
 
 log = get_logger("zcproto.store")
 
@@ -120,6 +123,7 @@ class StoreSync:
         self.leases = Leases(
             self.breaker, self.registry, self.is_used, self.in_use, self.tasks, self.wheel, self.clock
         )
+        self.leases.is_registry_complete = lambda: self._is_loaded
         self.stalls = StallWatch(
             self.registry, self.wheel, self.clock, self.heartbeat + self.timeout, self._stalled
         )
@@ -127,7 +131,12 @@ class StoreSync:
             lambda: OutageFigures(self.breaker.reason, len(self.registry), len(self.pending)), self.on_event
         )
         self._is_open = False
-        self._is_loaded = False
+        self._is_loaded = self._is_loading = False
+        self._loaded = self._left_out = 0
+        self.unloaded = 0
+        """Sessions that are still to be loaded, at most."""
+        self.on_loaded: Callable[[], None] = lambda: None
+        """Called when a store that is not shared is loaded."""
         self._touched_until = 0
         self.problems: tuple[str, ...] = ()
         self.on_reached: Callable[[], None] = lambda: None
@@ -180,6 +189,11 @@ class StoreSync:
             log.warning("store.uses_not_written", reason=self.breaker.reason)
         await self.pending.close()
         await self.store.close()
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether a session that the registry does not have may be in the store."""
+        return self.store.shared or not self._is_loaded
 
     def _is_kept(self, session_id: str) -> bool:
         """Return whether a session is in use here, or is being opened."""
@@ -308,37 +322,79 @@ class StoreSync:
                 self._is_loaded = True
                 if not self.store.keeps_changes:
                     self.revoker.repeat_after_loss()  # it may have lost data before this process started
-        elif not self._is_loaded:
-            await self._load()
+        elif not self._is_loaded and not self._is_loading:
+            await self._load_first()
         while len(self.pending):
             await self.revoker.replay(attempt)
 
     # --- loading, last uses, cleaning --------------------------------------------------------------
 
-    async def _load(self) -> None:
-        """Load all records of a store that is not shared."""
-        registry, loaded, left_out = self.registry, 0, 0
-        batches = self.store.load()
-        while True:
+    async def _load_first(self) -> None:
+        """Load the first records of a store that is not shared, and begin to load the rest."""
+        batches = await self._load_until(LOADED_FIRST)
+        if batches is not None:
+            self.unloaded = max(await self.breaker.attempt(self.store.count()) - self._loaded, 0)
+            log.info("sessions.loading", sessions=self._loaded, left=self.unloaded)
+            self._is_loading = True
+            self.tasks.spawn(self._load_rest(batches), UPKEEP)
+
+    async def _load_rest(self, batches: Batches) -> None:
+        """Load the rest while the server works, after an outage from the beginning."""
+        following: Batches | None = batches
+        while not self._is_loaded:
+            if following is None and not self.health.is_healthy:
+                await asyncio.sleep(RETRY_PAUSE_S)
+                continue
+            try:
+                following = await self._load_until(inf, following)
+            except StoreUnavailable as error:
+                following, self.breaker.reason = None, error.reason
+                self.health.begin_outage(self.clock.now())  # only a probe finds out when the store is back
+            except Exception as error:  # sessions that are not loaded are looked up
+                log.error("store.task_failed", exc_info=error)
+                return
+
+    async def _load_until(self, count: float, batches: Batches | None = None) -> Batches | None:
+        """Load about `count` records, from the beginning without `batches`. Return what follows them; None at the
+        end.
+        """
+        if batches is None:
+            batches, self._loaded, self._left_out = self.store.load(), 0, 0
+        while self._loaded < count:
             batch = await self.breaker.attempt(anext(batches, None), OPEN_LIMIT_S)
             if batch is None:
-                break
-            for first in range(0, len(batch), LOADED_AT_ONCE):
-                for record in batch[first : first + LOADED_AT_ONCE]:
-                    if isinstance(record, EndedRecord):
-                        registry.restore_ended(record)
-                    else:
-                        loaded += 1
-                        left_out += not registry.restore(record)
-                await asyncio.sleep(0)
-        self._is_loaded = True
-        log.info("sessions.loaded", sessions=loaded - left_out)
-        if left_out:
+                self._end_loading()
+                return None
+            self._restore(
+                batch
+            )  # in one turn of the loop: what was changed after it was read is applied later
+            self.unloaded = max(self.unloaded - len(batch), 0)
+            await asyncio.sleep(0)
+        return batches
+
+    def _restore(self, batch: Sequence[Found]) -> None:
+        registry = self.registry
+        for record in batch:
+            if isinstance(record, EndedRecord):
+                registry.restore_ended(record)
+                continue
+            self._loaded += 1
+            # One that is known was looked up, and may have a newer token.
+            if registry.record(record.id) is None and not registry.restore(record):
+                self._left_out += (
+                    registry.kept >= registry.settings.max_sessions
+                )  # else it was ended meanwhile
+
+    def _end_loading(self) -> None:
+        self._is_loaded, self.unloaded = True, 0
+        log.info("sessions.loaded", sessions=self._loaded - self._left_out)
+        if self._left_out:
             log.error(
                 "sessions.left_out",
-                sessions=left_out,
+                sessions=self._left_out,
                 cure="the server cannot hold more sessions; their users have to log in again",
             )
+        self.on_loaded()
 
     async def write_uses(self) -> None:
         """Write to the store when sessions were last used."""

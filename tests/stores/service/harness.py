@@ -90,7 +90,7 @@ class SessionProcess:
     async def find(self, token: bytes, address: str = ADDRESS) -> Session | Code:
         """Check a token like a connection does: here first, then in the store."""
         found = self.check(token)
-        if self.sessions.is_shared and found in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED):
+        if self.sessions.looks_up and found in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED):
             assert isinstance(found, Code)
             await self.sessions.look_up(token, address, found)
             return self.check(token)

@@ -150,7 +150,7 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
     assert at_once(sessions.revoke_all("")) == 1
     assert sessions.statistics() == {"state": "healthy"}
-    assert not sessions.is_shared
+    assert not sessions.looks_up
 
 
 async def test_misconfigured_store_is_reported_at_the_start_and_when_it_is_mended(

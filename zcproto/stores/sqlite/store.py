@@ -104,7 +104,8 @@ class SqliteStore:
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         position: Position | None = Position()
         while position is not None:
-            records, position = await self._do(partial(self._database.load, position), within=OPEN_TIMEOUT_S)
+            loading = partial(self._database.load, position)
+            records, position = await self._do(loading, within=OPEN_TIMEOUT_S, lasting=True, behind=True)
             if records:
                 yield records
 
