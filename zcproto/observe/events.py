@@ -259,8 +259,9 @@ request.denied info (peer user what missing denied) by peer, limit per user, aud
 stream.cut info (peer user what reason) by peer, limit per user
     A stream was cancelled because of its client or network: an item waited too long for credit (slow), a frame was
     delayed for too long (stale), or had another token than the stream (wrong_token), or the session was refreshed
-    elsewhere and its new token not shown on this connection (token_rotated): an old client, or a stolen token. Or too
-    many items of its user waited for their methods (memory), or a reload has denied its method to the session (denied).
+    elsewhere and its new token not shown on this connection (token_rotated): an old client, or a stolen token. Or
+    too many items of its user waited for their methods (memory), or a reload has denied its method to the session
+    (denied).
 connection.certificate_revoked warning (peer connection) by peer, limit per address, audit failure
     A connection was closed because its client certificate was revoked.
 request.failed error (what incident exc_info peer connection) by peer, limit per method
