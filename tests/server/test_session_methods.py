@@ -334,6 +334,7 @@ def test_session_info_describes_the_session(connect: Callable[..., Client], user
         "client",
         "address",
         "bound",
+        "connections",
     }
     assert info["id"] == client.opened["id"]
     assert info["expires_at"] == client.opened["expires_at"]
