@@ -620,6 +620,17 @@ async def test_idempotent_call_moves_to_another_address_when_its_server_freezes(
 
 
 @scripted
+async def test_silence_before_a_call_counts() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        heard_at = now()
+        freeze(fleet[A])
+        await asyncio.sleep(3)
+        assert await client.call("echo", x=1, idempotency_key="once") == {"x": 1}
+        assert now() - heard_at == pytest.approx(SILENT_AT, abs=0.5)
+
+
+@scripted
 async def test_other_call_of_a_frozen_server_is_lost() -> None:
     fleet = Fleet(A, B)
     async with fleet.client() as client:

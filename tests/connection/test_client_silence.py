@@ -78,6 +78,11 @@ def test_no_ping_is_sent_without_a_request_in_flight(harness: ClientHarness) -> 
     assert pings(harness) == 1
 
 
+def test_first_check_of_a_request_counts_from_the_last_byte(watched: ClientHarness) -> None:
+    assert watched.client.first_silence_check(NOW + 3) == NOW + PING_AFTER
+    assert watched.client.first_silence_check(NOW + 60) == NOW + 60 + PING_AFTER
+
+
 def test_timeout_of_a_call_sends_a_ping_after_a_second_of_silence(watched: ClientHarness) -> None:
     watched.now += PING_AFTER_TIMEOUT - 0.1
     check(watched, PING_AFTER_TIMEOUT)

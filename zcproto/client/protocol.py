@@ -561,7 +561,7 @@ class ClientProtocol(asyncio.Protocol):
     def _look_at_calls_by(self, deadline: float) -> None:
         """Look at the calls at their first deadline, and earlier to notice a silent server."""
         if self.conversation.silence is not None:
-            deadline = min(deadline, self._now() + PING_AFTER)
+            deadline = min(deadline, self.conversation.first_silence_check(self._now()))
         if deadline < self._calls_due:
             self._calls_due = deadline
             self._set_deadline()

@@ -534,6 +534,12 @@ class ClientConnection(ClientOutput):
         """Return whether a byte has arrived here since the last PING to the other, silent connection."""
         return other.silence is not None and self._last_heard > other.silence.asked_at
 
+    def first_silence_check(self, now: float) -> float:
+        """Return when to check for silence after a request while none was in flight. The first one after a longer
+        silence has 5 s."""
+        due = self._last_heard + PING_AFTER
+        return due if due > now else now + PING_AFTER
+
     def check_silence(self, wall: int, now: float, unsent: int = 0, *, after: float = PING_AFTER) -> float:
         """Send a PING if requests have waited for `after` seconds without a byte, or if that is 0. Return when to
         check again, in monotonic seconds, or NEVER.
