@@ -263,7 +263,16 @@ def options_of(step: Step) -> dict[str, object]:
     """Return the options of `zcp_options_set` for a step `connect`."""
     names = {"server_name": "server_hostname", "client_name": "client"} | {
         name: name
-        for name in ("ca_file", "user", "key", "home", "timeout_ms", "connect_timeout_ms", "max_calls")
+        for name in (
+            "ca_file",
+            "user",
+            "key",
+            "home",
+            "timeout_ms",
+            "connect_timeout_ms",
+            "max_calls",
+            "max_connections",
+        )
     }
     options = {option: step[name] for name, option in names.items() if name in step}
     if "pins" in step:

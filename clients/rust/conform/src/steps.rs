@@ -208,8 +208,7 @@ impl Conform {
             options = options.max_calls(u32::try_from(max).map_err(|_| malformed("max_calls"))?);
         }
         if let Some(max) = step["max_connections"].as_u64() {
-            options = options
-                .max_connections(usize::try_from(max).map_err(|_| malformed("max_connections"))?);
+            options = options.max_connections(usize::try_from(max).map_err(|_| malformed("max_connections"))?);
         }
         if let Some(timeout) = millis(step, "timeout_ms") {
             options = options.timeout(timeout);

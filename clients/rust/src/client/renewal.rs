@@ -488,9 +488,12 @@ impl User {
         if self.needs_proof(connection) {
             self.present_later(connection);
         } else if self.needs_registration(connection) {
+            // Before the calls that wait for this session: their methods may call back.
+            let slot = connection.try_slot();
+            let sent = slot.and_then(|slot| self.register(connection, slot, &token).ok());
             let (user, connection) = (Arc::clone(self), Arc::clone(connection));
             tokio::spawn(async move {
-                let _ = user.register_if_any(&connection, None).await; // or the next connection registers them
+                let _ = user.register_if_any(&connection, sent).await; // or the next connection registers them
             });
         }
         Ok(())

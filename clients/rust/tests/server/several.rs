@@ -135,11 +135,15 @@ async fn a_session_that_the_server_has_lost_is_opened_again_once_for_all_calls()
     let unknown = || Value::from([("reason", Value::from("unknown_token"))]);
     let script = play(move || {
         let mut peer = accept(&server, 8, 1);
+        let number = peer.expect("session.handle");
+        peer.send(&[text(number, "")]);
         let first = peer.receive().unwrap().1;
         let second = peer.receive().unwrap().1;
         peer.send(&[error(first, 16, unknown()), error(second, 16, unknown())]);
         let number = peer.expect("session.open"); // not session.refresh: the store has lost that, too
         peer.send(&[session(number, 2)]);
+        let number = peer.expect("session.handle"); // before the calls that wait
+        peer.send(&[text(number, "")]);
         for _ in 0..2 {
             let number = peer.expect("who");
             assert_eq!(peer.token, [2; 32]);
@@ -149,6 +153,8 @@ async fn a_session_that_the_server_has_lost_is_opened_again_once_for_all_calls()
         peer.send(&[error(number, 16, unknown())]);
         let number = peer.expect("session.open");
         peer.send(&[session(number, 3)]);
+        let number = peer.expect("session.handle");
+        peer.send(&[text(number, "")]);
         let number = peer.expect("who");
         peer.send(&[error(number, 16, unknown())]); // once
         let number = peer.expect("who");
@@ -156,6 +162,7 @@ async fn a_session_that_the_server_has_lost_is_opened_again_once_for_all_calls()
         peer.close();
     });
     let client = Client::connect(options).await.unwrap();
+    client.handle("approve", approve).await.unwrap();
     let (first, second) = (start(&client, "who"), start(&client, "who"));
     assert_eq!(first.await.unwrap().unwrap(), "ada");
     assert_eq!(second.await.unwrap().unwrap(), "ada");
