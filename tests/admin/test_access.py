@@ -30,7 +30,7 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 class FakeSharedSessions(SessionService):
     """Shared sessions: unknown tokens are looked up."""
 
-    is_shared = True
+    looks_up = True
 
     def __init__(self, registry: SessionRegistry, clock: FakeClock) -> None:
         super().__init__(registry, clock)

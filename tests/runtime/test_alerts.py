@@ -171,7 +171,10 @@ def test_refresh_token_reuse_raises_alert_with_session(start: Start, url: str) -
         client.call("session.refresh", {"refresh_token": spent}, token=NO_TOKEN)
         refused(lambda: client.call("session.refresh", {"refresh_token": spent}, token=NO_TOKEN))
         alert = alerting.until("session.refresh_reused")
-    assert (alert["about"], alert["details"]) == (client.opened["id"], {"peer": "127.0.0.1"})
+    assert (alert["about"], alert["details"]) == (
+        client.opened["id"],
+        {"user": "ada", "peer": "127.0.0.1"},
+    )
     body = b"".join(request.body for request in alerting.receiver.received)
     assert spent.hex().encode() not in body
 
