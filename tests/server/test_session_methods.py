@@ -336,6 +336,9 @@ def test_session_info_describes_the_session(connect: Callable[..., Client], user
         "bound",
         "connections",
     }
+    (connection,) = info["connections"]
+    assert connection["address"] == "127.0.0.1"
+    assert connection["since"] >= info["created_at"]
     assert info["id"] == client.opened["id"]
     assert info["expires_at"] == client.opened["expires_at"]
     assert (info["user"], info["client"], info["address"], info["bound"]) == (
