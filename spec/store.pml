@@ -32,7 +32,7 @@
  *   LIMIT       a session is opened, and the oldest one ended, in one step of the store. (stores/base.py)
  *
  * Searched completely, without an error: one fault of any kind (0.3 million states); two faults FAILOVER and PAUSE (1.0),
- * FAILOVER and CRASH (1.0), FAILOVER and CUT (3.7), CRASH and CUT (2.1), PAUSE and CUT (1.6), CRASH and PAUSE (0.4);
+ * FAILOVER and CRASH (1.0), FAILOVER and CUT (3.7), CRASH and CUT (2.1), PAUSE and CUT (2.8), CRASH and PAUSE (0.4);
  * SESSIONS=2 without rotations and one FAILOVER (1.4).
  *
  * Not modelled: more nodes, three faults, a store that loses all data, a revocation of a user or a key, leases (which

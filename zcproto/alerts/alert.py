@@ -165,8 +165,8 @@ token.expiry: warning, ends resolved; token
     its life if that is shorter; an error once it has expired.
     Cure: `zcproto token create` another one, give it to the machine, then `zcproto token revoke` the old one.
 store.degraded: error, ends resolved
-    The session store does not answer. Known sessions remain valid for `store.grace`, new ones are refused,
-    and revocations are queued on disk.
+    The session store has not answered for five seconds. Known sessions remain valid for `store.grace`, new ones are
+    refused, and revocations are queued on disk.
     Cure: The message has the reason. Restore the store or the disk; the server recovers without further
     action.
 store.grace_over: critical, ends resolved

@@ -353,6 +353,9 @@ tokens.uses_not_stored warning (faults), limit per event
     The last use of tokens could not be written to tokens.toml. They are valid all the same.
 
 # The store
+store.slow warning (reason sessions pending), limit per event
+    The store did not answer in time: known sessions stay valid, new ones are refused until it does. If that takes
+    longer than five seconds, `store.degraded` follows.
 store.degraded error (reason sessions pending), limit per event
     The store is unavailable: known sessions stay valid, new ones are refused.
 store.grace_over error (reason), limit per event

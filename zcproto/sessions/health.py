@@ -94,7 +94,7 @@ class StoreHealth:
     """The health of one store. Times are monotonic seconds; `random` returns numbers in [0, 1).
 
     `outages` and `failures` are counters of outages begun and operations failed. `since` is the beginning of the
-    last outage.
+    last outage, and `is_slow` whether a late answer began it.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class StoreHealth:
         self._healthy_since = 0.0
         self.state = HealthState.HEALTHY
         self.since = 0.0
+        self.is_slow = False
         self.grace_over = False
         self.outages = 0
         self.failures = 0
@@ -130,11 +131,11 @@ class StoreHealth:
         self._recent.append(now)
         grave = waited_s >= self._timeout_s / 2
         if grave or (len(self._recent) == FAILURES and now - self._recent[0] <= WINDOW_S):
-            self.begin_outage(now)
+            self.begin_outage(now, is_slow=grave)
         else:
             self._take(HealthInput.FAILURE)
 
-    def begin_outage(self, now: float, *, grace: bool = True) -> None:
+    def begin_outage(self, now: float, *, grace: bool = True, is_slow: bool = False) -> None:
         """Stop using the store, except for probes. Pass `grace=False` if no sessions are known."""
         began = self.state is HealthState.HEALTHY
         self._take(HealthInput.OUTAGE)
@@ -144,6 +145,7 @@ class StoreHealth:
             self._ceiling = FIRST_DELAY_S
         self.since = now
         self.grace_over = False
+        self.is_slow = is_slow
         self.outages += 1
         self._plan_probe(now)
         self._on_alert(HealthAlert.BEGAN)

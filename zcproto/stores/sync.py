@@ -218,7 +218,7 @@ class StoreSync:
         if alert is not HealthAlert.ENDED:
             if alert is HealthAlert.GRACE_OVER:
                 self.registry.refuse_all()
-            self.report.handle(alert, self.clock.now())
+            self.report.handle(alert, self.clock.now(), is_slow=self.health.is_slow)
         else:
             self.registry.stop_refusing()
             self.leases.begin()

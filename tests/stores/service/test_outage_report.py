@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zcproto.sessions.health import NEVER, HealthAlert
-from zcproto.stores.outage_report import AWAY_S, OutageFigures, OutageReport
+from zcproto.stores.outage_report import HOLD_S, OutageFigures, OutageReport
 
 
 @pytest.fixture
@@ -26,10 +26,13 @@ def names(events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]) -
     return [name for name, _ in events], [line["event"] for line in log]
 
 
-def test_outage_is_reported_at_once(
+def test_outage_is_logged_at_once_and_raises_an_alert_if_it_lasts(
     report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
 ) -> None:
     report.handle(HealthAlert.BEGAN, 10.0)
+    assert names(events, log) == ([], ["store.degraded"])
+    assert report.next_deadline() == 10.0 + HOLD_S
+    report.handle_time(10.0 + HOLD_S)
     assert events == [("store.degraded", {"reason": "it is gone", "sessions": 7})]
     report.handle(HealthAlert.GRACE_OVER, 20.0)
     assert report.next_deadline() == NEVER
@@ -41,6 +44,44 @@ def test_outage_is_reported_at_once(
     assert names(events, log)[0] == names(events, log)[1]
 
 
+@pytest.mark.parametrize(("is_slow", "name"), [(True, "store.slow"), (False, "store.degraded")])
+def test_short_outage_raises_no_alert(
+    report: OutageReport,
+    events: list[tuple[str, dict[str, Any]]],
+    log: list[dict[str, Any]],
+    is_slow: bool,
+    name: str,
+) -> None:
+    for now in (10.0, 100.0, 200.0):
+        report.handle(HealthAlert.BEGAN, now, is_slow=is_slow)
+        report.handle(HealthAlert.GRACE_OVER, now, is_slow=is_slow)
+        report.handle_time(now + HOLD_S - 0.1)
+        report.end(HOLD_S - 0.1, 0)
+    assert names(events, log) == ([], [name, "store.grace_over", "store.recovered"] * 3)
+
+
+def test_slow_store_is_degraded_after_a_while(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
+) -> None:
+    report.handle(HealthAlert.BEGAN, 10.0, is_slow=True)
+    report.handle_time(10.0 + HOLD_S)
+    report.end(HOLD_S, 0)
+    assert names(events, log) == (
+        ["store.degraded", "store.recovered"],
+        ["store.slow", "store.degraded", "store.recovered"],
+    )
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_store_that_fails_again_and_again_raises_an_alert(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]], is_slow: bool
+) -> None:
+    for now in (10.0, 30.0, 69.0):
+        report.handle(HealthAlert.BEGAN, now, is_slow=is_slow)
+        report.end(1.0, 0)
+    assert [name for name, _ in events] == ([] if is_slow else ["store.degraded", "store.recovered"])
+
+
 def test_store_that_is_away_by_order_raises_no_alert(
     report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
 ) -> None:
@@ -48,18 +89,19 @@ def test_store_that_is_away_by_order_raises_no_alert(
     assert report.next_deadline() == NEVER
     report.handle(HealthAlert.BEGAN, 10.1)
     report.handle(HealthAlert.GRACE_OVER, 10.2)
-    assert report.next_deadline() == 10.1 + AWAY_S
-    report.handle_time(10.0 + AWAY_S)
+    assert report.next_deadline() == 10.1 + HOLD_S
+    report.handle_time(10.0 + HOLD_S)
     report.end(0.4, 0)
     assert names(events, log) == ([], ["store.moved"])
     assert report.next_deadline() == NEVER
     report.handle(HealthAlert.BEGAN, 11.0)  # it is still busy with its start
-    report.handle_time(10.5 + AWAY_S)
+    report.handle_time(10.5 + HOLD_S)
     assert events == []
-    report.handle_time(11.0 + AWAY_S)
+    report.handle_time(11.0 + HOLD_S)
     assert names(events, log)[0] == ["store.degraded"]
     report.end(5.0, 0)
-    report.handle(HealthAlert.BEGAN, 12.0 + AWAY_S)
+    report.handle(HealthAlert.BEGAN, 12.0 + HOLD_S)
+    report.handle_time(12.0 + 2 * HOLD_S)
     assert names(events, log)[0] == ["store.degraded", "store.recovered", "store.degraded"]
 
 
@@ -70,8 +112,8 @@ def test_order_that_is_repeated_does_not_extend_an_outage(
         report.expect(10.0 + second)
     report.handle(HealthAlert.BEGAN, 19.5)
     report.expect(20.0)
-    assert report.next_deadline() == 19.5 + AWAY_S
-    report.handle_time(19.5 + AWAY_S)
+    assert report.next_deadline() == 19.5 + HOLD_S
+    report.handle_time(19.5 + HOLD_S)
     assert names(events, log)[0] == ["store.degraded"]
     report.handle(HealthAlert.GRACE_OVER, 25.0)
     assert names(events, log)[0] == ["store.degraded", "store.grace_over"]
@@ -83,8 +125,8 @@ def test_store_that_is_away_for_too_long_is_an_outage(
     report.expect(10.0)
     report.handle(HealthAlert.BEGAN, 10.1)
     report.handle(HealthAlert.GRACE_OVER, 12.0)
-    report.handle_time(10.1 + AWAY_S)
-    report.handle_time(11.0 + AWAY_S)
+    report.handle_time(10.1 + HOLD_S)
+    report.handle_time(11.0 + HOLD_S)
     report.end(9.0, 0)
     expected = ["store.degraded", "store.grace_over", "store.recovered"]
     assert names(events, log) == (expected, expected)
