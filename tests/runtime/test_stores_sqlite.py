@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import stat
 from collections.abc import Iterator
@@ -98,6 +99,41 @@ def test_revoked_session_stays_revoked_after_restart(servers: Servers) -> None:
     assert client.refused("echo", token=revoked.token).code == Code.TOKEN_REVOKED
     assert client.refused("echo", token=before).code == Code.TOKEN_REVOKED
     assert client.call("echo", {"n": 1}, token=keeper.token) == {"n": 1}
+
+
+@pytest.mark.parametrize("change", ["key", "roles"])
+def test_older_store_does_not_revive_sessions_of_a_replaced_key(
+    servers: Servers, home: Path, tmp_path: Path, change: str
+) -> None:
+    home.mkdir(0o700)
+    users, store = UserFile(home / "users.toml"), home / "sessions.db"
+    keys = {name: users.add(name) for name in ("ada", "bob")}
+    one = servers.start(users_file=True)
+    clients = {name: servers.client(one) for name in keys}
+    for name, client in clients.items():
+        client.open_session(name, keys[name])
+        refresh(client)
+    end(one, *clients.values())
+    shutil.copy2(store, tmp_path / "copy")  # the key leaks, and is replaced later
+    if change == "key":
+        users.new_key("ada")
+    else:
+        users.set_roles("ada", frozenset({"billing"}))
+    two = servers.start(users_file=True)
+    assert servers.client(two).refused("echo", token=clients["ada"].token).code == Code.UNAUTHENTICATED
+    two.begin_drain()
+    two.join()
+    (tmp_path / "copy").replace(store)
+    three = servers.start(users_file=True)
+    again = servers.client(three, token=clients["ada"].token)
+    assert again.refused("echo").code == Code.UNAUTHENTICATED
+    spent = {"refresh_token": clients["ada"].opened["refresh_token"], "client": "test/1"}
+    assert again.refused("session.refresh", spent, token=NO_TOKEN).code == Code.UNAUTHENTICATED
+    kept = servers.client(three, token=clients["bob"].token)
+    kept.echo()
+    kept.opened = clients["bob"].opened
+    refresh(kept)
+    kept.echo()
 
 
 def test_session_limit_counts_sessions_from_before_restart(servers: Servers) -> None:

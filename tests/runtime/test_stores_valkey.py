@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from tests.limits import TIMEOUT
 from tests.server.helpers import KEY, NO_TOKEN, AnsweredError, Client, ServerThread, eventually
 from tests.stores.valkey.helpers import set_timeout
 from tests.stores.valkey.server_process import ServerProcess as StoreProcess
 from tests.stores.valkey.server_process import running
+from zcproto.auth import UserFile
 from zcproto.errors import Code
 from zcproto.stores.sync import StoreSync
 from zcproto.stores.valkey.store import ValkeyStore
@@ -84,6 +87,32 @@ def test_refresh_is_known_on_another_server(cluster: Cluster) -> None:
     assert refreshed["id"] == first.opened["id"]
     assert first.call("echo", {"n": 1}, token=refreshed["token"]) == {"n": 1}
     eventually(lambda: refused_with(first, first.token) == Code.TOKEN_REVOKED)
+
+
+def test_older_snapshot_does_not_revive_sessions_of_a_replaced_key(cluster: Cluster, tmp_path: Path) -> None:
+    for home in ("one", "two"):
+        (tmp_path / home).mkdir(0o700)
+    users = UserFile(tmp_path / "one" / "users.toml")
+    keys = {name: users.add(name) for name in ("ada", "bob")}
+    one = cluster.serve("one", users_file=True)
+    clients = {name: cluster.client(one) for name in keys}
+    for name, client in clients.items():
+        client.open_session(name, keys[name])
+    with redis.Redis.from_url(cluster.store.url.replace("valkey:", "redis:")) as store:
+        snapshot = {key: store.dump(key) for key in store.scan_iter()}
+        one.drain()
+        users.new_key("ada")
+        shutil.copy2(users.path, tmp_path / "two" / "users.toml")
+        store.flushall()
+        for key, value in snapshot.items():
+            assert isinstance(value, bytes)
+            store.restore(key, 60_000, value)
+    two = cluster.serve("two", users_file=True)
+    cluster.client(two, token=clients["bob"].token).echo()
+    again = cluster.client(two, token=clients["ada"].token)
+    assert again.refused("echo").code == Code.UNAUTHENTICATED
+    spent = {"refresh_token": clients["ada"].opened["refresh_token"], "client": "test/1"}
+    assert again.refused("session.refresh", spent, token=NO_TOKEN).code == Code.UNAUTHENTICATED
 
 
 def refused_with(client: Client, token: bytes) -> int | None:

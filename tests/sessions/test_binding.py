@@ -90,6 +90,21 @@ def test_removed_user_is_refused() -> None:
     assert (binding.refused_users, binding.refused_addresses) == (2, 0)
 
 
+def test_session_of_another_origin_is_refused() -> None:
+    binding = SessionBinding()
+    binding.is_user = {"ada"}.__contains__
+    binding.is_origin = lambda user, key, origin: (user, key, origin) == ("ada", "device:phone", b"present!")
+    present = record()._replace(key="device:phone", origin=b"present!")
+    assert binding.admits(present, "192.0.2.7")
+    assert binding.admits(record(), "192.0.2.7"), "opened by a version that kept no origin"
+    for other in (present._replace(origin=b"previous"), present._replace(key="")):
+        assert not binding.admits(other, "192.0.2.7")
+        assert binding.admits(other._replace(flags=EXTERNAL), "192.0.2.7")
+        with pytest.raises(Unauthenticated):
+            binding.check_refresh(other, "test/1", "192.0.2.7")
+    assert binding.refused_users == 4
+
+
 def test_changed_binding_applies_to_what_follows() -> None:
     binding = SessionBinding("exact", client=True)
     binding.reconfigure("24", client=False)

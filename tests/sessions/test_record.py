@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 
 from tests.sessions.helpers import HOUR, MINUTE, WALL
+from zcproto.common.roles import is_role, roles_of
 from zcproto.errors import Code
-from zcproto.sessions.record import ROLES, SessionRecord, UserLimit, WhenFull, key_and_roles, stored_key
+from zcproto.sessions.record import (
+    NO_ORIGIN,
+    ROLES,
+    SessionRecord,
+    UserLimit,
+    WhenFull,
+    key_and_roles,
+    pack_origin,
+    stored_key,
+    unpack_origin,
+)
 
 
 def record(number: int, *, used_at: int = WALL, expires_at: int = WALL + HOUR) -> SessionRecord:
@@ -21,6 +32,26 @@ def record(number: int, *, used_at: int = WALL, expires_at: int = WALL + HOUR) -
 def test_key_and_roles_are_stored_as_one_text(key: str, flags: int, roles: str) -> None:
     stored = stored_key(record(1)._replace(key=key, flags=flags, roles=roles))
     assert key_and_roles(stored, flags) == (key, roles)
+
+
+@pytest.mark.parametrize("origin", [b"", b"\1" * 8, b"\0\0\0\0\0\0\0\1", b"\1\0\0\0\0\0\0\0", NO_ORIGIN])
+@pytest.mark.parametrize(("flags", "roles"), [(0, ""), (3, ""), (ROLES, "admin"), (ROLES | 1, "a@b admin@c")])
+def test_origin_is_kept_among_the_roles(flags: int, roles: str, origin: bytes) -> None:
+    known = record(1)._replace(flags=flags, roles=roles, origin=origin)
+    packed = pack_origin(known)
+    assert unpack_origin(packed) == known
+    assert packed.origin == b""
+    assert set(roles.split()) <= roles_of(False, packed.roles)  # as a version before reads it
+    assert not any(map(is_role, roles_of(False, packed.roles) - set(roles.split())))
+
+
+@pytest.mark.parametrize("mark", ["@", "@xyz", "@0102", "@" + 18 * "0", "@\u0660\u0661"])
+@pytest.mark.parametrize("roles", ["", "admin"])
+def test_damaged_origin_belongs_to_no_user(mark: str, roles: str) -> None:
+    damaged = record(1)._replace(flags=ROLES, roles=f"{roles} {mark}".lstrip())
+    assert unpack_origin(damaged) == record(1)._replace(
+        flags=ROLES if roles else 0, roles=roles, origin=NO_ORIGIN
+    )
 
 
 LIVE, USED, IDLE = record(1), record(2), record(3, used_at=WALL - MINUTE)

@@ -45,6 +45,7 @@ from zcproto.auth import (
 )
 from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BuiltInSchemes
+from zcproto.auth.origin import Origins
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
 from zcproto.certs.acme.challenges import challenge_folder
@@ -405,7 +406,9 @@ def build_login(
         found.append(
             CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)
         )
-    state.binding.is_user = users.is_known
+    origins = Origins(users, devices)
+    state.binding.is_user, state.binding.origin_of = users.is_known, origins.of
+    state.binding.is_origin = origins.applies
     login = Login(found, throttle, limits.logins_pending, role.counting)
     return LoginParts(login, users, devices, enrollment)
 

@@ -24,7 +24,7 @@ MEMORY: Final = "memory"
 SQLITE: Final = "sqlite"
 
 NEAR_CACHE: Final = 200_000
-"""Sessions of a shared store cached in this process, about 170 bytes each; others are looked up."""
+"""Sessions of a shared store cached in this process, about 180 bytes each; others are looked up."""
 
 _PACKAGE: Final = "redis"
 _LOSSES: Final = ("store_damaged", "store_missing")

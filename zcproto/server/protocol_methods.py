@@ -129,6 +129,9 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             except Unauthenticated:
                 log_refused(context, fields, channel)
                 raise
+        is_external = scheme in login.external
+        stored = not is_external and state.sessions.is_stored
+        origin = state.binding.origin_of(identity.user, identity.key) if stored else b""
         with login.opening(fields, channel, identity.user):
             opened = await state.sessions.open(
                 identity.user,
@@ -136,8 +139,9 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 client=client,
                 address=context.peer,
                 key=identity.key,
-                external=scheme in login.external,
+                external=is_external,
                 ends_at=identity.ends_at,
+                origin=origin,
             )
         if identity.key:
             if login.is_gone(identity.key):  # removed while the session was opened

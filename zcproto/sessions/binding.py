@@ -7,6 +7,8 @@ Rules:
 - The users of an application's own schemes are its own: they are not looked up.
 - User and address are checked when a connection first uses a token, and at every refresh. Removing a user ends the
   sessions known to a running server; this check covers sessions that outlived a server or come from another one.
+- A session carries a digest of the key and the roles that opened it, its origin. Replacing them ends the sessions
+  that servers and stores know; this check covers those that an older copy of a store brings back.
 - The client string is sent only when a session is opened or refreshed, and is checked there.
 - A refusal looks the same as for an unknown token. The session stays: otherwise a stolen token could end it.
 
@@ -35,14 +37,17 @@ _IPV6_SITE: Final = 64
 class SessionBinding:
     """The binding of all sessions. `address` is "off", "exact" or a prefix length.
 
-    `is_user` returns True if a user may open sessions; None if users cannot be looked up. `refused_users`,
-    `refused_addresses` and `refused_clients` are counters.
+    `is_user` returns True if a user may open sessions; None if users cannot be looked up. `origin_of` returns the
+    origin of a session that a user opens now, bound to a key or to none; `is_origin` whether that of an older one
+    still applies. `refused_users`, `refused_addresses` and `refused_clients` are counters.
     """
 
     def __init__(self, address: str = OFF, client: bool = False) -> None:
         self._address = address
         self._client = client
         self.is_user: Callable[[str], bool] | None = None
+        self.origin_of: Callable[[str, str], bytes] = lambda user, key: b""
+        self.is_origin: Callable[[str, str, bytes], bool] = lambda user, key, origin: True
         self.refused_users = 0
         self.refused_addresses = 0
         self.refused_clients = 0
@@ -59,7 +64,11 @@ class SessionBinding:
 
     def admits(self, record: SessionRecord, address: str) -> bool:
         """Return True if a session may be used from an address."""
-        if self.is_user is not None and not record.flags & EXTERNAL and not self.is_user(record.user):
+        if (
+            self.is_user is not None
+            and not record.flags & EXTERNAL
+            and not (self.is_user(record.user) and self._has_origin(record))
+        ):
             self.refused_users += 1
             return False
         opened_at = record.address
@@ -70,6 +79,9 @@ class SessionBinding:
             return True
         self.refused_addresses += 1
         return False
+
+    def _has_origin(self, record: SessionRecord) -> bool:
+        return not record.origin or self.is_origin(record.user, record.key, record.origin)
 
     def check_refresh(self, record: SessionRecord | None, client: str, address: str) -> None:
         """Refuse a refresh from another network or client, without spending the refresh token.

@@ -202,4 +202,5 @@ class Exchange(Lifecycle):
             refresh_expires_at=table.refresh_expires_at[slot],
             key="" if key == NONE else table.keys[key],
             roles="" if roles == NONE else table.keys[roles],
+            origin=table.origin(slot),
         )

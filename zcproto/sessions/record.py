@@ -18,6 +18,15 @@ ROLES: Final = 8
 """Flag: the session has other roles than `operator`."""
 
 
+ORIGIN_SIZE: Final = 8
+
+NO_ORIGIN: Final = b"\xff" * ORIGIN_SIZE
+"""The origin of a damaged record. Nothing has it."""
+
+_ORIGIN_MARK: Final = "@"
+"""Before an origin among the names of roles. No role begins with it."""
+
+
 class SessionRecord(NamedTuple):
     """A live or lapsed session."""
 
@@ -43,9 +52,12 @@ class SessionRecord(NamedTuple):
     """Key of a bound session: `device:NAME`, or `tls:` and the hex SHA-256 of a certificate's public key."""
     roles: str = ""
     """The names of its roles with ROLES in `flags`, see zcproto/common/roles.py."""
+    origin: bytes = b""
+    """A digest of what opened it: of the user's key and roles, and of the device's (zcproto/auth/origin.py). Empty
+    for one of a version before, and where nothing is compared."""
 
 
-RecordFields = tuple[bytes, bytes, bytes, str, str, str, int, int, int, int, int, str, str]
+RecordFields = tuple[bytes, bytes, bytes, str, str, str, int, int, int, int, int, str, str, bytes]
 """The fields of a SessionRecord, named or not. A login without a store does not name them: a plain tuple costs a
 sixth."""
 
@@ -61,6 +73,33 @@ def key_and_roles(stored: str, flags: int) -> tuple[str, str]:
         return stored, ""
     key, _, roles = stored.rpartition("\0")
     return key, roles
+
+
+def pack_origin(record: SessionRecord) -> SessionRecord:
+    """Return the record as it is kept outside this process: with its origin as one more name of its roles.
+
+    A version that does not compare origins reads it as a role that no method needs, and keeps it.
+    """
+    if not record.origin:
+        return record
+    roles = f"{record.roles} {_ORIGIN_MARK}{record.origin.hex()}".lstrip()
+    return record._replace(flags=record.flags | ROLES, roles=roles, origin=b"")
+
+
+def unpack_origin(record: SessionRecord) -> SessionRecord:
+    """Reverse `pack_origin`."""
+    names, mark, text = record.roles.rpartition(_ORIGIN_MARK)
+    if not mark or (names and not names.endswith(" ")):  # a role may contain the mark
+        return record
+    try:
+        origin = bytes.fromhex(text)
+    except ValueError:
+        origin = NO_ORIGIN
+    names = names.rstrip()
+    flags = record.flags if names else record.flags & ~ROLES
+    return record._replace(
+        flags=flags, roles=names, origin=origin if len(origin) == ORIGIN_SIZE else NO_ORIGIN
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,7 @@ class SessionRegistry(Exchange):
         key: str = "",
         external: bool = False,
         ends_at: int | None = None,
+        origin: bytes = b"",
     ) -> OpenedSession:
         """Open a session for an authenticated user.
 
@@ -210,7 +211,7 @@ class SessionRegistry(Exchange):
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
-        record, opened = self._new_session(user, client, address, wall, roles, key, external, ends_at)
+        record, opened = self._new_session(user, client, address, wall, roles, key, external, ends_at, origin)
         table, settings = self._table, self._settings
         number = table.users.find(user)
         if self.kept >= settings.max_sessions or (
@@ -247,6 +248,7 @@ class SessionRegistry(Exchange):
         key: str = "",
         external: bool = False,
         ends_at: int | None = None,
+        origin: bytes = b"",
     ) -> tuple[RecordFields, OpenedSession]:
         """Return a new session whose slot is not yet known."""
         if len(user) > MAX_TEXT or len(client) > MAX_TEXT:
@@ -279,6 +281,7 @@ class SessionRegistry(Exchange):
             refresh_expires_at,
             key,
             names,
+            origin,
         )
         session = Session(
             session_id,

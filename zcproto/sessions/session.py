@@ -77,7 +77,7 @@ class SessionSettings:
     their grace, and repeating their refresh counts as reuse."""
 
     max_sessions: int = 1_000_000
-    """Sessions of all users, lapsed ones included. About 170 bytes each once used; before that only address
+    """Sessions of all users, lapsed ones included. About 180 bytes each once used; before that only address
     space is reserved."""
 
     def __post_init__(self) -> None:
@@ -147,6 +147,8 @@ class Opening(TypedDict, total=False):
     """Whether the user is the application's."""
     ends_at: int | None
     """The time beyond which neither a token nor a refresh prolongs it."""
+    origin: bytes
+    """A digest of what opens it, see `SessionRecord.origin`."""
 
 
 @dataclass(slots=True, repr=False)

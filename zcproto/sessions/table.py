@@ -20,7 +20,7 @@ from typing import Final
 
 from zcproto.errors import Code
 from zcproto.sessions.index import DigestIndex
-from zcproto.sessions.record import RecordFields
+from zcproto.sessions.record import ORIGIN_SIZE, RecordFields
 from zcproto.sessions.slab import Slab
 from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import DIGEST_SIZE, ID_SIZE
@@ -37,20 +37,21 @@ NONE: Final = -1
 # The record. Fields read by a check come first, to share few cache lines.
 _TOKEN, _EXPIRES_AT, _LAST_USED_AT, _TOKEN_NEXT, _USER, _STATE, _FLAGS = 0, 32, 40, 48, 52, 56, 57
 _CLIENT, _ID, _ID_NEXT, _ADDRESS, _CREATED_AT, _REFRESH_EXPIRES_AT = 60, 64, 80, 84, 88, 96
-_BEFORE, _AFTER, _REFRESH, _KEY, _ROLES = 104, 108, 112, 144, 148
-RECORD_SIZE: Final = 152
+_BEFORE, _AFTER, _REFRESH, _KEY, _ROLES, _ORIGIN = 104, 108, 112, 144, 148, 152
+RECORD_SIZE: Final = 160
 HOT: Final = Struct("@32xQQ4xiBB6x16s")
 """The fields read by a check: expires_at, last_used_at, user, state, flags, id."""
 HELD: Final = Struct("@32sQQ8xBB")
 """The fields read to check a session again: digest of the token, expires_at, last_used_at, state, flags."""
 
-_WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32sii")
+_WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32sii8s")
 assert _WHOLE.size == RECORD_SIZE
 
 LEAST_BUCKETS: Final = 16_384
 """Minimum buckets of each digest index, and four times those of users: most servers have fewer sessions. 144 KiB
 in total."""
 
+_WITHOUT_ORIGIN: Final = bytes(ORIGIN_SIZE)
 _NAME_BYTES: Final = 23
 _ADDRESS_BYTES: Final = 39  # the longest IPv6 address as text
 _KEY_BYTES: Final = 71  # `tls:` with a digest in hex
@@ -92,7 +93,22 @@ class SessionTable:
 
         If its token or id is known, change nothing and return NONE.
         """
-        id_, token, refresh, user, client, address, flags, created, used, expires, until, key, roles = record
+        (
+            id_,
+            token,
+            refresh,
+            user,
+            client,
+            address,
+            flags,
+            created,
+            used,
+            expires,
+            until,
+            key,
+            roles,
+            origin,
+        ) = record
         slot = self.slab.allocate()
         users = self.users
         number = users.acquire(user)
@@ -119,6 +135,7 @@ class SessionTable:
             refresh,
             self.keys.acquire(key) if key else NONE,
             self.keys.acquire(roles) if roles else NONE,
+            origin,
         )
         if first == NONE:
             users.marks[number] = slot
@@ -159,6 +176,11 @@ class SessionTable:
     def set_refresh_digest(self, slot: int, digest: bytes) -> None:
         start = slot * RECORD_SIZE + _REFRESH
         self.bytes[start : start + DIGEST_SIZE] = digest
+
+    def origin(self, slot: int) -> bytes:
+        start = slot * RECORD_SIZE + _ORIGIN
+        origin = self.bytes[start : start + ORIGIN_SIZE].tobytes()
+        return b"" if origin == _WITHOUT_ORIGIN else origin
 
     # Tombstones
 

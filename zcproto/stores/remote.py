@@ -31,7 +31,14 @@ from zcproto.common.clock import Entropy, random_fraction
 from zcproto.common.link import Link, LinkClient, LinkServer, Topics
 from zcproto.common.link_core import LinkLost
 from zcproto.errors import CallError, Code, ConfigError, FailedPrecondition, Unavailable
-from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+from zcproto.sessions.record import (
+    EndedRecord,
+    Rotation,
+    SessionRecord,
+    UserLimit,
+    pack_origin,
+    unpack_origin,
+)
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, check_size
 from zcproto.stores.base import (
     Change,
@@ -74,7 +81,13 @@ def found_values(found: Found) -> tuple[Any, ...] | None:
 
 def record_values(record: SessionRecord) -> tuple[Any, ...]:
     """Return a session as msgpack has it: without roles, as versions before them read it."""
-    return record if record.roles else record[:-1]
+    packed = pack_origin(record)
+    return packed[:-1] if packed.roles else packed[:-2]
+
+
+def record_of(values: Sequence[Any]) -> SessionRecord:
+    """Reverse `record_values`."""
+    return unpack_origin(SessionRecord(*values))
 
 
 def found_of(values: list[Any] | None) -> Found:
@@ -83,7 +96,7 @@ def found_of(values: list[Any] | None) -> Found:
         return None
     if len(values) == _ENDED_FIELDS:
         return _ended_of(values)
-    return SessionRecord(*values)
+    return record_of(values)
 
 
 def _ended_of(values: list[Any]) -> EndedRecord:
@@ -164,7 +177,7 @@ class StoreServer:
         return await member.examine(wall)
 
     async def _create(self, member: HubStore, record: list[Any], limit: list[Any]) -> list[Any] | None:
-        created = await member.create(SessionRecord(*record), UserLimit(*limit))
+        created = await member.create(record_of(record), UserLimit(*limit))
         return [*map(found_values, created.ended)] if isinstance(created, Created) else None
 
     async def _rotate(self, member: HubStore, rotation: list[Any]) -> tuple[Any, ...]:
@@ -332,7 +345,7 @@ class RemoteStore:
         if record is None:
             code, reused = more
             return NotRotated(Code(code), reused)
-        return Repeated(SessionRecord(*record), *more) if more else SessionRecord(*record)
+        return Repeated(record_of(record), *more) if more else record_of(record)
 
     async def find(self, token_digest: bytes) -> Found:
         return found_of(await self._call("find", token_digest))
@@ -456,4 +469,4 @@ class RemoteStore:
     # Last in the class, because its name hides the builtin in annotations.
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
-        return [SessionRecord(*values) for values in await self._call("list", user)]
+        return [record_of(values) for values in await self._call("list", user)]

@@ -93,6 +93,18 @@ class SessionContract:
         assert await store.rotate(wanted) == rotated(record, wanted)
         assert await store.list("alice") == [rotated(record, wanted)]
 
+    @pytest.mark.parametrize("origin", [b"\1" * 8, bytes(7) + b"\1", b"\1" + bytes(7)])
+    @pytest.mark.parametrize(("flags", "roles"), [(0, ""), (11, "admin a@b")])
+    async def test_origin_is_stored_unchanged(
+        self, store: SessionStore, flags: int, roles: str, origin: bytes
+    ) -> None:
+        record = session(flags=flags, roles=roles, origin=origin)
+        await opened(store, record)
+        assert await store.get(record.id) == record
+        wanted = rotation(record)
+        assert await store.rotate(wanted) == rotated(record, wanted)
+        assert await store.list("alice") == [rotated(record, wanted)]
+
     @pytest.mark.parametrize("time", [0, 1, 2**31, 2**32, 2**53 + 1, LAST])
     async def test_times_of_every_size_are_stored_unchanged(self, store: SessionStore, time: int) -> None:
         record = session(created_at=time, last_used_at=time, expires_at=time, refresh_expires_at=time)

@@ -24,7 +24,9 @@ from zcproto.sessions.record import (
     SessionRecord,
     UserLimit,
     key_and_roles,
+    pack_origin,
     stored_key,
+    unpack_origin,
 )
 from zcproto.stores.answers import Answers
 from zcproto.stores.base import Created, LimitReached, NotRotated, Repeated
@@ -63,7 +65,8 @@ def columns_of(record: SessionRecord | EndedRecord) -> tuple[Any, ...]:
     """Return the columns of a row, without `n`."""
     if isinstance(record, EndedRecord):
         return (record.id, record.token_digest, *_BLANK, record.code, record.ended_at)
-    id, token, refresh, user, client, address, *numbers, _, _ = record
+    record = pack_origin(record)
+    id, token, refresh, user, client, address, *numbers, _, _, _ = record
     texts = map(utf8, (user, client, address, stored_key(record)))
     return (id, token, refresh, *texts, *numbers, LIVE, due_of(record))
 
@@ -75,7 +78,7 @@ def record_of(columns: Sequence[Any]) -> SessionRecord | EndedRecord:
         return EndedRecord(id, token, Code(code), due)
     key_, roles = key_and_roles(text(key), numbers[0])
     values: list[Any] = [text(user), text(client), text(address), *numbers, key_, roles]
-    return SessionRecord(id, token, refresh, *values)
+    return unpack_origin(SessionRecord(id, token, refresh, *values))
 
 
 def due_of(record: SessionRecord) -> int:

@@ -15,7 +15,14 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from zcproto.errors import Code
-from zcproto.sessions.record import EndedRecord, SessionRecord, key_and_roles, stored_key
+from zcproto.sessions.record import (
+    EndedRecord,
+    SessionRecord,
+    key_and_roles,
+    pack_origin,
+    stored_key,
+    unpack_origin,
+)
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.base import DamagedRecord
 
@@ -85,6 +92,7 @@ def ttl_for(ms: int) -> int:
 
 def pack_session(record: SessionRecord) -> bytes:
     """Encode a session. The scripts append its place in the order of opening."""
+    record = pack_origin(record)
     texts = map(utf8, (record.user, record.client, record.address, stored_key(record)))
     times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
     fields = [0, record.token_digest, record.refresh_digest, *texts, record.flags, *map(time_text, times)]
@@ -108,7 +116,7 @@ def unpack_session(id: bytes, raw: bytes) -> SessionRecord | EndedRecord:
             *map(int, times),
             *key_and_roles(_text(key), flags),
         ]
-        return SessionRecord(raw_id(id), *values)
+        return unpack_origin(SessionRecord(raw_id(id), *values))
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise DamagedRecord(f"the session {id.decode('latin-1')} cannot be decoded") from error
 
