@@ -52,6 +52,10 @@ class DamagedRecord(StoreUnavailable):
     """The store works, but this operation met a record that cannot be used."""
 
 
+class KeysMoving(StoreUnavailable):
+    """The store works, but moves the keys of this operation from one of its servers to another."""
+
+
 Notice = Callable[..., object]
 """Called with the name of a notice for the operator, and its values as keywords. Must not raise."""
 

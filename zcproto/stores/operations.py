@@ -20,7 +20,7 @@ from zcproto.errors import CallError, ResourceExhausted, Unavailable
 from zcproto.observe.histogram import WAITED_S, Histogram
 from zcproto.observe.log import get_logger
 from zcproto.sessions.health import StoreHealth
-from zcproto.stores.base import DamagedRecord, SessionStore, StoreUnavailable
+from zcproto.stores.base import DamagedRecord, KeysMoving, SessionStore, StoreUnavailable
 
 CANCEL_LIMIT_S: Final = 2.0
 """How long cancelled tasks may take to end."""
@@ -131,7 +131,7 @@ class CircuitBreaker:
         self.in_flight += 1
         try:
             return await self.attempt(operation)
-        except DamagedRecord:
+        except (DamagedRecord, KeysMoving):
             raise  # the store works
         except StoreUnavailable as error:
             self.failed(error.reason, self.now() - began)

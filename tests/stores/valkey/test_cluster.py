@@ -11,6 +11,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 
+from tests.limits import TIMEOUT
 from tests.stores.contract import (
     DAY,
     FIVE,
@@ -25,11 +26,14 @@ from tests.stores.contract import (
     session,
 )
 from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, impatient, is_done, opened
-from tests.stores.valkey.server_process import PROGRAMS, free_port, running, until
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, free_port, running, until
 from zcproto.errors import Code
+from zcproto.sessions.health import StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, Claim, ClaimState, Created, LimitReached, StoreUnavailable
+from zcproto.stores.operations import CircuitBreaker
+from zcproto.stores.valkey import client
 from zcproto.stores.valkey.link import Target
 from zcproto.stores.valkey.scripts import tag_of
 from zcproto.stores.valkey.servers import Cluster, Hooks
@@ -129,6 +133,106 @@ async def test_slot_moved_to_another_server(empty_cluster: ClusterOf) -> None:
         heard.clear()
         await store.end([record.id], Code.TOKEN_REVOKED, WALL)
         await until(lambda: Change(ChangeKind.SESSION, record.id) in heard)
+
+
+def move_one(cluster: ClusterOf, kind: bytes, slot: int, source: int, sink: int) -> None:
+    """Move one key of a slot to another server, as a client that moves all of them does in turn."""
+    keys = cluster.nodes[source].command("CLUSTER", "GETKEYSINSLOT", slot, 100)
+    key = next(key for key in keys if key.startswith(b"zcp:" + kind + b":"))
+    port = cluster.nodes[sink].port
+    cluster.nodes[source].command("MIGRATE", "127.0.0.1", port, key, 0, int(TIMEOUT * 1000))
+
+
+def scripts_that_wait(node: ServerProcess) -> bool:
+    return b"cmdstat_cluster|countkeysinslot:" in node.command("INFO", "commandstats")
+
+
+@pytest.mark.parametrize("first", [b"u", b"s", b"q"])
+async def test_operation_waits_until_all_keys_of_its_user_are_moved(
+    empty_cluster: ClusterOf, monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    """The new server would run a script as if the keys that it has not got yet did not exist."""
+    monkeypatch.setattr(client, "MOVING_LIMIT_S", TIMEOUT)
+    records = [session(number) for number in range(5)]
+    slot = slot_of(records[0])
+    source = empty_cluster.owner(slot)
+    sink, node = (source + 1) % 3, empty_cluster.nodes[source]
+    async with opened(empty_cluster.url) as (store, _):
+        for record in records:
+            assert await store.create(record, FIVE) == Created()
+        assert (await store.claim("alice", "k", digest("body"), LEASE)).state is ClaimState.NEW
+        node.command("CONFIG", "RESETSTAT")
+        empty_cluster.begin_move(slot, source, sink)
+        move_one(empty_cluster, first, slot, source, sink)
+        asked = asyncio.gather(
+            store.list("alice"),
+            store.create(session(5), FIVE),
+            store.claim("alice", "k", digest("body"), LEASE),
+        )
+        if first == b"u":
+            await until(lambda: asked.done() or scripts_that_wait(node))
+        await asyncio.to_thread(empty_cluster.move_keys, slot, source, sink)
+        listed, created, claim = await asked  # by ASK
+        assert (listed, created) == (records, LimitReached())
+        assert (claim.state, claim.is_own) == (ClaimState.RUNNING, True)
+        empty_cluster.end_move(slot, sink)
+        assert await store.list("alice") == records
+
+
+async def test_slot_that_is_moved_begins_no_outage(
+    empty_cluster: ClusterOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MOVING_LIMIT_S", 0.0)
+    record = session()
+    slot = slot_of(record)
+    source = empty_cluster.owner(slot)
+    sink = (source + 1) % 3
+    async with opened(empty_cluster.url) as (store, _):
+        health = StoreHealth(grace_s=0, timeout_s=0.0, random=lambda: 0.5, on_alert=lambda alert: None)
+        breaker = CircuitBreaker(store, health, 0.0, asyncio.get_running_loop().time)
+        assert await breaker.call(store.create(record, FIVE)) == Created()
+        empty_cluster.begin_move(slot, source, sink)
+        move_one(empty_cluster, b"s", slot, source, sink)
+        with pytest.raises(StoreUnavailable, match="moving its keys"):
+            await breaker.call(store.list("alice"))
+        assert health.is_healthy
+        empty_cluster.move_keys(slot, source, sink)
+        empty_cluster.end_move(slot, sink)
+        assert await breaker.call(store.list("alice")) == [record]
+
+
+async def test_logins_succeed_while_slots_are_moved(
+    empty_cluster: ClusterOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MOVING_LIMIT_S", TIMEOUT)
+    async with opened(empty_cluster.url) as (store, _):
+        await asyncio.gather(*(store.create(record, FIVE) for record in MANY))
+        moved = sorted({slot_of(record) for record in MANY})
+
+        def move() -> None:
+            for slot in moved:
+                source = empty_cluster.owner(slot)
+                sink = (source + 1) % 3
+                empty_cluster.begin_move(slot, source, sink)
+                for kind in (b"u", b"l"):
+                    move_one(empty_cluster, kind, slot, source, sink)
+                empty_cluster.move_keys(slot, source, sink)
+                empty_cluster.end_move(slot, sink)
+
+        moving = asyncio.create_task(asyncio.to_thread(move))
+        opened_sessions = list(MANY)
+        while not moving.done() or len(opened_sessions) < 2 * len(MANY):
+            number = len(opened_sessions)
+            record = session(number, f"user-{number % len(MANY)}")
+            if number < 5 * len(MANY):
+                assert await store.create(record, FIVE) == Created()
+                opened_sessions.append(record)
+            else:
+                assert len(await store.list(record.user)) == 5
+        await moving
+        for user in (record.user for record in MANY):
+            expected = [record for record in opened_sessions if record.user == user]
+            assert await store.list(user) == expected
 
 
 async def test_slot_moved_under_load(empty_cluster: ClusterOf) -> None:
@@ -355,7 +459,7 @@ async def test_cluster_redirects_and_temporary_errors_are_retried(
         assert second.received == ["ASKING", "GET"]
     first.replies = [replies[0]]
     second.replies = [redis.exceptions.TryAgainError("later")]
-    with pytest.raises(StoreUnavailable, match="moving its keys"):
+    with pytest.raises(StoreUnavailable, match=r"moving its keys|is down: down"):
         await cluster.call(b"key", "GET", b"key")
     for line in (first, second):
         line.replies = [redis.ResponseError("ERR no such thing")]
@@ -367,6 +471,38 @@ async def test_cluster_redirects_and_temporary_errors_are_retried(
     await cluster.close()
     with pytest.raises(StoreUnavailable, match="closed"):
         await cluster.call(b"key", "GET", b"key")
+
+
+async def test_script_is_redirected_when_no_key_of_its_slot_is_left(
+    scripted_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, moved = redis.exceptions.AskError("1 :7001"), redis.exceptions.MovedError("1 :7001")
+    first, second = Scripted(ask, 3, ask, 0, moved), Scripted(b"done")
+    lines = {("seed", 7000): first, ("seed", 7001): second}
+    monkeypatch.setattr(scripted_cluster, "_connection", lines.__getitem__)
+    monkeypatch.setattr(scripted_cluster, "_refresh", lambda: None)
+    scripted_cluster._slots = 16_384 * [("seed", 7000)]
+    assert await scripted_cluster.call(b"key", "EVALSHA", b"sha", 1, b"key") == b"done"
+    assert first.received == 2 * ["EVALSHA", "CLUSTER"]
+    assert second.received == ["ASKING", "EVALSHA"]
+    assert await scripted_cluster.call(b"key", "EVALSHA", b"sha", 1, b"key") == b"done"
+    assert scripted_cluster._slots.count(("seed", 7001)) == 1
+
+
+async def test_server_that_gets_its_first_slot_stays_connected(
+    scripted_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, new = ("seed", 7000), ("seed", 7001)
+    for address in (seed, new):
+        scripted_cluster._connection(address)
+    monkeypatch.setattr(scripted_cluster, "_connection", {new: Scripted(b"done")}.__getitem__)
+    assert await scripted_cluster._ask(new, ("GET", b"key")) == b"done"
+    monkeypatch.undo()
+    assert scripted_cluster._use((16_384 * [seed], {seed})) == []
+    scripted_cluster._asked[new] = 0.0
+    unneeded = scripted_cluster._connections[new]
+    assert scripted_cluster._use((16_384 * [seed], {seed})) == [unneeded]
+    await scripted_cluster.close()
 
 
 async def test_open_fails_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from zcproto.stores.base import (
     Change,
     ChangeKind,
     DamagedRecord,
+    KeysMoving,
     Notice,
     StoreUnavailable,
     too_many_operations,
@@ -67,6 +68,10 @@ ANSWERS_AT_ONCE: Final = 256
 LASTING: Final = frozenset({"ping", "end", "_end_user_some", "_end_some", "keep_answer", "release_claim"})
 """Operations that are never refused. Each follows one that was admitted, or ends sessions."""
 
+MOVING_LIMIT_S: Final = 2.0
+"""How long an operation is repeated whose keys a cluster moves to another server: the keys of one slot are moved at
+once, within about 50 ms."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="ValkeyClient")
@@ -77,7 +82,7 @@ def operation(
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
     """Apply the store's timeout to a method, and raise StoreUnavailable for every failure of the servers.
 
-    Raises ResourceExhausted if too many are in progress.
+    Repeat it while a cluster moves its keys. Raises ResourceExhausted if too many are in progress.
     """
     is_lasting = method.__name__ in LASTING
 
@@ -87,8 +92,16 @@ def operation(
             raise too_many_operations()
         self._in_progress += 1
         try:
-            async with LoopTimeout(self._timeout):
-                return await method(self, *args, **kwargs)
+            loop = asyncio.get_running_loop()
+            until = 0.0
+            while True:
+                try:
+                    async with LoopTimeout(self._timeout):
+                        return await method(self, *args, **kwargs)
+                except KeysMoving:
+                    until = until or loop.time() + MOVING_LIMIT_S
+                    if loop.time() >= until:
+                        raise
         except TimeoutError:
             reason = f"no answer within {self._timeout * 1000:.0f} ms"
         except ReadOnlyError:

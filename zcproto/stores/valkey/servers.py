@@ -9,6 +9,8 @@ Rules:
 - A server that is not a primary is not used. Its role is read at every heartbeat, and the sentinels are asked
   whether it is still their primary: after a failover the old one accepts writes, which are lost, for about ten
   seconds (WATCH_ROLE in spec/store.pml).
+- While a cluster moves a slot, a command for one key follows the key. A script waits until all keys of its slot are
+  on one server.
 
 It must not know: sessions, the content of scripts.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,7 +35,7 @@ from redis.exceptions import (
 )
 
 from zcproto.errors import ConfigError
-from zcproto.stores.base import HEARTBEAT_S, StoreUnavailable
+from zcproto.stores.base import HEARTBEAT_S, KeysMoving, StoreUnavailable
 from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
 from zcproto.stores.valkey.sentinels import Sentinels
 from zcproto.stores.valkey.url import Address
@@ -44,6 +46,15 @@ MIN_MAJOR: Final = 7
 _MIN_PAUSE_S: Final = 0.05
 _REDIRECTS: Final = 16
 _REDIRECT_PAUSE_S: Final = 0.01
+_MOVING_S: Final = 0.1
+"""How long a command waits for a slot that is moved, until its operation is begun again with a new time limit."""
+
+_ASKED_S: Final = 10.0
+"""How long a server is used that has got no slot yet, but keys of one."""
+
+_SCRIPTS: Final = ("EVALSHA", "EVAL")
+"""Commands that use more keys of the slot than the one by which a server redirects. They have to wait until all
+keys of the slot are moved: the new server would run them as if those that are missing did not exist."""
 
 _MOVING: Final = "non local key"
 """The error of a script that found some of its keys moved to another server."""
@@ -274,6 +285,7 @@ class Cluster:
         self._hooks = hooks
         self._connections: dict[Address, ValkeyConnection] = {}
         self._slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._asked: dict[Address, float] = {}  # servers that get a slot, with until when they are used
         self._refreshing: asyncio.Task[None] | None = None
         self._closed = False
         self._refresher: asyncio.Task[None] | None = None
@@ -305,9 +317,13 @@ class Cluster:
         await asyncio.gather(*(connection.close() for connection in connections))
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
-        slot = key_slot(key)
-        for _ in range(_REDIRECTS):
+        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError.
+
+        KeysMoving: the slot of the key is moved to another server.
+        """
+        slot, loop = key_slot(key), asyncio.get_running_loop()
+        began, redirects = 0.0, 0
+        while True:
             address = self._slots[slot]
             if self._closed:
                 raise StoreUnavailable("it is closed")
@@ -325,22 +341,39 @@ class Cluster:
             except MovedError as moved:
                 self._slots[slot] = self._address(moved, address)
                 self._refresh()
+                redirects += 1
+                if redirects < _REDIRECTS:
+                    continue
             except AskError as ask:
-                link = await self._connection(self._address(ask, address)).link()
-                asking = link.send("ASKING")
-                try:
-                    return await link.call(*command)
-                except (TryAgainError, AskError):
-                    await asyncio.sleep(_REDIRECT_PAUSE_S)
-                finally:
-                    await asyncio.gather(asking, return_exceptions=True)
-            except (TryAgainError, ClusterDownError):
+                if command[0] not in _SCRIPTS or not await link.call("CLUSTER", "COUNTKEYSINSLOT", slot):
+                    with suppress(TryAgainError, AskError):
+                        return await self._ask(self._address(ask, address), command)
+            except ClusterDownError as error:
+                redirects += 1
+                if redirects >= _REDIRECTS:
+                    raise StoreUnavailable(f"the cluster is down: {error}") from None
+                self._refresh()
                 await asyncio.sleep(_REDIRECT_PAUSE_S)
+                continue
+            except TryAgainError:
+                pass
             except ResponseError as error:
                 if _MOVING not in str(error):
                     raise
-                await asyncio.sleep(_REDIRECT_PAUSE_S)
-        raise StoreUnavailable("the cluster is moving its keys; try again")
+            began = began or loop.time()
+            if loop.time() >= began + _MOVING_S:
+                raise KeysMoving("the cluster is moving its keys; try again")
+            await asyncio.sleep(_REDIRECT_PAUSE_S)
+
+    async def _ask(self, address: Address, command: Sequence[bytes | str | int]) -> Any:
+        """Send a command for a slot to the server that the slot is moved to."""
+        self._asked[address] = asyncio.get_running_loop().time() + _ASKED_S
+        link = await self._connection(address).link()
+        asking = link.send("ASKING")
+        try:
+            return await link.call(*command)
+        finally:
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def ping(self) -> None:
         """Wait for an answer from every server. Raises like `call`."""
@@ -372,8 +405,12 @@ class Cluster:
     def _use(self, division: Division) -> list[ValkeyConnection]:
         """Adopt a division of slots. Return the connections that are no longer needed."""
         self._slots, wanted = division
+        now = asyncio.get_running_loop().time()
+        self._asked = {address: until for address, until in self._asked.items() if now < until}
         unneeded = [
-            self._connections.pop(address) for address in list(self._connections) if address not in wanted
+            self._connections.pop(address)
+            for address in list(self._connections)
+            if address not in wanted and address not in self._asked
         ]
         for address in wanted:
             self._connection(address)
