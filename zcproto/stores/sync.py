@@ -52,8 +52,8 @@ TOUCH_INTERVAL_S: Final = 30.0
 
 EXAMINE_INTERVAL_S: Final = 3_600.0
 
-LOADED_FIRST: Final = 20_000
-"""Records loaded before the server listens: about a second."""
+LOADED_FIRST: Final = 5_000
+"""Records loaded before the server listens: a small part of a second."""
 
 EXPIRED_AT_ONCE: Final = 4_000
 EXPIRE_PAUSE_S: Final = 0.02
