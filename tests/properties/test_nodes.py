@@ -157,7 +157,7 @@ def test_state_machine_detects_seeded_fault(
     monkeypatch: pytest.MonkeyPatch, owner: type, method: str, fault: Callable[..., object]
 ) -> None:
     monkeypatch.setattr(owner, method, fault)
-    chosen = settings(max_examples=120, stateful_step_count=40, derandomize=True, database=None)
+    chosen = settings(max_examples=400, stateful_step_count=40, derandomize=True, database=None)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Nodes, settings=settings(chosen, phases=[Phase.generate]))
 

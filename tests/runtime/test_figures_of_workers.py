@@ -200,8 +200,8 @@ def test_server_is_not_ready_while_its_coordinator_is_stopped(home: Path, certs:
         eventually(lambda: get(server, "/readyz")[0] == 200)
         os.kill(pid, signal.SIGSTOP)
         try:
+            eventually(lambda: "store: it does not answer" in get(server, "/readyz")[1])
             eventually(lambda: get(server, "/readyz")[0] == 503)
-            assert "store: it does not answer" in get(server, "/readyz")[1]
         finally:
             os.kill(pid, signal.SIGCONT)
         eventually(lambda: get(server, "/readyz")[0] == 200)

@@ -340,7 +340,7 @@ os.register_at_fork(after_in_child=hang_once)
 """
 
 
-def test_alert_is_sent_although_the_coordinator_hangs_at_its_start(home: Path, certs: Path, key: str) -> None:
+def test_alert_is_sent_although_the_coordinator_hangs_at_its_start(home: Path, certs: Path) -> None:
     (home / "hanging.py").write_text(HANGING_START)
     command = f'["/bin/sh", "-c", "cat >> {home}/alerts"]'
     (home / "config.toml").write_text(f"{CONFIG}\n[alerts]\ncommand = {command}\n")
@@ -357,7 +357,6 @@ def test_alert_is_sent_although_the_coordinator_hangs_at_its_start(home: Path, c
         with open(home / "hangs", "w"):
             pass
         eventually(lambda: pids(server)["coordinator"] != first)
-        server.client("ada", key).close()
 
 
 def test_removed_sockets_are_made_again(home: Path, certs: Path, key: str) -> None:
