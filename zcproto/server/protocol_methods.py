@@ -154,10 +154,13 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         return answer_tokens(context.caller, opened)
 
     def log_refused(context: Context, fields: dict[str, Any], channel: Channel) -> None:
-        named = login.user_named(fields, channel)
-        user = {"user": named} if named else {}
-        scheme = fields["scheme"]
-        log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme, **user)
+        log.info(
+            "login.failed",
+            user=login.user_named(fields, channel) or None,
+            peer=context.peer,
+            connection=context.connection,
+            scheme=fields["scheme"],
+        )
 
     async def session_attach(context: Context, signature: bytes) -> dict[str, Any]:
         """Prove, by a signature of the device, the key of this bound session on this connection."""

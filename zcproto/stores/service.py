@@ -123,8 +123,7 @@ class SessionService:
                 self._report_reuse(id_of(refresh_token[:FAMILY_SIZE]), user, address)
 
     def _report_reuse(self, session_id: bytes, user: str, address: str) -> None:
-        known = {"user": user} if user else {}
-        log.warning("session.refresh_reused", session=id_text(session_id), peer=address, **known)
+        log.warning("session.refresh_reused", session=id_text(session_id), user=user or None, peer=address)
         self.on_reuse(id_text(session_id), user, address)
 
     # --- ending ------------------------------------------------------------------------------------
