@@ -142,6 +142,7 @@ class StreamItems(Items[Any]):
 
     def close(self) -> None:
         """Count nothing any more: the stream was answered, or its connection has ended. Wake the method."""
+        self._runner.state.counters.large_bytes += self.held
         self._queue.clear()
         self._queue.has_ended = True
         self.count()
@@ -241,16 +242,11 @@ class StreamRunner:
             self.owner.flush_soon()
 
     def items_received(self, stream: ServerStream) -> None:
-        """Wake the method, or cut the stream that holds most if its user holds too much."""
+        """Wake the method, or cut the stream if its user holds too much."""
         items: StreamItems = stream.worker.items
         items.arrived()
         if items.share.is_over(self._memory):
-            own = [
-                (worker.items.held, number, each)
-                for number, (each, worker) in enumerate(self.workers())
-                if worker.items is not None and worker.items.share is items.share
-            ]
-            self.owner.cut_stream(max(own)[2])
+            self.owner.cut_stream(stream)
 
     # --- the items of methods ---------------------------------------------------------------------
 
