@@ -25,17 +25,21 @@ from typing import Final
 
 import msgpack
 
-from bench.compare.client import RESPONSE, Connection, context_for
+from bench.compare.client import NO_TOKEN, RESPONSE, Connection, context_for
 from bench.scenarios.harness import LAST_ANSWERS_S, cause_of
 from bench.scenarios.sessions import open_session
-from bench.scenarios.storm_clients import Others
+from bench.scenarios.storm_clients import Others, Served
 from bench.stage import HOST, NAME
+from zcproto.client import Client, connect
+from zcproto.common.clock import system_clock
 from zcproto.errors import Code, ConnectionClosed, ZcprotoError
 from zcproto.load.pacer import Pacer, poisson_times
 from zcproto.load.plan import Credential
 from zcproto.load.record import Latencies
 from zcproto.tls.client import ALPN
 from zcproto.tls.proxy import SIGNATURE
+from zcproto.wire.frame import CANCEL, CREDIT, END, ITEM, MIN_LENGTH, Kind, encode_frame
+from zcproto.wire.message import encode_body
 
 HELD: Final = 1_000
 """Connections that an attacker holds open; beyond it the oldest is reset."""
@@ -49,6 +53,22 @@ IN_FLIGHT: Final = 100
 
 LARGE_FRAME: Final = 1_048_576
 THREADS: Final = 16
+
+BLOCKING_CALLS: Final = 16
+"""As many as the server has threads."""
+BLOCKED_S: Final = 12.0
+BLOCKING_PAUSE_S: Final = 0.2
+ITEM_BYTES: Final = 65_000
+"""Nearly the largest item."""
+MAX_OPEN: Final = 64
+"""The default of `streams.max_open`."""
+
+OPEN_PAUSE_S: Final = 0.02
+SEND_PAUSE_S: Final = 0.001
+
+SHORT_BLOCK_S: Final = 0.005
+CHUNKS: Final = 4
+CHUNK_BYTES: Final = 4_096
 
 _BIND_ADDRESS_NO_PORT: Final = 24  # IP_BIND_ADDRESS_NO_PORT: `connect` finds the port, once for each peer
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -242,6 +262,156 @@ class Frames:
         return self._counts
 
 
+class HandWritten(Connection):
+    """A connection that can send any frame."""
+
+    def frame_of(self, kind: int, stream: int, body: bytes = b"") -> bytes:
+        self.counter += 1
+        return encode_frame(kind, stream, system_clock.wall(), self.salt, self.counter, self.token, body)
+
+
+class Threaded:
+    """Attack on each connection in a thread of its own, until the end; connect again if the server ends one."""
+
+    def __init__(
+        self, port: int, ca_file: Path, source: str, connections: int, user: Credential | None = None
+    ) -> None:
+        self._target = (port, context_for(ca_file, ALPN), source)
+        self._user = user
+        self._token = NO_TOKEN
+        self._counts: Counter[str] = Counter()
+        self._ended = threading.Event()
+        self._made: list[HandWritten | None] = [None] * connections
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(connections)
+        ]
+
+    async def begin(self) -> None:
+        if self._user is not None:
+            connection = HandWritten(*self._target)
+            connection.open_session(*self._user)
+            self._token = connection.token
+            self._made.append(connection)
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        counts = Counter[str]()
+        while not self._ended.is_set():
+            try:
+                connection = self._made[number] = HandWritten(*self._target)
+                connection.token = self._token
+                while not self._ended.is_set():
+                    self._attack(connection, counts)
+            except (OSError, ZcprotoError):
+                counts["connections ended"] += 1
+        self._counts += counts
+
+    def _attack(self, connection: HandWritten, counts: Counter[str]) -> None:
+        raise NotImplementedError
+
+    async def end(self) -> Counter[str]:
+        self._ended.set()
+        for connection in self._made:
+            if connection is not None:
+                with suppress(OSError):
+                    socket.socket.shutdown(connection.tls, socket.SHUT_RDWR)  # the threads still use TLS
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
+        return self._counts
+
+
+class Wasters(Threaded):
+    """Send frames that have no effect, flat out."""
+
+    def _attack(self, connection: HandWritten, counts: Counter[str]) -> None:
+        body = encode_body([1, 1])
+        frames = [
+            connection.frame_of(kind, 1, body if kind == CREDIT else b"")
+            for _ in range(IN_FLIGHT)
+            for kind in (CANCEL, END, CREDIT)
+        ]
+        connection.send(frames)
+        counts["frames"] += len(frames)
+
+
+class Occupants(Threaded):
+    """Send calls that block for long, and cancel them at once."""
+
+    def _attack(self, connection: HandWritten, counts: Counter[str]) -> None:
+        first = connection.stream + 1
+        calls = [connection.frame("attack.block", {"seconds": BLOCKED_S}) for _ in range(BLOCKING_CALLS)]
+        cancels = [connection.frame_of(CANCEL, first + number) for number in range(BLOCKING_CALLS)]
+        connection.send([*calls, *cancels])
+        for _ in range(BLOCKING_CALLS):
+            _, _, _, body = connection.receive()
+            counts[Code(msgpack.unpackb(body)[0]).name] += 1
+        self._ended.wait(BLOCKING_PAUSE_S)
+
+
+class Hoarders:
+    """Open streams on many connections, and send all the items that the server has granted once it granted all."""
+
+    def __init__(
+        self, port: int, ca_file: Path, source: str, connections: int, users: Sequence[Credential]
+    ) -> None:
+        self._target = (port, context_for(ca_file, ALPN), source)
+        self._users = users
+        self._connections = connections
+        self._made: list[HandWritten] = []
+        self._counts: Counter[str] = Counter()
+
+    async def begin(self) -> None:
+        tokens = []
+        for user in self._users:
+            self._made.append(HandWritten(*self._target))
+            self._made[-1].open_session(*user)
+            tokens.append(self._made[-1].token)
+        await asyncio.to_thread(self._attack, tokens)
+
+    def _attack(self, tokens: Sequence[bytes]) -> None:
+        """Take a few seconds: this is about memory, and not about a flood."""
+        granted = []
+        for number in range(self._connections):
+            granted.append(self._open(tokens[number % len(tokens)]))
+            time.sleep(OPEN_PAUSE_S)
+        for connection, streams in granted:
+            self._send(connection, streams)
+
+    def _open(self, token: bytes) -> tuple[HandWritten, dict[int, tuple[int, int]]]:
+        """Open streams, and return what may be sent on each."""
+        connection = HandWritten(*self._target)
+        self._made.append(connection)
+        connection.token = token
+        connection.send([connection.frame("attack.hoard", {}, kind=Kind.OPEN) for _ in range(MAX_OPEN)])
+        granted = dict[int, tuple[int, int]]()
+        for _ in range(MAX_OPEN):
+            kind, stream, _, body = connection.receive()
+            if kind == Kind.CREDIT:
+                items, size = msgpack.unpackb(body)
+                granted[stream] = items, size
+            else:
+                self._counts[f"refused: {Code(msgpack.unpackb(body)[0]).name}"] += 1
+        return connection, granted
+
+    def _send(self, connection: HandWritten, granted: dict[int, tuple[int, int]]) -> None:
+        body = encode_body(bytes(ITEM_BYTES))
+        length = MIN_LENGTH + len(body)
+        try:
+            for stream, (items, size) in granted.items():
+                allowed = min(items, -(-size // length))
+                connection.send([connection.frame_of(ITEM, stream, body) for _ in range(allowed)])
+                self._counts["items"] += allowed
+                time.sleep(SEND_PAUSE_S)
+        except OSError:
+            self._counts["cut while sending"] += 1
+
+    async def end(self) -> Counter[str]:
+        for connection in self._made:
+            connection.close()
+        return self._counts
+
+
 @dataclass(slots=True)
 class Logins:
     """What became of clients that each connected and opened a session. Latency is from when one was due."""
@@ -251,6 +421,61 @@ class Logins:
     failed: Counter[str] = field(default_factory=Counter)
     latency: Latencies = field(default_factory=Latencies)
     lag: Latencies = field(default_factory=Latencies)
+
+
+class Steady(Others):
+    """Clients of the library that stay connected and use one kind of method: one of `ACTS`."""
+
+    def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float, act: str) -> None:
+        super().__init__(port, ca_file, users, rate)
+        self._clients = [
+            connect(f"{HOST}:{port}", user=user, key=key, ca_file=ca_file) for user, key in users
+        ]
+        self._act = getattr(self, f"_{act}")
+
+    async def open(self) -> None:
+        for client in self._clients:
+            await client.__aenter__()
+
+    async def load(self, seconds: float) -> Served:
+        served, tasks = Served(0, 0, len(self._clients)), set[asyncio.Task[None]]()
+
+        def begin(due: float) -> None:
+            served.lag.add(time.monotonic() - due)
+            client = self._clients[served.sent % len(self._clients)]
+            served.sent += 1
+            task = asyncio.create_task(self._use(served, client, due))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        order = random.Random(1)  # noqa: S311 - no secret
+        await Pacer(asyncio.get_running_loop()).run(poisson_times(self._rate, seconds, order), begin)
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
+        served.failed += Counter({"no answer": len(tasks)})
+        return served
+
+    async def _use(self, served: Served, client: Client, due: float) -> None:
+        try:
+            equal = await self._act(client)
+        except ZcprotoError as error:
+            served.failed[cause_of(error)] += 1
+        else:
+            served.equal += equal
+            served.latency.add(time.monotonic() - due)
+
+    @staticmethod
+    async def _call(client: Client) -> bool:
+        return bool(await client.call("echo", {"n": 1}) == {"n": 1})
+
+    @staticmethod
+    async def _block(client: Client) -> bool:
+        return bool(await client.call("attack.block", {"seconds": SHORT_BLOCK_S}) == SHORT_BLOCK_S)
+
+    @staticmethod
+    async def _upload(client: Client) -> bool:
+        async with client.stream("attack.upload", items=CHUNKS * [bytes(CHUNK_BYTES)]) as stream:
+            return bool(await stream.finished() == CHUNKS * CHUNK_BYTES)
 
 
 class Newcomers(Others):

@@ -7,10 +7,15 @@ flood      four addresses connect as fast as they can, and send nothing, half a 
 requests   one user sends requests with idempotency keys flat out on 10 connections, another one without keys on 10,
            and an address without a session calls server.info on 20
 frames     600 connections, of one user or of 60, each send all but the end of a frame of 1 MiB
+waste      8 connections without a session and 8 of one user send CANCEL, END and CREDIT on no stream flat out
+threads    one user fills the threads of the server with calls of 12 seconds and cancels them, again and again
+items      40 connections, of one user or of 20, open 64 streams each and then send all that they were granted,
+           which no method takes
 
 The server runs with its default settings, a store in a file, and one processor. Meanwhile others, from one address,
 send requests on connections that were open before, and log in: each connects, opens a session, uses it and leaves.
-They share the other processor with the attackers, which have a lower priority.
+They share the other processor with the attackers, which have a lower priority. Under `waste`, `threads` and `items`
+the requests on open connections are those of the library: calls, calls of methods in threads, and uploads.
 """
 
 from __future__ import annotations
@@ -28,7 +33,18 @@ import click
 
 from bench.command import RATE, SECONDS, measurement, progress
 from bench.report import Report, Row, counted
-from bench.scenarios.attackers import HELD, Frames, Logins, Newcomers, Requests, Sockets
+from bench.scenarios.attackers import (
+    HELD,
+    Frames,
+    Hoarders,
+    Logins,
+    Newcomers,
+    Occupants,
+    Requests,
+    Sockets,
+    Steady,
+    Wasters,
+)
 from bench.scenarios.helper import Helper
 from bench.scenarios.storm_clients import Honest, Served
 from bench.scenarios.storms import MIB
@@ -50,8 +66,17 @@ AT_ONCE_S: Final = 1.0
 P99_MS: Final = 200.0
 AT_ONCE_SHARE: Final = 0.95
 MAX_GROWTH_MIB: Final = 96.0
+"""The largest budget, 64 MiB of `streams.memory_bytes`, and 32 MiB."""
 MAX_KEPT_MIB: Final = 16.0
 """Growth that may remain after an attack."""
+
+TIMES_QUIET: Final = 3.0
+"""How many times as long as before the attack a request may take."""
+
+STEADY_PART: Final = 0.5
+"""Of the rate of requests, for clients of the library."""
+
+APP: Final = "bench.scenarios.attack_app:app"
 
 SETTLE_S: Final = 5.0
 """Seconds until the server has returned memory to the system."""
@@ -86,6 +111,8 @@ class Attack:
     at_once: float | None = None
     all_succeed: bool = True
     growth_mib: float | None = None
+    act: str = ""
+    """What the others do on open connections: a method of `Steady`, or requests written by hand."""
 
 
 def _sockets(sources: Sequence[str], first: str, rate: float) -> Callable[[Place], Sequence[Attacker]]:
@@ -108,6 +135,24 @@ def _frames(users: int) -> Callable[[Place], Sequence[Attacker]]:
     ]
 
 
+def _waste(place: Place) -> Sequence[Attacker]:
+    where = place.port, place.ca_file
+    return [
+        Attacker(Wasters, (*where, "127.1.1.1", 8)),
+        Attacker(Wasters, (*where, "127.1.2.1", 8, place.users[0])),
+    ]
+
+
+def _threads(place: Place) -> Sequence[Attacker]:
+    return [Attacker(Occupants, (place.port, place.ca_file, "127.1.1.1", 1, place.users[0]))]
+
+
+def _items(users: int) -> Callable[[Place], Sequence[Attacker]]:
+    return lambda place: [
+        Attacker(Hoarders, (place.port, place.ca_file, "127.1.1.1", 40, place.users[:users]))
+    ]
+
+
 def _attacks() -> dict[str, Attack]:
     four = [f"127.{number}.1.1" for number in range(1, 5)]
     silence = {"nothing": four[0], "half a ClientHello": four[0], "half a PROXY header": PROXY}
@@ -125,6 +170,10 @@ def _attacks() -> dict[str, Attack]:
         "requests": Attack("requests", _requests),
         "frames: of one user": Attack("frames", _frames(1), growth_mib=MAX_GROWTH_MIB),
         "frames: of 60 users": Attack("frames", _frames(60), growth_mib=MAX_GROWTH_MIB),
+        "waste": Attack("waste", _waste, growth_mib=MAX_GROWTH_MIB, act="call"),
+        "threads": Attack("threads", _threads, growth_mib=MAX_GROWTH_MIB, act="block"),
+        "items: of one user": Attack("items", _items(1), growth_mib=MAX_GROWTH_MIB, act="upload"),
+        "items: of 20 users": Attack("items", _items(20), growth_mib=MAX_GROWTH_MIB, act="upload"),
     }
 
 
@@ -175,6 +224,8 @@ class Outcome:
 
     attack: Attack
     rest: Logins
+    quiet: Served
+    """Before the attack, as `rest`."""
     logins: Logins
     served: Served
     connections: int
@@ -183,6 +234,9 @@ class Outcome:
 
     def rows(self) -> list[Row]:
         attack, logins, served, figures = self.attack, self.logins, self.served, self.figures
+        request_ms = percentiles_ms(served.latency).get("p99")
+        quiet_ms = percentiles_ms(self.quiet.latency).get("p99")
+        times = request_ms / quiet_ms if request_ms and quiet_ms else None
         waits, rest = percentiles_ms(logins.latency), percentiles_ms(self.rest.latency)
         at_once = sum(n for micros, n in logins.latency.counts.items() if micros < AT_ONCE_S * 1e6)
         return [
@@ -198,7 +252,9 @@ class Outcome:
             Row("requests", "requests of live sessions", served.sent, at_least=1),
             Row("requests_lost", "refused or lost", served.sent - served.equal, equals=0),
             Row("connections_lost", "connections lost", self.connections - served.connections, equals=0),
-            Row("request_p99_ms", "p99 of a request", percentiles_ms(served.latency).get("p99"), "ms"),
+            Row("request_p99_ms", "p99 of a request", request_ms, "ms"),
+            Row("quiet_p99_ms", "p99 of a request before", quiet_ms, "ms"),
+            Row("times_quiet", "times as long as before", times, below=TIMES_QUIET if attack.act else None),
             Row("unhealthy", "times that the store was degraded", figures.unhealthy, equals=0),
             Row("pause_ms", "longest pause of the loop", figures.pause_s * 1000, "ms"),
             Row("cpu", "processor of the server", figures.cpu_share * 100, "%"),
@@ -230,12 +286,18 @@ async def conduct(plan: AttackPlan, attack: Attack, server: Server, users: Users
     async with AsyncExitStack() as stack:
         operator = await server.operator()
         stack.push_async_callback(operator.disconnect)
-        honest = await stack.enter_async_context(Helper(Honest, port, ca_file, users.live, plan.rate))
+        honest = await stack.enter_async_context(
+            Helper(Steady, port, ca_file, users.live, plan.rate * STEADY_PART, attack.act)
+            if attack.act
+            else Helper(Honest, port, ca_file, users.live, plan.rate)
+        )
         await honest.call("open")
         newcomers = await stack.enter_async_context(
             Helper(Newcomers, port, ca_file, users.newcomers, plan.logins)
         )
-        rest = await newcomers.call("load", plan.rest_s)
+        quiet, rest = await asyncio.gather(
+            honest.call("load", plan.rest_s), newcomers.call("load", plan.rest_s)
+        )
         helpers = [
             await stack.enter_async_context(Helper(factory, *arguments, niceness=NICENESS))
             for factory, arguments in attack.attackers(Place(port, ca_file, users.attackers))
@@ -254,10 +316,11 @@ async def conduct(plan: AttackPlan, attack: Attack, server: Server, users: Users
         await asyncio.wait({watching})
         figures.look(server.pid, await operator.call("server.stats", {}))
         await asyncio.gather(*attacking)
+        figures.look(server.pid, figures.stats)
         counts = sum([await helper.call("end") for helper in helpers], Counter[str]())
         await asyncio.sleep(SETTLE_S)
         figures.after = memory_bytes(server.pid)[0]
-    return Outcome(attack, rest, logins, served, plan.honest, counts, figures)
+    return Outcome(attack, rest, quiet, logins, served, plan.honest, counts, figures)
 
 
 async def _watch(server: Server, operator: Operator, figures: Figures) -> None:
@@ -284,7 +347,7 @@ async def attacks(plan: AttackPlan, folder: Path, names: Sequence[str]) -> dict[
     for name in names:
         progress(f"{name} ...")
         copy = stage.copy(folder.with_name(name.replace(" ", "-")))
-        with copy.serve("sqlite", SERVER_CPU) as server:
+        with copy.serve("sqlite", SERVER_CPU, APP) as server:
             found[name] = await conduct(plan, ATTACKS[name], server, users)
     return found
 

@@ -29,6 +29,7 @@ def latencies(*millis: float) -> Latencies:
 
 
 def outcome(name: str, **changes: Any) -> Outcome:
+    quiet_ms = changes.pop("quiet_ms", 1.0)
     logins = {"begun": 100, "opened": 100, "latency": latencies(*[10.0] * 99, 150.0)}
     served = {"sent": 50, "equal": 50, "connections": 5, "latency": latencies(1.0)}
     figures = {"before": 50 * MIB, "peak": 60 * MIB, "after": 51 * MIB, "stats": {"refused_full": 3}}
@@ -38,6 +39,7 @@ def outcome(name: str, **changes: Any) -> Outcome:
     return Outcome(
         ATTACKS[name],
         rest=Logins(10, 10, latency=latencies(9.0)),
+        quiet=Served(50, 50, 5, latency=latencies(quiet_ms)),
         logins=Logins(**logins, failed=Counter({"refused": logins["begun"] - logins["opened"]})),
         served=Served(**served),
         connections=5,
@@ -67,6 +69,9 @@ def test_good_outcome_of_every_attack_passes(name: str) -> None:
         ("requests", {"unhealthy": 1}, {"unhealthy"}),
         ("frames: of one user", {"peak": 146 * MIB}, {"growth_mib"}),
         ("frames: of 60 users", {"after": 66 * MIB}, {"kept_mib"}),
+        ("waste", {"quiet_ms": 0.25}, {"times_quiet"}),
+        ("threads", {"equal": 49}, {"requests_lost"}),
+        ("items: of one user", {"peak": 146 * MIB}, {"growth_mib"}),
     ],
 )
 def test_unmet_bar_fails(name: str, changes: dict[str, Any], keys: set[str]) -> None:
@@ -86,6 +91,7 @@ def test_small_attacks_pass(
     # No duration is promised on a machine that runs tests.
     lenient = {name: replace(attack, p99_ms=None, at_once=None) for name, attack in ATTACKS.items()}
     monkeypatch.setattr(module, "ATTACKS", lenient)
+    monkeypatch.setattr(module, "TIMES_QUIET", 10_000.0)
     monkeypatch.setattr(module, "AttackPlan", lambda seconds, logins: SMALL)
     file = tmp_path / "attacks.json"
     assert main(["scenario", "attacks", "--json", str(file)]) == 0, capsys.readouterr()
