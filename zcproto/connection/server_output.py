@@ -96,9 +96,7 @@ class ServerOutput:
     _held: dict[int, Request]
     _lingering: int
     _out: list[bytes]
-    _session_deadline: (
-        float  # without a session: of opening one; else not later than what is due next for one
-    )
+    _session_deadline: float  # of opening a session; with sessions, not later than what is due next for one
     _rules: RequestRules | None
     _streams: ServerStreams | None
 
