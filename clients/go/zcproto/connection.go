@@ -39,8 +39,8 @@ type connection struct {
 	pending map[uint32]*pendingCall
 	waiters []*waiter
 	handled map[uint32]*runningCall // calls of the server, by number
-	// registered has the id of the session in which the server has accepted handlers.
-	registered map[*sessions]string
+	// registered has the session, by the count of those that were opened, in which the server has accepted handlers.
+	registered map[*sessions]int
 	isWriting  bool
 	spare      []byte // written, for the next frames
 	isPaused   bool   // the network takes no more bytes
@@ -89,7 +89,7 @@ func newConnection(
 		owner: owner, mu: owner.mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(), endpoint: endpoint, stableAt: forever,
 		pending:    map[uint32]*pendingCall{},
 		handled:    map[uint32]*runningCall{},
-		registered: map[*sessions]string{},
+		registered: map[*sessions]int{},
 		writable:   make(chan struct{}),
 		welcomed:   make(chan struct{}),
 		ended:      make(chan struct{}),

@@ -92,7 +92,7 @@ func (s *sessions) renew(must bool) error {
 					}
 					s.presentWhenReady(c)
 				})
-			} else if c.registered[s] != s.session.info.ID && s.canRegister(c) {
+			} else if c.registered[s] != s.opened && s.canRegister(c) {
 				s.inBackground(func() { _ = s.registerIfAny(c) }) // the next connection registers them, if this one fails
 			}
 			return nil
@@ -227,6 +227,7 @@ func (s *sessions) adopt(body []byte, c *connection, method string) error {
 		c.conv.SessionEnded(old)
 		s.attachedTo = c
 		s.openedAt = now
+		s.opened++
 	}
 	if session.canRefresh(now) {
 		s.setTimer(session.refreshAt)

@@ -61,6 +61,7 @@ type sessions struct {
 	backoff           *backoff // of sessions that expire at once
 	reopenings        *backoff // of sessions that replace unknown ones
 	openedAt          time.Duration
+	opened            int // sessions so far
 	checkedRevocation revocation
 	keepTimer         timer // of a session with handlers
 	keepInterval      time.Duration

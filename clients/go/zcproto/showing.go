@@ -79,10 +79,10 @@ func (s *sessions) beginRegister(c *connection) (*pendingCall, error) {
 func (s *sessions) sendRegistration(c *connection, token wire.Token, deadline time.Duration) (*pendingCall, error) {
 	s.keep()
 	call, err := c.register(token, s.handlers.methods(), s.handlers.most, deadline)
-	if err == nil && s.session != nil {
-		id := s.session.info.ID
+	if err == nil {
+		opened := s.opened
 		call.onResponse = func([]byte) error {
-			c.registered[s] = id
+			c.registered[s] = opened
 			return nil
 		}
 	}
