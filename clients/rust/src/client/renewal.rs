@@ -220,9 +220,13 @@ impl User {
         if self.is_current(token) {
             let mut sessions = self.lock();
             if !sessions.is_lost {
-                sessions.delay_opening(Instant::now());
-                drop(sessions);
-                self.reopen(token);
+                let now = Instant::now();
+                sessions.delay_opening(now);
+                // Under one lock: a call in another thread must not be sent again before the token counts as expired.
+                if let Some(session) = &mut sessions.session {
+                    session.drop_refresh_token();
+                    session.expire(now);
+                }
             }
         }
     }
