@@ -341,6 +341,11 @@ func TestUnknownSessionIsOpenedAgainOnceForAllCallsAfterADelay(t *testing.T) {
 	one.succeeds("done")
 	two.succeeds("done")
 	peer.none()
+	client.shared.mu.Lock()
+	defer client.shared.mu.Unlock()
+	if ceiling := client.sessions.reopenings.ceiling; ceiling != 2*firstDelay {
+		t.Errorf("the next delay is up to %v: it has grown with each call", ceiling)
+	}
 }
 
 func TestUnknownSessionIsReportedTheSecondTimeAndDelaysGrow(t *testing.T) {

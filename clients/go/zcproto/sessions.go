@@ -172,7 +172,7 @@ func (s *sessions) reopen(token wire.Token, err *Error) {
 	if token != s.token || s.session == nil {
 		return
 	}
-	if isUnknownToken(err) {
+	if isUnknownToken(err) && s.session.endsAt != never { // otherwise another call has delayed it
 		s.delayReopening()
 	}
 	s.session.dropRefreshToken()
