@@ -210,7 +210,7 @@ class SessionManager:
         return self._loop.time() < self._not_before and not self.is_lost
 
     def shown(self, token: bytes) -> Shown:
-        """Return which token a request had. One of another session than that which is over is not earlier."""
+        """Return which token a request had. After the session has ended, no token counts as earlier."""
         if token == NO_TOKEN:
             return Shown.NONE
         return Shown.PRESENT if token == self.token or self.is_over else Shown.EARLIER

@@ -278,7 +278,7 @@ impl User {
         })
     }
 
-    /// Return which token a request had. One of another session than that which has ended is not earlier.
+    /// Return which token a request had. After the session has ended, no token counts as earlier.
     fn shown(&self, token: &Token) -> Shown {
         if token.is_none() {
             Shown::None
