@@ -45,3 +45,18 @@ def test_nothing_is_granted_after_the_end() -> None:
 def test_late_items_are_bounded_by_bytes_too() -> None:
     assert ItemQueue((4, 1), (10, 65)).still_allowed == 2
     assert ItemQueue((4, 1), (10, 0)).still_allowed == 0
+
+
+def test_promised_bytes_are_granted_or_held_until_the_end() -> None:
+    items = ItemQueue((4, 1_000))
+    assert items.promised_bytes == 0
+    items.next_grant()
+    assert items.promised_bytes == 1_000
+    items.receive(bytes(2_000))
+    assert items.promised_bytes == items.held_bytes == 2_064
+    items.take()
+    items.next_grant()
+    items.receive(bytes(100))
+    assert (items.promised_bytes, items.held_bytes) == (1_000, 164)
+    items.end()
+    assert items.promised_bytes == 164

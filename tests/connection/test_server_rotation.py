@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import NOW, ConnectionPair, small_registry
+from zcproto.connection import refusals
 from zcproto.connection.events import RequestEnded, ServerEvent, ServerStream, SessionJoined, SessionLeft
 from zcproto.connection.server_calls import encode_call
 from zcproto.connection.server_sessions import ROTATION_GRACE_S
@@ -13,7 +14,7 @@ from zcproto.errors import Code, Unavailable
 from zcproto.sessions import OpenedSession
 from zcproto.sessions.token import digest_of
 from zcproto.wire.frame import OPEN, Kind
-from zcproto.wire.message import encode_request
+from zcproto.wire.message import encode_body, encode_request
 
 SETTINGS = ConnectionSettings(
     streams=StreamLimits(max_open=4, max_item=1_000),
@@ -156,9 +157,12 @@ def test_streams_end_when_their_token_expires() -> None:
     assert rotated.registry.lapsed == 1
 
 
-def test_edge_that_ends_an_expired_session_itself_gets_no_event() -> None:
+@pytest.mark.parametrize("has_stream", [True, False])
+def test_edge_that_ends_an_expired_session_itself_gets_no_event(has_stream: bool) -> None:
     rotated = RotatedPair(lifetime_ms=40_000)
     cut: list[RequestEnded] = []
+    if not has_stream:
+        rotated.server.respond(rotated.stream, encode_body(None), rotated.clock.wall())
 
     def observer(session_id: str, code: Code, _: object) -> None:
         rotated.server.leave(session_id, rotated.clock.now())
@@ -169,7 +173,29 @@ def test_edge_that_ends_an_expired_session_itself_gets_no_event() -> None:
     assert rotated.timeout() == []
     rotated.clock.advance(0.1)
     assert rotated.timeout() == []
-    assert cut == [RequestEnded(rotated.stream, Code.CANCELLED, "token_expired")]
+    assert cut == [RequestEnded(rotated.stream, Code.CANCELLED, "token_expired")] * has_stream
+    assert rotated.server.sessions == {}
+
+
+def test_only_streams_that_may_not_go_on_are_cut(rotated: RotatedPair) -> None:
+    kept, request = rotated.open(2), rotated.hold(rotated.request(3))
+    cut = rotated.server.cut_denied(lambda stream: stream is kept, rotated.clock.wall())
+    assert cut == [RequestEnded(rotated.stream, Code.CANCELLED, "denied")]
+    assert [rotated.server.is_held(each) for each in (rotated.stream, kept, request)] == [False, True, True]
+    assert rotated.answer().code == Code.CANCELLED
+
+
+def test_stream_is_cut_with_the_error_of_the_server(rotated: RotatedPair) -> None:
+    cut = rotated.server.cut_stream(rotated.stream, refusals.TOO_MUCH_HELD, rotated.clock.wall())
+    assert cut == RequestEnded(rotated.stream, Code.CANCELLED, "memory")
+    assert (rotated.answer().code, rotated.server.in_flight) == (Code.CANCELLED, 0)
+
+
+def test_connection_without_streams_cuts_none() -> None:
+    pair = ConnectionPair(settings=SETTINGS)
+    pair.login()
+    assert pair.server.cut_denied(lambda _: False, pair.clock.wall()) == []
+    assert pair.server.open_streams() == []
 
 
 def test_other_sessions_of_the_connection_are_not_affected(rotated: RotatedPair) -> None:

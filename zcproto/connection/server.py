@@ -267,7 +267,7 @@ class ServerConnection(ServerSessions):
                             yield self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall)
                         else:
                             self._waste()
-                    elif head >= ITEM:
+                    else:
                         if head >= RESULT:
                             event: ServerEvent | None = self._receive_answer(head, stream, token, body)
                         else:
