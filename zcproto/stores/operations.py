@@ -107,7 +107,7 @@ class CircuitBreaker:
         if not self.health.is_healthy:
             raise self.unavailable()
 
-    def unavailable(self, error: StoreUnavailable | None = None) -> Unavailable:
+    def unavailable(self, error: BaseException | None = None) -> Unavailable:
         """Return the error for callers who need the store, or met this error."""
         if isinstance(error, DamagedRecord):
             return Unavailable(

@@ -276,7 +276,7 @@ class StoredSessionService(SessionService):
                 changes.apply(await changes.fetch(self._store.get, record.id))
             else:
                 self._registry.restore(record, make_room=self.is_shared)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, asyncio.CancelledError) as error:  # cancelled: the server stops
             self.sync.revoker.add_orphan(record.id)
             raise self.sync.breaker.unavailable(error) from error
 

@@ -188,6 +188,17 @@ async def test_stop_during_an_outage_does_not_hang(
     assert "store.uses_not_written" in events(log)
 
 
+async def test_login_cancelled_by_the_stop_is_unavailable(
+    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.store, "keeps_time", True)  # no timeout of ours ends the operation first
+    process.store.modes["create"] = HANGS
+    opening = asyncio.ensure_future(process.open())
+    await asyncio.sleep(0)
+    await process.sync.stop()
+    await refused(opening)
+
+
 async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
     await process.outage(HANGS)
     process.clock.advance(MAX_DELAY_S)
