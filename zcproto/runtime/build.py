@@ -11,6 +11,7 @@ A `WorkerRole` replaces what workers of one server have in common, and leaves ou
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from math import inf
-from typing import Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.machines import build_tokens
@@ -55,7 +56,7 @@ from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction,
 from zcproto.common.counts import ALONE, Counting
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
-from zcproto.config import Config
+from zcproto.config import Config, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_holds import Hold, LoopHolds
@@ -98,6 +99,9 @@ from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.wire.frame import LENGTH_SIZE
+
+if TYPE_CHECKING:
+    from zcproto.telemetry.export import Telemetry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -508,6 +512,27 @@ def _log_challenge(peer: str) -> None:
 
 def _log_tls_failure(failure: TlsFailure, peer: str) -> None:
     log.info("tls.failed", cause=failure.value, peer=peer)
+
+
+def build_telemetry(config: TelemetryConfig, clock: Clock, entropy: Entropy) -> Telemetry | None:
+    """Build the exporter of traces, metrics and log records; None if all are off. Reads files.
+
+    Raises ConfigError for an unusable file, and without the packages of the extra.
+    """
+    if not (config.traces or config.metrics or config.logs):
+        return None
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    try:
+        from zcproto.telemetry.export import Telemetry, check_environment  # noqa: PLC0415 - of an extra
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigError(
+            ['telemetry: OpenTelemetry is not installed; run: pip install "zcproto[otel]"']
+        ) from None
+    check_environment(os.environ)
+    return Telemetry(config, clock, entropy)
 
 
 # --- settings from the configuration ---------------------------------------------------------------------

@@ -46,10 +46,9 @@ from zcproto.errors import ConfigError, FailedPrecondition
 from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
 from zcproto.runtime.background import background, background_work, roll_out_certificates
-from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build
+from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build, build_telemetry
 from zcproto.runtime.place import ONLY_PROCESS, Place, worker_count
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
-from zcproto.runtime.telemetry import build_telemetry
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason
