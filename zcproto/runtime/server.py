@@ -33,7 +33,7 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
 from zcproto.admin.users import ServerUsers
 from zcproto.app.app import App, default_app
-from zcproto.app.clients import ConnectedClient
+from zcproto.app.context import ConnectedClient
 from zcproto.auth import Authenticators
 from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
