@@ -169,9 +169,11 @@ async def build(
     active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
-    alerts = role.alerts or await build_alerts(config, clock, entropy)
+    alerts = await build_alerts(config, clock, entropy) if role.alerts is None else role.alerts
     certificates = await build_certificates(config, alerts, clock, progress, role.maintains)
-    store = role.store or await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
+    store = role.store
+    if store is None:
+        store = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
     settings = session_settings(config)
     if store is not None and store.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
@@ -391,7 +393,8 @@ def build_login(
     users and devices that are gone.
     """
     limits = active.config.limits
-    throttle = throttle or Throttle(limits.login_failures)
+    if throttle is None:
+        throttle = Throttle(limits.login_failures)
 
     def timeout() -> float:
         return active.config.limits.login_timeout
