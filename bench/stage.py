@@ -27,8 +27,7 @@ from zcproto.common.home import Home
 from zcproto.common.roles import OPERATORS
 from zcproto.config.model import CertificatesConfig
 from zcproto.load.caller import LoadTarget, Operator
-from zcproto.load.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS
-from zcproto.load.demo.server import DemoServer
+from zcproto.load.demo import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS, DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
 from zcproto.load.processes import module_environment, on_processor
 from zcproto.tls.client import ALPN

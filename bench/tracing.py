@@ -49,7 +49,7 @@ from bench.micro.metrics_cost import Peer, state_on, without_lines
 from bench.report import Report, Row
 from bench.stage import CLIENT_CPU, ECDSA_ONLY, Stage, bench_environment
 from zcproto.errors import ConfigError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
 from zcproto.server.protocol import ServerProtocol

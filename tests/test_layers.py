@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """The packages that each package may import."""
 
 UPWARD = {
-    ("zcproto/load/demo/child.py", "cli"): "the program of a separate process, which is `zcproto serve`",
+    ("zcproto/load/demo_child.py", "cli"): "the program of a separate process, which is `zcproto serve`",
 }
 """Upward imports, each with its reason. An entry that is no longer needed fails the test."""
 

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zcproto.admin.users import ServerUsers, UserEntry
-    from zcproto.app.app import App
+    from zcproto.app.app import App, Items
     from zcproto.app.authentication import CallableAuthenticator
-    from zcproto.app.clients import ConnectedClient
-    from zcproto.app.context import Context
-    from zcproto.app.items import Items
+    from zcproto.app.context import ConnectedClient, Context
     from zcproto.app.topics import Topic, TopicEvent
     from zcproto.auth import BUILT_IN_SCHEMES, Authenticator, Identity
     from zcproto.client import (
@@ -193,7 +191,7 @@ _MODULES = {
     "Client": "zcproto.client",
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
-    "ConnectedClient": "zcproto.app.clients",
+    "ConnectedClient": "zcproto.app.context",
     "Context": "zcproto.app.context",
     "Device": "zcproto.client",
     "Endpoint": "zcproto.client",
@@ -202,7 +200,7 @@ _MODULES = {
     "HttpConfig": "zcproto.config",
     "IdempotencyConfig": "zcproto.config",
     "Identity": "zcproto.auth",
-    "Items": "zcproto.app.items",
+    "Items": "zcproto.app.app",
     "LimitsConfig": "zcproto.config",
     "LogConfig": "zcproto.config",
     "OidcConfig": "zcproto.config",

@@ -52,7 +52,7 @@ from bench.stage import (
 )
 from zcproto import accelerator
 from zcproto.errors import ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import module_command, on_processor
 

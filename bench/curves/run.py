@@ -17,7 +17,7 @@ from bench.curves.watch import Watched, load_new_server
 from bench.stage import CLIENT_CPU, Stages
 from zcproto.common.process import raise_file_limit
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.load.demo.run import SERVER_SPARE, temporary_home
+from zcproto.load.demo import SERVER_SPARE, temporary_home
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.processes import on_processor
 from zcproto.load.result import Verdict

@@ -29,7 +29,7 @@ from bench.micro.timing import NS_PER
 from bench.report import Report, Row
 from bench.stage import ECDSA_ONLY, Stage
 from zcproto.common.clock import system_clock
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.server.protocol import ServerProtocol
 from zcproto.tls.context import client_context, server_context
 from zcproto.wire.frame import HEADER_SIZE, REQUEST, encode_frame

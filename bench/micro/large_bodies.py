@@ -22,7 +22,7 @@ from bench.compare.client import ALPN, Connection, context_for
 from bench.report import Row
 from bench.stage import CLIENT_CPU, ECDSA_ONLY, Stage, cpu_seconds, memory_bytes
 from zcproto.app.app import App
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER
 from zcproto.load.processes import on_processor
 

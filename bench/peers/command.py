@@ -36,7 +36,7 @@ from bench.peers.measure import (
     measure,
 )
 from bench.report import Report, Row
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import SPARE_FILES, require_open_files
 
 MAX_PAYLOAD: Final = 16_000

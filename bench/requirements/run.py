@@ -22,7 +22,7 @@ from bench.requirements.sizes import Sizes
 from bench.scenarios.rotation import RotationOutcome
 from bench.stage import Stages
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 
 
 class RequirementRow(NamedTuple):

@@ -30,7 +30,7 @@ from bench.server_process import free_port
 from bench.stage import ECDSA_ONLY, HOST, Server, Stage, check_open_files, room_for
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.caller import Operator
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.result import Result
 from zcproto.tls.context import client_context
 from zcproto.wire.frame import HEADER_SIZE

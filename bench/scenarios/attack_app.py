@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from zcproto.app.app import default_app
-from zcproto.app.items import Items
+from zcproto.app.app import Items, default_app
 
 app = default_app()
 

@@ -52,7 +52,7 @@ from bench.stage import ECDSA_ONLY, SERVER_CPU, Server, Stage, check_open_files,
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConfigError
 from zcproto.load.caller import Operator
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor

@@ -58,7 +58,7 @@ from zcproto.errors import (
     ZcprotoError,
 )
 from zcproto.load.caller import Caller
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, Credential
 from zcproto.wire.frame import NO_TOKEN
 

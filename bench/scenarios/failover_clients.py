@@ -44,7 +44,7 @@ from zcproto.client.options import ConnectOptions
 from zcproto.common.clock import MonotonicClock, system_clock
 from zcproto.common.process import new_event_loop
 from zcproto.errors import UnknownError, ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 
 SERVERS: Final = 3

@@ -35,7 +35,7 @@ from zcproto.client.client import Client
 from zcproto.client.options import ConnectOptions
 from zcproto.common.process import new_event_loop
 from zcproto.errors import UnknownError, ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 
 CALL_S: Final = 60.0

@@ -41,7 +41,7 @@ from bench.stage import ECDSA_ONLY, Stage, cpu_seconds, memory_bytes
 from zcproto.common.clock import system_clock
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConfigError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     EVENT,

@@ -40,7 +40,7 @@ from bench.stage import ECDSA_ONLY, Server, Stage
 from zcproto.common.process import new_event_loop
 from zcproto.errors import CallError, Cancelled, ConnectionClosed, Unavailable, ZcprotoError
 from zcproto.load.caller import Caller
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 
 CLIENTS: Final = 8

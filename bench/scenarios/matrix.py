@@ -48,7 +48,7 @@ from zcproto.client.credentials import Device, DeviceKey
 from zcproto.common.process import new_event_loop
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 
 CELLS: Final = 500

@@ -40,7 +40,7 @@ from bench.valkey import Valkey
 from zcproto.common.process import new_event_loop
 from zcproto.errors import Unavailable
 from zcproto.load.caller import Caller, LoadTarget, Operator
-from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
+from zcproto.load.demo import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, require_open_files
 
 MAX_WAIT_MS: Final = 300.0

@@ -25,7 +25,7 @@ from bench.stage import ECDSA_ONLY, Stage, check_open_files, room_for
 from zcproto.common.home import Home
 from zcproto.load import report as load_report
 from zcproto.load.caller import Operator
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.result import Result
 
 TAIL_S: Final = 1.0

@@ -38,7 +38,7 @@ from zcproto.client.endpoints import STABLE_AFTER
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.processes import module_command, on_processor
 

@@ -48,7 +48,7 @@ from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, ConnectionClosed, ZcprotoError
 from zcproto.load import report as load_report
 from zcproto.load.caller import Operator
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.result import Moment, Result
 from zcproto.tls.context import client_context
 from zcproto.wire.frame import HEADER_SIZE, WELCOME

@@ -43,7 +43,7 @@ from bench.scenarios.sessions import open_session, with_retries
 from bench.stage import ECDSA_ONLY, Server, Stage, memory_bytes
 from zcproto.errors import Code, ConfigError, ZcprotoError
 from zcproto.load.caller import Caller, LoadTarget
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
 from zcproto.tls.transport import TlsTransport

@@ -44,7 +44,7 @@ from bench.scenarios.worker_kills import is_running
 from bench.stage import ECDSA_ONLY, HOST, NAME, Server, Stage, bench_environment, family
 from zcproto.common.process import new_event_loop
 from zcproto.errors import Code, ZcprotoError
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 from zcproto_conformance.errors import CheckFailed
 from zcproto_conformance.program import Program, StepFailed

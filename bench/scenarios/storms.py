@@ -34,7 +34,7 @@ from bench.stage import ECDSA_ONLY, SERVER_CPU, Server, Stage, check_open_files,
 from zcproto.common.process import new_event_loop
 from zcproto.config import Config
 from zcproto.errors import Code, ConfigError
-from zcproto.load.demo.run import SERVER_SPARE, temporary_home
+from zcproto.load.demo import SERVER_SPARE, temporary_home
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor

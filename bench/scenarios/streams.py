@@ -17,7 +17,7 @@ import click
 from bench.command import COUNT, RATE, SECONDS, measurement
 from bench.curves.watch import Watched, load_new_server
 from bench.report import Report, Row
-from zcproto.load.demo.run import ARRIVAL_RATE, temporary_home
+from zcproto.load.demo import ARRIVAL_RATE, temporary_home
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.report import generator_saturated
 from zcproto.load.result import Verdict

@@ -39,7 +39,7 @@ from bench.stage import ECDSA_ONLY, Server, Stage, compiled, family, room_for
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.caller import Caller, LoadTarget
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 
 WORKERS: Final = 4

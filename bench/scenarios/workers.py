@@ -46,7 +46,7 @@ from bench.stage import (
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.caller import Caller, Operator
-from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo import temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, check_plan, processes_for
 from zcproto.load.result import Result
 

@@ -17,8 +17,7 @@ from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
 from zcproto.admin.metrics import END_LABELS, server_metrics
-from zcproto.app.app import App, default_app
-from zcproto.app.items import Items
+from zcproto.app.app import App, Items, default_app
 from zcproto.client.blocking import connect_blocking
 from zcproto.errors import CallError
 from zcproto.observe.metrics import METRICS, TABLE

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from zcproto.app import app as app_module
-from zcproto.app.app import App, Method, default_app
+from zcproto.app.app import App, Items, Method, default_app
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.app.topics import TopicEvent
 from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.errors import InvalidArgument

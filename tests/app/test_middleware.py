@@ -12,9 +12,8 @@ from tests.client.conftest import ConnectTo
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
-from zcproto.app.app import App
+from zcproto.app.app import App, Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.client.client import Client
 from zcproto.common.middleware import CallNext
 from zcproto.common.roles import OPERATORS

@@ -13,8 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, field_serializer
 
-from zcproto.app.app import Context, Method
-from zcproto.app.items import Items
+from zcproto.app.app import Context, Items, Method
 
 
 class Color(Enum):

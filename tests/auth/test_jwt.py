@@ -40,7 +40,7 @@ from zcproto.auth.jwt import (
     read_keys,
     read_token,
 )
-from zcproto.config.auth import ALGORITHMS
+from zcproto.config.model import ALGORITHMS
 
 
 def accepted(text: str, *keys: dict[str, Any], rules: Any = RULES, now_s: float = WALL_S) -> dict[str, Any]:

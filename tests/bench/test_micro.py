@@ -13,7 +13,7 @@ from bench.__main__ import main
 from bench.micro import hot_path, hsts_header, metrics_cost, session_cleanup
 from bench.micro.timing import quantile, time_rows, timed
 from tests.stores.valkey.server_process import PROGRAMS, needs
-from zcproto.http.security_headers import SecurityHeaders
+from zcproto.http.messages import SecurityHeaders
 from zcproto.server.protocol import ServerProtocol
 from zcproto.wire.frame import HEADER_SIZE
 from zcproto.wire.message import decode_body

@@ -22,9 +22,8 @@ import pytest
 from tests.cli.helpers import LoopAhead, connect_patiently
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
-from zcproto.app.app import App
+from zcproto.app.app import App, Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.cli import connect, main
 from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, TrustChoice
 from zcproto.cli.json_values import parse_params, to_json

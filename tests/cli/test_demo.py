@@ -8,8 +8,8 @@ import pytest
 
 from tests.load.helpers import plan, verified_result
 from zcproto.cli import main
-from zcproto.load.demo import run as demonstration
-from zcproto.load.demo.run import Demo
+from zcproto.load import demo as demonstration
+from zcproto.load.demo import Demo
 from zcproto.load.result import Result
 
 Capture = pytest.CaptureFixture[str]

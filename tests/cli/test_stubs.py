@@ -26,8 +26,7 @@ from tests.helpers import run_mypy
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, PATIENT_CLIENT
 from zcproto.cli import main
-from zcproto.cli.signatures import signatures
-from zcproto.cli.stub_python import Python
+from zcproto.cli.stub_python import Python, signatures
 from zcproto.cli.stub_types import Stubs, clean_text, identifier
 from zcproto.cli.stub_typescript import TypeScript
 

@@ -13,9 +13,8 @@ from tests.client.conftest import Blocking, ConnectTo
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.app.app import App
+from zcproto.app.app import App, Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.client.middleware import OutgoingCall
 from zcproto.common.middleware import CallNext
 from zcproto.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, PermissionDenied

@@ -14,9 +14,8 @@ from tests.client.test_streams import run
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.app.app import App
+from zcproto.app.app import App, Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.client.streams import Stream
 from zcproto.errors import InvalidArgument, NotFound
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError, create_model
 
 from zcproto.certs.names import check_name
-from zcproto.config.texts import (
+from zcproto.config.types import (
     BINDING,
     CERTIFICATE_NAME,
     COMMAND,
     FILE_PATH,
+    FLAG,
     HOST_NAME,
     NETWORK,
     PIN,
@@ -23,9 +24,6 @@ from zcproto.config.texts import (
     STORE_URL,
     VARIABLE_NAME,
     WEBHOOK_URL,
-)
-from zcproto.config.types import (
-    FLAG,
     Accepts,
     Fault,
     duration,

@@ -10,8 +10,13 @@ import h11
 
 from tests.helpers import NOW, WALL
 from zcproto.http.connection import HttpConnection, HttpLimits
-from zcproto.http.messages import HttpRequest, HttpResponse, text_response
-from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
+from zcproto.http.messages import (
+    HttpRequest,
+    HttpResponse,
+    SecurityHeaders,
+    StrictTransportSecurity,
+    text_response,
+)
 
 LIMITS = HttpLimits(
     max_head=1_024,

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers import NOW, WALL
 from tests.http.helpers import GET, LIMITS, SECURITY, Conversation, answers
 from zcproto.http.connection import HttpConnection, HttpLimits
-from zcproto.http.messages import HttpResponse, text_response
-from zcproto.http.security_headers import SecurityHeaders
+from zcproto.http.messages import HttpResponse, SecurityHeaders, text_response
 
 HSTS = "max-age=31536000; includeSubDomains"
 

@@ -10,8 +10,14 @@ from zcproto.admin.https import hsts_of
 from zcproto.config import Config
 from zcproto.config.load import load_config
 from zcproto.errors import ConfigError
-from zcproto.http.messages import RESERVED_FIELDS, HttpResponse
-from zcproto.http.security_headers import DEFAULT_POLICY, YEAR_S, SecurityHeaders, StrictTransportSecurity
+from zcproto.http.messages import (
+    DEFAULT_POLICY,
+    RESERVED_FIELDS,
+    YEAR_S,
+    HttpResponse,
+    SecurityHeaders,
+    StrictTransportSecurity,
+)
 
 
 def fields(block: bytes) -> dict[str, str]:

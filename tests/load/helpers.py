@@ -163,7 +163,7 @@ def wait_long(patch: pytest.MonkeyPatch) -> None:
     """Let loads of this process and servers that it starts wait, however slow the machine is."""
     for name in (
         *("caller.TIMEOUT", "plan.ANSWER_TIMEOUT", "plan.CONNECT_TIMEOUT", "run.CLOSED_TIMEOUT"),
-        *("demo.server.END_TIMEOUT", "demo.server.START_TIMEOUT", "worker_pool.END_TIMEOUT"),
+        *("demo.END_TIMEOUT", "demo.START_TIMEOUT", "worker.END_TIMEOUT"),
     ):
         patch.setattr(f"zcproto.load.{name}", TIMEOUT)
     for name, value in variables(PATIENT).items():

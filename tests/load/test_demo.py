@@ -25,10 +25,9 @@ from tests.limits import TIMEOUT
 from tests.load.helpers import plan, verified_result
 from tests.server.helpers import eventually
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.load.demo import child, server
-from zcproto.load.demo import run as module
-from zcproto.load.demo.run import Demo, run_demo, temporary_home
-from zcproto.load.demo.server import DemoServer
+from zcproto.load import demo as module
+from zcproto.load import demo_child as child
+from zcproto.load.demo import Demo, DemoServer, run_demo, temporary_home
 from zcproto.load.plan import Plan
 from zcproto.load.processes import module_command, module_environment, uninterrupted
 from zcproto.load.record import RequestKind, Tally
@@ -225,7 +224,7 @@ def test_failed_server_start_quotes_its_last_lines() -> None:
 
 def program(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Run another program instead of the server."""
-    monkeypatch.setattr(server, "module_command", lambda module, *arguments: [sys.executable, "-c", source])
+    monkeypatch.setattr(module, "module_command", lambda module, *arguments: [sys.executable, "-c", source])
 
 
 @pytest.mark.parametrize(
@@ -241,13 +240,13 @@ def test_other_program_is_not_accepted_as_server(
 ) -> None:
     program(monkeypatch, source)
     if "sleep" in source:
-        monkeypatch.setattr(server, "START_TIMEOUT", 0.1)
+        monkeypatch.setattr(module, "START_TIMEOUT", 0.1)
     with pytest.raises(ZcprotoError, match=phrase), DemoServer(tmp_path):
         pass
 
 
 def test_missing_server_program_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server, "module_command", lambda *_: ["/no/such/program"])
+    monkeypatch.setattr(module, "module_command", lambda *_: ["/no/such/program"])
     with pytest.raises(FileNotFoundError), DemoServer(tmp_path):
         pass
 
@@ -281,7 +280,7 @@ def test_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch, 
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "print('zcproto: listening on 127.0.0.1:4711', flush=True); time.sleep(60)",
     )
-    monkeypatch.setattr(server, "END_TIMEOUT", 0.1)
+    monkeypatch.setattr(module, "END_TIMEOUT", 0.1)
     with DemoServer(tmp_path) as running:
         assert running.port == 4711
         pid = running.pid
@@ -356,7 +355,7 @@ def test_orphaned_child_ends_and_deletes_its_folder(
 
 
 def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    monkeypatch.delitem(sys.modules, "zcproto.load.demo.child")
+    monkeypatch.delitem(sys.modules, "zcproto.load.demo_child")
     monkeypatch.setattr("zcproto.cli.main", len)
     monkeypatch.setattr(sys, "argv", ["child", str(home)])
     threads = {*threading.enumerate()}

@@ -19,7 +19,7 @@ from zcproto.load import run as module
 from zcproto.load.record import RequestKind
 from zcproto.load.result import Moment, Result, Verdict
 from zcproto.load.run import Stop, resolve, run
-from zcproto.load.worker_pool import WorkerPool
+from zcproto.load.worker import WorkerPool
 
 
 async def go(server: ServerThread, stop: Stop | None = None, view: Any = None, **changes: Any) -> Result:
@@ -244,7 +244,7 @@ async def test_failed_worker_start_leaves_no_process(children: Callable[[], list
 async def test_stopped_worker_is_killed(
     serve: Serve, children: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.load.worker_pool.END_TIMEOUT", 0.05)
+    monkeypatch.setattr("zcproto.load.worker.END_TIMEOUT", 0.05)
     async with WorkerPool([share(serve())], lambda counts: None):
         (pid,) = children()
         os.kill(pid, signal.SIGSTOP)  # it cannot end when asked to

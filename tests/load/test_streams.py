@@ -15,13 +15,12 @@ from tests.server.conftest import Serve
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.errors import Aborted
-from zcproto.load.generator import Generator
+from zcproto.load.generator import Generator, LoadStream, opening_times
 from zcproto.load.hdr import write_file
 from zcproto.load.record import Record, RequestKind, merge_records
 from zcproto.load.report import as_json, figures
 from zcproto.load.result import Verdict
 from zcproto.load.run import Stop, run
-from zcproto.load.streams import LoadStream, opening_times
 
 STREAM = {"stream": "repeat", "items_per_stream": 10, "interval_s": 0.01}
 

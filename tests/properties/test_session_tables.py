@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from tests.sessions.helpers import digest, digests, longest_chain, used_slots
 from zcproto.sessions import TOKEN_SIZE, token_from_text, token_text
-from zcproto.sessions.index import END
+from zcproto.sessions.index import END, StringTable
 from zcproto.sessions.slab import CHUNK, Slab
-from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import id_from_text, id_text
 
 
@@ -66,7 +65,7 @@ def test_string_table_behaves_like_counter(steps: list[tuple[bool, str]]) -> Non
             table.release(table.find(text))
             uses[text] -= 1
         number = table.find(text)
-        assert (table.uses[number] if number != UNKNOWN else 0) == uses.get(text, 0)
+        assert (table.uses[number] if number != END else 0) == uses.get(text, 0)
     assert len(table) == sum(count > 0 for count in uses.values())
 
 

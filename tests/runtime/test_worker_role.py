@@ -135,7 +135,7 @@ async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
         users, devices = server.parts.users, server.parts.devices
         assert users is not None
         assert devices is not None
-        server.state.registry.open("ada", "", "192.0.2.1", server.state.clock.wall())
+        server.state.registry.open("ada", client="", address="192.0.2.1", wall=server.state.clock.wall())
         zcproto_users = type(users.file)(users.file.path)
         zcproto_users.disable("ada")
         await users._check(users._on_gone_elsewhere)

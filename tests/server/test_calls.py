@@ -11,8 +11,7 @@ import pytest
 
 from tests.helpers import Answer
 from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
-from zcproto.app.clients import ConnectedClient
-from zcproto.app.context import Context
+from zcproto.app.context import ConnectedClient, Context
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import (
     Code,

@@ -27,7 +27,7 @@ from zcproto.app.app import default_app
 from zcproto.config import AuthConfig, LogConfig, OidcConfig, config_as_toml, load_config
 from zcproto.errors import Code, ConfigError
 from zcproto.observe.log import configure_logging
-from zcproto.runtime.oidc import build_jwt
+from zcproto.runtime.build import build_jwt
 
 
 class Company:

@@ -12,7 +12,7 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.helpers import PATIENT_CLIENT, AnsweredError, Client, ServerThread, eventually
 from zcproto import App, Context, Identity
-from zcproto.app.access import Access
+from zcproto.app.app import Access
 from zcproto.auth.identity import Channel
 from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.common.roles import MAX_ROLE, MAX_ROLES, NO_ROLES, is_role, roles_from

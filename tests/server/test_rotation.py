@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import Answer
 from tests.server.protocol_harness import Harness, Peer, harness, nothing_left
-from zcproto.app.clients import ConnectedClient
+from zcproto.app.context import ConnectedClient
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server_sessions import ROTATION_GRACE_S
 from zcproto.connection.settings import StreamLimits

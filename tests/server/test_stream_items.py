@@ -12,8 +12,8 @@ import pytest
 from tests.helpers import Answer
 from tests.server.protocol_harness import Harness, harness, nothing_left
 from tests.server.test_streams import LIMITS, StreamPeer, items, kinds
+from zcproto.app.app import Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.errors import Code
 from zcproto.wire.frame import CANCEL, END, ITEM, Kind
 from zcproto.wire.message import decode_body, encode_body

@@ -14,9 +14,8 @@ from tests.client.conftest import ConnectTo, connect_to, home
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
-from zcproto.app.app import App, Method
+from zcproto.app.app import App, Items, Method
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.errors import (
     Cancelled,
     Code,

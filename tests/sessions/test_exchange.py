@@ -19,8 +19,8 @@ from tests.sessions.helpers import (
 from zcproto.common.roles import OPERATORS, Roles
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
 from zcproto.sessions import OpenedSession, SessionRegistry
-from zcproto.sessions.exchange import EVICTION_SAMPLE
 from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.registry import EVICTION_SAMPLE
 from zcproto.sessions.token import digest_of
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, RegistryHarness
 from zcproto.errors import ConfigError
 from zcproto.sessions import Session, SessionInfo, SessionSettings, token_text
-from zcproto.sessions.grace import Spent
+from zcproto.sessions.registry import Spent
 
 
 def test_defaults_match_configuration() -> None:

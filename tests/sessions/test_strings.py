@@ -7,9 +7,9 @@ import random
 import pytest
 
 from tests.sessions.helpers import used_slots
-from zcproto.sessions import strings as strings_module
+from zcproto.sessions import index
+from zcproto.sessions.index import END, StringTable
 from zcproto.sessions.slab import CHUNK
-from zcproto.sessions.strings import UNKNOWN, StringTable
 
 TEXTS = [
     "",
@@ -50,7 +50,7 @@ def test_string_is_freed_with_last_use(text: str) -> None:
     table.release(number)
     assert table.find(text) == number
     table.release(number)
-    assert table.find(text) == UNKNOWN
+    assert table.find(text) == END
     assert (len(table), used_slots(table.slab), len(table._long)) == (0, 0, 0)
 
 
@@ -70,18 +70,18 @@ def test_strings_are_distinguished() -> None:
 
 
 def test_strings_with_same_hash_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strings_module, "hash", lambda value: 7, raising=False)
+    monkeypatch.setattr(index, "hash", lambda value: 7, raising=False)
     table = StringTable(CHUNK, 23)
     numbers = [table.acquire(text) for text in TEXTS]
     assert [table.find(text) for text in TEXTS] == numbers
     for number in numbers[::2]:
         table.release(number)
     assert [table.find(text) for text in TEXTS[1::2]] == numbers[1::2]
-    assert {table.find(text) for text in TEXTS[::2]} == {UNKNOWN}
+    assert {table.find(text) for text in TEXTS[::2]} == {END}
 
 
 def test_unknown_string_is_not_found() -> None:
-    assert StringTable(CHUNK, 23).find("mallory") == UNKNOWN
+    assert StringTable(CHUNK, 23).find("mallory") == END
 
 
 def test_string_table_shrinks() -> None:
@@ -100,6 +100,6 @@ def test_uncached_string_is_found() -> None:
     assert table.acquire("a") == first
     table.release(first)
     table.release(first)
-    assert table.find("a") == UNKNOWN
+    assert table.find("a") == END
     table.acquire("c")
-    assert table.find("a") == UNKNOWN
+    assert table.find("a") == END

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.telemetry.helpers import TIMEOUT
-from zcproto.telemetry.batch import MAX_BATCH, Batches
+from zcproto.telemetry.export import MAX_BATCH, Batches
 
 LONG = 3600.0
 """A delay that no test waits for: what is sent earlier is sent for another reason."""

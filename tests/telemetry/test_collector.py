@@ -14,8 +14,7 @@ import pytest
 from tests.limits import TIMEOUT
 from tests.telemetry.helpers import patient_config
 from zcproto.common.clock import system_clock, system_entropy
-from zcproto.telemetry.collector import MAX_ANSWER, CollectorSession
-from zcproto.telemetry.export import Telemetry
+from zcproto.telemetry.export import MAX_ANSWER, CollectorSession, Telemetry
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

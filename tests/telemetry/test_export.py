@@ -31,11 +31,10 @@ from zcproto.config import LogConfig, TelemetryConfig
 from zcproto.errors import ConfigError, InternalError
 from zcproto.observe.log import configure_logging, flush_log
 from zcproto.observe.metrics import METRICS
+from zcproto.runtime.build import build_telemetry
 from zcproto.runtime.server import Server
-from zcproto.runtime.telemetry import build_telemetry
 from zcproto.telemetry import export, trace_calls
-from zcproto.telemetry.export import Telemetry, check_environment, headers_of
-from zcproto.telemetry.metrics import name_and_unit
+from zcproto.telemetry.export import Telemetry, check_environment, headers_of, name_and_unit
 
 HEADERS = "Authorization: Bearer c2VjcmV0LW9mLXRoZS1jb2xsZWN0b3I\n\nX-Scope: tests\n"
 

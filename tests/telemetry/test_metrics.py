@@ -11,7 +11,7 @@ from opentelemetry.sdk.resources import Resource
 
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.metrics import METRICS, Metrics, series_of
-from zcproto.telemetry.metrics import metrics_data, name_and_unit
+from zcproto.telemetry.export import metrics_data, name_and_unit
 
 BEGAN, NOW = 1_000, 2_000
 

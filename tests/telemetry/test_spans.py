@@ -14,9 +14,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 
 from tests.telemetry.helpers import NOT_SAMPLED, SAMPLED, TRACE_ID, Spans, chain
-from zcproto.app.app import App
+from zcproto.app.app import App, Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.client.handlers import Call
 from zcproto.client.middleware import OutgoingCall
 from zcproto.client.retry import MAX_RETRY_AFTER_MS

@@ -12,5 +12,5 @@ from zcproto.common.clock import system_clock
 def stopped_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let only `advance` move a MovableClock, so that a busy machine adds nothing."""
     monkeypatch.setattr(
-        "zcproto.testing.clock.system_clock", FakeClock(system_clock.wall(), system_clock.now())
+        "zcproto.testing.memory.system_clock", FakeClock(system_clock.wall(), system_clock.now())
     )

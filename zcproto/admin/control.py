@@ -26,8 +26,7 @@ from zcproto.common.home import Home
 from zcproto.common.unix_socket import SocketFile, peer_process
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import Peer, Router
-from zcproto.http.security_headers import SecurityHeaders
+from zcproto.http.messages import Peer, Router, SecurityHeaders
 from zcproto.server.listener import AcceptLoop
 from zcproto.server.state import ServerState, log
 

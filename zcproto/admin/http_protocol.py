@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 from zcproto.http.connection import HttpConnection, HttpLimits
-from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, text_response
-from zcproto.http.security_headers import SecurityHeaders
+from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, SecurityHeaders, text_response
 from zcproto.server.eager import EagerWorker
 from zcproto.server.state import ServerState
 

@@ -29,8 +29,16 @@ from zcproto.common.network import network_of, plain_address
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, Router, text_response
-from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
+from zcproto.http.messages import (
+    Handler,
+    HttpRequest,
+    HttpResponse,
+    Peer,
+    Router,
+    SecurityHeaders,
+    StrictTransportSecurity,
+    text_response,
+)
 from zcproto.server.listener import AcceptLoop, bind
 from zcproto.server.state import ServerState, log
 from zcproto.tls.server import TlsServerTransport

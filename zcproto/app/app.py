@@ -21,23 +21,48 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager
+from enum import Enum
 from functools import partial
-from typing import Any, Final, Generic, TypeVar, overload
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, overload
 
-from zcproto.app.access import Access
 from zcproto.app.context import Context, State
-from zcproto.app.items import Items
-from zcproto.app.schema import method_schema
 from zcproto.app.topics import Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
 from zcproto.common.middleware import Middleware, around, check_middleware
 from zcproto.common.parameters import Signature
-from zcproto.common.roles import roles_from
+from zcproto.common.roles import NO_ROLES, Roles, roles_from
 from zcproto.common.value_types import ValueType
 from zcproto.errors import InvalidArgument, PermissionDenied
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
 from zcproto.sessions import Session
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, MessageError, decode_body, encode_body
+
+Item = TypeVar("Item")
+
+
+class Items(AsyncIterator[Item], Generic[Item]):
+    """The client's items: a method takes them with `async for` from a parameter annotated `Items[T]`.
+
+        @app.method("upload")
+        async def upload(name: str, chunks: Items[bytes]) -> int:
+            return sum([len(chunk) async for chunk in chunks])
+
+    The client sends only as much as the method takes. An item that is not a `T` raises InvalidArgument.
+    """
+
+    __slots__ = ()
+
+
+class Access(NamedTuple):
+    """Who may call a method: sessions with one of the roles `needed`, if there are any, and none of `denied`."""
+
+    needed: Roles
+    denied: Roles = NO_ROLES
+
+    def admits(self, roles: Roles) -> bool:
+        """Return whether a session with these roles may call the method."""
+        return not self.denied & roles and (not self.needed or not self.needed.isdisjoint(roles))
+
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware[Context])
@@ -220,7 +245,7 @@ class Method:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON Schema of the method (zcproto/app/schema.py)."""
+        """The JSON Schema of the method (zcproto/app/app.py)."""
         if self._schema is None:
             self._schema = method_schema(self.signature, sends=self.shape in ("server", "both"))
         return self._schema
@@ -537,3 +562,60 @@ def default_app() -> App:
         return context.wall()
 
     return app
+
+
+_SHOWN_DEFAULTS: Final = frozenset({type(None), bool, int, float, str})
+
+Direction = Literal["validation", "serialization"]
+"""What a caller sends, and what it receives; the two differ for some types."""
+
+
+def method_schema(signature: Signature, *, sends: bool) -> dict[str, Any]:
+    """Return the JSON Schema of a method: its parameters, its result, and the items that it sends and takes.
+
+        {"params": {"type": "object", "properties": {...}, "required": [...], "additionalProperties": false},
+         "result": {...}, "sends": {...}, "takes": {...}, "$defs": {...}}
+
+    It describes values as they are on the wire: bin is a str of the format `binary`, Decimal one of `decimal`.
+    """
+    types: dict[str, tuple[ValueType, Direction]] = {
+        f"params.{each.name}": (each.type, "validation") for each in signature.parameters
+    }
+    types["result"] = signature.result, "serialization"
+    if sends:
+        types["sends"] = signature.sends, "serialization"
+    if signature.items is not None:
+        types["takes"] = signature.items[1], "validation"
+    schemas, definitions = _schemas(types)
+    properties: dict[str, Any] = {}
+    others: Any = False
+    for each in signature.parameters:
+        schema = schemas.pop(f"params.{each.name}")
+        if each.name.startswith("**"):
+            others = schema or True
+            continue
+        default = each.default.value if isinstance(each.default, Enum) else each.default
+        if not each.is_required and default.__class__ in _SHOWN_DEFAULTS:
+            schema = {**schema, "default": default}
+        properties[each.name] = schema
+    params = {"type": "object", "properties": properties, "additionalProperties": others}
+    required = [each.name for each in signature.parameters if each.is_required]
+    if required:
+        params["required"] = required
+    return {"params": params, **schemas, **({"$defs": definitions} if definitions else {})}
+
+
+def _schemas(
+    types: dict[str, tuple[ValueType, Direction]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Return the schema of each type, and the definitions that they share."""
+    schemas = {key: type_.simple_schema for key, (type_, _) in types.items() if type_.adapter is None}
+    adapters = {
+        key: (type_.adapter, mode) for key, (type_, mode) in types.items() if type_.adapter is not None
+    }
+    if not adapters:
+        return schemas, {}
+    from zcproto.common.adapters import json_schemas  # noqa: PLC0415  pydantic is large
+
+    described, definitions = json_schemas(adapters)
+    return {**schemas, **described}, definitions

@@ -252,7 +252,7 @@ def demo(
     leaves no process and no file. Exit code 0 if everything is verified.
     """
     from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
-    from zcproto.load.demo.run import Demo, run_demo  # noqa: PLC0415
+    from zcproto.load.demo import Demo, run_demo  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
     result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot, html=html), new_console())

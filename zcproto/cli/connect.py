@@ -23,10 +23,9 @@ import click
 from click.core import ParameterSource
 
 from zcproto.cli import Function, Instance, file_option, instance_options
-from zcproto.cli.json_values import parse_params, to_json
+from zcproto.cli.json_values import parse_params, stdin_items, to_json
 from zcproto.cli.output import json_text
-from zcproto.cli.signatures import listed_methods, signatures
-from zcproto.cli.stdin_items import stdin_items
+from zcproto.cli.stub_python import listed_methods, signatures
 from zcproto.client.address import is_ip, parse_addresses
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop

@@ -27,7 +27,7 @@ from zcproto.common.files import UnusableFileError, locked, read_file, replace_f
 from zcproto.common.home import Home
 from zcproto.common.https import verifying_context
 from zcproto.common.text import escape_text
-from zcproto.config.texts import is_issuer
+from zcproto.config.types import is_issuer
 from zcproto.errors import ConfigError
 
 DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"

@@ -1,4 +1,4 @@
-"""Typed clients in Python."""
+"""Typed clients in Python, and the methods of a server as text in its notation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ast
 import builtins
 import keyword
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final
+
+import click
 
 from zcproto.cli.stub_types import Alias, Class, Language, StubMethod, Stubs, identifier, unique
 from zcproto.errors import ZcprotoError
@@ -183,3 +186,29 @@ def _arguments(method: StubMethod, others: str) -> tuple[list[str], str]:
     ]
     pairs = [f"{_constant(each.name)}: {each.name}" for each in method.params]
     return arguments, f"{{{', '.join([*pairs, *([f'**{others}'] if method.others else [])])}}}"
+
+
+def listed_methods(info: Any) -> list[Mapping[str, Any]]:
+    """Return the methods in an answer of `server.info`. Raises click.ClickException for another answer."""
+    methods = info.get("methods") if isinstance(info, dict) else None
+    if not isinstance(methods, list) or not all(isinstance(each, dict) for each in methods):
+        raise click.ClickException("the answer of server.info has no list of methods")
+    return methods
+
+
+def signatures(methods: Iterable[Mapping[str, Any]]) -> str:
+    """Return the methods of an application as text: their signatures, what they do, and the types in them."""
+    language = Python()
+    found = Stubs(methods, language)
+    lines = []
+    for method in found.methods:
+        lines.append(language.signature(method))
+        lines += [f"    {line}" for line in method.doc.splitlines()[:1]]
+    lines += [f"{name}(...)" for name in found.without_schema]
+    for each in found.types:
+        if isinstance(each, Alias):
+            lines += ["", f"{each.name} = {each.type}"]
+            continue
+        fields = [f"{one.name}: {one.type}{one.default and f' = {one.default}'}" for one in each.fields]
+        lines += ["", f"{each.name}:", *(f"    {one}" for one in fields)]
+    return "\n".join(lines)

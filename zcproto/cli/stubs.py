@@ -9,8 +9,7 @@ import click
 
 from zcproto.cli import Instance, file_option, instance_options
 from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options, user_option
-from zcproto.cli.signatures import listed_methods
-from zcproto.cli.stub_python import Python
+from zcproto.cli.stub_python import Python, listed_methods
 from zcproto.cli.stub_types import Language, Stubs, clean_text
 from zcproto.cli.stub_typescript import TypeScript
 from zcproto.common.text import escape_text

@@ -5,15 +5,15 @@
     config_as_toml        all settings as TOML
     default_config_file   a commented file to start with
 
-Reading order: types (what a key accepts), checks (what must hold between settings), auth, telemetry and model (the
-settings), load, render, changes (what a reload applies).
+Reading order: types (what a key accepts), checks (what must hold between settings), model (the settings), load
+(from files, and as TOML), changes (what a reload applies).
 """
 
-from zcproto.config.auth import AuthConfig, OidcConfig, RoleConfig
-from zcproto.config.load import load_config
+from zcproto.config.load import config_as_toml, default_config_file, load_config
 from zcproto.config.model import (
     AcmeConfig,
     AlertsConfig,
+    AuthConfig,
     CallsConfig,
     CertificatesConfig,
     Config,
@@ -22,15 +22,16 @@ from zcproto.config.model import (
     IdempotencyConfig,
     LimitsConfig,
     LogConfig,
+    OidcConfig,
+    RoleConfig,
     ServerConfig,
     SessionsConfig,
     SiteConfig,
     StoreConfig,
     StreamsConfig,
+    TelemetryConfig,
     TlsConfig,
 )
-from zcproto.config.render import config_as_toml, default_config_file
-from zcproto.config.telemetry import TelemetryConfig
 
 __all__ = [
     "AcmeConfig",

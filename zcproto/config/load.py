@@ -1,4 +1,4 @@
-"""Read the configuration from its sources and report all faults at once.
+"""Read the configuration from its sources and report all faults at once; write it as TOML.
 
 Rules:
 - The command line overrides the environment, which overrides the file. Only the value that applies is checked, but
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -26,8 +27,8 @@ from zcproto.common.files import UnusableFileError, read_trusted_file
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text, toml_string
 from zcproto.config.checks import contradictions, split_key, value_of
-from zcproto.config.model import Config, keys, sections, settings
-from zcproto.config.types import MAX_FAULTS, faults_of, nearest
+from zcproto.config.model import CertificatesConfig, Config, descriptions, keys, sections, settings
+from zcproto.config.types import MAX_FAULTS, faults_of, nearest, settings_of, table_lines
 from zcproto.errors import ConfigError
 
 MAX_FILE_BYTES: Final = 1_048_576
@@ -312,3 +313,64 @@ def _nearest_anywhere(name: str) -> list[str]:
     names = {split_key(key)[1] for key in settings()}
     # Among all names a match by chance is likelier than within one section, so it has to be closer.
     return [key for near in nearest(name, sorted(names), 0.75) for key in _keys_named(near)]
+
+
+_WIDTH = 100
+
+
+def config_as_toml(config: Config) -> str:
+    """Return all settings with their values. Reading them gives an equal configuration."""
+    lines: list[str] = []
+    for section, model in sections().items():
+        values = getattr(config, section)
+        lines.append(f"[{section}]")
+        tables: list[str] = []  # behind the keys, which would belong to them
+        for name, accepts in settings_of(model).items():
+            value = getattr(values, name)
+            if accepts.tables is not None and value:
+                for table in value:
+                    tables += ["", f"[[{section}.{name}]]", *table_lines(table)]
+            else:
+                lines.append(f"{name} = {accepts.write(value)}")
+        lines += [*tables, ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def default_config_file(home: Path) -> str:
+    """Return a file that describes every key and sets none.
+
+    Each default is a comment: a default that is set would stay when a later version has a better one.
+    """
+    lines = _comment(
+        "Configuration of zcproto. Every key is optional: this file, as it is, changes nothing. Uncomment a"
+        " key to set it. An environment variable overrides this file (server.port is"
+        " ZCPROTO_SERVER__PORT), and a command-line option overrides both. `zcproto config check` reports all"
+        " faults."
+    )
+    defaults = Config(certificates=CertificatesConfig(directory=home / "certs"))
+    for section, model in sections().items():
+        lines += ["", "", *_comment(model.__doc__ or ""), f"[{section}]"]
+        lines += _keys(section, model, getattr(defaults, section))
+    return "\n".join(lines) + "\n"
+
+
+def _keys(section: str, model: type[BaseModel], defaults: BaseModel | None) -> list[str]:
+    """Return the keys of a section, or of a table, with their defaults; examples for keys that have none."""
+    lines: list[str] = []
+    for name, accepts in settings_of(model).items():
+        field = model.model_fields[name]
+        lines += ["", *_comment(descriptions(model)[name]), *_comment(f"Must be {accepts.words}.")]
+        if accepts.tables is not None:
+            lines += [f"#[[{section}.{name}]]", *_keys(f"{section}.{name}", accepts.tables, None)]
+        elif defaults is not None:
+            lines.append(f"#{name} = {accepts.write(getattr(defaults, name))}")
+        else:
+            value = field.examples[0] if field.examples else field.get_default()
+            lines.append(f"#{name} = {accepts.write(value)}")
+    return lines
+
+
+def _comment(text: str) -> list[str]:
+    return [
+        f"# {line}" for line in textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    ]

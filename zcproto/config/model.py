@@ -10,37 +10,42 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, model_validator
 
 from zcproto.common.home import resolve_home
-from zcproto.config.auth import AuthConfig
 from zcproto.config.checks import SITE_CHECKS, contradictions
-from zcproto.config.telemetry import TelemetryConfig
-from zcproto.config.texts import (
+from zcproto.config.types import (
     BINDING,
     CERTIFICATE_NAME,
+    CLAIM_TEXT,
+    COLLECTOR_URL,
     COMMAND,
     EAB_KID,
     EMAIL,
     FILE_PATH,
+    FLAG,
+    FRACTION,
     HOST_NAME,
     HTTPS_URL,
+    ISSUER_URL,
+    METHOD_PATTERN,
     NETWORK,
     OPTIONAL_PATH,
     PIN,
+    ROLE_NAME,
+    ROLE_OF_CLAIM,
+    SERVICE_NAME,
     SITE_NAME,
     STORE_URL,
+    USER_PREFIX,
     VARIABLE_NAME,
     WEBHOOK_URL,
-)
-from zcproto.config.types import (
-    FLAG,
     Accepts,
     Fault,
     FaultsError,
@@ -55,6 +60,9 @@ from zcproto.config.types import (
     whole_or_auto,
 )
 from zcproto.tls.context import SUITES
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+"""Those of zcproto/auth/jwt.py: a test compares them."""
 
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
 
@@ -169,9 +177,6 @@ def _duplicate_names(sites: Mapping[int, SiteConfig]) -> Iterator[Fault]:
                 yield Fault(f"[{index}].names[{place}]", name, sentence)
 
 
-SITES = tables_of(SiteConfig, "certificates.site", 100, _duplicate_names)
-
-
 class CertificatesConfig(Settings):
     """The server's certificates."""
 
@@ -217,7 +222,9 @@ class CertificatesConfig(Settings):
     workers follow; by themselves they check every two seconds at most."""
     alert_days: Annotated[tuple[int, ...], list_of(whole(1, 396), 0, 16)] = (30, 14, 7, 3, 1)
     """Days before the expiry of a certificate at which an alert is sent."""
-    site: Annotated[tuple[SiteConfig, ...], SITES] = ()
+    site: Annotated[
+        tuple[SiteConfig, ...], tables_of(SiteConfig, "certificates.site", 100, _duplicate_names)
+    ] = ()
     """External certificates for some names, in either mode. Clients that ask for none of these names get the
     certificate above."""
 
@@ -431,6 +438,104 @@ class CallsConfig(Settings):
     """Names of methods that the clients of one user handle, together."""
 
 
+class RoleConfig(Settings):
+    """What sessions with a role may call, besides what the application says."""
+
+    name: Annotated[str, ROLE_NAME] = Field(examples=["billing"])
+    """The role, as users, devices and tokens have it."""
+    allow: Annotated[tuple[str, ...], each_of(METHOD_PATTERN, 0, 256)] = ()
+    """The methods that need this role, or another one that allows them or that the application names: names, or
+    beginnings with a star. "*" is all methods of the application that need a session; those of the server, such as
+    "server.sessions", are meant by "server.*" only."""
+    deny: Annotated[tuple[str, ...], each_of(METHOD_PATTERN, 0, 256)] = ()
+    """The methods that no session with this role may call, whatever its other roles."""
+
+
+class OidcConfig(Settings):
+    """An identity provider whose tokens open sessions, by the scheme jwt. It needs the extra "oidc"."""
+
+    issuer: Annotated[str, ISSUER_URL] = Field(examples=["https://login.example.com/realms/staff"])
+    """The provider's address, exactly as in the claim `iss` of its tokens. Its metadata is read from
+    /.well-known/openid-configuration below."""
+    audience: Annotated[tuple[str, ...], list_of(CLAIM_TEXT, 1, 16, bare=True)] = Field(
+        examples=[("zcproto",)]
+    )
+    """What this server is called in the claim `aud`. A token for another one is refused."""
+    algorithms: Annotated[tuple[str, ...], list_of(one_of(*ALGORITHMS), 1, len(ALGORITHMS))] = (
+        "RS256",
+        "PS256",
+        "ES256",
+        "EdDSA",
+    )
+    """The algorithms of signatures to accept. All of them are asymmetric; the default has those that providers
+    use."""
+    types: Annotated[tuple[str, ...], list_of(one_of("JWT", "at+jwt"), 1, 2)] = ("JWT", "at+jwt")
+    """The types of tokens to accept (`typ` in the header; a token without one is a JWT). ["at+jwt"] is for
+    providers that mark access tokens by RFC 9068, so that no ID token is accepted."""
+    user_claim: Annotated[str, CLAIM_TEXT] = "sub"
+    """The claim that names the user. "sub" never changes and is never given to another person; names and email
+    addresses may be."""
+    user_prefix: Annotated[str, USER_PREFIX] = ""
+    """What is put before the name, such as "oidc:". Without it, a user of the provider and a user of this server
+    with the same name are one."""
+    roles_claim: Annotated[str, CLAIM_TEXT] = "roles"
+    """The claim with the roles: a list, or a text with spaces between them, such as "scope". Dots lead into
+    objects: "realm_access.roles"."""
+    roles: Annotated[tuple[str, ...], each_of(ROLE_OF_CLAIM, 0, 1000)] = ()
+    """The values of that claim that are roles here: "billing", or "Finance Team=billing" for another name. None by
+    default, so that people who name groups at the provider cannot make operators."""
+    leeway: Annotated[float, duration("0s", "5m")] = 30.0
+    """How far the clocks of the provider and of this server may differ."""
+    outlive_token: Annotated[bool, FLAG] = False
+    """Whether a session may last longer than its token, as `sessions` says. By default it ends with the token, and
+    the client opens another one with a fresh token; then a user who is disabled at the provider is out when the
+    token expires."""
+    max_token_bytes: Annotated[int, whole(512, 16_384)] = 8_192
+    """The largest token. Tokens with many groups exceed 4 KiB. `limits.max_frame_bytes_before_session` applies
+    too."""
+    ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The CA certificates for the provider. Empty: those of the system."""
+    timeout: Annotated[float, duration("100ms", "1m")] = 5.0
+    """How long one request to the provider may take. A login may wait for two."""
+    keys_refresh: Annotated[float, duration("1m", "24h")] = 3600.0
+    """How often the provider's keys are fetched, in the background."""
+    keys_min_interval: Annotated[float, duration("1s", "1h")] = 30.0
+    """How soon they are fetched again for a token with an unknown key, or after a failure. Tokens with invented
+    keys cannot make the server ask more often."""
+    keys_stale: Annotated[float, duration("1m", "30d")] = 86_400.0
+    """How long the last keys are used while the provider does not answer. A provider that is down for a night does
+    not stop logins with the tokens it has issued."""
+
+
+def _distinct(name: str, role: str) -> Callable[[Mapping[int, Any]], Iterator[Fault]]:
+    """Return a check that yields a fault for each table whose setting `name` repeats that of an earlier one."""
+
+    def faults(tables: Mapping[int, Any]) -> Iterator[Fault]:
+        first: dict[str, int] = {}
+        for index, table in tables.items():
+            value = getattr(table, name)
+            if first.setdefault(value, index) != index:
+                yield Fault(f"[{index}].{name}", value, f"is {role}[{first[value]}] too")
+
+    return faults
+
+
+class AuthConfig(Settings):
+    """Who may call which methods."""
+
+    role: Annotated[
+        tuple[RoleConfig, ...],
+        tables_of(RoleConfig, "auth.role", 100, _distinct("name", "the role of auth.role")),
+    ] = ()
+    """What the roles of a session allow and deny. Checked against the methods of the application when the server
+    starts, and at each reload."""
+    oidc: Annotated[
+        tuple[OidcConfig, ...],
+        tables_of(OidcConfig, "auth.oidc", 8, _distinct("issuer", "the issuer of auth.oidc"), bare=True),
+    ] = ()
+    """The identity providers whose tokens open sessions. One provider may be written as [auth.oidc]."""
+
+
 class AlertsConfig(Settings):
     """Where alerts are sent, beside the log, and at which thresholds."""
 
@@ -523,6 +628,47 @@ class LogConfig(Settings):
     audit_file: Annotated[Path | None, OPTIONAL_PATH] = None
     """A second file, for the audit trail alone: JSON lines, whatever level and format are. It is created and
     reopened like `file`. Empty: none; the events of the trail are in the log only."""
+
+
+class TelemetryConfig(Settings):
+    """OpenTelemetry: traces, metrics and log records, sent by OTLP over HTTP. It needs the extra "otel"."""
+
+    traces: Annotated[bool, FLAG] = False
+    """Whether requests, streams and calls to clients are traced."""
+    metrics: Annotated[bool, FLAG] = False
+    """Whether the metrics of /metrics are sent too, by each process with its own."""
+    logs: Annotated[bool, FLAG] = False
+    """Whether the lines of the log are sent too. They are written as [log] says all the same."""
+    endpoint: Annotated[str, COLLECTOR_URL] = Field(default="", repr=False)
+    """The address of the collector, to which /v1/traces and such is added. Empty: OTEL_EXPORTER_OTLP_ENDPOINT, or
+    http://localhost:4318."""
+    headers_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """A file of mode 0600 with headers of each request to the collector, one "Name: value" a line, such as its
+    access token. Empty: OTEL_EXPORTER_OTLP_HEADERS, or none."""
+    ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The CA certificates for the collector. Empty: OTEL_EXPORTER_OTLP_CERTIFICATE, or those that are common."""
+    service_name: Annotated[str, SERVICE_NAME] = ""
+    """The name of this server in traces (service.name). Empty: OTEL_SERVICE_NAME, or zcproto."""
+    sample_ratio: Annotated[float, FRACTION] = 1.0
+    """The part of the traces that begin here which is recorded: 0.01 is one of a hundred. Requests of a trace that
+    has begun elsewhere are recorded if their caller's are. If it is not set, OTEL_TRACES_SAMPLER may choose another
+    sampler."""
+    trust: Annotated[str, one_of("all", "sessions", "none")] = "sessions"
+    """Whose `traceparent` is followed. "sessions": that of requests with a session, since a stranger could have all
+    requests recorded by it. For others a trace begins here."""
+    timeout: Annotated[float, duration("100ms", "1m")] = 10.0
+    """How long sending one batch may take, with its repetitions. If it is not set, OTEL_EXPORTER_OTLP_TIMEOUT
+    applies."""
+    delay: Annotated[float, duration("100ms", "1m")] = 5.0
+    """How long a span or a log record waits for others before it is sent."""
+    queue: Annotated[int, whole(64, 1_000_000)] = 2048
+    """Spans, and as many log records, that wait to be sent. More are dropped and counted: a collector that is down
+    costs no request its time."""
+    metrics_interval: Annotated[float, duration("1s", "1h")] = 60.0
+    """How often metrics are sent."""
+    flush_timeout: Annotated[float, duration("0s", "8s")] = 5.0
+    """How long the end of the server waits for what has not been sent: less than the ten seconds after which
+    a worker that does not end is killed."""
 
 
 class Config(Settings):

@@ -33,8 +33,7 @@ from typing import Final
 
 import h11
 
-from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
-from zcproto.http.security_headers import SecurityHeaders
+from zcproto.http.messages import HttpRequest, HttpResponse, Peer, SecurityHeaders, text_response
 
 METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
 """Any other method is 501: CONNECT has no use here, and TRACE would reveal header fields added by proxies.

@@ -11,11 +11,12 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -24,6 +25,7 @@ from zcproto.client.streams import DEFAULT_WINDOW
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
+from zcproto.connection.client_streams import ClientStream
 from zcproto.errors import (
     Code,
     InternalError,
@@ -37,7 +39,6 @@ from zcproto.load.connection import FrameConnection
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
 from zcproto.load.plan import CLIENT_NAME, Share, Target
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
-from zcproto.load.streams import LoadStream, opening_times
 from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.transport import TlsTransport
@@ -562,3 +563,56 @@ def code_name(code: int) -> str:
         return Code(code).name
     except ValueError:
         return f"CODE_{code}"
+
+
+MAX_OPENED_PER_SECOND: Final = 2_500
+"""By all processes. Opening a stream costs a server more than an item, and a late stream has only late items."""
+
+
+def opening_times(share: Share, streams: int) -> Iterator[float]:
+    """Yield when to open each stream, in seconds, over whole intervals: so their items are due evenly."""
+    intervals = math.ceil(share.rate * share.processes / MAX_OPENED_PER_SECOND)
+    return uniform_times(share.rate / intervals, streams)
+
+
+class LoadStream:
+    """The items of one stream. `half` is its state in the connection, once it is open."""
+
+    __slots__ = ("_data", "_interval", "_number", "_planned", "due", "half", "last_at", "received", "wrong")
+
+    def __init__(self, share: Share, number: int, data: bytes, due: float) -> None:
+        self._planned = share.items_per_stream
+        self._interval = share.interval_s
+        self._number = number * share.items_per_stream  # no number occurs in two streams
+        self._data = data
+        self.due = due
+        """When it should open, and so when its first item is due."""
+        self.last_at = due
+        self.half: ClientStream | None = None
+        self.received = 0
+        self.wrong = 0
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {"n": self._number, "data": self._data, "count": self._planned, "interval": self._interval}
+
+    @property
+    def next_due(self) -> float:
+        """When the next item is due."""
+        return self.due + self.received * self._interval
+
+    @property
+    def missing(self) -> int:
+        """The number of items that have not arrived."""
+        return max(self._planned - self.received, 0)
+
+    def take(self, value: Any) -> bool:
+        """Compare the next item. Return whether it is the expected one."""
+        is_right = self.missing > 0 and value == {"n": self._number + self.received, "data": self._data}
+        self.received += 1
+        self.wrong += not is_right
+        return is_right
+
+    def is_complete(self, result: Any) -> bool:
+        """Return whether all items have arrived in order, and the result is right."""
+        return not self.wrong and self.received == self._planned and result == {"items": self._planned}

@@ -13,7 +13,7 @@ from zcproto.errors import CallError, ConfigError, ConnectionClosed
 from zcproto.load.caller import Operator, UserCaller
 from zcproto.load.plan import Plan, Target, shares, sources_for
 from zcproto.load.result import Moment, Result, StatsReading
-from zcproto.load.worker_pool import WorkerPool
+from zcproto.load.worker import WorkerPool
 
 VERIFY_RATE: Final = 5_000.0
 """Last requests per second: a low rate, because they verify and do not measure."""

@@ -1,16 +1,17 @@
-"""Builds the parts of a server from its configuration, in order of dependency.
+"""Build the parts of a server from its configuration, in order of dependency.
 
     build_alerts -> build_certificates -> build_state -> build_login -> build_endpoints -> Parts
 
-Nothing listens or runs yet; zcproto/runtime/server.py starts what this file makes. All faults of the configuration
-and the certificates are raised here, before a port is bound.
+Nothing listens or runs yet; zcproto/runtime/server.py starts the parts. All faults of the configuration and the
+certificates are raised here, before a port is bound.
 
-A `WorkerRole` replaces what workers of one server have in common, and leaves out what must be done once.
+A `WorkerRole` has the ports by which the processes of one server do together what must be done once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from math import inf
-from typing import Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.machines import build_tokens
@@ -55,7 +56,7 @@ from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction,
 from zcproto.common.counts import ALONE, Counting
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
-from zcproto.config import Config
+from zcproto.config import Config, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_holds import Hold, LoopHolds
@@ -68,7 +69,6 @@ from zcproto.runtime.alert_sources import (
     on_store_event,
     watch_rates,
 )
-from zcproto.runtime.oidc import build_jwt
 from zcproto.runtime.store_setup import NEAR_CACHE, build_store
 from zcproto.server.access import access_of
 from zcproto.server.clients import CallLimits, RegisteredClients
@@ -99,32 +99,52 @@ from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.wire.frame import LENGTH_SIZE
 
+if TYPE_CHECKING:
+    from zcproto.telemetry.export import Telemetry
+
+from collections.abc import Sequence
+
+from zcproto.auth.issuer_keys import IssuerKeys
+from zcproto.auth.jwt import IssuerKey, TokenRules
+from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
+from zcproto.auth.provider import Provider
+from zcproto.common.https import verifying_context
+from zcproto.config import AuthConfig, OidcConfig
+from zcproto.runtime.alert_sources import on_issuer_answered, on_issuer_failed
+
+ReportGone = Callable[[str, str, str], Awaitable[None]]
+"""Report that a user or a device is gone: the kind of its file, its name, and the user."""
+
+
+async def _report_to_none(kind: str, name: str, user: str) -> None:
+    """No-op port."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRole:
-    """What the process of a server shares with others. By default it is the only one."""
+    """The ports of a process to the others of its server. By default it is the only process."""
 
     counting: Counting = ALONE
-    """Counts what is limited."""
+    """Counts for limits."""
     maintains: bool = True
     """Whether this process issues certificates, ends the sessions of users and devices that are gone, and removes
     expired entries from the store. If not, another one does."""
     has_lifespans: bool = True
     """Whether the lifespans of the application run in this process."""
     store: SessionStore | None = None
-    """Replaces the store of the configuration."""
+    """Replaces the configured store."""
     alerts: ServerAlerts | None = None
-    """Replaces the alerts, which are then logged and delivered by another process."""
+    """Replaces the alerts; another process logs and delivers them."""
     throttle: LoginThrottle | None = None
     """Replaces the throttle of logins."""
-    report_gone: Callable[[str, str, str], Awaitable[None]] | None = None
-    """Called without `maintains` with each user or device that is gone: see zcproto/runtime/gone.py."""
+    report_gone: ReportGone = _report_to_none
+    """Called without `maintains`, to have the sessions of a user or device ended by another process."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
     whole: Callable[[Parts], Whole] | None = None
-    """Makes, of the parts of this process, what reports the figures of all."""
+    """Makes the reports of all processes from the parts of this one."""
     connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
-    """Makes, of the state of this process, what finds the connections of sessions in the others."""
+    """Makes the lookup of connections in other processes from the state of this one."""
 
 
 SINGLE: Final = WorkerRole()
@@ -150,15 +170,21 @@ async def build(
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
     alerts = await build_alerts(config, clock, entropy) if role.alerts is None else role.alerts
-    certificates = await build_certificates(config, alerts, clock, progress, role)
-    found = role.store
-    if found is None:
-        found = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
+    certificates = await build_certificates(config, alerts, clock, progress, role.maintains)
+    store = role.store
+    if store is None:
+        store = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
     settings = session_settings(config)
-    if found is not None and found.shared:
+    if store is not None and store.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
     await asyncio.sleep(0)  # here and below: a coordinator answers the workers, whose logins wait
-    state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found, role)
+    state, sync = build_state(
+        config, home, settings, alerts, wheel, clock, entropy, store, role.counting, role.maintains
+    )
+    if role.run is not None:
+        state.run = role.run
+    if role.connections is not None:
+        state.connections_elsewhere = role.connections(state)
     jwt = await asyncio.to_thread(build_jwt, config.auth, clock, alerts)
     login = build_login(
         active,
@@ -167,9 +193,11 @@ async def build(
         app.authenticators if authenticators is None else authenticators,
         jwt=jwt,
         now=certificates.now,
-        role=role,
+        throttle=role.throttle,
+        counting=role.counting,
+        report_gone=None if role.maintains else role.report_gone,
     )
-    acceptor, listener, http = build_endpoints(active, state, certificates, wheel, role)
+    acceptor, listener, http = build_endpoints(active, state, certificates, wheel, role.counting)
     loop_lag = LoopLag(
         loop,
         lambda: state.counters.requests + acceptor.handshakes_completed,
@@ -186,7 +214,7 @@ async def build(
         alerts=alerts,
         certificates=certificates,
         state=state,
-        store=store,
+        store=sync,
         login=login.login,
         jwt=jwt,
         users=login.users,
@@ -238,17 +266,17 @@ async def build_certificates(
     alerts: ServerAlerts,
     clock: Clock,
     progress: Callable[[str], None],
-    role: WorkerRole = SINGLE,
+    maintains: bool,
 ) -> CertificateManager:
-    """Load the certificates, or make them if the server manages its own and this process maintains them."""
+    """Load the certificates, or issue them if the server manages its own and this process maintains them."""
     certificates = CertificateManager(
         config,
         clock,
         [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
-        on_notice=partial(on_certificate_notice, alerts) if role.maintains else lambda notice: None,
+        on_notice=partial(on_certificate_notice, alerts) if maintains else lambda notice: None,
         on_problem=partial(on_certificates_checked, alerts),
         progress=progress,
-        maintains=role.maintains,
+        maintains=maintains,
     )
     await certificates.start()
     return certificates
@@ -263,9 +291,10 @@ def build_state(
     clock: Clock,
     entropy: Entropy,
     store: SessionStore | None = None,
-    role: WorkerRole = SINGLE,
+    counting: Counting = ALONE,
+    maintains: bool = True,
 ) -> tuple[ServerState, StoreSync | None]:
-    """Build what all connections share, and the use of the store; None if sessions end with the process."""
+    """Build the state that all connections share, and the use of the store, None without a store."""
     loop = asyncio.get_running_loop()
     registry = SessionRegistry(settings, entropy)
     connections = SessionConnections()
@@ -287,7 +316,7 @@ def build_state(
             keep_ended_ms=settings.dead_keep_ms,
             # The changes of a hub are calls in this process: none is missed, however long it does not run.
             heartbeat=inf if isinstance(store, HubStore) else HEARTBEAT_S,
-            maintains=role.maintains,
+            maintains=maintains,
             on_event=partial(on_store_event, alerts),
         )
         sessions = StoredSessionService(sync, clock)
@@ -316,18 +345,14 @@ def build_state(
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             max_running=config.idempotency.running_per_user,
-            running_of=role.counting.counts("idempotency.running_per_user"),
+            running_of=counting.counts("idempotency.running_per_user"),
         ),
-        request_limits=RequestLimits(request_settings(config), role.counting),
+        request_limits=RequestLimits(request_settings(config), counting),
         threads=ThreadPool(thread_limits(config)),
         clients=RegisteredClients(call_limits(config)),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),
     )
-    if role.run is not None:
-        state.run = role.run
-    if role.connections is not None:
-        state.connections_elsewhere = role.connections(state)
     if sync is not None:
         sync.on_loaded = partial(_end_looking_up, state)
         sync.on_reached = state.idempotency.store_reached
@@ -358,14 +383,18 @@ def build_login(
     *,
     jwt: Authenticator | None = None,
     now: Callable[[], datetime],
-    role: WorkerRole = SINGLE,
+    throttle: LoginThrottle | None = None,
+    counting: Counting = ALONE,
+    report_gone: ReportGone | None = None,
 ) -> LoginParts:
     """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates, and `jwt`.
 
-    `now` is the time by which certificates are valid.
+    `now` is the time by which certificates are valid. `report_gone` is None if this process ends the sessions of
+    users and devices that are gone.
     """
     limits = active.config.limits
-    throttle = Throttle(limits.login_failures) if role.throttle is None else role.throttle
+    if throttle is None:
+        throttle = Throttle(limits.login_failures)
 
     def timeout() -> float:
         return active.config.limits.login_timeout
@@ -384,17 +413,17 @@ def build_login(
             )
         found.append(ApplicationAuthenticator(jwt, timeout, _log_login_refused, _log_login_timed_out))
     if BUILT_IN_SCHEMES not in authenticators:
-        return LoginParts(Login(found, throttle, limits.logins_pending, role.counting))
+        return LoginParts(Login(found, throttle, limits.logins_pending, counting))
     users = Directory(
         UserFile(home.users),
-        on_gone=partial(end_user_sessions, state),
-        on_gone_elsewhere=None if role.maintains else partial(_leave_user, role),
+        on_gone=partial(_end_user_sessions, state),
+        on_gone_elsewhere=report_gone and partial(_report_user, report_gone),
     )
     device_file = DeviceFile(home.devices)
     devices = Directory(
         device_file,
-        on_gone=partial(end_device_sessions, state),
-        on_gone_elsewhere=None if role.maintains else partial(_leave_device, role, state),
+        on_gone=partial(_end_device_sessions, state),
+        on_gone_elsewhere=report_gone and partial(_report_device, report_gone, state),
     )
     enrollment = Enrollment(PairingFile(home.pairing), device_file, users, throttle)
     found += ApiKeyAuthenticator(users), DeviceAuthenticator(devices, users, on_refused=_log_device_refused)
@@ -409,7 +438,7 @@ def build_login(
     origins = Origins(users, devices)
     state.binding.is_user, state.binding.origin_of = users.is_known, origins.of
     state.binding.is_origin = origins.applies
-    login = Login(found, throttle, limits.logins_pending, role.counting)
+    login = Login(found, throttle, limits.logins_pending, counting)
     return LoginParts(login, users, devices, enrollment)
 
 
@@ -429,41 +458,35 @@ def _log_certificate_refused(reason: str, address: str) -> None:
     log.info("login.certificate_refused", peer=address, reason=reason)
 
 
-async def end_user_sessions(state: ServerState, name: str, user: User) -> int:
-    """End the sessions of a user who was removed or changed; return how many. `user` is the entry before."""
+async def _end_user_sessions(state: ServerState, name: str, user: User) -> int:
+    """End the sessions of a user who was removed or changed. Return how many."""
     ended = await state.sessions.revoke_user(name, EndReason.USER_CHANGED)
     log.info("user.gone", user=name, sessions=ended)
     state.on_revoked(f"the user {name} was removed or changed", ended, False)
     return ended
 
 
-async def end_device_sessions(state: ServerState, name: str, device: RegisteredDevice) -> int:
-    """End the sessions of a device that was removed; return how many. Its proofs on open connections are void."""
-    disprove_device(state, name)
+async def _end_device_sessions(state: ServerState, name: str, device: RegisteredDevice) -> int:
+    """End the sessions of a device that was removed, and void its proofs on open connections. Return how many."""
+    _disprove_device(state, name)
     ended = await state.sessions.revoke_key(device.user, DEVICE_KEY + name, EndReason.DEVICE_REMOVED)
     log.info("device.gone", device=name, user=device.user, sessions=ended)
     state.on_revoked(f"the device {name} of {device.user} was removed or changed", ended, False)
     return ended
 
 
-def disprove_device(state: ServerState, name: str) -> None:
-    """Void the proofs of a device on the open connections."""
-    key = DEVICE_KEY + name
+def _disprove_device(state: ServerState, name: str) -> None:
     for connection in state.connections:
-        connection.disprove(key)
+        connection.disprove(DEVICE_KEY + name)
 
 
-async def _leave_user(role: WorkerRole, name: str, user: User) -> None:
-    """Leave the sessions of a user to the process that ends them."""
-    if role.report_gone is not None:
-        await role.report_gone(UserFile.kind, name, name)
+async def _report_user(report: ReportGone, name: str, user: User) -> None:
+    await report(UserFile.kind, name, name)
 
 
-async def _leave_device(role: WorkerRole, state: ServerState, name: str, device: RegisteredDevice) -> None:
-    """Leave the sessions of a device to the process that ends them."""
-    disprove_device(state, name)
-    if role.report_gone is not None:
-        await role.report_gone(DeviceFile.kind, name, device.user)
+async def _report_device(report: ReportGone, state: ServerState, name: str, device: RegisteredDevice) -> None:
+    _disprove_device(state, name)
+    await report(DeviceFile.kind, name, device.user)
 
 
 def build_endpoints(
@@ -471,14 +494,14 @@ def build_endpoints(
     state: ServerState,
     certificates: CertificateManager,
     wheel: DeadlineWheel,
-    role: WorkerRole = SINGLE,
+    counting: Counting,
 ) -> tuple[TlsAcceptor, Listener, HttpSide | None]:
     """Build the TLS endpoint and the protocols that are spoken on it."""
     config = active.config
     loop = asyncio.get_running_loop()
     protocol = TracedProtocol if config.telemetry.traces else ServerProtocol
     protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(protocol, state)}
-    http = HttpSide(config, state, role.counting) if config.http.enabled else None
+    http = HttpSide(config, state, counting) if config.http.enabled else None
     if http is not None:
         protocols |= http.protocols
     acceptor = TlsAcceptor(
@@ -493,7 +516,7 @@ def build_endpoints(
         on_challenge=_log_challenge,
         client_pins=parse_pins(config.tls.client_pins),
     )
-    return acceptor, Listener(acceptor, state, loop, config, role.counting), http
+    return acceptor, Listener(acceptor, state, loop, config, counting), http
 
 
 def challenge_context(active: ActiveConfig, server_name: str | None) -> ssl.SSLContext | None:
@@ -508,6 +531,91 @@ def _log_challenge(peer: str) -> None:
 
 def _log_tls_failure(failure: TlsFailure, peer: str) -> None:
     log.info("tls.failed", cause=failure.value, peer=peer)
+
+
+def build_telemetry(config: TelemetryConfig, clock: Clock, entropy: Entropy) -> Telemetry | None:
+    """Build the exporter of traces, metrics and log records; None if all are off. Reads files.
+
+    Raises ConfigError for an unusable file, and without the packages of the extra.
+    """
+    if not (config.traces or config.metrics or config.logs):
+        return None
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    try:
+        from zcproto.telemetry.export import Telemetry, check_environment  # noqa: PLC0415 - of an extra
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigError(
+            ['telemetry: OpenTelemetry is not installed; run: pip install "zcproto[otel]"']
+        ) from None
+    check_environment(os.environ)
+    return Telemetry(config, clock, entropy)
+
+
+def build_jwt(config: AuthConfig, clock: Clock, alerts: ServerAlerts) -> JwtAuthenticator | None:
+    """Return the authenticator of tokens, or None without an issuer. Reads files of CA certificates.
+
+    Raises ConfigError for an unusable file, and without the packages of the extra.
+    """
+    if not config.oidc:
+        return None
+    try:
+        import jwt  # noqa: F401, PLC0415 - it comes with an extra
+    except ImportError:
+        raise ConfigError(['auth.oidc: PyJWT is not installed; run: pip install "zcproto[oidc]"']) from None
+    issuers = [
+        _issuer(each, f"auth.oidc[{number}]", clock, alerts) for number, each in enumerate(config.oidc)
+    ]
+    return JwtAuthenticator(issuers, clock.wall)
+
+
+def provider_of(config: OidcConfig, key: str) -> Provider:
+    """Return the provider of a table, whose key is `key`. Raises ConfigError for an unusable file."""
+    return Provider(config.issuer, verifying_context(config.ca_file, f"{key}.ca_file"), config.timeout)
+
+
+def _issuer(config: OidcConfig, key: str, clock: Clock, alerts: ServerAlerts) -> TrustedIssuer:
+    return TrustedIssuer(
+        rules=TokenRules(
+            issuer=config.issuer,
+            audience=frozenset(config.audience),
+            algorithms=frozenset(config.algorithms),
+            types=frozenset(each.lower() for each in config.types),
+            leeway_s=config.leeway,
+            max_bytes=config.max_token_bytes,
+        ),
+        keys=IssuerKeys(
+            fetch=provider_of(config, key).keys,
+            now=clock.now,
+            events=_ReportedKeys(config.issuer, alerts),
+            refresh_s=config.keys_refresh,
+            min_interval_s=config.keys_min_interval,
+            stale_s=config.keys_stale,
+        ),
+        user_claim=config.user_claim,
+        user_prefix=config.user_prefix,
+        roles_claim=config.roles_claim,
+        roles={each.rpartition("=")[0] or each: each.rpartition("=")[2] for each in config.roles},
+        may_outlive=config.outlive_token,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ReportedKeys:
+    """Reports to the log and the alerts whether the keys of an issuer could be read."""
+
+    issuer: str
+    alerts: ServerAlerts
+
+    def loaded(self, keys: Sequence[IssuerKey]) -> None:
+        log.info("oidc.keys_loaded", issuer=self.issuer, count=len(keys))
+        on_issuer_answered(self.alerts, self.issuer)
+
+    def failed(self, reason: str, can_serve: bool) -> None:
+        log.warning("oidc.keys_failed", issuer=self.issuer, reason=reason, can_serve=can_serve)
+        on_issuer_failed(self.alerts, self.issuer, reason, can_serve)
 
 
 # --- settings from the configuration ---------------------------------------------------------------------

@@ -33,7 +33,7 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
 from zcproto.admin.users import ServerUsers
 from zcproto.app.app import App, default_app
-from zcproto.app.clients import ConnectedClient
+from zcproto.app.context import ConnectedClient
 from zcproto.auth import Authenticators
 from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
@@ -46,10 +46,9 @@ from zcproto.errors import ConfigError, FailedPrecondition
 from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
 from zcproto.runtime.background import background, background_work, roll_out_certificates
-from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build
+from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build, build_telemetry
 from zcproto.runtime.place import ONLY_PROCESS, Place, worker_count
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
-from zcproto.runtime.telemetry import build_telemetry
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason

@@ -20,8 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from zcproto.app.access import Access
-from zcproto.app.app import RESERVED_PREFIXES, Method
+from zcproto.app.app import RESERVED_PREFIXES, Access, Method
 from zcproto.common.roles import NO_ROLES
 from zcproto.config import RoleConfig
 from zcproto.errors import ConfigError

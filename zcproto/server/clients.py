@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from zcproto.app.clients import ClientConnections, ConnectedClient
+from zcproto.app.context import ClientConnections, ConnectedClient
 from zcproto.errors import ResourceExhausted
 from zcproto.sessions import Session
 

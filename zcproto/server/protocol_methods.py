@@ -108,8 +108,15 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             raise
         if isinstance(identity, Identity) and not (identity.key or state.sessions.is_stored):
             user, roles, _, ends_at = identity
-            external, wall = scheme in login.external, state.clock.wall()
-            opened = registry.open(user, client, peer, wall, frozenset(roles), "", external, ends_at)
+            opened = registry.open(
+                user,
+                wall=state.clock.wall(),
+                client=client,
+                address=peer,
+                roles=frozenset(roles),
+                external=scheme in login.external,
+                ends_at=ends_at,
+            )
             log_event("session.opened", caller, opened.session, scheme=scheme, client=client)
             return answer_tokens(caller, opened)
         return open_later(context, identity, fields, channel, client)

@@ -14,8 +14,7 @@ from heapq import nlargest
 from itertools import count
 from typing import Any, Final, Protocol
 
-from zcproto.app.access import Access
-from zcproto.app.app import App, Method
+from zcproto.app.app import Access, App, Method
 from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel

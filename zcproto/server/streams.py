@@ -18,8 +18,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final, Protocol
 
+from zcproto.app.app import Items
 from zcproto.app.context import Context
-from zcproto.app.items import Items
 from zcproto.app.topics import TopicEvent
 from zcproto.common.value_types import Checker
 from zcproto.connection.credit import ItemQueue

@@ -1,7 +1,7 @@
 """Sessions and their tokens in memory (sans-IO).
 
 Reading order: token.py (tokens and digests), session.py (settings and values returned to callers), registry.py (the
-decisions), then table.py, index.py, slab.py and strings.py (how 100,000 sessions fit in 20 MB).
+decisions), then table.py, index.py and slab.py (how 100,000 sessions fit in 20 MB).
 """
 
 from zcproto.sessions.registry import SessionRegistry

@@ -1,17 +1,23 @@
-"""Index slots by hash, growing and shrinking one bucket at a time.
+"""Find slots by hash: those of sessions by digests, and those of strings, which count their uses.
 
 A dict would double its memory and block the event loop for the whole rehash each time it grows. This is linear
 hashing (Litwin 1980) with chains: an insert splits at most one bucket, a removal joins at most two, and an entry
 costs 12 to 16 bytes.
+
+User names, client names and addresses become small numbers in a session record. A string is freed with its last
+use, so strings chosen by peers do not accumulate.
 
 Rules:
 - With n buckets, `mask` is the smallest 2**k - 1 with n <= 2**k. A hash belongs to bucket `hash & mask` or, if that
   bucket does not exist yet, to `hash & (mask >> 1)`, from which it will split off.
 - There are one to two buckets per entry, but never fewer than initially, so an index sized for some thousands of
   entries does not split buckets for them.
+- The last string searched is cached: a login looks up its user twice, and most clients are of one product.
+- A string of up to `inline` bytes of UTF-8 is stored in its record, half the size of an object and a dict entry;
+  longer ones are separate objects.
 - Hashes are SHA-256 of secrets made by the server or Python's keyed string hash, so a peer cannot target a chain.
 
-It must not know: the content of the slots.
+It must not know: what digests and strings mean.
 """
 
 from __future__ import annotations
@@ -27,6 +33,10 @@ END: Final = -1
 MIN_BUCKETS: Final = 8
 _HEAD_SIZE: Final = array("i").itemsize
 _HEADS_DISCARDED: Final = 4096
+
+_NEXT, _HASH, _USES, _MARK, _TEXT = 0, 4, 8, 12, 16
+_HEAD: Final = "=iIii"
+_HASH_MASK: Final = 0xFFFF_FFFF
 
 _hash_of = Struct("=I").unpack_from
 """Returns a tuple with the hash of a digest, its first four bytes. Half the cost of `int.from_bytes`."""
@@ -186,3 +196,71 @@ class DigestIndex(LinearHash):
         self._bytes[start : start + self._width] = digest
         self._next[slot] = END
         self.enter(slot)
+
+
+class StringTable:
+    """Map strings to numbers and count the uses of each.
+
+    `marks` is a number per string for the owner, END at first. `least` is the minimum number of buckets of the
+    index.
+    """
+
+    def __init__(self, capacity: int, inline: int, least: int = MIN_BUCKETS) -> None:
+        assert inline % 4 == 3  # with the length byte, records align to 4 bytes
+        self._inline = inline
+        self._record_size = _TEXT + 1 + inline
+        self._text = Struct(f"{inline + 1}p")
+        self._record = Struct(f"{_HEAD}{inline + 1}p")
+        self.slab = Slab(capacity, self._record_size, link=_USES)
+        self._index = LinearHash(self.slab, hash_=_HASH, next_=_NEXT, least=least)
+        self._bytes = self.slab.bytes
+        self._long: dict[int, str] = {}
+        self._last_text: str | None = None
+        self._last_value = b""
+        self._last = END
+        self.uses = self.slab.column("i", _USES)
+        self.marks = self.slab.column("i", _MARK)
+
+    def __len__(self) -> int:
+        return self._index.count
+
+    def __getitem__(self, number: int) -> str:
+        if self._long and number in self._long:
+            return self._long[number]
+        text: bytes = self._text.unpack_from(self._bytes, number * self._record_size + _TEXT)[0]
+        return text.decode("utf-8", "surrogatepass")
+
+    def find(self, text: str) -> int:
+        """Return the number of a string in use, or END."""
+        if text != self._last_text:
+            self._last_text, self._last = text, END
+            value = self._last_value = text.encode("utf-8", "surrogatepass")
+            for number in self._index.chain(hash(value) & _HASH_MASK):
+                if self[number] == text:
+                    self._last = number
+        return self._last
+
+    def acquire(self, text: str) -> int:
+        """Return the number of a string and add one use."""
+        number = self.find(text)
+        if number != END:
+            self.uses[number] += 1
+            return number
+        value = self._last_value
+        number = self._last = self.slab.allocate()
+        if len(value) > self._inline:
+            self._long[number] = text
+        start = number * self._record_size
+        self._record.pack_into(self._bytes, start, END, hash(value) & _HASH_MASK, 1, END, value)
+        self._index.enter(number)
+        return number
+
+    def release(self, number: int) -> None:
+        """Remove one use; free the string with the last one."""
+        self.uses[number] -= 1
+        if not self.uses[number]:
+            if number == self._last:
+                self._last_text, self._last = None, END
+            self._index.remove(number)
+            self._long.pop(number, None)
+            self.slab.free_slot(number)

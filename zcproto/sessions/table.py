@@ -19,10 +19,9 @@ from struct import Struct
 from typing import Final
 
 from zcproto.errors import Code
-from zcproto.sessions.index import DigestIndex
+from zcproto.sessions.index import DigestIndex, StringTable
 from zcproto.sessions.record import ORIGIN_SIZE, RecordFields
 from zcproto.sessions.slab import Slab
-from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import DIGEST_SIZE, ID_SIZE
 
 # States. Any other value is the code of a tombstone.
@@ -167,7 +166,7 @@ class SessionTable:
     def of_user(self, user: str) -> list[int]:
         """Return the slots of a user's live and lapsed sessions, oldest first."""
         number = self.users.find(user)
-        return [] if number == UNKNOWN else self._listed(self.users.marks[number])
+        return [] if number == NONE else self._listed(self.users.marks[number])
 
     def refresh_digest(self, slot: int) -> bytes:
         start = slot * RECORD_SIZE + _REFRESH

@@ -8,7 +8,7 @@
         ...
 
 A server that is configured by `[telemetry]` needs no `trace_requests`: `requests` follows its traces, `export`
-sends them through `batch`. Each name is imported on first use.
+sends them. Each name is imported on first use.
 """
 
 from __future__ import annotations

@@ -8,8 +8,13 @@ from tests.fuzz.target import Target, divisions
 from tests.helpers import NOW, WALL
 from tests.http.helpers import Answer, answers
 from zcproto.http.connection import NEVER, HttpConnection, HttpLimits
-from zcproto.http.messages import HttpRequest, HttpResponse, text_response
-from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
+from zcproto.http.messages import (
+    HttpRequest,
+    HttpResponse,
+    SecurityHeaders,
+    StrictTransportSecurity,
+    text_response,
+)
 
 LIMITS = HttpLimits(max_head=1_024, max_target=100, max_fields=10, max_body=64, max_chunks=10, max_requests=5)
 SECURITY = (

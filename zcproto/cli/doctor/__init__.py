@@ -6,6 +6,7 @@ the server's message; one that will cause trouble later is a warning.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import resource
@@ -13,6 +14,7 @@ import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Final
 
@@ -20,16 +22,20 @@ import click
 
 from zcproto import accelerator
 from zcproto.alerts.command import check_program
+from zcproto.auth.issuer_keys import KeysFailed
+from zcproto.auth.jwt import fits
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
-from zcproto.cli.doctor import collector, issuers, remote
-from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
+from zcproto.cli.doctor import remote
+from zcproto.cli.doctor.remote import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
+from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
-from zcproto.config import Config
+from zcproto.config import Config, OidcConfig
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.runtime.build import provider_of
 from zcproto.runtime.place import usable_cores, worker_count
 from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES
 from zcproto.runtime.store_setup import MEMORY, SQLITE
@@ -367,6 +373,71 @@ def _alert_command(config: Config, home: Home) -> Iterator[Result]:
         yield OK, str(path)
 
 
+def _issuers(config: Config, home: Home) -> Iterator[Result]:
+    """Fetch the keys of each provider."""
+    if config.auth.oidc and importlib.util.find_spec("jwt") is None:
+        yield FAULT, "PyJWT is not installed", 'run: pip install "zcproto[oidc]"'
+        return
+    for number, each in enumerate(config.auth.oidc):
+        yield from _issuer(each, f"auth.oidc[{number}]")
+
+
+def _issuer(config: OidcConfig, key: str) -> Iterator[Result]:
+    try:
+        provider = provider_of(config, key)
+        keys = asyncio.run(provider.keys())
+    except ConfigError as error:
+        yield from map(from_message, error.faults)
+        return
+    except KeysFailed as error:
+        cure = f"check the provider and {key}; logins go on for keys_stale where its keys are known"
+        yield FAULT, f"{config.issuer}: {error}", cure
+        return
+    usable = sum(any(fits(each, algorithm) for algorithm in config.algorithms) for each in keys)
+    if not usable:
+        found = f"{config.issuer}: none of its keys is for {', '.join(config.algorithms)}"
+        yield FAULT, found, f"set {key}.algorithms to those of the provider's tokens"
+        return
+    yield OK, f"{config.issuer}: {counted(usable, 'usable key')}"
+    ahead_s = _ahead_s(provider.date)
+    if ahead_s is not None and abs(ahead_s) > config.leeway:
+        direction = "behind" if ahead_s > 0 else "ahead of"
+        found = f"the clock of this machine is {abs(ahead_s):.0f} s {direction} that of {config.issuer}"
+        yield WARNING, found, f"check NTP: tokens are refused beyond {key}.leeway = {config.leeway:g} s"
+
+
+def _ahead_s(date: str) -> float | None:
+    """Return by how many seconds the clock of a server is ahead, by its header Date; None without a valid one."""
+    try:
+        return parsedate_to_datetime(date).timestamp() - system_clock.wall() / MS_PER_SECOND
+    except (ValueError, OverflowError):
+        return None
+
+
+def _collector(config: Config, home: Home) -> Iterator[Result]:
+    """Send an empty message of each signal."""
+    telemetry = config.telemetry
+    signals = [each for each in ("traces", "metrics", "logs") if getattr(telemetry, each)]
+    if not signals:
+        return
+    if importlib.util.find_spec("opentelemetry") is None:
+        yield FAULT, "OpenTelemetry is not installed", 'run: pip install "zcproto[otel]"'
+        return
+    from zcproto.telemetry.export import check_environment, try_collector  # noqa: PLC0415 - of an extra
+
+    try:
+        check_environment(os.environ)
+        for signal, reason in try_collector(telemetry, signals):
+            if reason:
+                cure = "check telemetry.endpoint and the collector; the server runs on without it"
+                yield WARNING, f"{signal}: {reason}", cure
+            else:
+                yield OK, f"{signal}: the collector takes them"
+    except ConfigError as error:
+        for state, found, *cures in map(from_message, error.faults):
+            yield state, found, cures[0] or "check the file that it names"
+
+
 _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "process": _process,
     "workers": _workers,
@@ -375,8 +446,8 @@ _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "file limit": _file_limit,
     "certificate": _certificates,
     "store": _store,
-    "issuer": issuers.check,
-    "collector": collector.check,
+    "issuer": _issuers,
+    "collector": _collector,
     "alert command": _alert_command,
     "port": _port,
 }

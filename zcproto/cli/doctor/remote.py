@@ -13,14 +13,13 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cryptography import x509
 
 from zcproto.certs import pair
 from zcproto.cli import cert_report
 from zcproto.cli.connect import CURES, TrustChoice, read_key, run
-from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
 from zcproto.cli.output import utc
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
@@ -33,6 +32,14 @@ from zcproto.tls.client import ALPN, judge_pinned
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import key_pin, parse_pins
+
+OK: Final = "ok"
+SKIPPED: Final = "skipped"
+WARNING: Final = "warning"
+FAULT: Final = "fault"
+
+Result = tuple[str, ...]
+"""The fields of a Finding except its check."""
 
 GOOD_CLOCK: Final = 5.0
 """Seconds of difference above which it is a warning: clocks with NTP differ by far less."""
@@ -49,6 +56,21 @@ SESSION_CURES: Final = {
 }
 
 _ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
+
+
+class Finding(NamedTuple):
+    """One line of the report. `cure` is empty if nothing has to be done."""
+
+    check: str
+    state: str
+    found: str
+    cure: str = ""
+
+
+def from_message(message: str) -> Result:
+    """Return the fault of an error message, whose fix follows the first semicolon."""
+    found, _, cure = message.partition("; ")
+    return FAULT, found, cure
 
 
 class StepFailed(Exception):

@@ -1,4 +1,4 @@
-"""The server process of a demonstration: `python -m zcproto.load.demo.child HOME [ARGUMENTS]`.
+"""The server process of a demonstration: `python -m zcproto.load.demo_child HOME [ARGUMENTS]`.
 
 It runs `zcproto serve` in a home folder, with these arguments. When its parent ends in whatever way, which closes
 the pipe on standard input, it exits and deletes the folder.
