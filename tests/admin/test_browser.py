@@ -178,7 +178,7 @@ def test_streams_are_shown_once_there_are_some(serve: Serve, show: Open) -> None
 
 
 def test_workers_are_shown_with_those_that_do_not_answer(serve: Serve, show: Open) -> None:
-    server = serve(role=WorkerRole(whole=group_of_one))
+    server = serve(role=WorkerRole(fleet=group_of_one))
     with server.client("operator") as operator:
         tab = open_figures(show, server, operator)
         assert tab.run("document.querySelector('#workers-card').checkVisibility()")

@@ -16,10 +16,10 @@ from tests.admin.https_client import ask
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.admin.merge import Depth, Report, Whole
-from zcproto.admin.parts import Parts
-from zcproto.admin.snapshot import store_readiness
-from zcproto.admin.whole import Collector, Member, RemoteWhole, Reporter, read_report, read_status
+from zcproto.admin.merge import Depth, Report
+from zcproto.admin.parts import FleetFigures, Parts
+from zcproto.admin.snapshot import read_status, store_readiness
+from zcproto.admin.whole import Collector, Member, RemoteWhole, Reporter, read_report
 from zcproto.cli.status import lines_of
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code, Unavailable
@@ -27,7 +27,7 @@ from zcproto.runtime.build import WorkerRole
 from zcproto.sessions.token import token_text
 
 
-def group_of_one(parts: Parts) -> Whole:
+def group_of_one(parts: Parts) -> FleetFigures:
     """Let one server stand for a coordinator and two workers. The third one is absent."""
     collector = Collector(1, 3, system_clock, join_s=0)
     collector.read = partial(read_report, parts, Member(0, 1))
@@ -42,29 +42,28 @@ def group_of_one(parts: Parts) -> Whole:
     return RemoteWhole(collector.answer)
 
 
-def coordinator_alone(parts: Parts) -> Whole:
+def coordinator_alone(parts: Parts) -> FleetFigures:
     """Let a coordinator stand for a server that no worker has joined."""
     return RemoteWhole(Collector(1, 2, system_clock, join_s=0).answer)
 
 
-class Silent:
-    """A coordinator that does not answer."""
+def silent(parts: Parts) -> FleetFigures:
+    """Let a coordinator not answer."""
 
-    def __init__(self, parts: Parts) -> None:
-        async def fail(question: bytes) -> bytes:
-            raise ConnectionResetError("reset")
+    async def fail(question: bytes) -> bytes:
+        raise ConnectionResetError("reset")
 
-        self.report = RemoteWhole(fail).report
+    return RemoteWhole(fail)
 
 
 @pytest.fixture
 def server(serve: Serve) -> ServerThread:
-    return serve(role=WorkerRole(whole=group_of_one), http__metrics="open", store__url="sqlite")
+    return serve(role=WorkerRole(fleet=group_of_one), http__metrics="open", store__url="sqlite")
 
 
 @pytest.fixture
 def alone(serve: Serve) -> ServerThread:
-    return serve(role=WorkerRole(whole=Silent), http__metrics="open")
+    return serve(role=WorkerRole(fleet=silent), http__metrics="open")
 
 
 def series(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -117,7 +116,7 @@ def test_status_and_page_show_the_whole_and_each_worker(server: ServerThread) ->
     assert page["ready"]
 
 
-def whole_without_workers(parts: Parts) -> Whole:
+def fleet_without_workers(parts: Parts) -> FleetFigures:
     """Let a coordinator stand for a server whose workers have all ended."""
     collector = Collector(1, 2, system_clock, join_s=0)
     collector.read = partial(read_report, parts, Member(0, 1))
@@ -125,7 +124,7 @@ def whole_without_workers(parts: Parts) -> Whole:
 
 
 def test_status_shows_that_no_worker_serves(serve: Serve) -> None:
-    server = serve(role=WorkerRole(whole=whole_without_workers))
+    server = serve(role=WorkerRole(fleet=fleet_without_workers))
     status = asyncio.run_coroutine_threadsafe(read_status(server.server.parts), server.loop).result(TIMEOUT)
     assert [line["state"] for line in status["workers"]] == ["serving", "absent", "absent"]
     assert not status["draining"]
@@ -135,7 +134,7 @@ def test_status_shows_that_no_worker_serves(serve: Serve) -> None:
 
 
 def test_status_is_unavailable_while_no_process_is_built(serve: Serve) -> None:
-    server = serve(role=WorkerRole(whole=coordinator_alone))
+    server = serve(role=WorkerRole(fleet=coordinator_alone))
     asked = asyncio.run_coroutine_threadsafe(read_status(server.server.parts), server.loop)
     with pytest.raises(Unavailable, match="retry"):
         asked.result(TIMEOUT)
@@ -156,13 +155,13 @@ def test_readiness_is_that_of_all_workers(server: ServerThread) -> None:
 
 
 def test_server_is_not_ready_before_a_worker_has_answered(serve: Serve) -> None:
-    answer = ask(serve(role=WorkerRole(whole=coordinator_alone)), "/readyz")
+    answer = ask(serve(role=WorkerRole(fleet=coordinator_alone)), "/readyz")
     assert answer.status == 503
     report = json.loads(answer.body)
     assert (report["ready"], report["reasons"]) == (False, ["workers: none has answered"])
 
 
-def whole_without_store(parts: Parts) -> Whole:
+def fleet_without_store(parts: Parts) -> FleetFigures:
     """Let workers that see no failure themselves have a coordinator whose store fails."""
 
     def read(depth: Depth) -> Report:
@@ -182,7 +181,7 @@ def whole_without_store(parts: Parts) -> Whole:
 
 
 def test_server_is_not_ready_without_the_store_of_its_coordinator(serve: Serve) -> None:
-    answer = ask(serve(role=WorkerRole(whole=whole_without_store)), "/readyz")
+    answer = ask(serve(role=WorkerRole(fleet=fleet_without_store)), "/readyz")
     assert answer.status == 503
     report = json.loads(answer.body)
     assert not report["ready"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache, lru_cache, partial
 from operator import add, itemgetter
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from zcproto.certs.sources import Origin
 from zcproto.observe.metrics import Series
@@ -138,14 +138,6 @@ class Depth(IntEnum):
     FIGURES = 1
     STATS = 2
     """The same, and the interval of the longest pauses starts again."""
-
-
-class Whole(Protocol):
-    """Reports the figures of all processes of a server."""
-
-    async def report(self, depth: Depth = Depth.FIGURES) -> Report:
-        """Return the figures. Raises Unavailable if the process that adds them up does not answer."""
-        ...
 
 
 def merge(reports: Iterable[Report]) -> Report:

@@ -30,21 +30,18 @@ from zcproto.admin.metrics import readings
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import (
     finish_status,
-    read_stats,
     readiness_report,
     stats_figures,
     status_figures,
-    status_report,
     take_snapshot,
 )
-from zcproto.app.app import Method
 from zcproto.common.clock import MS_PER_SECOND, Clock
-from zcproto.common.roles import OPERATORS
 from zcproto.errors import Unavailable, ZcprotoError
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import get_logger
-from zcproto.observe.metrics import Reading, series_of
+from zcproto.observe.metrics import Metrics, Reading, series_of
 from zcproto.observe.process import process_readings
+from zcproto.observe.series import readings_of
 
 FRESH_S: Final = 0.1
 """Seconds for which a collected report is used again."""
@@ -235,7 +232,44 @@ class _Asked:
     is_silent: bool = False
 
 
-class Collector:
+_NO_ANSWER: Final = "workers: none has answered"
+_NO_WORKER: Final[Mapping[str, Any]] = {"ready": False, "warnings": [], "checks": {}}
+"""The readiness of a server in its first moments, or if no worker answers."""
+
+
+class FleetReports:
+    """The reports of a server, of the figures of all its processes."""
+
+    async def report(self, depth: Depth = Depth.FIGURES) -> Report:
+        """Return the figures. Raises Unavailable if the process that adds them up does not answer."""
+        raise NotImplementedError
+
+    async def status(self) -> dict[str, Any]:
+        report = await self.report()
+        if not report.status:  # no process is built
+            raise _no_figures()
+        # `draining` is missing if no worker answers.
+        return finish_status({"draining": False, **report.status}, report.workers)
+
+    async def readiness(self) -> Mapping[str, Any]:
+        found = (await self.report(Depth.READINESS)).readiness
+        if "ready" not in found:
+            found = {**_NO_WORKER, **found, "reasons": [_NO_ANSWER, *found.get("reasons", ())]}
+        return {
+            **{key: value for key, value in found.items() if key != "has_store"},
+            "ready": found["ready"] and found.get("has_store", True),
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        report = await self.report(Depth.STATS)
+        return {**report.stats, "workers": report.workers}
+
+    async def metrics(self) -> Metrics:
+        report = await self.report()
+        return Metrics(lambda: readings_of(report.series))
+
+
+class Collector(FleetReports):
     """Adds up the figures of the coordinator and its workers.
 
     `read` reads those of the coordinator once it is built, `pid` is its process id, `workers` the number of workers
@@ -432,7 +466,7 @@ def _line_readings(lines: Iterable[Mapping[str, Any]]) -> Iterator[Reading]:
         yield "zcproto_worker_restarts_total", line["restarts"], line["worker"]
 
 
-class RemoteWhole:
+class RemoteWhole(FleetReports):
     """The figures of all processes, in a worker. `ask` asks the coordinator."""
 
     def __init__(self, ask: Ask) -> None:
@@ -452,52 +486,3 @@ def _no_figures() -> Unavailable:
     return Unavailable(
         "the figures of all workers cannot be collected just now; retry", {"retry_after_ms": MS_PER_SECOND}
     )
-
-
-# --- reports of the whole ------------------------------------------------------------------------------------
-
-
-async def read_status(parts: Parts) -> dict[str, Any]:
-    """Return the status of the server. Raises Unavailable."""
-    if parts.whole is None:
-        return status_report(take_snapshot(parts))
-    report = await parts.whole.report()
-    if not report.status:  # no process is built
-        raise _no_figures()
-    return finish_status(
-        {"draining": False, **report.status}, report.workers
-    )  # without it if no worker answers
-
-
-_NO_ANSWER: Final = "workers: none has answered"
-_NO_WORKER: Final[Mapping[str, Any]] = {"ready": False, "warnings": [], "checks": {}}
-"""The readiness of a server in its first moments, or if no worker answers."""
-
-
-async def read_readiness(parts: Parts) -> Mapping[str, Any]:
-    """Return whether new clients should connect to the server. Raises Unavailable."""
-    if parts.whole is None:
-        return readiness_report(parts)
-    found = (await parts.whole.report(Depth.READINESS)).readiness
-    if "ready" not in found:
-        found = {**_NO_WORKER, **found, "reasons": [_NO_ANSWER, *found.get("reasons", ())]}
-    return {
-        **{key: value for key, value in found.items() if key != "has_store"},
-        "ready": found["ready"] and found.get("has_store", True),
-    }
-
-
-def stats_method(parts: Parts) -> Method:
-    """Return the protocol method `server.stats`."""
-
-    def server_stats() -> dict[str, Any]:
-        """Connections, sessions, requests, CPU, memory and loop pauses."""
-        return read_stats(parts)
-
-    async def all_stats() -> dict[str, Any]:
-        assert parts.whole is not None
-        report = await parts.whole.report(Depth.STATS)
-        return {**report.stats, "workers": report.workers}
-
-    all_stats.__doc__ = server_stats.__doc__
-    return Method("server.stats", server_stats if parts.whole is None else all_stats, roles=OPERATORS)

@@ -22,11 +22,10 @@ from typing import Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.machines import build_tokens
-from zcproto.admin.merge import Whole
-from zcproto.admin.parts import ActiveConfig, Parts
+from zcproto.admin.parts import ActiveConfig, FleetFigures, Parts
 from zcproto.admin.resources import ALPN, Resources
+from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
-from zcproto.admin.whole import stats_method
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
 from zcproto.auth import (
@@ -121,7 +120,7 @@ class WorkerRole:
     """Called without `maintains` with each user or device that is gone: see zcproto/runtime/gone.py."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
-    whole: Callable[[Parts], Whole] | None = None
+    fleet: Callable[[Parts], FleetFigures] | None = None
     """Makes, of the parts of this process, what reports the figures of all."""
     connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
     """Makes, of the state of this process, what finds the connections of sessions in the others."""
@@ -201,8 +200,8 @@ async def build(
         loop_lag=loop_lag,
         traffic=Traffic(clock, state.counters, acceptor, state.methods, loop_lag),
     )
-    if role.whole is not None:
-        parts = replace(parts, whole=role.whole(parts))
+    if role.fleet is not None:
+        parts = replace(parts, fleet=role.fleet(parts))
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
     state.restrict(access_of(state.methods, config.auth.role))

@@ -144,7 +144,7 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
             store=None if hub is None else hub.member(),
             alerts=alerts,
             throttle=throttle,
-            whole=whole,
+            fleet=whole,
         )
         yield Joined(role, topics, server=server, stores=stores, announce_end=announce_end)
     finally:
@@ -195,7 +195,7 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
             throttle=throttle,
             report_gone=partial(report_gone, client),
             run=f"{place.number:x}{system_entropy(_RUN_SIZE).hex()}",
-            whole=whole,
+            fleet=whole,
             connections=joined_connections.join(client, topics),
         )
         yield Joined(role, topics, client=client)

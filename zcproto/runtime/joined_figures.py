@@ -13,8 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from zcproto.admin.merge import Depth, Report, Whole
-from zcproto.admin.parts import Parts
+from zcproto.admin.merge import Depth, Report
+from zcproto.admin.parts import FleetFigures, Parts
 from zcproto.admin.snapshot import store_readiness
 from zcproto.admin.whole import ANSWER_S, ASK_S, Collector, Member, RemoteWhole, Reporter, read_report
 from zcproto.common.clock import system_clock
@@ -34,7 +34,7 @@ LAST: Final = "figures.last"
 
 _LAST_S: Final = 1.0
 
-Join = Callable[[Parts], Whole]
+Join = Callable[[Parts], FleetFigures]
 
 
 def member_of(place: Place) -> Member:
@@ -82,7 +82,7 @@ def collect(
     server.on_link.append(joined)
     server.on_lost.append(lost)
 
-    def join(parts: Parts) -> Whole:
+    def join(parts: Parts) -> FleetFigures:
         def read(depth: Depth) -> Report:
             report, count = read_report(parts, member_of(place), depth), sessions()
             if count is None:
@@ -116,7 +116,7 @@ def report(client: LinkClient, topics: Topics, place: Place) -> tuple[Join, Call
     async def answer(link: Link, question: bytes) -> bytes:
         return reporter.answer(question)
 
-    def join(parts: Parts) -> Whole:
+    def join(parts: Parts) -> FleetFigures:
         reporter.read = partial(read_report, parts, member_of(place))
         return RemoteWhole(partial(client.call, REPORT, within=ASK_S))
 
