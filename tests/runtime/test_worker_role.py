@@ -30,7 +30,6 @@ from zcproto.errors import CertificateError
 from zcproto.runtime import processes
 from zcproto.runtime.build import WorkerRole
 from zcproto.runtime.joined import CERTIFICATES
-from zcproto.runtime.place import Place
 from zcproto.runtime.processes import MAX_NAMES, Orders
 from zcproto.workers.channel import Channel
 
@@ -165,11 +164,11 @@ async def test_worker_checks_certificates_when_the_coordinator_serves_new_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(processes, "tune_interpreter", lambda: None)
-    server, (ours, theirs) = Mock(place=Place(number=1, workers=2)), Channel.pair()
+    server, (ours, theirs) = Mock(), Channel.pair()
     server.start, server.drain, server.parts.certificates.check = AsyncMock(), AsyncMock(), AsyncMock()
     server.state.tasks.running, server.parts.lifespans.is_stuck = 0, False
     client, topics, ready = Mock(on_up=[]), Topics(), asyncio.Event()
-    orders = Orders(server, Mock(client=client, topics=topics), theirs, None)
+    orders = Orders(server, Mock(server=None, client=client, topics=topics), theirs, None)
     running = asyncio.create_task(orders.run(lambda server: ready.set()))
     await ready.wait()
     topics.notices[CERTIFICATES](Mock())
@@ -186,8 +185,8 @@ async def test_worker_checks_certificates_when_the_coordinator_serves_new_ones(
 
 
 async def test_supervisor_hears_some_names_of_a_certificate_with_thousands() -> None:
-    server, (ours, theirs) = Mock(place=Place(number=1, workers=2)), Channel.pair()
-    Orders(server, Mock(), theirs, None)
+    server, (ours, theirs) = Mock(), Channel.pair()
+    Orders(server, Mock(server=None), theirs, None)
     names = [f"{number}.{'a' * 60}.example" for number in range(5_000)]
     ready = asyncio.create_task(server.before_listening(names))
     await asyncio.sleep(0)

@@ -25,10 +25,9 @@ from zcproto.auth import UserFile
 from zcproto.common.link import Topics
 from zcproto.config import Config
 from zcproto.errors import Code, ConfigError
-from zcproto.runtime import joined
-from zcproto.runtime import place as place_module
+from zcproto.runtime import joined, process_setup
 from zcproto.runtime.build import WorkerRole
-from zcproto.runtime.place import Place, usable_cores, worker_count
+from zcproto.runtime.process_setup import usable_cores, worker_count
 from zcproto.runtime.processes import ForkedService
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
@@ -577,7 +576,7 @@ def test_threads_of_an_import_are_reported(home: Path) -> None:
 
 
 def test_workers_are_counted_by_the_configuration(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place_module, "usable_cores", lambda: 7)
+    monkeypatch.setattr(process_setup, "usable_cores", lambda: 7)
     assert worker_count(configuration(home)) == 1
     assert worker_count(configuration(home, server__workers=3)) == 3
     assert worker_count(configuration(home, server__workers="auto")) == 7
@@ -602,8 +601,3 @@ def test_cores_are_those_that_a_container_may_use(
     if limit is not None:
         path.write_text(limit)
     assert usable_cores(path) == cores
-
-
-def test_place_names_a_process_in_the_log() -> None:
-    names = [Place(number=number, workers=2).name for number in range(3)]
-    assert (Place().name, names) == ("", ["coordinator", "1", "2"])

@@ -360,7 +360,7 @@ class ForkedService:
             await orders.run(partial(self._started, part))
 
     def _started(self, part: Joined, server: Server) -> None:
-        if server.place.is_worker:
+        if part.client is not None:
             self._on_worker_ready(server)
         else:
             self._first.end()
@@ -370,21 +370,25 @@ class ForkedService:
                 part.take_left_revocations(server.parts.store)
 
     def _server(self, place: Place, part: Joined) -> Server:
-        own: dict[str, Any] = {"progress": self._first.progress, "config": self._config}
+        own: dict[str, Any] = {
+            "progress": self._first.progress,
+            "config": self._config,
+            "control": place.control or False,
+            "addresses": place.addresses,
+        }
         read = self._read_config
         if place.is_worker:
             own = {
                 "sockets": self._sockets,
                 "redirect_sockets": self._redirect_sockets,
                 "config": share_of(self._config, self._workers),
+                "control": False,
             }
             if read is not None:
                 read = partial(_read_share, read, self._workers)
         server = self._make(
             home=self._home.path,
             read_config=read,
-            control=False,
-            place=place,
             role=part.role,
             **self._options,
             **own,
@@ -439,7 +443,7 @@ class Orders:
         self._tasks: set[asyncio.Task[None]] = set()
         server.before_listening = self._before_listening
         server.on_drain = self._drain
-        if server.place.is_coordinator:
+        if part.server is not None:
             server.on_reload_requested = self._reload_everywhere
             server.on_log_level = part.share_log_level
             server.on_certificates = part.certificates_changed
@@ -450,7 +454,7 @@ class Orders:
         """Start the server, and drain it when the supervisor orders it. Raises what `Server.start` raises."""
         server, loop = self._server, asyncio.get_running_loop()
         loop.add_reader(self._channel.fileno(), self._read)
-        if server.place.is_coordinator:
+        if self._part.server is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it serves the workers until they have ended
         else:
             loop.add_signal_handler(signal.SIGTERM, self._stop.set)

@@ -25,7 +25,6 @@ from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.inheritance import Inheritance
-from zcproto.runtime.place import worker_count
 from zcproto.runtime.process_setup import (
     exit_at_once,
     harden,
@@ -33,6 +32,7 @@ from zcproto.runtime.process_setup import (
     log_risks,
     raise_limit_for,
     tune_interpreter,
+    worker_count,
 )
 from zcproto.runtime.processes import ForkedService
 from zcproto.runtime.server import Server
