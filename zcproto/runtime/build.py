@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from math import inf
 from typing import Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
@@ -88,7 +87,6 @@ from zcproto.sessions.record import WhenFull
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_text
 from zcproto.stores.base import HEARTBEAT_S, SessionStore
-from zcproto.stores.hub import HubStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -112,12 +110,14 @@ class WorkerRole:
     """Whether the lifespans of the application run in this process."""
     store: SessionStore | None = None
     """Replaces the store of the configuration."""
+    heartbeat: float | None = None
+    """Replaces the seconds between two pings of the store."""
     alerts: ServerAlerts | None = None
     """Replaces the alerts, which are then logged and delivered by another process."""
     throttle: LoginThrottle | None = None
     """Replaces the throttle of logins."""
     report_gone: Callable[[str, str, str], Awaitable[None]] | None = None
-    """Called without `maintains` with each user or device that is gone: see zcproto/runtime/gone.py."""
+    """Called without `maintains` with each user or device that is gone: see zcproto/workers/gone.py."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
     fleet: Callable[[Parts], FleetFigures] | None = None
@@ -284,8 +284,7 @@ def build_state(
             grace=config.store.grace,
             cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
-            # The changes of a hub are calls in this process: none is missed, however long it does not run.
-            heartbeat=inf if isinstance(store, HubStore) else HEARTBEAT_S,
+            heartbeat=HEARTBEAT_S if role.heartbeat is None else role.heartbeat,
             maintains=role.maintains,
             on_event=partial(on_store_event, alerts),
         )

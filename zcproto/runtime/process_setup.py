@@ -36,6 +36,9 @@ _PHRASE: Final = re.compile(r"[A-Za-z][A-Za-z' ]*")
 """What asyncio writes before a callback and its arguments."""
 
 
+UPGRADE: Final = "ZCPROTO_UPGRADE"
+"""The variable with what a server of several processes passes to its successor."""
+
 _CPU_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
 """The share of a container: the microseconds of CPU time in each period, or "max", and the period."""
 
