@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zcproto.workers.restarts import FREE, LONGEST_DELAY, LONGEST_READY_DELAY, SOON, RestartPacer
+from zcproto.workers.supervisor import FREE, LONGEST_DELAY, LONGEST_READY_DELAY, SOON, RestartPacer
 
 
 def test_process_that_served_is_started_again_at_once() -> None:

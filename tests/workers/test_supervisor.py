@@ -20,12 +20,9 @@ from tests.limits import TIMEOUT
 from zcproto.errors import CertificateError, ConfigError, LifespanError
 from zcproto.workers import child as child_module
 from zcproto.workers import supervisor as module
-from zcproto.workers.channel import Channel, Message
-from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN
-from zcproto.workers.failures import failure_of
-from zcproto.workers.handover import Input, Step
-from zcproto.workers.successor import Successor
-from zcproto.workers.supervisor import Supervisor
+from zcproto.workers.channel import Channel, Message, failure_of
+from zcproto.workers.supervisor import COORDINATOR, KILLED_LIMIT, MARGIN, Supervisor
+from zcproto.workers.upgrade import Input, Step, Successor
 
 Script = Callable[[int, Channel, int], int]
 

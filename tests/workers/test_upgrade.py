@@ -20,7 +20,7 @@ from zcproto import connect
 from zcproto.auth import UserFile
 from zcproto.errors import ConfigError
 from zcproto.runtime.process_setup import UPGRADE
-from zcproto.workers.inheritance import MAX_SIZE, Inheritance
+from zcproto.workers.upgrade import MAX_SIZE, Inheritance
 
 CONFIG = """
 [certificates]

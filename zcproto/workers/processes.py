@@ -56,19 +56,16 @@ from zcproto.runtime.store_setup import SQLITE
 from zcproto.server.listener import listen
 from zcproto.server.state import log
 from zcproto.workers import fleet
-from zcproto.workers.channel import Channel
-from zcproto.workers.child import COORDINATOR
-from zcproto.workers.failures import failure_of
+from zcproto.workers.channel import Channel, failure_of
 from zcproto.workers.fleet import Joined
 from zcproto.workers.gone import gone_calls
-from zcproto.workers.inheritance import Inheritance
 from zcproto.workers.leftovers import bind_patiently, wait_unlocked
 from zcproto.workers.limits import SharedMemory, memory_size
 from zcproto.workers.link import Link
 from zcproto.workers.place import Place
 from zcproto.workers.shares import share_of
-from zcproto.workers.successor import Successor
-from zcproto.workers.supervisor import Supervisor
+from zcproto.workers.supervisor import COORDINATOR, Supervisor
+from zcproto.workers.upgrade import Inheritance, Successor
 
 ORPHAN_LIMIT: Final = 0.3
 """Seconds that a process has to end after its supervisor: for GOAWAY, and the answers that wait to be sent."""
