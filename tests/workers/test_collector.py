@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.helpers import FakeClock
 from zcproto.errors import Unavailable
 from zcproto.workers import figures
-from zcproto.workers.figures import FRESH_S, Collector, Member, RemoteWhole, Reporter
+from zcproto.workers.figures import FRESH_S, Collector, Member, RemoteFigures, Reporter
 from zcproto.workers.merge import Depth, Report
 
 REQUESTS = "zcproto_requests_total"
@@ -345,7 +345,7 @@ def test_totals_never_go_backwards(steps: list[tuple[str, int]]) -> None:
 async def test_worker_gets_the_report_of_all_from_the_coordinator() -> None:
     group = Group()
     (await group.ask_once(1)).requests = 10
-    report = await RemoteWhole(group.collector.answer).report(Depth.STATS)
+    report = await RemoteFigures(group.collector.answer).report(Depth.STATS)
     assert report.stats == {"requests": 10}
     assert group.workers[1].reads == [Depth.STATS]
 
@@ -353,7 +353,7 @@ async def test_worker_gets_the_report_of_all_from_the_coordinator() -> None:
 @pytest.mark.parametrize("ask", [fail, answer_other])
 async def test_worker_without_coordinator_reports_that_it_is_unavailable(ask: Callable[[bytes], Any]) -> None:
     with pytest.raises(Unavailable, match="cannot be collected"):
-        await RemoteWhole(ask).report()
+        await RemoteFigures(ask).report()
 
 
 async def test_report_that_does_not_fit_makes_a_worker_silent() -> None:

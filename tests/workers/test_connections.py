@@ -9,10 +9,8 @@ import pytest
 
 from zcproto.errors import ResourceExhausted, Unimplemented
 from zcproto.server.state import ServerState
-from zcproto.workers import connections
-from zcproto.workers.connections import ASKED_AT_ONCE, HERE, OF, SESSIONS
-from zcproto.workers.link import Link, LinkClient, LinkServer, Topics
-from zcproto.workers.link_core import LinkLost
+from zcproto.workers.fleet import ASKED_AT_ONCE, HERE, OF, SESSIONS, connections_elsewhere, serve_connections
+from zcproto.workers.link import Link, LinkClient, LinkLost, LinkServer, Topics
 
 
 class OtherEnd:
@@ -37,7 +35,7 @@ class Coordinator:
     def __init__(self, *links: OtherEnd) -> None:
         self.links = dict.fromkeys(links)
         self.topics = Topics()
-        connections.serve(cast(LinkServer, self), self.topics)
+        serve_connections(cast(LinkServer, self))
 
     async def of(self, asker: OtherEnd, session_ids: list[str]) -> Any:
         return await self.topics.calls[OF](cast(Link, asker), session_ids)
@@ -75,12 +73,12 @@ async def test_coordinator_asks_for_few_lists_at_once() -> None:
     "failure", [LinkLost("no coordinator"), ResourceExhausted("busy"), Unimplemented("old")]
 )
 async def test_worker_without_an_answer_shows_its_own_connections(failure: Exception) -> None:
-    join = connections.join(cast(LinkClient, OtherEnd(failure)), Topics())
-    assert await join(cast(ServerState, None))(["s"]) == {}
+    elsewhere = connections_elsewhere(cast(LinkClient, OtherEnd(failure)), Topics(), cast(ServerState, None))
+    assert await elsewhere(["s"]) == {}
 
 
 async def test_worker_asks_about_the_newest_sessions() -> None:
     client = OtherEnd({})
-    elsewhere = connections.join(cast(LinkClient, client), Topics())(cast(ServerState, None))
+    elsewhere = connections_elsewhere(cast(LinkClient, client), Topics(), cast(ServerState, None))
     await elsewhere([str(number) for number in range(SESSIONS + 1)])
     assert client.asked == [(OF, [str(number) for number in range(1, SESSIONS + 1)])]

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import FakeClock
 from zcproto.common.files import try_lock
 from zcproto.errors import ConfigError
-from zcproto.workers.leftovers import PATIENCE, PAUSE, Patience, bind_patiently, wait_unlocked
+from zcproto.workers.processes import PATIENCE, PAUSE, Patience, bind_patiently, wait_unlocked
 
 
 class Waiting(Patience):

@@ -19,8 +19,18 @@ from zcproto.errors import (
     Unimplemented,
 )
 from zcproto.workers import link as link_module
-from zcproto.workers.link import Link, LinkClient, LinkServer, Topics
-from zcproto.workers.link_core import HELLO, MIN_VERSION, TICKS, VERSION, LinkLost, pack
+from zcproto.workers.link import (
+    HELLO,
+    MIN_VERSION,
+    TICKS,
+    VERSION,
+    Link,
+    LinkClient,
+    LinkLost,
+    LinkServer,
+    Topics,
+    pack,
+)
 
 
 class Pair:

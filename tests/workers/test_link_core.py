@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zcproto.workers.link_core import (
+from zcproto.workers.link import (
     ANSWER,
     CALL,
     ERROR,

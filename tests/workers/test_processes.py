@@ -379,7 +379,7 @@ async def test_coordinator_takes_over_the_revocations_of_a_worker_that_ends(
 ) -> None:
     monkeypatch.setattr(fleet, "LEFT_AFTER_S", 0.0)
     server, taken = SimpleNamespace(on_lost=[]), asyncio.Event()
-    part = fleet.Joined(WorkerRole(), Topics(), server=cast("LinkServer", server))
+    part = fleet.Membership(WorkerRole(), Topics(), server=cast("LinkServer", server))
     part.take_left_revocations(cast("StoreSync", SimpleNamespace(take_left=taken.set)))
     assert not taken.is_set()
     for _ in range(2):  # of both links of a worker

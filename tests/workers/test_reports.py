@@ -23,7 +23,7 @@ from zcproto.common.clock import system_clock
 from zcproto.errors import Code, Unavailable
 from zcproto.runtime.build import WorkerRole
 from zcproto.sessions.token import token_text
-from zcproto.workers.figures import Collector, Member, RemoteWhole, Reporter, read_report
+from zcproto.workers.figures import Collector, Member, RemoteFigures, Reporter, read_report
 from zcproto.workers.merge import Depth, Report
 
 
@@ -39,12 +39,12 @@ def group_of_one(parts: Parts) -> FleetFigures:
             return reporter.answer(question)
 
         collector.joined(Member(number, number + 1, number), answer)
-    return RemoteWhole(collector.answer)
+    return RemoteFigures(collector.answer)
 
 
 def coordinator_alone(parts: Parts) -> FleetFigures:
     """Let a coordinator stand for a server that no worker has joined."""
-    return RemoteWhole(Collector(1, 2, system_clock, join_s=0).answer)
+    return RemoteFigures(Collector(1, 2, system_clock, join_s=0).answer)
 
 
 def silent(parts: Parts) -> FleetFigures:
@@ -53,7 +53,7 @@ def silent(parts: Parts) -> FleetFigures:
     async def fail(question: bytes) -> bytes:
         raise ConnectionResetError("reset")
 
-    return RemoteWhole(fail)
+    return RemoteFigures(fail)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def fleet_without_workers(parts: Parts) -> FleetFigures:
     """Let a coordinator stand for a server whose workers have all ended."""
     collector = Collector(1, 2, system_clock, join_s=0)
     collector.read = partial(read_report, parts, Member(0, 1))
-    return RemoteWhole(collector.answer)
+    return RemoteFigures(collector.answer)
 
 
 def test_status_shows_that_no_worker_serves(serve: Serve) -> None:
@@ -177,7 +177,7 @@ def fleet_without_store(parts: Parts) -> FleetFigures:
         return reporter.answer(question)
 
     collector.joined(Member(1, 2), answer)
-    return RemoteWhole(collector.answer)
+    return RemoteFigures(collector.answer)
 
 
 def test_server_is_not_ready_without_the_store_of_its_coordinator(serve: Serve) -> None:

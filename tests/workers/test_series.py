@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.metrics import MAX_LABEL, METRICS, Metric, Metrics, Series, series_of
-from zcproto.workers.series import (
+from zcproto.workers.merge import (
     lasting_series,
     merge_series,
     pack_series,

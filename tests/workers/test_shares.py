@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zcproto.config import Config
-from zcproto.workers.shares import share_of
+from zcproto.workers.limits import share_of
 
 
 def test_share_of_the_only_worker_is_everything() -> None:

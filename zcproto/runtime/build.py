@@ -117,7 +117,7 @@ class WorkerRole:
     throttle: LoginThrottle | None = None
     """Replaces the throttle of logins."""
     report_gone: Callable[[str, str, str], Awaitable[None]] | None = None
-    """Called without `maintains` with each user or device that is gone: see zcproto/workers/gone.py."""
+    """Called without `maintains` with each user or device that is gone: see zcproto/workers/fleet.py."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
     fleet: Callable[[Parts], FleetFigures] | None = None

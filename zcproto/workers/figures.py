@@ -1,6 +1,7 @@
 """The figures of all processes of a server as one report, collected by its coordinator.
 
-    /metrics of a worker -> RemoteWhole -> Collector in the coordinator -> Reporter in each worker -> merge
+    /metrics of a worker -> RemoteFigures -> Collector in the coordinator -> Reporter in each worker -> merge
+    a worker that ends -> LAST -> Collector
 
 Rules:
 - Figures are collected on demand, at most once in FRESH_S for all who ask.
@@ -9,7 +10,7 @@ Rules:
 - Sums do not go backwards when a process ends: its last report stays in them. What the coordinator itself must not
   lose is with the workers, which keep it for the next coordinator without reading it.
 
-Must not know: how messages are sent. A process is asked by a function from bytes to bytes.
+A process is asked by a function from bytes to bytes; `serve` gives the one that asks over a link.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgpack
 
 from zcproto.admin.metrics import readings
-from zcproto.admin.parts import Parts
+from zcproto.admin.parts import FleetFigures, Parts
 from zcproto.admin.snapshot import (
     finish_status,
     readiness_report,
     stats_figures,
     status_figures,
+    store_readiness,
     take_snapshot,
 )
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.errors import Unavailable, ZcprotoError
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import get_logger
-from zcproto.observe.metrics import Metrics, Reading, series_of
+from zcproto.observe.metrics import Metrics, Reading, Series, series_of
 from zcproto.observe.process import process_readings
-from zcproto.workers.merge import Depth, Report, lasting, merge, pack_report, unpack_report
-from zcproto.workers.series import readings_of
+from zcproto.workers.link import Link, LinkClient, LinkServer, Topics
+from zcproto.workers.merge import Depth, Report, lasting, merge, pack_report, readings_of, unpack_report
 
 FRESH_S: Final = 0.1
 """Seconds for which a collected report is used again."""
@@ -55,8 +58,20 @@ ASK_S: Final = 2.0
 POLL_S: Final = 10.0
 """Seconds between two collections without a request: what a killed worker has counted since is lost."""
 
+LAST_S: Final = 1.0
+"""Seconds that a worker has for its last report."""
+
 JOIN_S: Final = 1.0
 """Seconds for which a new coordinator waits for the workers before it reports sums without some of them."""
+
+REPORT: Final = "figures.report"
+"""Call to the coordinator: the figures of all processes."""
+
+ASK: Final = "figures.ask"
+"""Call to a worker: its own figures."""
+
+LAST: Final = "figures.last"
+"""Call to the coordinator: the figures of a worker that ends."""
 
 COORDINATOR: Final = "coordinator"
 
@@ -85,6 +100,17 @@ class Member:
     @property
     def name(self) -> str:
         return str(self.number) if self.number else COORDINATOR
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What a worker says of itself to the coordinator."""
+        return {"number": self.number, "pid": self.pid, "restarts": self.restarts}
+
+    @classmethod
+    def at(cls, link: Link) -> Self | None:
+        """Return the worker at the other end of a link; None for its connection to the store."""
+        facts = [link.facts.get(name) for name in ("number", "pid", "restarts")]
+        return cls(*facts) if {*map(type, facts)} == {int} else None  # type: ignore[arg-type]
 
 
 _OF_CLIENTS: Final = frozenset(
@@ -171,7 +197,7 @@ def _read_nothing(depth: Depth) -> Report:
 
 
 @dataclass(slots=True)
-class _Kept:
+class _EndedTotals:
     """The counters of processes that have ended, as a coordinator gave them to the workers.
 
     `epoch` is the process id of that coordinator, `serial` grows with every question, also of its successors.
@@ -190,20 +216,43 @@ class Reporter:
 
     def __init__(self) -> None:
         self.read: Read = _read_nothing
-        self._kept = _Kept()
+        self._ended_totals = _EndedTotals()
 
     def answer(self, question: bytes) -> bytes:
         """Return the report of this process. Raises ValueError if the question is from another version."""
         depth, epoch, serial, totals = _open(question, 4)
-        kept = self._kept
-        returned = [] if epoch == kept.epoch or not kept.totals else [kept.epoch, kept.serial, kept.totals]
+        had = self._ended_totals
+        returned = [] if epoch == had.epoch or not had.totals else [had.epoch, had.serial, had.totals]
         if totals:
-            self._kept = _Kept(epoch, serial, totals)
+            self._ended_totals = _EndedTotals(epoch, serial, totals)
         return _seal(pack_report(self.read(Depth(depth))), returned)
 
     def last(self) -> bytes:
         """Return the answer for the end of this process, which the coordinator then counts to its last request."""
         return _seal(pack_report(self.read(Depth.FIGURES)), [])
+
+    # --- over a link ---------------------------------------------------------------------------------
+
+    def serve(self, topics: Topics) -> None:
+        """Answer the coordinator at the other end of a link."""
+
+        async def answer(link: Link, question: bytes) -> bytes:
+            return self.answer(question)
+
+        topics.calls[ASK] = answer
+
+    def read_parts(self, member: Member, client: LinkClient, parts: Parts) -> FleetFigures:
+        """Report the parts of this worker from now on; return the figures of all processes."""
+        self.read = partial(read_report, parts, member)
+        return RemoteFigures(partial(client.call, REPORT, within=ASK_S))
+
+    async def report_last(self, client: LinkClient) -> None:
+        """Report the figures of this worker, which ends."""
+        with contextlib.suppress(
+            ZcprotoError, TimeoutError
+        ):  # the next coordinator has the figures of before
+            async with asyncio.timeout(LAST_S):
+                await client.call(LAST, self.last(), within=LAST_S)
 
 
 def _seal(*fields: Any) -> bytes:
@@ -339,6 +388,60 @@ class Collector(FleetReports):
             if worker.ask is None and worker.member.number in connected:
                 self.ended(pid)
 
+    # --- over links ----------------------------------------------------------------------------------
+
+    def serve(self, server: LinkServer) -> None:
+        """Collect the figures of all workers that connect to the coordinator."""
+        # By process id: a worker that connects again may be seen before its old link is lost.
+        links: dict[int, Link] = {}
+
+        def made(link: Link) -> None:
+            member = Member.at(link)
+            if member is not None:
+                links[member.pid] = link
+                self.joined(member, partial(link.call, ASK, within=ANSWER_S))
+
+        def lost(link: Link) -> None:
+            member = Member.at(link)
+            if member is not None and links.get(member.pid) is link:
+                del links[member.pid]
+                self.left(member.pid)
+
+        async def report(link: Link, question: bytes) -> bytes:
+            return await self.answer(question)
+
+        async def last(link: Link, answer: bytes) -> None:
+            member = Member.at(link)
+            if member is not None:
+                self.left(member.pid, answer)
+
+        server.topics.calls |= {REPORT: report, LAST: last}
+        server.on_link.append(made)
+        server.on_lost.append(lost)
+
+    def read_parts(
+        self, member: Member, parts: Parts, *, count_sessions: Callable[[], int] | None
+    ) -> FleetFigures:
+        """Add the figures of the coordinator, which is built; return those of all processes.
+
+        `count_sessions` returns the sessions in the store of this server; None for one of several servers.
+        """
+
+        def read(depth: Depth) -> Report:
+            report = read_report(parts, member, depth)
+            if count_sessions is None:
+                return report
+            report = replace(report, readiness=store_readiness(parts))
+            if depth is Depth.READINESS:
+                return report
+            count = count_sessions()
+            status = {**report.status, "sessions": {**report.status["sessions"], "live": count}}
+            series: Series = {**report.series, "zcproto_sessions": {("live",): count}}
+            return replace(report, status=status, stats={**report.stats, "sessions": count}, series=series)
+
+        self.read = read
+        return self
+
     # --- collecting ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -379,17 +482,17 @@ class Collector(FleetReports):
             for worker, answer in zip(asked, answers, strict=True)
             if self._workers.get(worker.member.pid) is worker
         ]
-        whole = own if depth is Depth.READINESS else merge([own, self._past()])
+        total = own if depth is Depth.READINESS else merge([own, self._past()])
         for worker, answer in answered:
-            whole = self._add(whole, worker, answer, depth)
+            total = self._add(total, worker, answer, depth)
             await asyncio.sleep(0)  # with a thousand methods each takes milliseconds
         built = {worker.member.number for worker, answer in answered if answer is None or answer.workers}
-        whole = self._add_absent(
-            whole, [each for each in self._expected.values() if each.number not in built]
+        total = self._add_absent(
+            total, [each for each in self._expected.values() if each.number not in built]
         )
-        whole = replace(whole, series=whole.series | series_of(_line_readings(whole.workers)))
-        self._collected[depth] = self._clock.now(), whole
-        return whole
+        total = replace(total, series=total.series | series_of(_line_readings(total.workers)))
+        self._collected[depth] = self._clock.now(), total
+        return total
 
     async def _inherit(self) -> None:
         """Wait for the workers, and ask them for what an earlier coordinator has left with them."""
@@ -403,13 +506,13 @@ class Collector(FleetReports):
         """Return the counters of processes that have ended."""
         return self._ended if self._inherited is None else merge([self._ended, self._inherited[1]])
 
-    def _add(self, whole: Report, worker: _Asked, answer: Report | None, depth: Depth) -> Report:
+    def _add(self, total: Report, worker: _Asked, answer: Report | None, depth: Depth) -> Report:
         before = worker.last
         if answer is not None:
             if depth is not Depth.READINESS:
                 worker.last = answer
             try:
-                return merge([whole, answer])
+                return merge([total, answer])
             except ValueError as error:
                 log.error("server.fault", what="figures", exc_info=error)
                 worker.last = before
@@ -417,12 +520,12 @@ class Collector(FleetReports):
         line = _missing_line(worker.member, "silent", started_at)
         warning = f"worker {worker.member.name}: it does not answer"
         past = [lasting(before)] if before is not None and depth is not Depth.READINESS else []
-        return merge([whole, Report({}, {}, {"warnings": [warning]}, {}, [line]), *past])
+        return merge([total, Report({}, {}, {"warnings": [warning]}, {}, [line]), *past])
 
     @staticmethod
-    def _add_absent(whole: Report, absent: Iterable[Member]) -> Report:
+    def _add_absent(total: Report, absent: Iterable[Member]) -> Report:
         lines = [_missing_line(member, "absent") for member in absent]
-        return merge([whole, Report({}, {}, {}, {}, lines)]) if lines else whole
+        return merge([total, Report({}, {}, {}, {}, lines)]) if lines else total
 
     async def _ask_all(self, workers: list[_Asked], depth: Depth, totals: bytes) -> list[Report | None]:
         self._serial += 1
@@ -466,7 +569,7 @@ def _line_readings(lines: Iterable[Mapping[str, Any]]) -> Iterator[Reading]:
         yield "zcproto_worker_restarts_total", line["restarts"], line["worker"]
 
 
-class RemoteWhole(FleetReports):
+class RemoteFigures(FleetReports):
     """The figures of all processes, in a worker. `ask` asks the coordinator."""
 
     def __init__(self, ask: Ask) -> None:

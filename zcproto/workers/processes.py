@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -26,11 +27,13 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from mmap import mmap
+from pathlib import Path
 from typing import Any, Final
 
 from zcproto.admin.control import BACKLOG as CONTROL_BACKLOG
 from zcproto.admin.control import open_control, renewed_socket
-from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.clock import Clock, system_clock, system_entropy
+from zcproto.common.files import is_locked
 from zcproto.common.process import import_event_loop, new_event_loop
 from zcproto.common.text import counted
 from zcproto.common.unix_socket import SocketFile
@@ -53,17 +56,14 @@ from zcproto.runtime.reload import ReadConfig
 from zcproto.runtime.server import Server, at_home, no_redirect
 from zcproto.runtime.service_manager import ServiceManager
 from zcproto.runtime.store_setup import SQLITE
-from zcproto.server.listener import listen
+from zcproto.server.listener import bind, listen
 from zcproto.server.state import log
 from zcproto.workers import fleet
 from zcproto.workers.channel import Channel, failure_of
-from zcproto.workers.fleet import Joined
-from zcproto.workers.gone import gone_calls
-from zcproto.workers.leftovers import bind_patiently, wait_unlocked
-from zcproto.workers.limits import SharedMemory, memory_size
+from zcproto.workers.figures import Member
+from zcproto.workers.fleet import Membership
+from zcproto.workers.limits import SharedMemory, memory_size, share_of
 from zcproto.workers.link import Link
-from zcproto.workers.place import Place
-from zcproto.workers.shares import share_of
 from zcproto.workers.supervisor import COORDINATOR, Supervisor
 from zcproto.workers.upgrade import Inheritance, Successor
 
@@ -88,6 +88,11 @@ MAX_NAMES: Final = 100
 
 APPLIED_LIMIT: Final = 60.0
 """Seconds for which a reload by the control socket waits for the workers."""
+
+PATIENCE: Final = 3.0
+"""Seconds: ten times what a process has that lost its supervisor. Another program may have the port for good."""
+
+PAUSE: Final = 0.02
 
 
 def serve_processes(
@@ -332,23 +337,15 @@ class ForkedService:
 
     def run(self, number: int, channel: Channel, lifeline: int) -> int:
         """Run a process until it is ordered to end, or its supervisor ends."""
-        place = Place(
-            number=number,
-            workers=self._workers,
-            restarts=self._ended[number],
-            started_at=self._started_at,
-            addresses=tuple(self.addresses),
-            control=self._control if number == COORDINATOR else None,
-            link=self._link if number == COORDINATOR else None,
-        )
-        name_process(place.name)
+        member = Member(number, os.getpid(), self._ended[number], self._started_at)
+        name_process(member.name)
         self._leave_files()
         threading.Thread(target=_end_with, args=(lifeline,), name="zcproto-lifeline", daemon=True).start()
         if sys.stderr is not None:
             faulthandler.enable()
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(self._run(place, channel))
+                runner.run(self._run(member, channel))
         except Exception as error:
             failure = failure_of(error)
             if failure["kind"] == "other":
@@ -359,61 +356,47 @@ class ForkedService:
             finish_log()
         return 0
 
-    async def _run(self, place: Place, channel: Channel) -> None:
+    async def _run(self, member: Member, channel: Channel) -> None:
         asyncio.get_running_loop().set_exception_handler(log_loop_fault)
-        config = self._config
-        if place.is_worker:
-            assert self._link is not None
-            for each in (self._control, self._link):
-                if each is not None:
-                    each.close()
-            counting = self._counts.worker(place.number - 1)
-            joining = fleet.worker(place, config, self._home.workers, counting)
-        else:
+        config, read = self._config, self._read_config
+        assert self._link is not None
+        own: dict[str, Any]
+        if member.number == COORDINATOR:
+            own = {"control": self._control or False, "addresses": self.addresses}
             for each in (*self._sockets, *self._redirect_sockets):
                 each.close()
-            joining = fleet.coordinator(place, config, self._home)
+            joining = fleet.coordinator(member, self._workers, self._link, config, self._home)
+        else:
+            own = {"control": False, "sockets": self._sockets, "redirect_sockets": self._redirect_sockets}
+            self._link.close()
+            if self._control is not None:
+                self._control.close()
+            counting = self._counts.worker(member.number - 1)
+            joining = fleet.worker(member, config, self._home.workers, counting)
+            config = share_of(config, self._workers)
+            if read is not None:
+                read = partial(_read_share, read, self._workers)
         async with joining as part:
-            orders = Orders(self._server(place, part), part, channel, self.hang_limit())
+            server = self._make(
+                config=config,
+                home=self._home.path,
+                read_config=read,
+                role=part.role,
+                progress=self._first.progress,
+                **self._options,
+                **own,
+            )
+            server.owns_log = True
+            server.on_config = raise_limit_for
+            orders = Orders(server, part, channel, self.hang_limit())
             await orders.run(partial(self._started, part))
 
-    def _started(self, part: Joined, server: Server) -> None:
+    def _started(self, part: Membership, server: Server) -> None:
         if part.client is not None:
             self._on_worker_ready(server)
         else:
             self._first.end()
-            part.topics.calls.update(gone_calls(server.parts))
-            if server.parts.store is not None:
-                part.share_failures(server.parts.store)
-                part.take_left_revocations(server.parts.store)
-
-    def _server(self, place: Place, part: Joined) -> Server:
-        own: dict[str, Any] = {
-            "progress": self._first.progress,
-            "config": self._config,
-            "control": place.control or False,
-            "addresses": place.addresses,
-        }
-        read = self._read_config
-        if place.is_worker:
-            own = {
-                "sockets": self._sockets,
-                "redirect_sockets": self._redirect_sockets,
-                "config": share_of(self._config, self._workers),
-                "control": False,
-            }
-            if read is not None:
-                read = partial(_read_share, read, self._workers)
-        server = self._make(
-            home=self._home.path,
-            read_config=read,
-            role=part.role,
-            **self._options,
-            **own,
-        )
-        server.owns_log = True
-        server.on_config = raise_limit_for
-        return server
+            part.serve_parts(server.parts)
 
 
 async def _report(config: Config, ended: Sequence[tuple[str, str]]) -> None:
@@ -451,7 +434,7 @@ def _end_with(lifeline: int) -> None:
 class Orders:
     """Carries out the orders of the supervisor in a process."""
 
-    def __init__(self, server: Server, part: Joined, channel: Channel, hang_limit: float | None) -> None:
+    def __init__(self, server: Server, part: Membership, channel: Channel, hang_limit: float | None) -> None:
         self._server = server
         self._part = part
         self._channel = channel
@@ -556,3 +539,50 @@ class Orders:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(APPLIED_LIMIT):
                 await self._applied.wait()
+
+
+# --- the start of a server whose predecessor was killed --------------------------------------------------------
+# A service manager starts a server at once when its supervisor was killed. The other processes of the old one hold
+# the port and the sessions for up to ORPHAN_LIMIT.
+
+
+class Patience:
+    """Pauses between attempts, for PATIENCE seconds in all. `sleep` waits so many seconds."""
+
+    def __init__(self, clock: Clock = system_clock, sleep: Callable[[float], object] = time.sleep) -> None:
+        self._now = clock.now
+        self._sleep = sleep
+        self._until: float | None = None
+
+    def pause(self, what: str) -> bool:
+        """Wait until the next attempt. Return False if there is to be none. `what` is in use, for the log."""
+        now = self._now()
+        if self._until is None:
+            self._until = now + PATIENCE
+            log.warning("server.start_waits", what=what, seconds=PATIENCE)
+        if now >= self._until:
+            return False
+        self._sleep(PAUSE)
+        return True
+
+
+def bind_patiently(
+    hosts: Sequence[str], port: int, key: str = "server.port", patience: Patience | None = None
+) -> list[socket.socket]:
+    """Bind as `bind`, without listening. Wait for a port that is in use. Raises ConfigError."""
+    patience = patience or Patience()
+    while True:
+        try:
+            return bind(hosts, port, key, backlog=0)
+        except ConfigError as error:
+            in_use = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+            if not in_use or not patience.pause(f"{key} = {port}"):
+                raise
+
+
+def wait_unlocked(path: Path, patience: Patience | None = None) -> None:
+    """Wait until no process holds the lock beside `path`. Who takes it next reports if one still does."""
+    patience = patience or Patience()
+    lock = path.with_name(path.name + ".lock")
+    while is_locked(lock) and patience.pause(str(path)):
+        pass

@@ -51,8 +51,7 @@ from zcproto.stores.base import (
     StoreUnavailable,
 )
 from zcproto.workers.hub import HubStore, StoreHub
-from zcproto.workers.link import Link, LinkClient, LinkServer, Topics
-from zcproto.workers.link_core import LinkLost
+from zcproto.workers.link import Link, LinkClient, LinkLost, LinkServer, Topics
 
 CONNECT_LIMIT_S: Final = 5.0
 OPEN_LIMIT_S: Final = 30.0
