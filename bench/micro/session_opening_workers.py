@@ -26,16 +26,16 @@ from bench.micro.timing import NS_PER, PER_USER, STORE_TIMEOUT_S, new_registry, 
 from bench.report import Row
 from zcproto.common.clock import random_fraction, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.link import LinkClient, LinkServer, Topics
 from zcproto.common.process import new_event_loop
 from zcproto.common.unix_socket import listen_unix
 from zcproto.sessions import EndReason
-from zcproto.stores.hub import StoreHub
 from zcproto.stores.pending import PendingRevocations
-from zcproto.stores.remote import RemoteStore, StoreServer
 from zcproto.stores.service import StoredSessionService
 from zcproto.stores.sqlite.store import SqliteStore
 from zcproto.stores.sync import StoreSync
+from zcproto.workers.hub import StoreHub
+from zcproto.workers.link import LinkClient, LinkServer, Topics
+from zcproto.workers.remote_store import RemoteStore, StoreServer
 
 MIN_OPENINGS: Final = 6_000.0
 MAX_REVOCATION_MS: Final = 50.0

@@ -15,11 +15,11 @@ from cryptography import x509
 
 from tests.admin.chromium import Chromium, Tab
 from tests.admin.https_client import add
-from tests.admin.test_figures_of_workers import group_of_one
 from tests.client.conftest import options_for
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread
+from tests.workers.test_reports import group_of_one
 from zcproto.alerts import AlertKind
 from zcproto.client import connect_blocking
 from zcproto.http.messages import HttpResponse, Route, text_response
@@ -178,7 +178,7 @@ def test_streams_are_shown_once_there_are_some(serve: Serve, show: Open) -> None
 
 
 def test_workers_are_shown_with_those_that_do_not_answer(serve: Serve, show: Open) -> None:
-    server = serve(role=WorkerRole(whole=group_of_one))
+    server = serve(role=WorkerRole(fleet=group_of_one))
     with server.client("operator") as operator:
         tab = open_figures(show, server, operator)
         assert tab.run("document.querySelector('#workers-card').checkVisibility()")

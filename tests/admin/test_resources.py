@@ -251,7 +251,7 @@ async def test_figures_are_read_at_most_once_a_second_and_only_on_request(
     monkeypatch.setattr(
         resources, "readiness_report", lambda parts: {"ready": False, "reasons": ["store: out"]}
     )
-    found = Resources(cast("Parts", SimpleNamespace(clock=clock, state=None, whole=None)))
+    found = Resources(cast("Parts", SimpleNamespace(clock=clock, state=None, fleet=None)))
     assert readings == []
     for _ in range(1000):
         await found.figures(operator=False)

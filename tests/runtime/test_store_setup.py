@@ -14,12 +14,13 @@ from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.errors import ConfigError
 from zcproto.runtime import store_setup
-from zcproto.runtime.store_setup import build_hub, build_store
+from zcproto.runtime.store_setup import build_store
 from zcproto.stores.base import Change, ChangeKind
-from zcproto.stores.hub import StoreHub
 from zcproto.stores.sqlite.store import SqliteStore
 from zcproto.stores.valkey import store as store_module
 from zcproto.stores.valkey.store import ValkeyStore
+from zcproto.workers.fleet import build_hub
+from zcproto.workers.hub import StoreHub
 
 
 def store(home: Path, **settings: Any) -> Any:

@@ -29,7 +29,6 @@ from tests.server.helpers import (
 )
 from tests.tls.support import captured_hello
 from zcproto.app.app import App
-from zcproto.common.shared_counts import SharedMemory, memory_size
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.runtime.build import WorkerRole
@@ -37,6 +36,7 @@ from zcproto.server import listener
 from zcproto.server.listener import AcceptLoop, Listener, bind
 from zcproto.testing import LocalServer
 from zcproto.tls.failure import TlsFailure
+from zcproto.workers.limits import SharedMemory, memory_size
 
 Serve = Callable[..., ServerThread]
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.limits import TIMEOUT
-from tests.stores.hub_harness import until
+from tests.workers.hub_harness import until
 from zcproto.errors import ResourceExhausted
 from zcproto.stores import worker
 from zcproto.stores.base import StoreUnavailable

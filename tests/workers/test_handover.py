@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.workers.handover import Action, Handover, Input, Step
+from zcproto.workers.upgrade import Action, Handover, Input, Step
 
 UPGRADE = (Input.REQUESTED, Input.PREPARED, Input.COORDINATOR_ENDED, Input.SERVING)
 

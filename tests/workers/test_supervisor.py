@@ -18,14 +18,20 @@ import pytest
 from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
 from zcproto.errors import CertificateError, ConfigError, LifespanError
-from zcproto.workers import child as child_module
 from zcproto.workers import supervisor as module
-from zcproto.workers.channel import Channel, Message
-from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN
-from zcproto.workers.failures import failure_of
-from zcproto.workers.handover import Input, Step
-from zcproto.workers.successor import Successor
-from zcproto.workers.supervisor import Supervisor
+from zcproto.workers.channel import Channel, Message, failure_of
+from zcproto.workers.supervisor import (
+    COORDINATOR,
+    FREE,
+    KILLED_LIMIT,
+    LONGEST_DELAY,
+    LONGEST_READY_DELAY,
+    MARGIN,
+    SOON,
+    RestartPacer,
+    Supervisor,
+)
+from zcproto.workers.upgrade import Input, Step, Successor
 
 Script = Callable[[int, Channel, int], int]
 
@@ -430,7 +436,7 @@ def test_time_in_which_a_process_waits_for_a_processor_does_not_count(
     monkeypatch: pytest.MonkeyPatch, silence: float, is_late: bool, is_ready: bool
 ) -> None:
     queued, signals = 5.0, []
-    monkeypatch.setattr(child_module, "queued_seconds", lambda pid: queued)
+    monkeypatch.setattr(module, "queued_seconds", lambda pid: queued)
     with unstarted(hang_limit=30.0, start_limit=30.0) as supervisor:
         monkeypatch.setattr(supervisor, "_signal", lambda process, number: signals.append(number))
         process = supervisor.workers[0]
@@ -893,3 +899,32 @@ def test_failed_fork_is_retried(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     os.kill(pids[2], signal.SIGKILL)
     running.next("run", 2)
     assert running.stop() == 0
+
+
+# --- restarts ----------------------------------------------------------------------------------------------------
+
+
+def test_process_that_served_is_started_again_at_once() -> None:
+    pacer = RestartPacer()
+    assert [pacer.ended(SOON) for _ in range(100)] == [0.0] * 100
+
+
+def test_delay_grows_with_failed_starts_up_to_a_limit() -> None:
+    pacer = RestartPacer()
+    delays = [pacer.ended(None) for _ in range(FREE + 8)]
+    assert delays == [0, 0, 0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, LONGEST_DELAY, LONGEST_DELAY]
+    assert [pacer.ended(None) for _ in range(2_000)][-1] == LONGEST_DELAY
+
+
+def test_process_that_was_ready_is_missing_for_a_short_time() -> None:
+    pacer = RestartPacer()
+    delays = [pacer.ended(0.1) for _ in range(FREE + 5)]
+    assert delays == [0, 0, 0, 0.25, *[LONGEST_READY_DELAY] * 4]
+
+
+def test_delay_is_reset_by_a_successful_start() -> None:
+    pacer = RestartPacer()
+    for _ in range(10):
+        pacer.ended(0.0)
+    assert pacer.ended(60.0) == 0.0
+    assert pacer.ended(None) == 0.0

@@ -27,9 +27,8 @@ from urllib.parse import parse_qsl
 
 from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
-from zcproto.admin.snapshot import certificate_report
+from zcproto.admin.snapshot import certificate_report, read_readiness, read_status
 from zcproto.admin.users import NO_FILES, ServerUsers
-from zcproto.admin.whole import read_readiness, read_status
 from zcproto.alerts.service import try_sinks
 from zcproto.auth import DeviceFile, RegisteredDevice, UserFile
 from zcproto.auth.directory import Directory

@@ -6,11 +6,12 @@ snapshot, the admin operations, the HTTPS resources and the reload use them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from zcproto.admin.https import HttpSide
 from zcproto.admin.machines import MachineTokens
-from zcproto.admin.merge import Whole
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login, RegisteredDevice, User
@@ -22,6 +23,7 @@ from zcproto.common.clock import Clock
 from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.observe.loop_lag import LoopLag
+from zcproto.observe.metrics import Metrics
 from zcproto.server.lifespan import Lifespans
 from zcproto.server.listener import Listener
 from zcproto.server.state import ServerState
@@ -36,12 +38,24 @@ class ActiveConfig:
     config: Config
 
 
+class FleetFigures(Protocol):
+    """The reports of a server of several processes, as snapshot.py makes them of one. Each raises Unavailable."""
+
+    async def status(self) -> dict[str, Any]: ...
+
+    async def readiness(self) -> Mapping[str, Any]: ...
+
+    async def stats(self) -> dict[str, Any]: ...
+
+    async def metrics(self) -> Metrics: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """The parts of one server.
 
     `store` is None if sessions end with the process, `users` and `devices` if the program brings its own
-    authenticators, `jwt` without identity providers, `tokens` and `http` if HTTP is switched off, `whole` if this
+    authenticators, `jwt` without identity providers, `tokens` and `http` if HTTP is switched off, `fleet` if this
     process is the whole server. `started_at` is milliseconds since the Unix epoch.
     """
 
@@ -64,7 +78,7 @@ class Parts:
     lifespans: Lifespans
     loop_lag: LoopLag
     traffic: Traffic
-    whole: Whole | None = None
+    fleet: FleetFigures | None = None
 
     @property
     def config(self) -> Config:

@@ -34,16 +34,13 @@ from typing import Any, Final
 from zcproto.admin.machines import NO_MACHINE_TOKEN, REALM
 from zcproto.admin.metrics import server_metrics
 from zcproto.admin.parts import Parts
-from zcproto.admin.snapshot import readiness_report
-from zcproto.admin.whole import read_readiness, read_status
+from zcproto.admin.snapshot import read_readiness, read_status, readiness_report
 from zcproto.auth.schemes import certificate_key
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.network import AddressSet, plain_address
 from zcproto.common.roles import OPERATOR
 from zcproto.errors import CallError, CertificateError, Code
 from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_response, text_response
-from zcproto.observe.metrics import Metrics
-from zcproto.observe.series import readings_of
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import Session
 from zcproto.sessions.token import token_from_text
@@ -107,7 +104,7 @@ class Resources:
     async def _readiness(self) -> Mapping[str, Any]:
         """Return whether new clients should connect. While the coordinator is silent, this worker decides."""
         parts = self._parts
-        if parts.whole is None:
+        if parts.fleet is None:
             return readiness_report(parts)
         now = parts.clock.now()
         if now - self._checked_at >= FRESH_S:
@@ -187,12 +184,11 @@ class Resources:
         if refusal is not None:
             return refusal
         metrics = self._metrics
-        if self._parts.whole is not None:
+        if self._parts.fleet is not None:
             try:
-                report = await self._parts.whole.report()
+                metrics = await self._parts.fleet.metrics()
             except CallError as error:
                 return _retry_later(error)
-            metrics = Metrics(lambda: readings_of(report.series))
         content_type, body = metrics.render(request.headers.get("accept", ""))
         return HttpResponse(200, body, content_type)
 

@@ -2,9 +2,8 @@
 
     server objects count  ->  take_snapshot(parts)  ->  status, server.stats, metrics.py, the page of https.py
 
-Decides: what is read, and the names and units of the reports; merge.py decides how those of several processes are
-added. Times are milliseconds since the Unix
-epoch, durations seconds, memory bytes.
+Decides: what is read, and the names and units of the reports; those of several processes are added up in
+zcproto/workers. Times are milliseconds since the Unix epoch, durations seconds, memory bytes.
 
 Rules:
 - Nothing is counted here, and nothing is read before someone asks.
@@ -25,9 +24,11 @@ from zcproto.admin.http_protocol import HttpEndpoint
 from zcproto.admin.https import HttpSide
 from zcproto.admin.parts import Parts
 from zcproto.admin.traffic import rates_of
+from zcproto.app.app import Method
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
 from zcproto.common.clock import MS_PER_SECOND
+from zcproto.common.roles import OPERATORS
 from zcproto.observe.log import level
 from zcproto.observe.process import resident_bytes, used_cpu_s
 from zcproto.server.state import Counters
@@ -286,6 +287,34 @@ def stats_figures(parts: Parts, snapshot: Snapshot, take: bool) -> dict[str, Any
         },
         "last_renewal": None if last is None else {"at": round(last.at.timestamp()), "ok": last.ok},
     }
+
+
+# --- of this process, or of the whole server if it has several ------------------------------------------------
+
+
+async def read_status(parts: Parts) -> dict[str, Any]:
+    """Return the status of the server. Raises Unavailable."""
+    return status_report(take_snapshot(parts)) if parts.fleet is None else await parts.fleet.status()
+
+
+async def read_readiness(parts: Parts) -> Mapping[str, Any]:
+    """Return whether new clients should connect to the server. Raises Unavailable."""
+    return readiness_report(parts) if parts.fleet is None else await parts.fleet.readiness()
+
+
+def stats_method(parts: Parts) -> Method:
+    """Return the protocol method `server.stats`."""
+
+    def server_stats() -> dict[str, Any]:
+        """Connections, sessions, requests, CPU, memory and loop pauses."""
+        return read_stats(parts)
+
+    async def fleet_stats() -> dict[str, Any]:
+        assert parts.fleet is not None
+        return await parts.fleet.stats()
+
+    fleet_stats.__doc__ = server_stats.__doc__
+    return Method("server.stats", server_stats if parts.fleet is None else fleet_stats, roles=OPERATORS)
 
 
 def _http_stats(side: HttpSide) -> dict[str, Any]:

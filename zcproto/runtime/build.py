@@ -14,20 +14,18 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.machines import build_tokens
-from zcproto.admin.merge import Whole
-from zcproto.admin.parts import ActiveConfig, Parts
+from zcproto.admin.parts import ActiveConfig, FleetFigures, Parts
 from zcproto.admin.resources import ALPN, Resources
+from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
-from zcproto.admin.whole import stats_method
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
 from zcproto.auth import (
@@ -46,7 +44,11 @@ from zcproto.auth import (
 )
 from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BuiltInSchemes
+from zcproto.auth.issuer_keys import IssuerKeys
+from zcproto.auth.jwt import IssuerKey, TokenRules
+from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
 from zcproto.auth.origin import Origins
+from zcproto.auth.provider import Provider
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
 from zcproto.certs.acme.challenges import challenge_folder
@@ -56,7 +58,8 @@ from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction,
 from zcproto.common.counts import ALONE, Counting
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
-from zcproto.config import Config, TelemetryConfig
+from zcproto.common.https import verifying_context
+from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_holds import Hold, LoopHolds
@@ -64,6 +67,8 @@ from zcproto.observe.loop_lag import LoopLag
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,
+    on_issuer_answered,
+    on_issuer_failed,
     on_refresh_reused,
     on_revoked,
     on_store_event,
@@ -89,7 +94,6 @@ from zcproto.sessions.record import WhenFull
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_text
 from zcproto.stores.base import HEARTBEAT_S, SessionStore
-from zcproto.stores.hub import HubStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -101,16 +105,6 @@ from zcproto.wire.frame import LENGTH_SIZE
 
 if TYPE_CHECKING:
     from zcproto.telemetry.export import Telemetry
-
-from collections.abc import Sequence
-
-from zcproto.auth.issuer_keys import IssuerKeys
-from zcproto.auth.jwt import IssuerKey, TokenRules
-from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
-from zcproto.auth.provider import Provider
-from zcproto.common.https import verifying_context
-from zcproto.config import AuthConfig, OidcConfig
-from zcproto.runtime.alert_sources import on_issuer_answered, on_issuer_failed
 
 ReportGone = Callable[[str, str, str], Awaitable[None]]
 """Report that a user or a device is gone: the kind of its file, its name, and the user."""
@@ -133,6 +127,9 @@ class WorkerRole:
     """Whether the lifespans of the application run in this process."""
     store: SessionStore | None = None
     """Replaces the configured store."""
+    """Replaces the store of the configuration."""
+    heartbeat: float = HEARTBEAT_S
+    """Seconds between two pings of the store."""
     alerts: ServerAlerts | None = None
     """Replaces the alerts; another process logs and delivers them."""
     throttle: LoginThrottle | None = None
@@ -141,7 +138,7 @@ class WorkerRole:
     """Called without `maintains`, to have the sessions of a user or device ended by another process."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
-    whole: Callable[[Parts], Whole] | None = None
+    fleet: Callable[[Parts], FleetFigures] | None = None
     """Makes the reports of all processes from the parts of this one."""
     connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
     """Makes the lookup of connections in other processes from the state of this one."""
@@ -179,7 +176,17 @@ async def build(
         settings = replace(settings, max_sessions=NEAR_CACHE)
     await asyncio.sleep(0)  # here and below: a coordinator answers the workers, whose logins wait
     state, sync = build_state(
-        config, home, settings, alerts, wheel, clock, entropy, store, role.counting, role.maintains
+        config,
+        home,
+        settings,
+        alerts,
+        wheel,
+        clock,
+        entropy,
+        store,
+        role.counting,
+        role.maintains,
+        role.heartbeat,
     )
     if role.run is not None:
         state.run = role.run
@@ -229,8 +236,8 @@ async def build(
         loop_lag=loop_lag,
         traffic=Traffic(clock, state.counters, acceptor, state.methods, loop_lag),
     )
-    if role.whole is not None:
-        parts = replace(parts, whole=role.whole(parts))
+    if role.fleet is not None:
+        parts = replace(parts, fleet=role.fleet(parts))
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
     state.restrict(access_of(state.methods, config.auth.role))
@@ -293,6 +300,7 @@ def build_state(
     store: SessionStore | None = None,
     counting: Counting = ALONE,
     maintains: bool = True,
+    heartbeat: float = HEARTBEAT_S,
 ) -> tuple[ServerState, StoreSync | None]:
     """Build the state that all connections share, and the use of the store, None without a store."""
     loop = asyncio.get_running_loop()
@@ -314,8 +322,7 @@ def build_state(
             grace=config.store.grace,
             cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
-            # The changes of a hub are calls in this process: none is missed, however long it does not run.
-            heartbeat=inf if isinstance(store, HubStore) else HEARTBEAT_S,
+            heartbeat=heartbeat,
             maintains=maintains,
             on_event=partial(on_store_event, alerts),
         )

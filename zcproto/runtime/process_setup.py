@@ -11,6 +11,7 @@ import resource
 import sys
 from collections.abc import Mapping, MutableMapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from zcproto.common.process import raise_file_limit, tune_heap
@@ -33,6 +34,13 @@ SPARE_FILES: Final = 256
 
 _PHRASE: Final = re.compile(r"[A-Za-z][A-Za-z' ]*")
 """What asyncio writes before a callback and its arguments."""
+
+
+UPGRADE: Final = "ZCPROTO_UPGRADE"
+"""The variable with what a server of several processes passes to its successor."""
+
+_CPU_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
+"""The share of a container: the microseconds of CPU time in each period, or "max", and the period."""
 
 
 def deny_core_dumps() -> None:
@@ -115,3 +123,18 @@ def exit_at_once() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def worker_count(config: Config) -> int:
+    """Return the number of workers of a configuration."""
+    return usable_cores() if config.server.workers is None else config.server.workers
+
+
+def usable_cores(cpu_limit: Path = _CPU_LIMIT) -> int:
+    """Return the number of cores that this process may use, by its affinity and the limit of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = cpu_limit.read_text().split()
+        return max(1, min(cores, round(int(share) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no container, or no limit
+        return cores

@@ -24,17 +24,16 @@ from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.runtime.first_start import FirstStart
-from zcproto.runtime.inheritance import Inheritance
-from zcproto.runtime.place import worker_count
 from zcproto.runtime.process_setup import (
+    UPGRADE,
     exit_at_once,
     harden,
     log_loop_fault,
     log_risks,
     raise_limit_for,
     tune_interpreter,
+    worker_count,
 )
-from zcproto.runtime.processes import ForkedService
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.state import log
@@ -68,7 +67,6 @@ def serve(
     _check_own_process()
     risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
-    inheritance = Inheritance.from_environ(os.environ)
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
     options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
     first = FirstStart(progress, sys.stderr if sys.stderr.isatty() else None)
@@ -84,30 +82,25 @@ def serve(
         ready(server)
 
     try:
-        if workers > 1:
-            ForkedService(
+        if workers > 1 or UPGRADE in os.environ:
+            from zcproto.workers.processes import serve_processes  # noqa: PLC0415 - one process needs none of it
+
+            serve_processes(
                 server,
                 partial(Server, app, authenticators=authenticators),
                 workers,
+                risks,
                 options={name: value for name, value in options.items() if name != "read_config"},
                 manager=manager,
                 first=first,
                 ready=ready,
                 listening=listening,
-            ).serve(risks, inheritance)
-            return
-        if inheritance is not None:
-            raise ConfigError(
-                ["server.workers = 1: one process cannot take over from several; restart the server instead"]
             )
+            return
         server.owns_log = True
         server.on_config = raise_limit_for
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(server, on_ready, manager, risks))
-    except Exception as error:
-        if inheritance is not None:
-            inheritance.report(error)
-        raise
     finally:
         finish_log()
 

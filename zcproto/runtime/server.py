@@ -47,7 +47,7 @@ from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
 from zcproto.runtime.background import background, background_work, roll_out_certificates
 from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build, build_telemetry
-from zcproto.runtime.place import ONLY_PROCESS, Place, worker_count
+from zcproto.runtime.process_setup import worker_count
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
@@ -71,7 +71,9 @@ class Server:
     the configuration.
     `authenticators` decide who may open sessions; by default those of the application.
     `read_config` reads the configuration again for `reload`; by default as `config` is read if it is left out.
-    `control` is whether to open a control socket in the home folder, which only one server can have.
+    `control` is whether to open a control socket in the home folder, which only one server can have; or one that
+    listens there already.
+    `addresses` are those on which other processes accept, for a server that does not listen itself.
     `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those that
     replace `http.redirect_port`; the server closes them.
     Raises ConfigError, CertificateError or LifespanError on entering, before anything listens. A lifespan that
@@ -89,20 +91,22 @@ class Server:
         redirect_sockets: Sequence[socket.socket] = (),
         progress: Callable[[str], None] = lambda sentence: None,
         read_config: ReadConfig | None = None,
-        control: bool = True,
+        control: bool | socket.socket = True,
+        addresses: Sequence[tuple[str, int]] = (),
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
         role: WorkerRole = SINGLE,
-        place: Place = ONLY_PROCESS,
     ) -> None:
         self.home = resolve_home(None, os.environ) if home is None else Home(home)
         if config is None:
             read_config = partial(load_config, None, home=self.home.path, environ=os.environ)
             config = read_config()
-        self.place = place
         self._first_config = at_home(config, self.home)
         self.read_config = read_config
-        self._has_control = control
+        self._control_socket = control if isinstance(control, socket.socket) else None
+        self._has_control = control is True
+        self._addresses_elsewhere = list(addresses)
+        self._is_alone = role is SINGLE
         self._build = partial(
             build,
             self._first_config,
@@ -160,7 +164,7 @@ class Server:
         async with AsyncExitStack() as stack:
             for passed in (*self._sockets, *self._redirect_sockets):
                 stack.callback(passed.close)
-            if self.place.is_single and worker_count(self._first_config) > 1:
+            if self._is_alone and worker_count(self._first_config) > 1:
                 raise ConfigError(
                     [
                         "server.workers: a Server in a program is one process; set it to 1, or run the application"
@@ -185,8 +189,8 @@ class Server:
             ).routes()
             self._control = control = ControlSocket(self.home, parts.state, Router(routes))
             stack.callback(control.close)
-            if self.place.control is not None:
-                control.listen_on([self.place.control])
+            if self._control_socket is not None:
+                control.listen_on([self._control_socket])
             elif self._has_control:
                 await asyncio.to_thread(control.open)
             stack.push_async_callback(parts.alerts.stop)
@@ -237,8 +241,8 @@ class Server:
         await parts.lifespans.stop(self.config.server.lifespan_timeout)
 
     def _bind(self, parts: Parts) -> None:
-        if self.place.is_coordinator:
-            parts.listener.addresses = list(self.place.addresses)
+        if self._addresses_elsewhere:
+            parts.listener.addresses = self._addresses_elsewhere
             return
         config = parts.config
         parts.listener.listen_on(self._sockets or bind(config.server.host, config.server.port))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
 from zcproto.config import Config
@@ -16,7 +15,6 @@ from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 from zcproto.server.idempotency import answer_limits
 from zcproto.stores.base import SessionStore
-from zcproto.stores.hub import StoreHub
 from zcproto.stores.revoker import OnEvent
 from zcproto.stores.sqlite.store import SqliteStore
 
@@ -27,7 +25,6 @@ NEAR_CACHE: Final = 200_000
 """Sessions of a shared store cached in this process, about 180 bytes each; others are looked up."""
 
 _PACKAGE: Final = "redis"
-_LOSSES: Final = ("store_damaged", "store_missing")
 
 log = get_logger("zcproto.store")
 
@@ -45,7 +42,10 @@ def build_store(
         return None
     if settings.url == SQLITE:
         return SqliteStore(
-            home.sessions, timeout=settings.timeout, answers=limits, on_notice=partial(_report, on_event)
+            home.sessions,
+            timeout=settings.timeout,
+            answers=limits,
+            on_notice=partial(report_notice, on_event),
         )
     try:
         from zcproto.stores.valkey.store import ValkeyStore  # noqa: PLC0415 - its package is an extra
@@ -66,35 +66,11 @@ def build_store(
         key_file=settings.key_file,
         timeout=settings.timeout,
         answers=limits,
-        on_notice=partial(_report, on_event),
+        on_notice=partial(report_notice, on_event),
     )
 
 
-def build_hub(config: Config, home: Home, on_event: OnEvent = lambda event, values: None) -> StoreHub | None:
-    """Return the hub that gives one store to all processes of a server; None if they share the configured one.
-
-    Raises and calls as `build_store`.
-    """
-    settings = config.store
-    if settings.url not in (MEMORY, SQLITE):
-        return None
-
-    def report(name: str, **values: object) -> None:
-        _report(on_event, name, **values)
-        if name in _LOSSES:
-            hub.store_emptied()
-
-    store = SqliteStore(
-        home.sessions if settings.url == SQLITE else None,
-        timeout=settings.timeout,
-        answers=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
-        on_notice=report,
-    )
-    hub = StoreHub(store, is_lasting=settings.url == SQLITE, now=system_clock.now, entropy=system_entropy)
-    return hub
-
-
-def _report(on_event: OnEvent, name: str, **values: object) -> None:
+def report_notice(on_event: OnEvent, name: str, **values: object) -> None:
     """Log a notice of a store; all of them are errors."""
     shown = {key: str(value) for key, value in values.items()}
     event = name.replace("_", ".", 1)

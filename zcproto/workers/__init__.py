@@ -1,5 +1,10 @@
-"""Processes of one server: a supervisor that starts and restarts them, and the messages between it and them.
+"""One server in several processes: everything that exists only because there are several.
 
-Reading order: channel.py (messages), restarts.py (when a process is started again), supervisor.py.
-zcproto/runtime/processes.py decides what the processes do.
+    supervisor    forks the others, and starts those again that end
+    coordinator   a Server that accepts nothing: what must exist once, served to the workers over a link
+    worker        a Server on the inherited sockets
+
+Reading order: supervisor.py, processes.py (what each process does), fleet.py (what they share), link.py (how they
+call each other). `zcproto.serve` imports this package only if the configuration has several workers, and nothing
+below it does.
 """

@@ -2,7 +2,7 @@
 
     start:  coordinator ready -> workers ready -> "go" to all of them -> serving
     stop:   "drain" to the workers -> they end -> "drain" to the coordinator -> it ends
-    upgrade: a successor does the same beside it (handover.py); "prepared" -> "store" -> "serving" -> "left"
+    upgrade: a successor does the same beside it (upgrade.py); "prepared" -> "store" -> "serving" -> "left"
 
 Decides: which process runs, and when a process that does not obey is killed.
 
@@ -30,19 +30,28 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Enum
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 from zcproto.common.clock import Clock, system_clock
+from zcproto.common.process import queued_seconds
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.observe.log import flush_log, get_logger
-from zcproto.workers.channel import Channel, Message
-from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN, ChildProcess
-from zcproto.workers.failures import ChildFailed, failure_from
-from zcproto.workers.handover import Action, Handover, Input, Step
-from zcproto.workers.reload import Reload
-from zcproto.workers.service import SupervisedService
-from zcproto.workers.successor import Successor
+from zcproto.workers.channel import Channel, ChildFailed, Message, failure_from
+from zcproto.workers.upgrade import Action, Handover, Input, Step, Successor
+
+COORDINATOR: Final = 0
+"""The number of the coordinator; workers have those from 1 on."""
+
+MARGIN: Final = 10.0
+"""Seconds that a process has to end in addition to its drain, before it is killed."""
+
+KILLED_LIMIT: Final = 5.0
+"""Seconds for which the end of killed processes is awaited; an uninterruptible system call may take longer."""
+
+RELOAD_LIMIT: Final = 30.0
+"""Seconds for which a reload waits for the processes."""
 
 GIVE_UP: Final = 60.0
 """Seconds without a ready worker after which the server ends: time for a database to come back, and no more than
@@ -64,10 +73,231 @@ MAX_ENDED: Final = 64
 MAX_REASON: Final = 200
 """Characters of a reason in an alert."""
 
+SOON: Final = 1.0
+"""Seconds after it was ready within which an end counts as a failed start."""
+
+FREE: Final = 3
+"""Failed starts in a row that are repeated at once: clients wait, and the cause may have been a passing one."""
+
+FIRST_DELAY: Final = 0.25
+LONGEST_DELAY: Final = 10.0
+LONGEST_READY_DELAY: Final = 0.5
+"""For a process that was ready. A start takes about a tenth of that, on one core."""
+
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 _STOP: Final = (signal.SIGTERM, signal.SIGINT)
 
 log = get_logger("zcproto.server")
+
+
+class SupervisedService(Protocol):
+    """What is supervised. Its methods run in the supervisor, except for `run`, and must return soon."""
+
+    def run(self, number: int, channel: Channel, lifeline: int) -> int:
+        """Run a process, in the child; return its exit code. The lifeline is at its end when the supervisor is."""
+
+    def coordinator_ready(self, values: dict[str, Any]) -> None:
+        """The coordinator has started for the first time. `values` are those of its message."""
+
+    def listen(self) -> None:
+        """All processes have started for the first time: let the sockets listen. Raises ConfigError."""
+
+    def serving(self) -> None:
+        """The workers accept from now on."""
+
+    def process_ended(self, number: int) -> None:
+        """Clear what the process has left in shared memory."""
+
+    def reloading(self, is_begun: bool) -> None:
+        """A reload has begun, or ended."""
+
+    def reload(self) -> None:
+        """Read the configuration again, which the coordinator has applied, for processes to come."""
+
+    def drain_limit(self) -> float:
+        """Return the seconds of a drain."""
+
+    def stopping(self, limit: float) -> None:
+        """A drain of the server has begun."""
+
+    def start_successor(self) -> Successor:
+        """Start this program again, with the sockets and locks of this one. Raises OSError."""
+
+    def upgrade_limit(self) -> float:
+        """Return the seconds within which a successor must serve."""
+
+    def left(self, pid: int) -> None:
+        """The successor serves: it owns the home folder and speaks to the service manager from now on."""
+
+    def tick(self, ready: int) -> float:
+        """Report that this many workers are ready; return the seconds until the next call."""
+
+    def renew_sockets(self) -> bool:
+        """Make sockets again that were removed. Return whether a new coordinator is needed, which gets them."""
+
+    def hang_limit(self) -> float | None:
+        """Return the seconds within which a process must send a beat; None without a limit."""
+
+    def start_limit(self) -> float | None:
+        """Return the seconds within which a process must be ready; None without a limit."""
+
+    def report(self, ended: Sequence[tuple[str, str]]) -> int:
+        """Raise the alerts of processes that ended, by name and reason, in a child; return its exit code."""
+
+
+class RestartPacer:
+    """The restarts of one process. `failures` is the number of failed starts in a row.
+
+    What ends a process that has served for a while is not in its start: it starts again at once. One that ends soon
+    again and again starts after a growing delay, a short one if it was ready each time: it serves in between.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def ended(self, served: float | None) -> float:
+        """Return the seconds until the next start. `served` is how long it was ready; None if it never was."""
+        if served is not None and served >= SOON:
+            self.failures = 0
+            return 0.0
+        self.failures += 1
+        if self.failures <= FREE:
+            return 0.0
+        longest = LONGEST_DELAY if served is None else LONGEST_READY_DELAY
+        return min(FIRST_DELAY * 2.0 ** min(self.failures - FREE - 1, 16), longest)
+
+
+class ChildProcess:
+    """One process of the server, and its successors."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.name = "coordinator" if number == COORDINATOR else str(number)
+        self.pid = 0
+        """0 while it does not run."""
+        self.channel: Channel | None = None
+        self.ready_at: float | None = None
+        self.heard_at = 0.0
+        """When its last message came; until it is ready, when it was started."""
+        self._queued = 0.0
+        self.kill_at: float | None = None
+        self.is_aborted = False
+        self.is_drained = False
+        """Whether it was ordered to end."""
+        self.start_at: float | None = 0.0
+        """When to start it; None while it runs, or if it is not to run."""
+        self.failure: ZcprotoError | None = None
+        self.pacer = RestartPacer()
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.pid)
+
+    def heard(self, now: float) -> None:
+        """Begin to count its silence again."""
+        self.heard_at, self._queued = now, queued_seconds(self.pid)
+
+    def silence(self, now: float) -> float:
+        """Return the seconds since then, without those in which it waited for a processor."""
+        return now - self.heard_at - (queued_seconds(self.pid) - self._queued)
+
+    def send(self, name: str, **values: Any) -> bool:
+        return self.channel is not None and self.channel.send(name, **values)
+
+
+class Reload:
+    """The reloads of one server. Once `is_stopped` is set, none begins.
+
+        SIGHUP -> "reload" to the coordinator -> "reloaded" -> "reload" to the workers -> "reloaded" of each
+               -> "applied" to the coordinator
+
+    If the coordinator refuses the configuration, nothing changes. A reload by the control socket begins in the
+    coordinator, so that its "reloaded" is the first message.
+    """
+
+    def __init__(
+        self,
+        service: SupervisedService,
+        coordinator: ChildProcess,
+        workers: Sequence[ChildProcess],
+        now: Callable[[], float],
+    ) -> None:
+        self._service = service
+        self._coordinator = coordinator
+        self._workers = workers
+        self._now = now
+        self._waiting: set[ChildProcess] | None = None
+        self._until = 0.0
+        self._is_requested = False
+        self.is_stopped = False
+
+    def request(self) -> None:
+        """Begin a reload, or another one after that in progress."""
+        if self.is_stopped:
+            return
+        if self._waiting is not None:
+            self._is_requested = True  # it will read whatever has changed by then
+            return
+        self._wait_for([self._coordinator])
+
+    def handle_reloaded(self, process: ChildProcess, *, has_applied: bool) -> None:
+        """Handle a process that has applied the configuration, or refused it."""
+        if process is self._coordinator and has_applied and not self.is_stopped:
+            self._service.reload()
+            self._wait_for(self._workers)
+        else:
+            self.remove(process)
+
+    def remove(self, process: ChildProcess) -> None:
+        """Do not wait for a process any more."""
+        if self._waiting is not None:
+            self._waiting.discard(process)
+            if not self._waiting:
+                self._end()
+
+    def check_time(self, now: float) -> None:
+        """End a reload that takes too long."""
+        if self._waiting is not None and now >= self._until:
+            log.warning("workers.reload_slow", count=len(self._waiting), seconds=RELOAD_LIMIT)
+            self._end()
+
+    def _wait_for(self, processes: Iterable[ChildProcess]) -> None:
+        if self._waiting is None:
+            self._service.reloading(True)
+        self._until = self._now() + RELOAD_LIMIT
+        self._waiting = {each for each in processes if each.ready_at is not None and each.send("reload")}
+        if not self._waiting:
+            self._end()
+
+    def _end(self) -> None:
+        self._waiting = None
+        self._service.reloading(False)
+        self._coordinator.send("applied")
+        if self._is_requested:
+            self._is_requested = False
+            self.request()
+
+
+class Phase(Enum):
+    """What the end of a process means: a failed start, a restart, the next step of an upgrade, the end."""
+
+    STARTING = 0
+    SERVING = 1
+    HANDING_OVER = 2
+    STOPPING = 3
+
+
+class ProcessEnd(NamedTuple):
+    """The end of a process. `served` is how many seconds it was ready; None if it never was."""
+
+    process: ChildProcess
+    pid: int
+    reason: str
+    is_expected: bool
+    served: float | None
+
+    def log(self) -> None:
+        log.error("worker.ended", worker=self.process.name, pid=self.pid, reason=self.reason)
 
 
 class Supervisor:
@@ -441,42 +671,63 @@ class Supervisor:
         self._lose(process, reason, is_expected=process.is_drained and not code)
 
     def _lose(self, process: ChildProcess, reason: str, *, is_expected: bool = False) -> None:
-        """Note that a process does not run, and when it starts again."""
-        now, is_coordinator = self._now(), process is self.coordinator
-        pid, process.pid, process.kill_at = process.pid, 0, None
-        served = None if process.ready_at is None else now - process.ready_at
-        process.ready_at = process.start_at = None
+        """Note that a process does not run. What follows depends on the phase of the server."""
+        served = None if process.ready_at is None else self._now() - process.ready_at
+        end = ProcessEnd(process, process.pid, reason, is_expected, served)
+        process.pid, process.kill_at, process.ready_at, process.start_at = 0, None, None, None
         self._reload.remove(process)
+        {
+            Phase.STARTING: self._fail_start,
+            Phase.SERVING: self._restart,
+            Phase.HANDING_OVER: self._hand_over_further,
+            Phase.STOPPING: self._end_while_stopping,
+        }[self._phase_of(process)](end)
+
+    def _phase_of(self, process: ChildProcess) -> Phase:
         if self._is_stopping:
-            if not is_expected:
-                log.error("worker.ended", worker=process.name, pid=pid, reason=reason)
-                self._failure = self._failure or process.failure
-            if is_coordinator and any(each.is_running for each in self.workers):
-                process.start_at = now + process.pacer.ended(served)  # the workers have sessions to store
-            return
+            return Phase.STOPPING
         if not self._has_served:
-            self._failure = process.failure or ChildFailed(
-                f"the process {process.name} ended during the start: {reason}; the log has more"
-            )
-            self._begin_stop(0.0)
-            return
-        if self._handover.is_retiring or (is_coordinator and not self._handover.has_coordinator):
-            if not is_expected:
-                log.error("worker.ended", worker=process.name, pid=pid, reason=reason)
-            self._upgrade(Input.COORDINATOR_ENDED if is_coordinator else Input.WORKER_ENDED)
-            return
-        if is_expected:
+            return Phase.STARTING
+        is_needed = process is not self.coordinator or self._handover.has_coordinator
+        return Phase.SERVING if is_needed and not self._handover.is_retiring else Phase.HANDING_OVER
+
+    def _fail_start(self, end: ProcessEnd) -> None:
+        self._failure = end.process.failure or ChildFailed(
+            f"the process {end.process.name} ended during the start: {end.reason}; the log has more"
+        )
+        self._begin_stop(0.0)
+
+    def _restart(self, end: ProcessEnd) -> None:
+        process, now = end.process, self._now()
+        if end.is_expected:
             process.start_at = now
             return
-        if not is_coordinator:
+        if process is not self.coordinator:
             self._last_failure = process.failure
-        delay = process.pacer.ended(served)
+        delay = process.pacer.ended(end.served)
         process.start_at = now + delay
-        log.error("worker.ended", worker=process.name, pid=pid, reason=reason, retry_after_s=round(delay, 3))
+        pause = round(delay, 3)
+        log.error("worker.ended", worker=process.name, pid=end.pid, reason=end.reason, retry_after_s=pause)
         if not self._ended:
             self._report_at = now + REPORT_AFTER
-        self._ended.append((process.name, reason[:MAX_REASON]))
+        self._ended.append((process.name, end.reason[:MAX_REASON]))
         self._report_ended()
+
+    def _hand_over_further(self, end: ProcessEnd) -> None:
+        if not end.is_expected:
+            end.log()
+        is_coordinator = end.process is self.coordinator
+        self._upgrade(Input.COORDINATOR_ENDED if is_coordinator else Input.WORKER_ENDED)
+
+    def _end_while_stopping(self, end: ProcessEnd) -> None:
+        process = end.process
+        if not end.is_expected:
+            end.log()
+            self._failure = self._failure or process.failure
+        if process is self.coordinator and any(each.is_running for each in self.workers):
+            process.start_at = self._now() + process.pacer.ended(
+                end.served
+            )  # the workers have sessions to store
 
     def _check_report(self, now: float) -> None:
         """Fork a process that reports, if there is no coordinator for some time."""

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.stores.faulty import DAMAGED, FAILS, WORKS, FaultyStore
-from tests.stores.hub_harness import until
 from tests.stores.service.harness import (
     HOUR_MS,
     FaultyStoreView,
@@ -18,6 +17,7 @@ from tests.stores.service.harness import (
     raw,
     refused,
 )
+from tests.workers.hub_harness import until
 from zcproto.errors import Code, TokenRevoked
 from zcproto.sessions import EndReason, OpenedSession
 from zcproto.sessions.health import MAX_DELAY_S, HealthState

@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from tests.stores.faulty import FAILS, HANGS, WORKS
-from tests.stores.hub_harness import until
 from tests.stores.service.harness import (
     TIMEOUT,
     FaultyStoreView,
@@ -16,6 +15,7 @@ from tests.stores.service.harness import (
     events,
     raw,
 )
+from tests.workers.hub_harness import until
 from zcproto.errors import Code
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.stores.base import HEARTBEAT_S

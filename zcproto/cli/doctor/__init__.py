@@ -36,8 +36,7 @@ from zcproto.common.text import counted, escape_text
 from zcproto.config import Config, OidcConfig
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.build import provider_of
-from zcproto.runtime.place import usable_cores, worker_count
-from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES
+from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES, usable_cores, worker_count
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
 

@@ -1,0 +1,255 @@
+"""Replace a running server by a new one on the same sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import PATIENT_CLIENT, ROOT, eventually
+from tests.server.process import ServerProcess
+from zcproto import connect
+from zcproto.auth import UserFile
+from zcproto.errors import ConfigError
+from zcproto.runtime.process_setup import UPGRADE
+from zcproto.workers.upgrade import MAX_SIZE, Inheritance
+
+CONFIG = """
+[certificates]
+key_types = ["ecdsa-p256"]
+
+[server]
+drain_timeout = "1h"
+hang_timeout = "1h"
+upgrade_timeout = "59m"
+"""
+PLACE = """
+import os
+from zcproto.app.app import App
+
+app = App()
+
+@app.method("parent")
+def parent():
+    return os.getppid()
+"""
+
+FAILING = """
+from contextlib import asynccontextmanager
+from zcproto.app.app import App
+
+@asynccontextmanager
+async def lifespan(app):
+    raise RuntimeError("no database")
+    yield
+
+app = App(lifespan=lifespan)
+"""
+
+
+HANGING = FAILING.replace('raise RuntimeError("no database")', "await Event().wait()").replace(
+    "import asynccontextmanager", "import asynccontextmanager\nfrom asyncio import Event"
+)
+
+BLOCKED = """
+import os
+import threading
+
+os.mkdir("blocked")
+threading.Event().wait()
+"""
+
+BLOCKED_LIFESPAN = FAILING.replace(
+    'raise RuntimeError("no database")',
+    'os.makedirs("blocked", exist_ok=True)\n    threading.Event().wait()',
+).replace("from context", "import os, threading\nfrom context")
+
+
+@pytest.fixture
+def key(tmp_path: Path, certs: Path) -> str:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text(CONFIG)
+    (home / "placed.py").write_text(PLACE)
+    return UserFile(home / "users.toml").add("ada")
+
+
+@pytest.fixture
+def server(tmp_path: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path / "home", certs, "--workers", "2", app="placed:app") as server:
+        try:
+            yield server
+        finally:
+            for line in server.events("upgrade.started"):
+                end(line["pid"])
+
+
+def end(pid: int) -> None:
+    """End a successor, which has no parent here."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def call(server: ServerProcess, key: str, token: bytes | None) -> tuple[bytes, int]:
+    """Connect, with a new session without a token, and return the token and the supervisor that answers."""
+    with server.client(*(("ada", key) if token is None else ())) as client:
+        client.token = client.token if token is None else token
+        return client.token, client.call("parent")
+
+
+def upgrade(server: ServerProcess) -> tuple[int, str]:
+    """Return the exit code and the output of the command."""
+    command = [sys.executable, "-m", "zcproto", "--home", str(server.home), "upgrade"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+async def test_upgrade_keeps_sessions_and_loses_no_request(server: ServerProcess, key: str) -> None:
+    first = server.process.pid
+    token, parent = call(server, key, None)
+    assert parent == first
+    ca_file = server.home / "certs" / "ca.crt"
+    options: dict[str, Any] = {"user": "ada", "key": key, "ca_file": ca_file, **PATIENT_CLIENT}
+    async with connect(f"127.0.0.1:{server.port}", **options) as kept:
+        assert await kept.call("parent") == first
+        server.signal(signal.SIGUSR2)
+        while server.process.poll() is None:
+            assert await kept.call("parent") > 0
+            async with connect(f"127.0.0.1:{server.port}", **options) as new:
+                assert await new.call("parent") > 0
+        (started,) = server.events("upgrade.started")
+        assert await kept.call("parent") == started["pid"]
+    assert server.process.returncode == 0
+    assert [line["pid"] for line in server.events("upgrade.done")] == [started["pid"]]
+    assert call(server, key, token) == (token, started["pid"])
+    assert not server.events("worker.ended", "worker.killed", "server.fault")
+    assert not server.events("store.degraded", "store.recovered", "alert.began")
+    os.kill(started["pid"], signal.SIGTERM)
+    eventually(lambda: not (server.home / "control.sock").exists())
+
+
+def test_upgrade_is_rolled_back_if_the_new_application_fails(server: ServerProcess, key: str) -> None:
+    first = server.process.pid
+    token, _ = call(server, key, None)
+    (server.home / "placed.py").write_text("raise RuntimeError('not ready')\n")
+    for count in (1, 2):
+        server.signal(signal.SIGUSR2)
+        eventually(lambda count=count: len(server.events("upgrade.failed")) == count)
+        assert call(server, key, token) == (token, first)
+    (server.home / "placed.py").write_text(PLACE)
+    code, output = upgrade(server)
+    (pid,) = [line["pid"] for line in server.events("upgrade.done")]
+    assert (code, output) == (0, f"the new server serves, with process id {pid}\n")
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_single_process_refuses_an_upgrade_and_serves_on(
+    tmp_path: Path, certs: Path, key: str, by_signal: bool
+) -> None:
+    with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
+        if by_signal:
+            server.signal(signal.SIGUSR2)
+            eventually(lambda: bool(server.events("upgrade.failed")))
+        else:
+            code, output = upgrade(server)
+            assert code == 1
+            assert "one process cannot be replaced; restart it instead" in output
+        assert call(server, key, None)[1] == os.getpid()
+
+
+def test_upgrade_is_rolled_back_if_a_lifespan_fails(server: ServerProcess, key: str) -> None:
+    token, _ = call(server, key, None)
+    (server.home / "placed.py").write_text(FAILING)
+    code, output = upgrade(server)
+    assert code == 1
+    assert "the new one has failed: the lifespan of the application did not start: it raised" in output
+    assert call(server, key, token) == (token, server.process.pid)
+    assert (server.home / "control.sock").is_socket()
+    assert (server.home / "workers.sock").is_socket()
+
+
+def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
+    server: ServerProcess, key: str
+) -> None:
+    token, _ = call(server, key, None)
+    (server.home / "config.toml").write_text(CONFIG.replace('"59m"', '"1s"'))
+    server.signal(signal.SIGHUP)
+    eventually(lambda: len(server.events("config.reloaded")) == 3)  # the supervisor's is before the workers'
+    (server.home / "placed.py").write_text(HANGING)
+    code, output = upgrade(server)
+    assert code == 1, output
+    reason = "it did not serve within 1 s (server.upgrade_timeout)"
+    assert f"the old server serves on; the new one has failed: {reason}" in output
+    (slow,) = server.events("upgrade.slow")
+    assert slow["seconds"] == 1.0
+    eventually(lambda: not is_running(slow["pid"]))
+    assert call(server, key, token) == (token, server.process.pid)
+    assert call(server, key, None)[1] == server.process.pid
+
+
+def test_upgrade_to_one_worker_names_the_setting(tmp_path: Path, certs: Path, key: str) -> None:
+    config = tmp_path / "home" / "config.toml"
+    config.write_text(CONFIG + "workers = 2\n")
+    with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
+        config.write_text(CONFIG + "workers = 1\n")
+        code, output = upgrade(server)
+        assert code == 1
+        assert (
+            "the new one has failed: server.workers = 1: one process cannot take over from several" in output
+        )
+        assert call(server, key, None)[1] == server.process.pid
+
+
+def test_upgrade_is_rolled_back_if_the_successor_is_killed(server: ServerProcess, key: str) -> None:
+    token, _ = call(server, key, None)
+    server.signal(signal.SIGUSR2)
+    eventually(lambda: bool(server.events("upgrade.started")))
+    os.kill(server.events("upgrade.started")[0]["pid"], signal.SIGKILL)
+    eventually(lambda: bool(server.events("upgrade.failed")))
+    assert call(server, key, token) == (token, server.process.pid)
+    assert call(server, key, None)[1] == server.process.pid
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{}", "[]", '{"channel":1}', '{"channel":"1"}', "9" * (MAX_SIZE + 1), "[" * 4_000]
+)
+def test_malformed_inheritance_is_refused(value: str) -> None:
+    environ = {UPGRADE: value}
+    with pytest.raises(ConfigError, match="unset it"):
+        Inheritance.from_environ(environ)
+    assert environ == {}
+    assert Inheritance.from_environ(environ) is None
+
+
+@pytest.mark.parametrize("application", [BLOCKED, BLOCKED_LIFESPAN], ids=["import", "lifespan"])
+def test_unfinished_successor_ends_with_the_server_that_is_killed(
+    server: ServerProcess, key: str, certs: Path, application: str
+) -> None:
+    (server.home / "placed.py").write_text(application)
+    server.signal(signal.SIGUSR2)
+    eventually((server.home / "blocked").exists)
+    (started,) = server.events("upgrade.started")
+    server.process.kill()
+    eventually(lambda: not is_running(started["pid"]))
+    (server.home / "placed.py").write_text(PLACE)
+    with ServerProcess(server.home, certs, "--workers", "2", app="placed:app") as again:
+        assert call(again, key, None)[1] == again.process.pid
