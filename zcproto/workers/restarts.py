@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from zcproto.common.backoff import backoff_s
+
 SOON: Final = 1.0
 """Seconds after it was ready within which an end counts as a failed start."""
 
@@ -37,4 +39,4 @@ class RestartPacer:
         if self.failures <= FREE:
             return 0.0
         longest = LONGEST_DELAY if served is None else LONGEST_READY_DELAY
-        return min(FIRST_DELAY * 2.0 ** min(self.failures - FREE - 1, 16), longest)
+        return backoff_s(self.failures - FREE, FIRST_DELAY, longest)
