@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
+from zcproto.common.backoff import HALF, backoff_s
 from zcproto.common.clock import Clock
 from zcproto.observe.log import get_logger
 
@@ -155,7 +156,7 @@ class SinkQueue:
                 raise
 
     async def _deliver(self, waiting: _Waiting) -> None:
-        tries, delay_s = 0, FIRST_DELAY_S
+        tries = 0
         while True:
             tries += 1
             limit = None
@@ -174,8 +175,7 @@ class SinkQueue:
             if self._stopping.is_set() or too_old or (limit is not None and tries >= limit):
                 self._lose(waiting, reason)
                 return
-            await self._pause(delay_s * (1 + self._random()) / 2)
-            delay_s = min(delay_s * 2, MAX_DELAY_S)
+            await self._pause(backoff_s(tries, FIRST_DELAY_S, MAX_DELAY_S, HALF, self._random()))
 
     async def _pause(self, seconds: float) -> None:
         """Wait for the delay or until `stop`."""

@@ -29,6 +29,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Hashable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
+from zcproto.common.backoff import backoff_s
 from zcproto.common.network import network_of
 
 FIRST_DELAY_S: Final = 1.0
@@ -37,7 +38,6 @@ ADDRESS_DELAY_S: Final = 900.0
 QUIET_S: Final = 1800.0
 ADDRESS_FACTOR: Final = 4
 
-_MAX_DOUBLINGS: Final = 20
 _MS_PER_S: Final = 1000
 
 Key = TypeVar("Key", bound=Hashable)
@@ -76,8 +76,7 @@ class _FailureTable(Generic[Key]):
         row = self.rows.get(key)
         if row is None or row.failures < self.free or now - row.last >= QUIET_S:
             return 0.0
-        doublings = min(row.failures - self.free, _MAX_DOUBLINGS)
-        return row.last + min(FIRST_DELAY_S * 2.0**doublings, longest_s) - now
+        return row.last + backoff_s(row.failures - self.free + 1, FIRST_DELAY_S, longest_s) - now
 
     def add(self, key: Key, now: float) -> int:
         """Count a failure. Return the failures of this key."""

@@ -22,6 +22,7 @@ from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 from zcproto.certs.notices import Notice, expiry
+from zcproto.common.backoff import HALF, backoff_s
 
 CLOCK_SKEW: Final = timedelta(hours=1)
 """How far certificates are backdated."""
@@ -78,11 +79,11 @@ def renewal_waits_until(not_before: datetime, not_after: datetime, renew_before:
 
 
 class Retry:
-    """Schedules the retries of a failed renewal, with exponential backoff."""
+    """Schedules the retries of a failed renewal."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
-        self._ceiling = FIRST_DELAY_S
+        self._failures = 0
         self._at: float | None = None
         self._failed_at = 0.0
         self._failed_wall = datetime.min
@@ -91,16 +92,15 @@ class Retry:
         """Record a failure; `left` is the time until expiry. Return the delay in seconds."""
         longest = FIRST_DELAY_S
         if left > timedelta(0):
-            longest = max(left.total_seconds() / PART_OF_TIME_LEFT, MIN_DELAY_S)
-        delay = min(self._ceiling, longest) * (1 + self._random()) / 2
-        self._ceiling = min(self._ceiling * 2, MAX_DELAY_S)
+            longest = min(max(left.total_seconds() / PART_OF_TIME_LEFT, MIN_DELAY_S), MAX_DELAY_S)
+        self._failures += 1
+        delay = backoff_s(self._failures, FIRST_DELAY_S, longest, HALF, self._random())
         self._at = now + delay
         self._failed_at, self._failed_wall = now, wall
         return delay
 
     def succeeded(self) -> None:
-        """Reset the backoff."""
-        self._ceiling = FIRST_DELAY_S
+        self._failures = 0
         self._at = None
 
     def due(self, now: float, wall: datetime) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+from zcproto.common.backoff import FULL, backoff_s
 from zcproto.errors import CallError, Code, ConnectionClosed
 from zcproto.tls.failure import TlsFailure
 
@@ -111,26 +112,22 @@ Random = Callable[[], float]
 
 
 class Backoff:
-    """Exponential backoff: random delays between 0 and a limit that doubles from 100 ms to at most 30 s.
+    """Random delays between 0 and a limit that doubles from 100 ms to at most 30 s."""
 
-    Full jitter spreads the clients of a restarted server evenly over time.
-    """
-
-    __slots__ = ("_ceiling", "_random")
+    __slots__ = ("_failures", "_random")
 
     def __init__(self, random: Random) -> None:
         self._random = random
-        self._ceiling = FIRST_DELAY
+        self._failures = 0
 
     def next(self, retry_after_ms: int = 0) -> float:
         """Return the next delay in seconds. The server's `retry_after_ms` is added in full."""
-        delay = retry_after_ms / _MS + self._random() * self._ceiling
-        self._ceiling = min(self._ceiling * 2, MAX_DELAY)
-        return delay
+        self._failures += 1
+        return retry_after_ms / _MS + backoff_s(self._failures, FIRST_DELAY, MAX_DELAY, FULL, self._random())
 
     def reset(self) -> None:
         """Start at 100 ms again, after a success."""
-        self._ceiling = FIRST_DELAY
+        self._failures = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from hashlib import sha256
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
+from zcproto.common.backoff import backoff_s
 from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock
 from zcproto.common.counts import Counts
 from zcproto.common.deadlines import DeadlineWheel
@@ -321,7 +322,7 @@ class IdempotencyCache:
 
     async def _claim(self, name: Name, run: _KeyedRun) -> Answer | None:
         """Return the stored answer, or None if the request is to be run. Raises CallError if it may not be."""
-        pause, orphaned_s = POLL_FIRST_S, 0.0
+        polls, orphaned_s = 0, 0.0
         while True:
             until = self._clock.now() + self._keep_s
             claim = await self._claim_once(name, run)
@@ -342,11 +343,12 @@ class IdempotencyCache:
                 raise UnknownError(
                     "the server stopped while it ran this request: check whether it was done, then use another key"
                 )
+            polls += 1
+            pause = backoff_s(polls, POLL_FIRST_S, POLL_LAST_S)
             await self._sleep(pause)
             orphaned_s = orphaned_s + pause if is_lost else 0.0
             if self.is_draining or not run.waiting:
                 raise self._sent_away()
-            pause = min(2 * pause, POLL_LAST_S)
 
     async def _claim_once(self, name: Name, run: _KeyedRun) -> Claim:
         breaker = self._breaker

@@ -27,6 +27,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
+from zcproto.common.backoff import HALF, backoff_s
+
 FAILURES: Final = 3
 WINDOW_S: Final = 10.0
 FIRST_DELAY_S: Final = 0.2
@@ -110,7 +112,8 @@ class StoreHealth:
         self._random = random
         self._on_alert = on_alert
         self._recent: deque[float] = deque(maxlen=FAILURES)
-        self._ceiling = FIRST_DELAY_S
+        self._probes = 0
+        """Probes planned since the backoff was reset."""
         self._probe_at = NEVER
         self._healthy_since = 0.0
         self.state = HealthState.HEALTHY
@@ -142,7 +145,7 @@ class StoreHealth:
         if not began:
             return
         if now - self._healthy_since >= STEADY_S:
-            self._ceiling = FIRST_DELAY_S
+            self._probes = 0
         self.since = now
         self.grace_over = False
         self.is_slow = is_slow
@@ -186,7 +189,7 @@ class StoreHealth:
 
     def hasten_probe(self, now: float) -> None:
         """Plan the next probes soon, because the store can be reached again."""
-        self._ceiling = FIRST_DELAY_S
+        self._probes = 0
         if self.state is HealthState.DEGRADED:
             self._probe_at = min(self._probe_at, now + HASTENED_S * self._random())
 
@@ -205,11 +208,8 @@ class StoreHealth:
         self.state = next_state(self.state, given)
 
     def _plan_probe(self, now: float) -> None:
-        self._probe_at = now + self._jitter(self._ceiling)
-        self._ceiling = min(self._ceiling * 2, MAX_DELAY_S)
-
-    def _jitter(self, delay_s: float) -> float:
-        return delay_s * (1 + self._random()) / 2
+        self._probes += 1
+        self._probe_at = now + backoff_s(self._probes, FIRST_DELAY_S, MAX_DELAY_S, HALF, self._random())
 
     def _grace_ends_at(self) -> float:
         if self.state is HealthState.HEALTHY or self.grace_over:

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
+from zcproto.common.backoff import backoff_s
 from zcproto.common.clock import Clock, system_clock
 from zcproto.common.process import queued_seconds
 from zcproto.errors import ConfigError, ZcprotoError
@@ -164,7 +165,7 @@ class RestartPacer:
         if self.failures <= FREE:
             return 0.0
         longest = LONGEST_DELAY if served is None else LONGEST_READY_DELAY
-        return min(FIRST_DELAY * 2.0 ** min(self.failures - FREE - 1, 16), longest)
+        return backoff_s(self.failures - FREE, FIRST_DELAY, longest)
 
 
 class ChildProcess:

@@ -275,7 +275,7 @@ GOAWAY: Final[dict[str, Fault]] = {
     ),
     "reconnect-backoff": fault(
         "always reconnects at once",
-        ("zcproto.client.retry:Backoff.next", "self._random() * self._ceiling", "0"),
+        ("zcproto.client.retry:Backoff.next", "self._random()", "0.0"),
     ),
     "reconnect-backoff-after-answers": fault(
         "resets its backoff with every connection",

@@ -34,6 +34,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from zcproto.common.backoff import backoff_s
 from zcproto.errors import ConfigError
 from zcproto.stores.base import HEARTBEAT_S, KeysMoving, StoreUnavailable
 from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
@@ -211,19 +212,19 @@ class ValkeyConnection:
             self._hooks.on_keys_changed(keys)
 
     async def _watch(self) -> None:
-        pause = _MIN_PAUSE_S
+        failures = 0
         while True:
             link = self.up
             if link is not None:
-                pause = _MIN_PAUSE_S
+                failures = 0
                 await self._await_loss(link)
                 continue
             self._hooks.on_lost()
             try:
                 await self.link()
             except (StoreUnavailable, ConfigError):
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, HEARTBEAT_S)
+                failures += 1
+                await asyncio.sleep(backoff_s(failures, _MIN_PAUSE_S, HEARTBEAT_S))
 
     async def _await_loss(self, link: Link) -> None:
         """Wait until the connection is lost, or check after one heartbeat whether it is to the primary."""
