@@ -20,9 +20,8 @@ from tests.conftest import ServerPairs
 from zcproto.certs import managed
 from zcproto.certs.acme.orders import Visit
 from zcproto.certs.acme.schedule import OrderRecord, write_record
-from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.examine import Survey, SurveyedCertificate, survey
-from zcproto.certs.settings import acme_site
+from zcproto.certs.settings import AcmeSite, acme_site
 from zcproto.config import Config, load_config
 
 __all__ = ["folder"]

@@ -16,9 +16,8 @@ from tests.cli.doctor_report import Doctor, doctor
 from zcproto.certs import managed
 from zcproto.certs.acme.orders import Visit
 from zcproto.certs.acme.schedule import OrderRecord, digest_of, write_record
-from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.examine import survey
-from zcproto.certs.settings import acme_site
+from zcproto.certs.settings import AcmeSite, acme_site
 from zcproto.cli import cert_report
 from zcproto.cli import doctor as doctor_module
 from zcproto.cli.connect import TrustChoice

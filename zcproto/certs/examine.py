@@ -25,14 +25,13 @@ from cryptography.x509.oid import AuthorityInformationAccessOID
 
 from zcproto.certs import authority, client_ca, files, keys, lifecycle, pair, profile, rollover
 from zcproto.certs.acme.schedule import read_record
-from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.authority import AuthorityKind
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
 from zcproto.certs.names import check_name, covers
 from zcproto.certs.notices import day
 from zcproto.certs.rollover import NextPins
-from zcproto.certs.settings import certificate_settings, managed_site
+from zcproto.certs.settings import AcmeSite, certificate_settings, managed_site
 from zcproto.certs.sources import MAX_AUTHORITIES
 from zcproto.common.text import escape_text
 from zcproto.config import Config

@@ -38,8 +38,8 @@ from josepy.jwa import ES256
 from josepy.jwk import JWK, JWKEC
 
 from zcproto.certs.acme.schedule import RenewalWindow
-from zcproto.certs.acme.settings import TLS_ALPN, AcmeSettings
 from zcproto.certs.names import is_address
+from zcproto.certs.settings import TLS_ALPN, AcmeSettings
 from zcproto.common.files import read_secret
 from zcproto.common.https import Response, Unreachable
 from zcproto.common.text import escape_text
