@@ -256,7 +256,7 @@ class StoredSessionService(SessionService):
         return opened
 
     async def _check_room(self) -> None:
-        """Raise ResourceExhausted if the server has as many sessions as it may have."""
+        """Raise ResourceExhausted if the server has reached its limit of sessions."""
         most, sessions = self._registry.settings.max_sessions, self._registry.kept + self.sync.unloaded
         if self.sync.unloaded and sessions + len(self._opening) >= most:  # some may be counted twice
             sessions = await self._ask(self._call(self._store.count()))

@@ -183,7 +183,7 @@ async def carry_out(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     clock: Clock = system_clock,
 ) -> VisitResult:
-    """Do what is to be done at the CA. Every failure is in the result."""
+    """Carry out a visit to the CA. Failures are in the result."""
     from zcproto.certs.acme.client import AcmeClient, OrderFailedError  # noqa: PLC0415 - the extra `acme`
 
     result, began = VisitResult(), clock.now()

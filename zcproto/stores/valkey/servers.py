@@ -10,7 +10,8 @@ Rules:
   whether it is still their primary: after a failover the old one accepts writes, which are lost, for about ten
   seconds (WATCH_ROLE in spec/store.pml).
 - While a cluster moves a slot, a command for one key follows the key. A script waits until all keys of its slot are
-  on one server.
+  on one server. The cluster client of redis-py is not used: it runs the script on the new server, as if the keys
+  that are still to be moved did not exist, and it has no client tracking.
 
 It must not know: sessions, the content of scripts.
 """
