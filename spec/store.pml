@@ -19,12 +19,12 @@
  *
  * Rules (each can be left out), and the modules of zcproto that implement them:
  *   WATCH_ROLE  a heartbeat checks that the server is still the primary. Without it the server only has to answer.
- *               (stores/valkey/servers.py, stores/valkey/sentinels.py)
+ *               (stores/valkey/servers.py)
  *   REPEAT      a node that was disconnected first repeats the revocations and rotations in its memory.
  *               (stores/revoker.py)
  *   DISTRUST    a node that was paused accepts nothing before it has asked the store. Without an answer the pause counts
- *               to the grace. (stores/stall.py, stores/sync.py)
- *   CONFIRM     only the primary's answer counts for that. (stores/valkey/client.py)
+ *               to the grace. (stores/sync.py)
+ *   CONFIRM     only the primary's answer counts for that. (stores/valkey/store.py)
  *   PENDING     a revocation that cannot be written is in a file before it is acknowledged, and written before anything
  *               else once the store is back. (stores/pending.py)
  *   GRACE_ENDS  the grace of an outage is limited. (sessions/health.py)

@@ -16,8 +16,8 @@ from tests.cli.doctor_report import Doctor, doctor
 from zcproto.certs import managed
 from zcproto.certs.acme.orders import Visit
 from zcproto.certs.acme.schedule import OrderRecord, digest_of, write_record
-from zcproto.certs.acme.settings import AcmeSite
-from zcproto.certs.settings import acme_site
+from zcproto.certs.examine import survey
+from zcproto.certs.settings import AcmeSite, acme_site
 from zcproto.cli import cert_report
 from zcproto.cli import doctor as doctor_module
 from zcproto.cli.connect import TrustChoice
@@ -82,28 +82,6 @@ def test_show_has_the_certificate_of_the_ca(site: AcmeSite, capsys: Capture) -> 
     assert "Issued by the CA of acme.directory" in capsys.readouterr().out
 
 
-def test_show_has_the_failure_of_the_last_order(site: AcmeSite, capsys: Capture) -> None:
-    order(site)
-    fail(site)
-    data = data_of(capsys, "show", "--json")
-    assert data["good"]  # what is served is
-    note = server_row(data)["note"]
-    assert "the last order has failed (next attempt at " in note
-    assert note.endswith(": the CA is down; wait")
-
-
-def test_show_has_the_managed_certificate_in_place_of_one_that_cannot_be_served(
-    site: AcmeSite, capsys: Capture
-) -> None:
-    order(site)
-    (site.directory / "server-ecdsa.crt").write_bytes(b"junk")
-    row = server_row(data_of(capsys, "show", "--json"))
-    assert row["certificate"] == str(site.managed_directory / "server-ecdsa.crt")
-    (site.managed_directory / "server-ecdsa.crt").write_bytes(b"junk")
-    row = server_row(data_of(capsys, "show", "--json", code=2))
-    assert row["certificate"] == str(site.directory / "server-ecdsa.crt")
-
-
 def test_pins_are_those_of_the_managed_keys(site: AcmeSite, capsys: Capture) -> None:
     before = data_of(capsys, "pins", "--json")
     order(site)
@@ -153,7 +131,7 @@ def test_doctor_checks_the_files_of_the_ca(site: AcmeSite, doctor: Doctor) -> No
 def test_doctor_knows_the_server_by_its_pins(site: AcmeSite, home: Path) -> None:
     order(site)
     config = load_config(None, home=home, environ={})
-    rows = cert_report.report(config, datetime.now(UTC), {}).rows
+    rows = survey(config, datetime.now(UTC), {}).certificates
     (served,) = [row.leaf for row in rows if row.use == "server"]
     assert served is not None
     assert doctor_module._own_pins(config) == (cert_report.key_pin(served),)

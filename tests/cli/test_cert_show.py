@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from tests.certs.support import build, constrain, pem
+from tests.certs.support import constrain
 from tests.cli.cert_helpers import (
     CONFIG,
     DAY,
@@ -117,44 +115,6 @@ def test_show_reports_status_over_time(
     assert ("\n\nPROBLEM: " in capsys.readouterr().out) is (code != 0)
 
 
-@pytest.mark.parametrize("what", ["others", "garbage", "other key", "other CA", "no CA key", "other CA key"])
-def test_show_reports_what_a_server_would_refuse(
-    made: Path, capsys: Capture, server_pairs: ServerPairs, what: str
-) -> None:
-    words = {
-        "others": "chmod 600",
-        "garbage": "contains no PEM certificate",
-        "other key": "does not belong to",
-        "other CA": "was not issued by",
-        "no CA key": "ca.key: cannot be read",
-        "other CA key": "does not belong to",
-    }[what]
-    if what == "others":
-        (made / "server-ecdsa.key").chmod(0o644)
-    elif what == "garbage":
-        (made / "server-ecdsa.crt").write_bytes(b"x")
-    elif what == "other key":
-        (made / "server-ecdsa.key").write_bytes(server_pairs.ecdsa.key.read_bytes())
-    elif what == "other CA":
-        (made / "server-ecdsa.crt").write_bytes(server_pairs.ecdsa.certificate.read_bytes())
-        (made / "server-ecdsa.key").write_bytes(server_pairs.ecdsa.key.read_bytes())
-    elif what == "no CA key":
-        (made / "ca.key").unlink()
-    else:
-        (made / "ca.key").write_bytes((made / "server-ecdsa.key").read_bytes())
-    data = data_of(capsys, "show", "--json", code=2)
-    (row,) = [row for row in data["certificates"] if row["status"] == "problem"]
-    assert words in row["problem"]
-    assert run("show") == 2
-    assert f"PROBLEM: {row['problem']}" in capsys.readouterr().out
-
-
-def test_show_reports_an_unreadable_ca_separately(made: Path, capsys: Capture) -> None:
-    (made / "ca.crt").write_bytes(b"x")
-    rows = data_of(capsys, "show", "--json", code=2)["certificates"]
-    assert [row["status"] for row in rows] == ["ok", "problem"]
-
-
 def test_show_notes_a_constrained_ca_until_it_is_renewed_with_the_same_key(
     made: Path, capsys: Capture
 ) -> None:
@@ -167,51 +127,6 @@ def test_show_notes_a_constrained_ca_until_it_is_renewed_with_the_same_key(
     assert run("renew") == 0
     assert pin_by_hand(leaf(made / "ca.crt")) == pin
     assert [row["note"] for row in data_of(capsys, "show", "--json")["certificates"]] == [None, None]
-
-
-def test_show_notes_an_ecdsa_ca_that_issues_for_rsa_keys(made: Path, home: Path, capsys: Capture) -> None:
-    assert [row["note"] for row in data_of(capsys, "show", "--json")["certificates"]] == [None, None]
-    (home / "config.toml").write_text(CONFIG.replace('["ecdsa-p256"]', '["ecdsa-p256", "rsa-4096"]'))
-    assert run("show") == 0
-    out = capsys.readouterr().out
-    assert (
-        f"NOTE: {made / 'ca.crt'}: has an ECDSA key, so clients that support only RSA cannot verify it" in out
-    )
-
-
-def test_show_reports_unparsable_constraints_as_no_note(made: Path, capsys: Capture) -> None:
-    key = serialization.load_pem_private_key((made / "ca.key").read_bytes(), None)
-    bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")
-    (made / "ca.crt").write_bytes(pem(build(key, extensions=[bad])))
-    (row,) = [row for row in data_of(capsys, "show", "--json", code=2)["certificates"] if row["use"] == "ca"]
-    assert row["note"] is None
-
-
-def test_show_lists_external_sites(
-    made: Path, home: Path, capsys: Capture, server_pairs: ServerPairs
-) -> None:
-    text = (
-        CONFIG + '[[certificates.site]]\nnames = ["localhost"]\n'
-        f'certificate = ["{home}/site.pem"]\nkey_passphrase_variable = "PHRASE"\n'
-    )
-    configure(home, text)
-    (home / "site.pem").touch(0o600)
-    (home / "site.pem").write_bytes(
-        server_pairs.ecdsa.certificate.read_bytes() + server_pairs.ecdsa.key.read_bytes()
-    )
-    data = data_of(capsys, "show", "--json", code=2)
-    assert "PHRASE is not set" in data["certificates"][1]["problem"]
-    configure(home, text.replace('key_passphrase_variable = "PHRASE"\n', ""))
-    data = data_of(capsys, "show", "--json")
-    assert [(row["site"], row["status"]) for row in data["certificates"][:2]] == [
-        ([], "ok"),
-        (["localhost"], "ok"),
-    ]
-    configure(
-        home, text.replace('key_passphrase_variable = "PHRASE"\n', "").replace('"localhost"', '"x.example"')
-    )
-    data = data_of(capsys, "show", "--json", code=2)
-    assert "is not valid for x.example" in data["certificates"][1]["problem"]
 
 
 def test_show_lists_external_default_files(home: Path, capsys: Capture, server_pairs: ServerPairs) -> None:
@@ -240,40 +155,6 @@ def test_show_lists_announced_pins_and_clients(made: Path, capsys: Capture) -> N
     out = capsys.readouterr().out
     assert data["next_pins"]["pins"][0] in out
     assert "Client certificates: 1 valid, 1 revoked; --json lists them." in out
-
-
-def test_show_reports_an_expired_or_damaged_crl(
-    made: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run("issue-client", "alice")
-    with monkeypatch.context() as patch:
-        at(patch, datetime.now(UTC) + 400 * DAY)
-        problems = data_of(capsys, "show", "--json", code=2)["problems"]
-    assert any("so every client is refused" in problem for problem in problems)
-    block = "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"
-    for name, content in (("client-ca.crl", "x"), ("client-ca.crl", block), ("client-ca.issued", "x")):
-        (made / name).write_text(content)
-        (problem,) = data_of(capsys, "show", "--json", code=2)["problems"]
-        assert name in problem
-
-
-def test_show_lists_the_configured_client_ca(made: Path, home: Path, capsys: Capture, ca_file: Path) -> None:
-    theirs = home / "theirs.crt"
-    shutil.copy(ca_file, theirs)
-    theirs.chmod(0o600)
-    configure(home, f'{CONFIG}[tls]\nclient_auth = "required"\nclient_ca_file = "{theirs}"\n')
-    rows = data_of(capsys, "show", "--json")["certificates"]
-    assert [(row["use"], row["certificate"]) for row in rows[2:]] == [("client-ca", str(theirs))]
-
-
-def test_show_lists_the_configured_crls(made: Path, home: Path, capsys: Capture, ca_file: Path) -> None:
-    run("issue-client", "alice")
-    theirs = home / "theirs.crl"
-    theirs.write_bytes((made / "client-ca.crl").read_bytes() * 2)
-    theirs.chmod(0o600)
-    configure(home, f'{CONFIG}[tls]\nclient_auth = "required"\nclient_crl_file = "{theirs}"\n')
-    lists = data_of(capsys, "show", "--json")["client_crl"]
-    assert [(one["file"], one["revoked"]) for one in lists] == [(str(theirs), 0)] * 2
 
 
 # --- pins ------------------------------------------------------------------------------------------------

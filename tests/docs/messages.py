@@ -17,7 +17,7 @@ MAKERS: Final = {"_fault", "_bad", "refuse", "_unusable", "_refusal"}
 RETURNERS: Final = {
     "zcproto/config/load.py": {"_unknown_key", "_unknown_section", "_outside_section"},
     "zcproto/cli/__init__.py": {"_explain"},
-    "zcproto/cli/cert_report.py": {"_key_problem"},
+    "zcproto/certs/examine.py": {"_key_problem"},
 }
 """Functions, by file, that return a message or its beginning."""
 

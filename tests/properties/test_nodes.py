@@ -25,8 +25,7 @@ from zcproto.stores.leases import Leases
 from zcproto.stores.operations import Call
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import Revoker
-from zcproto.stores.stall import StallWatch
-from zcproto.stores.sync import ChangeTracker
+from zcproto.stores.sync import ChangeTracker, StallWatch
 
 KEYS = ("", "", "tls:" + "ab" * 32)
 NUMBERS = st.sampled_from([0, 1])

@@ -26,7 +26,7 @@ from zcproto.auth import UserFile
 from zcproto.certs import checker
 from zcproto.common.secret import Secret
 from zcproto.errors import CertificateError, Code, ConfigError
-from zcproto.stores.outage_report import REPEATED
+from zcproto.stores.sync import REPEATED
 
 SECRET = "0123456789abcdef0123456789abcdef"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zcproto.sessions.token import TOKEN_SIZE
-from zcproto.stores.seal import open_pair, seal_pair
+from zcproto.stores.service import open_pair, seal_pair
 
 SPENT, DIGEST = TOKEN_SIZE * b"s", TOKEN_SIZE * b"d"
 TOKEN, REFRESH = TOKEN_SIZE * b"t", TOKEN_SIZE * b"r"

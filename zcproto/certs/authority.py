@@ -71,6 +71,24 @@ class AuthorityKind:
         """Return the paths of the certificate and the key."""
         return directory / f"{self.stem}.crt", directory / f"{self.stem}.key"
 
+    def read_key(
+        self, directory: Path, certificate: x509.Certificate | None
+    ) -> tuple[keys.PrivateKey | None, str]:
+        """Return the key that belongs to the certificate, or None and why nothing can be issued."""
+        certificate_path, path = self.paths(directory)
+        if not path.exists():
+            return None, f"{path}: does not exist, so {self.key_lost}"
+        try:
+            key = pair.read_private_key(path)
+        except files.DamagedFileError as error:
+            return None, f"{error}; {self.key_lost}"
+        problem = keys.weakness(key)
+        if problem is None and keys.family(keys.key_type_of(key)) not in self.key_families:
+            problem = f"the key is {keys.key_type_of(key)} instead of {' or '.join(self.key_families)}"
+        if problem is None and certificate is not None and not keys.belongs(key, certificate.public_key()):
+            problem = f"does not belong to {certificate_path}"
+        return (key, "") if problem is None else (None, f"{path}: {problem}; {self.key_lost}")
+
 
 SERVER: Final = AuthorityKind(
     stem="ca",
@@ -163,6 +181,7 @@ class AuthorityFolder:
     ) -> None:
         """`names` are the names that a server authority has to permit; None permits all."""
         self._kind = kind
+        self._directory = directory
         self._certificate_path, self._key_path = kind.paths(directory)
         self._now = now
         self._progress = progress
@@ -176,7 +195,7 @@ class AuthorityFolder:
             return None
         if certificate is not None:
             self._check_created_here(certificate)
-        key, problem = self._read_key(certificate)
+        key, problem = self._kind.read_key(self._directory, certificate)
         if certificate is None:
             if key is None:
                 raise CertificateError(problem)
@@ -248,22 +267,6 @@ class AuthorityFolder:
         if self._key_path.exists():
             return self._read(self._certificate_path, pair.read_certificate)  # it can be reissued
         return pair.read_certificate(self._certificate_path) if self._certificate_path.exists() else None
-
-    def _read_key(self, certificate: x509.Certificate | None) -> tuple[keys.PrivateKey | None, str]:
-        """Return the authority's key, or None and the reason."""
-        path, families = self._key_path, self._kind.key_families
-        if not path.exists():
-            return None, f"{path}: does not exist, so {self._kind.key_lost}"
-        try:
-            key = pair.read_private_key(path)
-        except files.DamagedFileError as error:
-            return None, f"{error}; {self._kind.key_lost}"
-        problem = keys.weakness(key)
-        if problem is None and keys.family(keys.key_type_of(key)) not in families:
-            problem = f"the key is {keys.key_type_of(key)} instead of {' or '.join(families)}"
-        if problem is None and certificate is not None and not keys.belongs(key, certificate.public_key()):
-            problem = f"does not belong to {self._certificate_path}"
-        return (key, "") if problem is None else (None, f"{path}: {problem}; {self._kind.key_lost}")
 
     def _check_created_here(self, certificate: x509.Certificate) -> None:
         try:

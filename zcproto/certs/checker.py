@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 
 from zcproto.certs import lifecycle, pair
-from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.acme.source import AcmeSource
 from zcproto.certs.authority import Progress
 from zcproto.certs.client_user import CertificateId
@@ -26,7 +25,7 @@ from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.certs.pair import CertificatePair, Site
 from zcproto.certs.proof import proven_sites
 from zcproto.certs.rollover import NextPins
-from zcproto.certs.settings import CertificateSettings, ManagedSite
+from zcproto.certs.settings import AcmeSite, CertificateSettings, ManagedSite
 from zcproto.certs.sources import (
     ClientTrustSource,
     ExternalSource,

@@ -18,9 +18,10 @@ import click
 from cryptography.hazmat.primitives import hashes, serialization
 
 from zcproto.certs import authority, client_ca, files, keys, managed, pair, rollover
-from zcproto.certs.examine import Examination, examine
+from zcproto.certs.examine import Examination, FileState, Survey, examine, survey, type_of
 from zcproto.certs.external import PassphraseSource
 from zcproto.certs.issued import REASONS
+from zcproto.certs.notices import day
 from zcproto.certs.profile import MAX_CLIENT_LIFETIME
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, instance_options, number_option
@@ -54,7 +55,7 @@ def show(instance: Instance, as_json: bool) -> int:
     Exit code 2 if one has expired or cannot be served.
     """
     now = utc()
-    found = reports.report(instance.existing_config(), now, os.environ)
+    found = survey(instance.existing_config(), now, os.environ)
     served = _served(instance)
     data = reports.as_data(found, now) | ({} if served is None else {"served": served})
     print_report(as_json, data, reports.as_text(found, now))
@@ -73,11 +74,13 @@ def show(instance: Instance, as_json: bool) -> int:
 def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, as_json: bool) -> None:
     """Print the current and the announced pins of the server, to paste into connect(pins=[...])."""
     now = utc()
-    found = reports.report(instance.existing_config(), now, os.environ)
-    rows = reports.rows_of_site(found, site)
+    found = survey(instance.existing_config(), now, os.environ)
+    rows = found.of_site(site)
     for row in rows:
-        if row.leaf is None or row.status == reports.PROBLEM:
-            raise CertificateError(row.problem or f"{row.certificate}: {row.status}; start the server once")
+        if row.leaf is None or row.state is FileState.PROBLEM:
+            raise CertificateError(
+                row.problem or f"{row.certificate}: {row.state.value}; start the server once"
+            )
     pin_of = reports.certificate_pin if certificate else reports.key_pin
     current = [(pin_of(row.leaf), row.key_type) for row in rows if row.leaf is not None]
     # Only managed certificates have next keys, and a certificate that is not issued yet has no pin.
@@ -88,7 +91,7 @@ def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, a
     else:
         lines = [f'"{pin}",  # {key_type}' for pin, key_type in current]
         if announced is not None:
-            lines += [f'"{pin}",  # next, from {reports.moment(announced.use_from)}' for pin in following]
+            lines += [f'"{pin}",  # next, from {day(announced.use_from)}' for pin in following]
     use_from = announced and reports.timestamp(announced.use_from)
     data = {"current": [pin for pin, _ in current], "next": following, "use_from": use_from}
     print_report(as_json, data, "\n".join(lines))
@@ -151,9 +154,9 @@ def _served(instance: Instance) -> list[dict[str, Any]] | None:
         return None
 
 
-def _note_differences(found: reports.Report, served: list[dict[str, Any]]) -> None:
+def _note_differences(found: Survey, served: list[dict[str, Any]]) -> None:
     known = {one["sha256"] for one in served}
-    for row in found.rows if served else ():
+    for row in found.certificates if served else ():
         if row.use == "server" and row.leaf and row.leaf.fingerprint(hashes.SHA256()).hex() not in known:
             _note(
                 f"note: the running server does not serve {row.certificate}; run zcproto reload, or see its log"
@@ -167,10 +170,10 @@ def _check_text(found: Examination, now: datetime) -> str:
         left = counted(reports.days_left(leaf, now), "day")
         lines += [
             ("names", reports.shown_names(reports.names_of(leaf)) or "none"),
-            ("key", reports.type_of(leaf)),
+            ("key", type_of(leaf)),
             ("issuer", reports.issuer_of(leaf)),
-            ("from", reports.moment(leaf.not_valid_before_utc)),
-            ("until", f"{reports.moment(leaf.not_valid_after_utc)} ({left} left)"),
+            ("from", day(leaf.not_valid_before_utc)),
+            ("until", f"{day(leaf.not_valid_after_utc)} ({left} left)"),
             ("pin", reports.key_pin(leaf)),
             (
                 "chain",
@@ -288,7 +291,7 @@ def _managed_site(instance: Instance) -> ManagedSite:
     config = instance.read_config()
     site = managed_site(config)
     if site is None:
-        rows = reports.report(config, utc(), os.environ).rows
+        rows = survey(config, utc(), os.environ).certificates
         issuers = {reports.issuer_of(row.leaf) for row in rows if row.leaf and row.use == "server"}
         raise ConfigError(
             [
@@ -305,7 +308,7 @@ def _print_issued(as_json: bool, result: dict[str, Any]) -> None:
         (
             escape_text(Path(one["certificate"]).name),
             one["key_type"],
-            reports.moment(datetime.fromisoformat(one["not_after"])),
+            day(datetime.fromisoformat(one["not_after"])),
             "new" if one["new_key"] else "kept",
             one["pin"],
         )
@@ -314,7 +317,7 @@ def _print_issued(as_json: bool, result: dict[str, Any]) -> None:
     text = aligned([("certificate", "key", "until", "key is", "pin"), *rows])
     announced = result["next_pins"]
     if announced is not None:
-        use_from = reports.moment(datetime.fromisoformat(announced["use_from"]))
+        use_from = day(datetime.fromisoformat(announced["use_from"]))
         text = "\n".join((f"{text}\n\nNext pins, used from {use_from}:", *announced["pins"]))
     print_report(as_json, result, text)
 
@@ -387,7 +390,7 @@ def issue_client(
     }
     lines = [("certificate", escape_text(str(written[0])))]
     lines += [("key", escape_text(str(path))) for path in written[1:]]
-    lines += [("serial", issued.serial), ("until", reports.moment(issued.not_after)), ("pin", issued.pin)]
+    lines += [("serial", issued.serial), ("until", day(issued.not_after)), ("pin", issued.pin)]
     print_report(as_json, data, aligned(lines))
     if config.tls.client_auth == "off" and not as_json:
         _note('The server requests no client certificates; set tls.client_auth = "optional" or "required".')

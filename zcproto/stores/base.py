@@ -68,7 +68,7 @@ def too_many_operations() -> ResourceExhausted:
 
 
 def too_many_sessions() -> ResourceExhausted:
-    """Return the error for a session of a server that has as many as it may have."""
+    """Return the error for a login when the server has reached its limit of sessions."""
     return ResourceExhausted(
         "the server has reached its limit of sessions; retry later", {"retry_after_ms": _RETRY_FULL_MS}
     )
@@ -142,7 +142,7 @@ class ChangeKind(Enum):
     EMPTIED = "emptied"  # like ALL, and the store lost its data unexpectedly
     FLUSHED = "flushed"  # like ALL, and all data was deleted by a command
     LOST = "lost"  # a connection is lost, so that changes are not reported until ALL
-    AWAY = "away"  # nothing has changed: by order, the store will be away for a moment
+    AWAY = "away"  # the store is about to be away for a moment, as in an upgrade; nothing has changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +220,10 @@ class SessionStore(Protocol):
         """
 
     async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
-        """Record for sessions, by id, whether connections of this process use them, if the store is shared.
+        """Renew (True) or give up (False) the leases of this process on sessions, by id, if the store is shared.
 
-        For those that they use this process has a lease for LEASE_MS, as for those that it has created. For the
-        others it gives up its lease. Unknown ids are skipped. Need not be durable when it returns.
+        A lease lasts LEASE_MS; a session that this process creates begins with one. Unknown ids are skipped. Need
+        not be durable when it returns.
         """
 
     async def end(

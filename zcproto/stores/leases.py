@@ -1,17 +1,17 @@
-"""Which sessions are in use, so that a login at the limit ends one that no connection uses.
+"""Finds the sessions that no connection uses, so that a login at the limit ends one of those.
 
 Decides: which sessions of a user count as disconnected, and when leases are written.
 
 Rules:
 - A session counts as in use unless it is known that no connection uses it.
-- Where the store is not shared, this process has all connections. Clients that were connected before it started
-  have the time of a lease to come back.
-- In a shared store each process keeps a lease for each session that its connections use. All leases are renewed in
-  few operations; the begin and the end of a connection are written soon. A request costs nothing.
-- A lease that was given up counts at once. One that has expired, because its process crashed or lost the store,
-  counts only if this process has had the store without a gap for the time of a lease: after an outage or a failover
-  all processes need time to renew theirs.
-- The connections that a server ends because it stops give up nothing: their clients are about to come back.
+- Without a shared store, this process has all connections. Clients that were connected before it started have
+  LEASE_S to come back.
+- In a shared store each process keeps a lease on each session that its connections use. Leases are renewed in
+  batches; the begin and the end of a connection are written soon. A request costs nothing.
+- A session whose lease was given up is disconnected at once. One whose lease has expired, because its process
+  crashed or lost the store, is so only after this process has had the store for LEASE_S without a gap: after an
+  outage or a failover all processes need time to renew theirs.
+- A server that stops gives up no leases: its clients are about to come back.
 
 It must not know: connections (except which sessions they use), how the store keeps a lease.
 """

@@ -158,7 +158,7 @@ class CircuitBreaker:
 
 
 class BackgroundTasks:
-    """The tasks of one store. None is to be started by a timer or a change once `is_stopping` is set."""
+    """The tasks of one store. Once `is_stopping` is set, timers and changes must not start any."""
 
     def __init__(self) -> None:
         self.running: set[asyncio.Task[Any]] = set()

@@ -1,4 +1,4 @@
-"""Pending revocations: those that could not be written to the store, in a file until they can be.
+"""Keeps revocations that could not be written to the store in a file until they can be.
 
 Decides: what survives a crash, and how many revocations may wait.
 
@@ -106,7 +106,7 @@ class PendingRevocations:
         return None if user is None else self._entries.get((session_id, user, None))
 
     def unverified(self, user: str) -> int:
-        """Return how many revocations of a user wait that may be of sessions of others, or of none."""
+        """Return the number of pending revocations by a user of sessions that this process did not know."""
         return self._unverified[user]
 
     def _put(self, entry: Revocation) -> None:

@@ -19,11 +19,15 @@ It must not know: connections, frames, how the store works.
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Final, TypeVar, Unpack
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
@@ -33,7 +37,7 @@ from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegis
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import limit_reached, refresh_refused
 from zcproto.sessions.session import Opening, session_info
-from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
+from zcproto.sessions.token import FAMILY_SIZE, TOKEN_SIZE, digest_of, id_from_text, id_of, id_text
 from zcproto.stores.base import (
     Created,
     DamagedRecord,
@@ -45,7 +49,6 @@ from zcproto.stores.base import (
 )
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
-from zcproto.stores.seal import open_pair, seal_pair
 from zcproto.stores.sync import StoreSync
 
 UNDECIDED: Final = 8_192
@@ -68,6 +71,9 @@ OPENINGS_PER_USER: Final = 32
 """Sessions of one user that are opened at once: others would wait behind a user who logs in without end."""
 
 _RETRY_BUSY_MS: Final = 100
+
+_SEAL_LABEL: Final = b"zcp/1 sealed pair\0"
+_SEAL_NONCE: Final = bytes(12)  # each key seals one pair
 
 SuppressEvent = AbstractContextManager[Any]
 """Entered while sessions end, so that the connection that asked for it gets no event about it."""
@@ -250,7 +256,7 @@ class StoredSessionService(SessionService):
         return opened
 
     async def _check_room(self) -> None:
-        """Raise ResourceExhausted if the server has as many sessions as it may have."""
+        """Raise ResourceExhausted if the server has reached its limit of sessions."""
         most, sessions = self._registry.settings.max_sessions, self._registry.kept + self.sync.unloaded
         if self.sync.unloaded and sessions + len(self._opening) >= most:  # some may be counted twice
             sessions = await self._ask(self._call(self._store.count()))
@@ -579,3 +585,25 @@ class StoredSessionService(SessionService):
         self._missed[network] = (until, misses + 1) if now < until else (now + MISSES_S, 1)
         if len(self._missed) > ADDRESSES:
             self._missed.popitem(last=False)
+
+
+def _cipher(spent_token: bytes, token_digest: bytes) -> AESGCM:
+    return AESGCM(hmac.digest(spent_token, _SEAL_LABEL + token_digest, "sha256"))
+
+
+def seal_pair(spent_token: bytes, token_digest: bytes, token: bytes, refresh_token: bytes) -> bytes:
+    """Encrypt a new pair, so that another process can repeat the refresh (zcp1.md, section 9.6).
+
+    Only the holder of the spent refresh token can decrypt it; a copy of the store gives no access. `token_digest`
+    is of the new access token.
+    """
+    return _cipher(spent_token, token_digest).encrypt(_SEAL_NONCE, bytes(token + refresh_token), None)
+
+
+def open_pair(spent_token: bytes, token_digest: bytes, sealed: bytes) -> tuple[bytes, bytes] | None:
+    """Decrypt what `seal_pair` returned. Return None if it is for another token, or damaged."""
+    try:
+        pair = _cipher(spent_token, token_digest).decrypt(_SEAL_NONCE, sealed, None)
+    except (InvalidTag, ValueError):
+        return None
+    return pair[:TOKEN_SIZE], pair[TOKEN_SIZE:]

@@ -8,8 +8,9 @@ Decides:
 - A session changed by another process is dropped from the registry if no connection uses it. Otherwise it is ended
   if the store has reported its end, else the store is asked for it within the second. If both still disagree about
   its token when all processes have repeated their rotations, the session is ended.
-- After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
-  answered and all changes it reported are applied (DISTRUST in spec/store.pml). If the store does not answer within
+- After this process did not run for longer than heartbeat and timeout (it was stopped, its machine slept, or its
+  loop was blocked), no token is accepted before the store has answered and all changes it reported are applied
+  (DISTRUST in spec/store.pml). If the store does not answer within
   the timeout, that is an outage, whose grace began with the stall.
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
   else, so that their users notice nothing. After the grace period it does not, because tokens are refused then;
@@ -21,28 +22,26 @@ It must not know: connections (except whether one uses a session), how a call is
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from math import inf, isfinite
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from zcproto.common.clock import Clock
+from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import Code, ConfigError, ResourceExhausted
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
-from zcproto.sessions.health import HealthAlert, StoreHealth
+from zcproto.sessions.health import NEVER, STEADY_S, HealthAlert, StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_from_text, id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.leases import IsUsed, Leases
 from zcproto.stores.operations import UPKEEP, BackgroundTasks, Call, CircuitBreaker, LoopTimeout
-from zcproto.stores.outage_report import OutageFigures, OutageReport
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker, end_here
-from zcproto.stores.stall import StallWatch
 
 SLOTS: Final = 2_000
 """Sessions looked at in one turn of the event loop, about a millisecond."""
@@ -69,6 +68,16 @@ MAX_CHECKS: Final = 64
 
 CHANGES: Final = 4_096
 """Changed sessions that are remembered, for `has_changed`."""
+
+HOLD_S: Final = 5.0
+"""How long an outage may last without an alert, and how soon after an order it may begin. A new process opens the
+store in less than a second."""
+
+REPEATED: Final = 3
+"""Outages within STEADY_S of which the last raises an alert at once."""
+
+_EXTENSIONS: Final = 4
+"""Extensions of the trust within its limit."""
 
 Found = SessionRecord | EndedRecord
 
@@ -669,3 +678,151 @@ async def _process(
     for session_id, change in begun.items():
         if waiting.get(session_id) == change:
             waiting.pop(session_id, None)
+
+
+class StallWatch:
+    """Extends the trust in a registry by `limit` seconds, until this process does not run for longer than that.
+
+    Trust ends by the wall clock: requests are checked against it before the event loop has run a timer, and it
+    advances while a machine sleeps. A step of it looks like a stall, which costs one question to the store.
+
+    `on_stall` is called with the seconds of the stall, and how many of them the monotonic clock did not count.
+    Nothing is trusted from then until `resume`.
+    """
+
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        wheel: DeadlineWheel,
+        clock: Clock,
+        limit: float,
+        on_stall: Callable[[float, float], None],
+    ) -> None:
+        self._registry = registry
+        self._wheel = wheel
+        self._clock = clock
+        self._limit = limit
+        self._on_stall = on_stall
+        self._wall = 0
+        self._now = 0.0
+        self.deadline_tick = 0
+
+    def resume(self) -> None:
+        """Trust the registry from now on."""
+        before = self._wall
+        self._wall, self._now = self._clock.wall(), self._clock.now()
+        if self._wall < before:  # what connections reuse until the old time must be checked again
+            self._registry.generation += 1
+        self._registry.trusted_until = self._wall + round(self._limit * MS_PER_SECOND)
+        self._wheel.set(self, self._now + self._limit / _EXTENSIONS)
+
+    def stop(self) -> None:
+        self._wheel.discard(self)
+
+    def handle_deadline(self, now: float) -> None:
+        counted = self._clock.now() - self._now
+        stalled = max(counted, (self._clock.wall() - self._wall) / MS_PER_SECOND)
+        if stalled < self._limit:
+            self.resume()
+        else:
+            self._registry.distrust()
+            self._on_stall(stalled, stalled - counted)
+
+
+class OutageFigures(NamedTuple):
+    """Why the store fails, the sessions that are known, and the revocations that wait for it."""
+
+    reason: str
+    sessions: int
+    pending: int
+
+
+class OutageReport:
+    """Logs the outages of a store and raises their alerts. Times are monotonic seconds.
+
+    - An outage that lasts longer than HOLD_S raises an alert. A shorter one is in the log: as `store.slow` if it
+      began with a late answer, as on a busy machine, else as `store.degraded`. The third `store.degraded` within a
+      minute raises the alert at once: the store answers probes and nothing else, as on a full disk.
+    - An outage that begins soon after an order to be away (ChangeKind.AWAY), as in an upgrade, is logged only if it
+      lasts longer than HOLD_S. The new process may be busy with its start, so the store may come back in several
+      attempts.
+
+    `read` returns the figures of a report. `on_event` is called with the name and the values of a log event that
+    may raise an alert.
+    """
+
+    def __init__(self, read: Callable[[], OutageFigures], on_event: OnEvent) -> None:
+        self._read = read
+        self._on_event = on_event
+        self._away_until = self._alert_at = 0.0
+        self._is_ordered = False
+        self._is_logged = False
+        self._has_alert = False
+        self._held: list[HealthAlert] = []
+        self._recent: deque[float] = deque(maxlen=REPEATED)
+        self._unlogged: set[HealthAlert] = set()
+
+    def expect(self, now: float) -> None:
+        """Note that the store will be away, or busy, by order."""
+        self._away_until = now + HOLD_S
+
+    def handle(self, alert: HealthAlert, now: float, *, is_slow: bool = False) -> None:
+        """Log that an outage has begun, by a late answer or otherwise, or that its grace is over."""
+        if alert is HealthAlert.BEGAN:
+            self._is_ordered = now < self._away_until
+            self._is_logged = self._has_alert = False
+            self._alert_at = now + HOLD_S
+            if not is_slow and not self._is_ordered:
+                self._recent.append(now)
+                if len(self._recent) == REPEATED and now - self._recent[0] <= STEADY_S:
+                    self._alert_at = now
+        self._held.append(alert)
+        self._unlogged.add(alert)
+        if not self._is_ordered or now >= self._alert_at:
+            if is_slow and alert is HealthAlert.BEGAN:
+                reason, sessions, pending = self._read()
+                log.warning("store.slow", reason=reason, sessions=sessions, pending=pending)
+                self._is_logged = True
+            else:
+                self._log(alert)
+        self.handle_time(now)
+
+    def handle_time(self, now: float) -> None:
+        """Raise the alerts that were held back, if the outage has lasted for long enough."""
+        if now < self._alert_at:
+            return
+        held, self._held = self._held, []
+        for alert in held:
+            self._log(alert)
+            reason, sessions, _ = self._read()
+            self._has_alert = True
+            if alert is HealthAlert.BEGAN:
+                self._on_event("store.degraded", {"reason": reason, "sessions": sessions})
+            else:
+                self._on_event("store.grace_over", {"reason": reason})
+
+    def _log(self, alert: HealthAlert) -> None:
+        if alert not in self._unlogged:
+            return
+        self._unlogged.discard(alert)
+        self._is_logged = True
+        reason, sessions, pending = self._read()
+        if alert is HealthAlert.BEGAN:
+            log.error("store.degraded", reason=reason, sessions=sessions, pending=pending)
+        else:
+            log.error("store.grace_over", reason=reason)
+
+    def next_deadline(self) -> float:
+        """Return the latest time for the next call of `handle_time`, or NEVER."""
+        return self._alert_at if self._held else NEVER
+
+    def end(self, seconds: float, replayed: int) -> None:
+        """Report that an outage has ended after so many seconds, with so many revocations that waited."""
+        self._held.clear()
+        self._unlogged.clear()
+        if self._is_logged:
+            log.warning("store.recovered", seconds=seconds, replayed=replayed)
+        else:
+            log.info("store.moved", seconds=seconds)
+        if self._has_alert:
+            self._on_event("store.recovered", {"seconds": seconds, "replayed": replayed})

@@ -12,8 +12,8 @@ from tests.certs.harness import MANAGED
 from tests.certs.support import NOW
 from tests.helpers import FakeClock
 from zcproto.certs.acme.orders import Visit, VisitResult, Wanted, carry_out
-from zcproto.certs.acme.settings import AcmeSettings, AcmeSite
 from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.settings import AcmeSettings, AcmeSite
 
 NAMES = ("zcp.example.com", "www.example.com")
 

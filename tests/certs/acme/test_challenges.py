@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import ssl
 import stat
 from pathlib import Path
 
 import pytest
 
+from tests.certs.harness import disk_fails
 from tests.certs.support import NOW
 from zcproto.certs.acme import challenges
 from zcproto.certs.acme.challenges import ChallengeFolder, challenge_folder, server_name_of
@@ -58,6 +60,15 @@ def test_no_other_file_is_read_by_a_server_name(folder: ChallengeFolder, name: s
     assert folder.context(name) is None
 
 
+def test_server_name_does_not_lead_out_of_the_folder(folder: ChallengeFolder, tmp_path: Path) -> None:
+    folder.put_certificate("a.example", DIGEST, NOW)
+    challenge = tmp_path / "certs/acme/challenges/tls-alpn-01.a.example.pem"
+    challenge.rename(tmp_path / "certs/acme/other.pem")
+    (challenge.parent / "tls-alpn-01.a").mkdir()
+    assert (challenge.parent / "tls-alpn-01.a/../../other.pem").exists()
+    assert folder.context("a/../../other") is None
+
+
 def test_damaged_certificate_answers_nothing(folder: ChallengeFolder, tmp_path: Path) -> None:
     folder.put_certificate("a.example", DIGEST, NOW)
     (tmp_path / "certs/acme/challenges/tls-alpn-01.a.example.pem").write_bytes(b"junk")
@@ -75,10 +86,19 @@ def test_all_answers_are_deleted(folder: ChallengeFolder, tmp_path: Path) -> Non
     assert folder.context("a.example") is None
 
 
-def test_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "certs").touch()
     with pytest.raises(CertificateError):
         ChallengeFolder(tmp_path / "certs").put_text("token", "text")
+
+
+def test_full_disk_is_reported(
+    folder: ChallengeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put_text("token", "text")
+    disk_fails(monkeypatch, errno.ENOSPC, "fsync")
+    with pytest.raises(CertificateError, match=r"http-01\.other: cannot be written: No space left on device"):
+        folder.put_text("other", "text")
 
 
 def test_large_text_is_not_read(folder: ChallengeFolder) -> None:

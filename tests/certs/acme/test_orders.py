@@ -27,8 +27,8 @@ from zcproto.certs import keys, managed
 from zcproto.certs.acme import orders
 from zcproto.certs.acme.client import renewal_id
 from zcproto.certs.acme.orders import Visit, VisitResult, VisitThread, carry_out
-from zcproto.certs.acme.settings import HTTP
 from zcproto.certs.pair import load_pair
+from zcproto.certs.settings import HTTP
 from zcproto.common.files import try_lock
 from zcproto.common.https import Response
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.certs.acme.fake_ca import Problem, at
 from tests.certs.acme.support import Desk, acme_site
@@ -133,6 +134,21 @@ def test_other_processes_serve_what_one_has_ordered(ordered: AcmeHarness, tmp_pa
     assert kinds(*other.checks(2)) == ["loaded"]
     assert other.served == ordered.served
     assert not other.checker.acme._visits.is_running  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("unchanged", ["rsa", "ecdsa"])
+def test_certificate_of_each_key_is_loaded_by_itself(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, quick_keys: None, unchanged: str
+) -> None:
+    harness = AcmeHarness(tmp_path, managed={"key_types": ("rsa-2048", "ecdsa-p256")})
+    harness.check()
+    harness.visited()
+    before = harness.checker.sites[0].pairs
+    harness.source.order_now({"rsa", "ecdsa"} - {unchanged})
+    harness.visited()
+    is_same = [one == old for one, old in zip(harness.checker.sites[0].pairs, before, strict=True)]
+    assert is_same == [unchanged == "rsa", unchanged == "ecdsa"]
+    harness.checker.close()
 
 
 def test_twenty_renewals_in_a_row(ordered: AcmeHarness) -> None:

@@ -14,7 +14,7 @@ from zcproto.sessions import EndReason
 from zcproto.sessions.health import FAILURES, FIRST_DELAY_S, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 from zcproto.stores.base import Change, ChangeKind
-from zcproto.stores.outage_report import HOLD_S
+from zcproto.stores.sync import HOLD_S
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY])

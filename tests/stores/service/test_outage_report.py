@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zcproto.sessions.health import NEVER, HealthAlert
-from zcproto.stores.outage_report import HOLD_S, OutageFigures, OutageReport
+from zcproto.stores.sync import HOLD_S, OutageFigures, OutageReport
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import pytest
 from tests.limits import TIMEOUT
 from tests.stores.valkey.helpers import ClusterOf
 from tests.stores.valkey.server_process import PROGRAMS, running, wait_for
-from zcproto.stores.valkey import life, servers
-from zcproto.stores.valkey.client import ValkeyClient
+from zcproto.stores.valkey import servers, store
+from zcproto.stores.valkey.store import ValkeyStore
 
 
 @pytest.fixture(autouse=True)
 def no_time_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no time limit of a store end before that of the test, unless the test sets another."""
-    monkeypatch.setitem(ValkeyClient.__init__.__kwdefaults__, "timeout", TIMEOUT)
+    monkeypatch.setitem(ValkeyStore.__init__.__kwdefaults__, "timeout", TIMEOUT)
     monkeypatch.setattr(servers, "OPEN_TIMEOUT_S", TIMEOUT)
-    monkeypatch.setattr(life, "LIFE_MS", int(TIMEOUT * 1000))
+    monkeypatch.setattr(store, "LIFE_MS", int(TIMEOUT * 1000))
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)

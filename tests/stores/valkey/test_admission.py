@@ -10,11 +10,11 @@ from redis.exceptions import ResponseError
 from tests.limits import TIMEOUT
 from zcproto.errors import ResourceExhausted
 from zcproto.stores.base import DamagedRecord, StoreUnavailable
-from zcproto.stores.valkey import client
-from zcproto.stores.valkey.client import ValkeyClient, behind, operation
+from zcproto.stores.valkey import store as module
+from zcproto.stores.valkey.store import ValkeyStore, behind, operation
 
 
-class GatedStore(ValkeyClient):
+class GatedStore(ValkeyStore):
     """Operations that wait for `gate`."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class GatedStore(ValkeyClient):
 async def test_operations_in_progress_are_bounded_but_sessions_can_be_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "MAX_OPERATIONS", 2)
+    monkeypatch.setattr(module, "MAX_OPERATIONS", 2)
     store = GatedStore()
     opening = [asyncio.create_task(store.create()) for _ in range(2)]
     await asyncio.sleep(0)
@@ -66,8 +66,8 @@ async def test_operations_in_progress_are_bounded_but_sessions_can_be_ended(
 async def test_operations_on_answers_wait_for_each_other_and_not_before_sessions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "ANSWERS_AT_ONCE", 1)
-    monkeypatch.setattr(client, "MAX_OPERATIONS", 3)
+    monkeypatch.setattr(module, "ANSWERS_AT_ONCE", 1)
+    monkeypatch.setattr(module, "MAX_OPERATIONS", 3)
     store = GatedStore()
     later = [asyncio.create_task(store.claim()) for _ in range(3)]
     await asyncio.sleep(0)
@@ -83,7 +83,7 @@ async def test_operations_on_answers_wait_for_each_other_and_not_before_sessions
 
 
 async def test_password_in_an_error_of_the_server_is_hidden() -> None:
-    class RefusedStore(ValkeyClient):
+    class RefusedStore(ValkeyStore):
         @operation
         async def count(self) -> int:
             raise ResponseError("ERR AUTH hunter2 is not a command of this proxy")
@@ -94,7 +94,7 @@ async def test_password_in_an_error_of_the_server_is_hidden() -> None:
 
 
 async def test_damaged_record_is_reported_and_raised() -> None:
-    class DamagedStore(ValkeyClient):
+    class DamagedStore(ValkeyStore):
         @operation
         async def count(self) -> int:
             raise DamagedRecord("a session cannot be read")

@@ -33,7 +33,7 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, Claim, ClaimState, Created, LimitReached, StoreUnavailable
 from zcproto.stores.operations import CircuitBreaker
-from zcproto.stores.valkey import client
+from zcproto.stores.valkey import store as module
 from zcproto.stores.valkey.link import Target
 from zcproto.stores.valkey.scripts import tag_of
 from zcproto.stores.valkey.servers import Cluster, Hooks
@@ -152,7 +152,7 @@ async def test_operation_waits_until_all_keys_of_its_user_are_moved(
     empty_cluster: ClusterOf, monkeypatch: pytest.MonkeyPatch, first: bytes
 ) -> None:
     """The new server would run a script as if the keys that it has not got yet did not exist."""
-    monkeypatch.setattr(client, "MOVING_LIMIT_S", TIMEOUT)
+    monkeypatch.setattr(module, "MOVING_LIMIT_S", TIMEOUT)
     records = [session(number) for number in range(5)]
     slot = slot_of(records[0])
     source = empty_cluster.owner(slot)
@@ -182,7 +182,7 @@ async def test_operation_waits_until_all_keys_of_its_user_are_moved(
 async def test_slot_that_is_moved_begins_no_outage(
     empty_cluster: ClusterOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "MOVING_LIMIT_S", 0.0)
+    monkeypatch.setattr(module, "MOVING_LIMIT_S", 0.0)
     record = session()
     slot = slot_of(record)
     source = empty_cluster.owner(slot)
@@ -204,7 +204,7 @@ async def test_slot_that_is_moved_begins_no_outage(
 async def test_logins_succeed_while_slots_are_moved(
     empty_cluster: ClusterOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "MOVING_LIMIT_S", TIMEOUT)
+    monkeypatch.setattr(module, "MOVING_LIMIT_S", TIMEOUT)
     async with opened(empty_cluster.url) as (store, _):
         await asyncio.gather(*(store.create(record, FIVE) for record in MANY))
         moved = sorted({slot_of(record) for record in MANY})

@@ -11,7 +11,7 @@ import pytest
 from tests.stores.valkey.helpers import opened
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
 from zcproto.stores.base import ChangeKind, ClaimState
-from zcproto.stores.valkey import life
+from zcproto.stores.valkey import store as module
 
 BODY = b"b" * 32
 OTHER = b"o" * 32
@@ -40,7 +40,7 @@ async def test_claim_of_a_process_that_was_killed_is_an_orphan(server: ServerPro
     async with opened(server.url) as (one, _), opened(server.url) as (two, _):
         await one.claim("ada", "k", BODY, KEEP_MS)
         [key] = [key for key in server.command("KEYS", "*") if b"h:" in key]
-        assert 0 < server.command("PTTL", key) <= life.LIFE_MS
+        assert 0 < server.command("PTTL", key) <= module.LIFE_MS
         await one._life.end()
         server.command("DEL", key)  # as it expires
         seen = await two.claim("ada", "k", BODY, KEEP_MS)
@@ -87,7 +87,7 @@ async def test_processes_have_time_for_a_sign_of_life_after_the_store_was_away(s
 async def test_sign_is_renewed_until_the_store_is_closed(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life, "RENEW_S", 0.01)
+    monkeypatch.setattr(module, "RENEW_S", 0.01)
     async with opened(server.url) as (one, _), opened(server.url) as (two, _):
         await one.claim("ada", "k", BODY, KEEP_MS)
         key = b"h:" + one._node

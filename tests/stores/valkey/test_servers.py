@@ -19,7 +19,7 @@ from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, free_por
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code, ConfigError
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
-from zcproto.stores.valkey import sentinels
+from zcproto.stores.valkey import servers
 from zcproto.stores.valkey.store import ValkeyStore
 
 PASSWORD = "hunter2/@:%?#"
@@ -138,7 +138,7 @@ class PatientWait:
 async def test_sentinel_with_the_highest_epoch_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentinels, "asyncio", PatientWait())  # else it would have to be quick
+    monkeypatch.setattr(servers, "asyncio", PatientWait())  # else it would have to be quick
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
@@ -152,7 +152,7 @@ async def test_sentinel_with_the_highest_epoch_counts(
         gone = f"127.0.0.1:{free_port()}"
         url = f"valkey+sentinel://{gone},{behind.address},{current.address},{hung.address}/sessions"
         async with opened(url) as (store, changes):
-            monkeypatch.setattr(sentinels, "asyncio", asyncio)
+            monkeypatch.setattr(servers, "asyncio", asyncio)
             await store.create(session(), FIVE)
             assert second.command("EXISTS", b"zcp:t:" + session().token_digest) == 1
             hung.go_on()
@@ -163,7 +163,7 @@ async def test_sentinel_with_the_highest_epoch_counts(
 async def test_sentinel_that_answers_after_another_has_refused_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.stores.valkey.sentinels._PATIENCE", 0.0)
+    monkeypatch.setattr("zcproto.stores.valkey.servers._PATIENCE", 0.0)
     with ExitStack() as stack:
         server = stack.enter_context(running(PROGRAMS[0], tmp_path / "server"))
         sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", server))

@@ -1,5 +1,5 @@
 """Certificates of a public CA, ordered by ACME (RFC 8555).
 
-Reading order: settings, challenges, schedule, client, orders, source. Only client.py needs the extra `acme`, and is
+Reading order: challenges, schedule, client, orders, source. Only client.py needs the extra `acme`, and is
 imported by the thread that orders.
 """

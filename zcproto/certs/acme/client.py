@@ -2,8 +2,10 @@
 
     RFC 8555: ACME    RFC 8737: the challenge tls-alpn-01    RFC 8738: addresses    RFC 9773: renewal information
 
-The messages, their signatures and the account binding are those of certbot's package `acme`. Its network code is
-not used: it blocks, has no absolute limit of time or size, and repeats a rejected nonce only once.
+The messages, their signatures and the account binding are those of certbot's package `acme`. Its `ClientV2` is not
+used: it reads responses of any size, its timeout begins again with each byte, it follows redirects to plain HTTP
+and uses proxies of the environment, it repeats a rejected nonce only once, it cannot name the certificate that an
+order replaces, and a thread that waits in it cannot be stopped.
 
 Rules:
 - Every URL of the CA begins with `https:`, also those that it sends, and its certificate is verified.
@@ -38,8 +40,8 @@ from josepy.jwa import ES256
 from josepy.jwk import JWK, JWKEC
 
 from zcproto.certs.acme.schedule import RenewalWindow
-from zcproto.certs.acme.settings import TLS_ALPN, AcmeSettings
 from zcproto.certs.names import is_address
+from zcproto.certs.settings import TLS_ALPN, AcmeSettings
 from zcproto.common.files import read_secret
 from zcproto.common.https import Response, Unreachable
 from zcproto.common.text import escape_text

@@ -38,9 +38,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from zcproto.certs import files, keys, pair, rollover
 from zcproto.certs.acme.challenges import ChallengeFolder
 from zcproto.certs.acme.schedule import RenewalWindow
-from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.authority import Progress
 from zcproto.certs.names import covers, general_names
+from zcproto.certs.settings import AcmeSite
 from zcproto.common.clock import Clock, system_clock
 from zcproto.common.files import file_errors, try_lock
 from zcproto.common.https import Endpoint, Response, verifying_context
@@ -183,7 +183,7 @@ async def carry_out(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     clock: Clock = system_clock,
 ) -> VisitResult:
-    """Do what is to be done at the CA. Every failure is in the result."""
+    """Carry out a visit to the CA. Failures are in the result."""
     from zcproto.certs.acme.client import AcmeClient, OrderFailedError  # noqa: PLC0415 - the extra `acme`
 
     result, began = VisitResult(), clock.now()

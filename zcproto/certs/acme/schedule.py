@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Final
 
 from zcproto.certs import files, lifecycle
-from zcproto.certs.acme.settings import AcmeSettings
 from zcproto.certs.names import covers
 from zcproto.certs.notices import day
 from zcproto.certs.pair import CertificatePair
+from zcproto.certs.settings import AcmeSettings
 from zcproto.common.files import UnusableFileError, read_file
 
 MAX_RECORD: Final = 16_384

@@ -25,14 +25,13 @@ from zcproto.certs import files, lifecycle, notices, rollover
 from zcproto.certs.acme import schedule
 from zcproto.certs.acme.orders import Visit, VisitResult, VisitThread, Wanted, Work, carry_out
 from zcproto.certs.acme.schedule import OrderRecord, RenewalWindow
-from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.authority import Progress
 from zcproto.certs.keys import family
 from zcproto.certs.lifecycle import Random
 from zcproto.certs.notices import Notice
 from zcproto.certs.pair import CertificatePair, Site, load_pair
 from zcproto.certs.rollover import NextPins
-from zcproto.certs.settings import ManagedSite
+from zcproto.certs.settings import AcmeSite, ManagedSite
 from zcproto.certs.sources import ManagedSource, Origin, Renewal, RenewalSchedule, SiteSource
 from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError

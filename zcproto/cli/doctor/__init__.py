@@ -24,6 +24,7 @@ from zcproto import accelerator
 from zcproto.alerts.command import check_program
 from zcproto.auth.issuer_keys import KeysFailed
 from zcproto.auth.jwt import fits
+from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import remote
@@ -270,15 +271,15 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
     if config.certificates.mode == "acme" and importlib.util.find_spec("acme") is None:
         yield FAULT, "the package acme is not installed", 'run: pip install "zcproto[acme]"'
     try:
-        found = cert_report.report(config, now, os.environ)
+        found = survey(config, now, os.environ)
     except ZcprotoError as error:
         yield from_message(str(error))
         return
     yield from map(from_message, found.problems)
-    for row in found.rows:
-        if row.status == cert_report.NOT_MADE:
+    for row in found.certificates:
+        if row.state is FileState.NOT_MADE:
             yield OK, f"{row.certificate.name}: does not exist yet; a server creates it"
-        elif row.status in cert_report.BAD:
+        elif row.state.is_bad:
             ended = (
                 f"{row.certificate}: expired on {row.leaf.not_valid_after_utc:%Y-%m-%d}" if row.leaf else ""
             )
@@ -292,18 +293,18 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
 
 
 def _own_pins(config: Config) -> tuple[str, ...]:
-    rows = cert_report.report(config, utc(), os.environ).rows
+    rows = survey(config, utc(), os.environ).certificates
     return tuple(
         cert_report.key_pin(row.leaf) for row in rows if row.use == "server" and row.leaf is not None
     )
 
 
-def _good(row: cert_report.CertificateRow, now: datetime) -> Result:
+def _good(row: SurveyedCertificate, now: datetime) -> Result:
     assert row.leaf is not None
     names = cert_report.shown_names(cert_report.names_of(row.leaf)) if row.use == "server" else row.use
     left = counted(cert_report.days_left(row.leaf, now), "day")
     found = f"{row.certificate.name}: {left} left; {names}"
-    if row.status == cert_report.DUE:
+    if row.state is FileState.DUE:
         cure = "a running server renews managed ones, see its log if this stays; replace external ones"
         return WARNING, found, cure
     return OK, found

@@ -25,7 +25,7 @@ from zcproto.errors import CallError, Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import DIGEST_SIZE, AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import MAX_LISTED, Notice, StoreUnavailable
-from zcproto.stores.sqlite.file import Connect, DatabaseFile
+from zcproto.stores.sqlite.file import CACHED_STATEMENTS, Connect, DatabaseFile, create_tables, reason_of
 from zcproto.stores.sqlite.rows import (
     COLUMNS,
     MAX_REPEATABLE,
@@ -64,6 +64,8 @@ _MOST_EXPIRED: Final = 800
 
 _PAIRS: Final = b"\xff"
 """The user of the rows of `answers` that are sealed pairs, which no UTF-8 text is. Their key is the session."""
+
+_MEMORY: Final = ":memory:"
 
 _T = TypeVar("_T")
 
@@ -325,6 +327,36 @@ class SessionDatabase(DatabaseFile):
 
     def _read_marks(self, db: sqlite3.Connection) -> None:
         self._marks = db.execute("SELECT n, code, wall FROM ended_all ORDER BY n").fetchall()
+
+
+class MemoryDatabase(SessionDatabase):
+    """Sessions and answers in memory, which end with the process: no file, the same statements.
+
+    A failure that would have a file closed and opened again is rolled back: closing would end all sessions.
+    """
+
+    def __init__(
+        self,
+        *,
+        answers: AnswerLimits,
+        time: Callable[[], int],
+        on_notice: Notice,
+        connect: Connect = sqlite3.connect,
+    ) -> None:
+        super().__init__(Path(_MEMORY), answers=answers, time=time, on_notice=on_notice, connect=connect)
+
+    def open(self) -> None:
+        db = self._db = self._connect(_MEMORY, isolation_level=None, cached_statements=CACHED_STATEMENTS)
+        create_tables(db)
+        self.opened(db)
+
+    def ready(self) -> sqlite3.Connection:
+        assert self._db is not None, "it is closed last"
+        return self._db
+
+    def _recover(self, error: Exception) -> str:
+        self._roll_back()
+        return reason_of(error)
 
 
 def _outcome(operation: Operation[object], rows: WorkingSet) -> Outcome:

@@ -29,9 +29,8 @@ from zcproto.stores.base import (
     Repeated,
     StoreUnavailable,
 )
-from zcproto.stores.sqlite.database import MAX_TOUCHED, Position, SessionDatabase
+from zcproto.stores.sqlite.database import MAX_TOUCHED, MemoryDatabase, Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect
-from zcproto.stores.sqlite.memory import MemoryDatabase
 from zcproto.stores.sqlite.rows import Operation
 from zcproto.stores.worker import Job, Worker
 

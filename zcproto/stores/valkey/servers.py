@@ -10,7 +10,8 @@ Rules:
   whether it is still their primary: after a failover the old one accepts writes, which are lost, for about ten
   seconds (WATCH_ROLE in spec/store.pml).
 - While a cluster moves a slot, a command for one key follows the key. A script waits until all keys of its slot are
-  on one server.
+  on one server. The cluster client of redis-py is not used: it runs the script on the new server, as if the keys
+  that are still to be moved did not exist, and it has no client tracking.
 
 It must not know: sessions, the content of scripts.
 """
@@ -38,7 +39,6 @@ from zcproto.common.backoff import backoff_s
 from zcproto.errors import ConfigError
 from zcproto.stores.base import HEARTBEAT_S, KeysMoving, StoreUnavailable
 from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
-from zcproto.stores.valkey.sentinels import Sentinels
 from zcproto.stores.valkey.url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
@@ -59,6 +59,9 @@ keys of the slot are moved: the new server would run them as if those that are m
 
 _MOVING: Final = "non local key"
 """The error of a script that found some of its keys moved to another server."""
+
+_PATIENCE: Final = 0.25
+"""The part of the time limit given to sentinels that have not answered while others have."""
 
 Division = tuple[list[Address | None], set[Address]]
 """The server of each slot, and all servers that have slots."""
@@ -253,6 +256,90 @@ class ValkeyConnection:
         except NotPrimary as error:
             link.lose(error.reason)
             raise
+
+
+class Sentinels:
+    """The sentinels at `addresses`, which monitor `service`. `within` is in seconds, for all answers.
+
+    All of them are asked, on connections that are kept. The answer with the highest configuration epoch counts: a
+    sentinel that was cut off reports the primary of an earlier one. They report a new primary as soon as it is
+    promoted, before `+switch-master` is published.
+    """
+
+    def __init__(
+        self, addresses: tuple[Address, ...], service: str, target: Callable[[Address], Target], within: float
+    ) -> None:
+        self._addresses = addresses
+        self._service = service
+        self._target = target
+        self._patience = within * _PATIENCE
+        self._links: dict[Address, Link] = {}
+        self._lock = asyncio.Lock()
+
+    async def primary(self) -> Target:
+        """Return the current primary, without a time limit. Raises StoreUnavailable or ConfigError."""
+        async with self._lock:
+            tasks = [asyncio.ensure_future(self._ask(address)) for address in self._addresses]
+            try:
+                done, left = await asyncio.wait(tasks, timeout=self._patience)
+                while left and all(task.exception() is not None for task in done):
+                    more, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                    done |= more
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        answers = [task.result() for task in tasks if task in done and task.exception() is None]
+        if answers:
+            return self._target(max(answers, key=lambda answer: answer[0])[1])
+        errors = [task.exception() for task in tasks]
+        error = next((error for error in errors if isinstance(error, ConfigError)), errors[0])
+        assert error is not None
+        raise error
+
+    async def close(self) -> None:
+        async with self._lock:
+            links, self._links = list(self._links.values()), {}
+            await asyncio.gather(*(link.close() for link in links))
+
+    async def _ask(self, address: Address) -> tuple[int, Address]:
+        """Return the configuration epoch and the primary that one sentinel reports."""
+        target = self._target(address)
+        target.database = 0
+        link = self._links.get(address)
+        if link is not None and not link.lost:
+            return await self._query(link, target)
+        try:
+            return await self._connect(Target(target.host, target.port, tls=target.tls), address)
+        except (ConfigError, ResponseError):  # it requires a login
+            return await self._connect(target, address)
+
+    async def _connect(self, target: Target, address: Address) -> tuple[int, Address]:
+        link = await Link.connect(target, self._patience)
+        try:
+            answer = await self._query(link, target)
+        except BaseException:
+            await link.close()
+            raise
+        self._links[address] = link
+        return answer
+
+    async def _query(self, link: Link, target: Target) -> tuple[int, Address]:
+        found: Any
+        about: Any
+        found, about = await asyncio.gather(
+            link.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service),
+            link.call("SENTINEL", "MASTER", self._service),
+            return_exceptions=True,
+        )
+        if isinstance(found, BaseException):
+            raise found
+        if not found:
+            raise StoreUnavailable(f"the sentinel {target} does not monitor a service of this name")
+        # Without permission for the second command, the answers of the other sentinels are preferred.
+        epoch = -1 if isinstance(about, BaseException) else int(about[b"config-epoch"])
+        host, port = found
+        return epoch, (host.decode("utf-8", "replace"), int(port))
 
 
 async def check_server(link: Link, *, clustered: bool) -> None:
