@@ -11,7 +11,7 @@ _REGISTRAR: Final = "zcproto.client.registration:Registrar"
 _REGISTER: Final = f"{_REGISTRAR}._register"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVED: Final = f"{_CONNECTION}._received_call"
-_OUTPUT: Final = "zcproto.connection.client_output:ClientOutput"
+_OUTPUT: Final = "zcproto.connection.client:ClientConnection"
 _CALLS: Final = "zcproto.connection.client_calls:ClientCalls"
 _RECEIVE: Final = f"{_CALLS}.receive"
 
