@@ -248,8 +248,6 @@ class ClientConnection:
         if self.state is State.CLOSED:
             return
         decoder = self._decoder
-        next_frame = decoder.next_frame
-        in_flight = self.in_flight
         decoder.feed(data)
         judged_at = wall
         if self._partial is not None:
@@ -259,92 +257,41 @@ class ClientConnection:
                 self._last_heard = now
                 return
             judged_at, self._partial = self._partial[0], None
-        while True:
-            try:
-                frame = next_frame()
-            except ProtocolError as error:
-                yield self._end_with(error.code, error.reason)
-                return
-            if frame is None:
-                if decoder.buffered >= HEADER_SIZE:
-                    self._partial = wall, now
-                    self._last_heard = now
-                if self._owes_pong is not None and not self.is_output_blocked:
-                    self._send_pong(wall)
-                return
-            _, head, stream, timestamp, salt, counter, token, body = frame
-            if salt != self.salt or counter <= self._last_counter:
-                # Includes WELCOME: before it no salt matches.
-                first = self._out_of_order(frame, wall, now)
-                yield first
-                if first.__class__ is ConnectionEnded:
-                    return
-                continue
-            self._last_counter = counter
-            tolerance = self.tolerance_ms
-            is_fresh = -tolerance <= judged_at + self.clock_offset_ms - timestamp <= tolerance
-            judged_at = wall
-            if not (is_fresh or self._corrects_clock(head, body)):
-                self._stale_in_a_row += 1
-                if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:
-                    yield self._end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row")
-                    return
-                if head in _ANSWERS and in_flight.pop(stream, None) is not None:
-                    if self._streams is not None:
-                        self._streams.end(stream, was_lost=True)
-                    if self._calls is not None:
-                        self._calls.refreshing.pop(stream, None)
-                    yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
-                elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
-                    self._streams[stream].was_lost = True
-                    self.cancel(stream, wall)  # a lost item or credit would go unnoticed
-                    yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
-                elif head in _ON_CALLS:
-                    try:
-                        late = self._received_call(head, stream, token, body, wall, is_fresh=False)
-                    except ProtocolError as error:
-                        yield self._end_with(error.code, error.reason)
-                        return
-                    if late is not None:
-                        yield late
-                else:
-                    self.dropped_stale += 1
-                continue
-            self._stale_in_a_row = 0
+        try:
+            while (frame := decoder.next_frame()) is not None:
+                event = self._receive(frame, judged_at, wall, now)
+                judged_at = wall
+                if event is not None:
+                    yield event
+        except ProtocolError as error:
+            yield self._end_with(error.code, error.reason)
+            return
+        if decoder.buffered >= HEADER_SIZE:
+            self._partial = wall, now
             self._last_heard = now
-            if head == RESPONSE:
-                sent_with = in_flight.pop(stream, None)
-                if sent_with is None:
-                    self._count_unrequested(body, now)
-                    self.dropped_unknown += 1
-                    continue
-                if self._streams is not None:
-                    self._streams.end(stream)
-                try:
-                    value = decode_body(body, self.max_depth)
-                except MessageError as error:
-                    yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
-                    continue
-                if sent_with not in self._tokens:
-                    self._add_token(stream, sent_with, value)
-                yield ResponseReceived(stream, value)
-                continue
-            if stream not in in_flight or head in _ON_CALLS:
-                self._count_unrequested(body, now)
-            try:
-                event = self._received_other(head, stream, token, body, wall)
-            except ProtocolError as error:
-                yield self._end_with(error.code, error.reason)
-                return
-            if event is not None:
-                yield event
-                if event.__class__ is ConnectionEnded:
-                    return
+        if self._owes_pong is not None and not self.is_output_blocked:
+            self._send_pong(wall)
 
-    def _received_other(
-        self, head: int, stream: int, token: bytes, body: bytes, wall: int
-    ) -> ClientEvent | None:
-        """Process a fresh frame other than RESPONSE. Raises ProtocolError if it ends the connection."""
+    def _receive(self, frame: RawFrame, judged_at: int, wall: int, now: float) -> ClientEvent | None:
+        """Process a frame, whose header arrived at `judged_at`. Raises ProtocolError if it ends the connection."""
+        _, head, stream, timestamp, salt, counter, token, body = frame
+        if salt != self.salt or counter <= self._last_counter:
+            if self.state is State.AWAITING_WELCOME:  # no salt matches before WELCOME
+                return self._received_welcome(frame, wall, now)
+            reason = (
+                "nonce belongs to another connection" if salt != self.salt else "nonce counter did not grow"
+            )
+            raise ProtocolError(Code.REPLAYED, reason)
+        self._last_counter = counter
+        is_fresh = abs(judged_at + self.clock_offset_ms - timestamp) <= self.tolerance_ms
+        if not (is_fresh or self._corrects_clock(head, body)):
+            return self._received_stale(head, stream, token, body, wall)
+        self._stale_in_a_row = 0
+        self._last_heard = now
+        if stream not in self.in_flight or head in _ON_CALLS:
+            self._count_unrequested(body, now)
+        if head == RESPONSE:
+            return self._received_response(stream, body)
         if head == ERROR:
             return self._received_error(stream, body, wall)
         if head in _ON_STREAMS:
@@ -375,6 +322,48 @@ class ClientConnection:
         else:
             self._pong_deadline = NEVER
         return None
+
+    def _received_stale(
+        self, head: int, stream: int, token: bytes, body: bytes, wall: int
+    ) -> ClientEvent | None:
+        """Process a stale frame: what it should have answered fails. Raises ProtocolError like `_receive`."""
+        self._stale_in_a_row += 1
+        if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:
+            raise ProtocolError(Code.STALE_TIMESTAMP, "ten stale frames in a row")
+        if head in _ANSWERS and self._failed(stream, was_lost=True) is not None:
+            return ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+        if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
+            self._streams[stream].was_lost = True
+            self.cancel(stream, wall)  # a lost item or credit would go unnoticed
+            return ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+        if head in _ON_CALLS:
+            return self._received_call(head, stream, token, body, wall, is_fresh=False)
+        self.dropped_stale += 1
+        return None
+
+    def _answered(self, stream: int, *, was_lost: bool = False) -> bytes | None:
+        """Forget a request that has its answer, and return its token; None if it is unknown."""
+        if self._streams is not None:
+            self._streams.end(stream, was_lost=was_lost)
+        return self.in_flight.pop(stream, None)
+
+    def _failed(self, stream: int, *, was_lost: bool = False) -> bytes | None:
+        if self._calls is not None:
+            self._calls.refreshing.pop(stream, None)
+        return self._answered(stream, was_lost=was_lost)
+
+    def _received_response(self, stream: int, body: bytes) -> ClientEvent | None:
+        sent_with = self._answered(stream)
+        if sent_with is None:
+            self.dropped_unknown += 1
+            return None
+        try:
+            value = decode_body(body, self.max_depth)
+        except MessageError as error:
+            return ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
+        if sent_with not in self._tokens:
+            self._add_token(stream, sent_with, value)
+        return ResponseReceived(stream, value)
 
     def _received_call(
         self, head: int, number: int, token: bytes, body: bytes, wall: int, *, is_fresh: bool
@@ -428,16 +417,11 @@ class ClientConnection:
         if code == Code.STALE_TIMESTAMP:
             self._correct_clock(details, wall)
         if not stream:
-            self.state = next_state(self.state, Input.FATAL)
-            return ConnectionEnded(_code_of(code), message)
-        sent_with = self.in_flight.pop(stream, None)
+            raise ProtocolError(_code_of(code), message)
+        sent_with = self._failed(stream)
         if sent_with is None:
             self.dropped_unknown += 1
             return None
-        if self._streams is not None:
-            self._streams.end(stream)
-        if self._calls is not None:
-            self._calls.refreshing.pop(stream, None)
         if code in DEAD_TOKEN_CODES:
             self._tokens.discard(sent_with)
         return ErrorReceived(stream, code, message, details)
@@ -454,26 +438,15 @@ class ClientConnection:
         self.state = next_state(self.state, Input.GOAWAY)
         return GoAwayReceived(reason, retry_after_ms)
 
-    def _out_of_order(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
-        """Process WELCOME if it is the first frame; end the connection otherwise."""
-        if self.state is State.AWAITING_WELCOME:
-            return self._received_first(frame, wall, now)
-        if frame[4] != self.salt:
-            return self._end_with(Code.REPLAYED, "nonce belongs to another connection")
-        return self._end_with(Code.REPLAYED, "nonce counter did not grow")
-
-    def _received_first(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
+    def _received_welcome(self, frame: RawFrame, wall: int, now: float) -> Welcomed:
         _, head, _, timestamp, salt, counter, _, body = frame
         if head != WELCOME:
-            return self._end_with(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")
+            raise ProtocolError(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")
         if counter != 0:
-            return self._end_with(Code.PROTOCOL_ERROR, "WELCOME must have counter 0")
+            raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME must have counter 0")
         if timestamp > MAX_SERVER_TIME:
-            return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is out of range")
-        try:
-            self.welcome = read_welcome(body, self.max_depth)
-        except ProtocolError as error:
-            return self._end_with(error.code, error.reason)
+            raise ProtocolError(Code.PROTOCOL_ERROR, "the server's clock is out of range")
+        self.welcome = read_welcome(body, self.max_depth)
         self.salt = salt
         self.clock_offset_ms = timestamp - wall
         self._decoder.limit = self.max_frame

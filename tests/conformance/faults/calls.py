@@ -10,7 +10,8 @@ _CLIENT: Final = "zcproto.client.session_client:SessionClient"
 _ATTEMPT: Final = "zcproto.client.retry:Attempt"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
-_RECEIVE: Final = f"{_CONNECTION}.receive_data"
+_RESPONSE: Final = f"{_CONNECTION}._received_response"
+_RECEIVE: Final = f"{_CONNECTION}._receive"
 _ENDPOINTS: Final = "zcproto.client.endpoints:Endpoints"
 _MANAGER: Final = "zcproto.client.session:SessionManager"
 _CREDENTIALS: Final = "zcproto.client.credentials"
@@ -39,18 +40,17 @@ def more_than_once(then: str) -> tuple[str, str, str]:
 _INVALID_RESPONSE_IS_FATAL: Final = fault(
     "ends the connection after an invalid response",
     (
-        _RECEIVE,
-        'yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})\n'
-        "                    continue",
-        'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
+        _RESPONSE,
+        'return ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})',
+        'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault") from error',
     ),
 )
 _UNKNOWN_RESPONSE_IS_FATAL: Final = fault(
     "ends the connection after a response on an unknown stream",
     (
-        _RECEIVE,
-        "self.dropped_unknown += 1\n                    continue",
-        'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
+        _RESPONSE,
+        "self.dropped_unknown += 1",
+        'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
     ),
 )
 _NO_SEND_LIMIT: Final = fault(
@@ -173,12 +173,12 @@ CALLS: Final[dict[str, Fault]] = {
     "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
         "does not answer PING",
-        (f"{_CONNECTION}._received_other", "self._owes_pong = token", "pass"),
+        (_RECEIVE, "self._owes_pong = token", "pass"),
     ),
     "ping-flood": fault(
         "answers each PING at once",
         (
-            f"{_CONNECTION}._received_other",
+            _RECEIVE,
             "self._owes_pong = token",
             'self._send(PONG, 0, token, b"", wall)',
         ),
@@ -191,9 +191,9 @@ CALLS: Final[dict[str, Fault]] = {
     "unknown-event": fault(
         "ends a connection for an event that it does not know",
         (
-            f"{_CONNECTION}._received_other",
+            _RECEIVE,
             "return EventReceived(name, data, token, body)",
-            'return self._end_with(Code.PROTOCOL_ERROR, "a fault")',
+            'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
         ),
     ),
     "events-are-delivered": fault(

@@ -84,9 +84,9 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     "call-withdrawn-late": fault(
         "drops a stale WITHDRAW",
         (
-            f"{_CONNECTION}.receive_data",
-            "elif head in _ON_CALLS:",
-            "elif head in _ON_CALLS and not WITHDRAW:",
+            f"{_CONNECTION}._received_stale",
+            "if head in _ON_CALLS:",
+            "if head in _ON_CALLS and not WITHDRAW:",
         ),
     ),
     "call-answered-once": fault(
