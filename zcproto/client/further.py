@@ -21,9 +21,8 @@ from functools import partial
 from typing import Final
 
 from zcproto.client.address import Endpoint
-from zcproto.client.protocol import ClientProtocol
+from zcproto.client.protocol import ClientProtocol, WaitingQueue
 from zcproto.client.retry import Backoff
-from zcproto.client.waiting import WaitingQueue
 from zcproto.errors import ZcprotoError
 
 IDLE_AFTER: Final = 30.0

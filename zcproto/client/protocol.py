@@ -12,6 +12,7 @@ Must not know: retries, sessions.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -20,7 +21,6 @@ from typing import Any, Final, Protocol, cast
 from zcproto.client.address import Endpoint
 from zcproto.client.credentials import DeviceKey
 from zcproto.client.retry import MAX_RETRY_AFTER_MS
-from zcproto.client.waiting import WaitingQueue
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
@@ -56,6 +56,42 @@ MIN_READING_PAUSE: Final = 0.05
 REASON_SHOWN: Final = 200
 MESSAGE_SHOWN: Final = 1_000
 TIMED_OUT: Final = "no answer within the call's timeout"
+
+
+class WaitingQueue(deque[asyncio.Future[None]]):
+    """Callers that wait for their turn, first come, first served. It is true while one waits.
+
+    A caller that was woken keeps its place if another one was faster in this turn of the loop. A caller that is
+    cancelled after it was woken passes its turn on.
+    """
+
+    __slots__ = ()
+
+    async def wait(self, *, was_woken: bool, pass_on: Callable[[], object]) -> None:
+        """Wait to be woken. `pass_on` is called if this caller is cancelled after it was woken."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if was_woken:
+            self.appendleft(waiter)
+        else:
+            self.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                pass_on()
+            raise
+
+    def wake(self, count: int) -> int:
+        """Wake the next callers, at most `count` of them. Return how many turns are left."""
+        while self and count > 0:
+            waiter = self.popleft()
+            if not waiter.done():  # else it was cancelled
+                waiter.set_result(None)
+                count -= 1
+        return count
+
+    def wake_all(self) -> None:
+        self.wake(len(self))
 
 
 class ConnectionOwner(Protocol):
