@@ -20,7 +20,7 @@ from zcproto.app.context import Context
 from zcproto.client import session_client as client_module
 from zcproto.client.client import connect
 from zcproto.client.dial import _resources
-from zcproto.client.events import Event
+from zcproto.client.handlers import Event
 from zcproto.client.session_client import default_client
 from zcproto.errors import (
     ConnectionClosed,

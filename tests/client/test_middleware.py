@@ -16,7 +16,7 @@ from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.items import Items
-from zcproto.client.middleware import OutgoingCall
+from zcproto.client.streams import OutgoingCall
 from zcproto.common.middleware import CallNext
 from zcproto.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, PermissionDenied
 

@@ -22,7 +22,7 @@ from tests.client.helpers import (
 )
 from tests.helpers import WALL
 from zcproto.client.client import connect
-from zcproto.client.events import Event
+from zcproto.client.handlers import Event
 from zcproto.client.session import MAX_LOST
 from zcproto.errors import (
     CallError,

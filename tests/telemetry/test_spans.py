@@ -18,8 +18,8 @@ from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.client.handlers import Call
-from zcproto.client.middleware import OutgoingCall
 from zcproto.client.retry import MAX_RETRY_AFTER_MS
+from zcproto.client.streams import OutgoingCall
 from zcproto.errors import (
     CallError,
     ConnectionClosed,

@@ -16,11 +16,10 @@ from zcproto.client.address import Endpoint
 from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking, enroll_blocking
 from zcproto.client.client import Client, UserSession, connect, enroll
 from zcproto.client.credentials import Device
-from zcproto.client.events import Event, EventStream
-from zcproto.client.handlers import Call
-from zcproto.client.middleware import OutgoingCall
+from zcproto.client.handlers import Call, Event, EventStream
 from zcproto.client.options import ConnectOptions
 from zcproto.client.session import ClientSession
+from zcproto.client.streams import OutgoingCall
 
 __all__ = [
     "BlockingClient",

@@ -33,8 +33,7 @@ from typing import Any, Final, Self, TypeVar, Unpack
 from zcproto.client.address import Address, Endpoint
 from zcproto.client.client import Client, UserSession
 from zcproto.client.credentials import Device, LoginSource
-from zcproto.client.events import Event
-from zcproto.client.handlers import Function, run_in_thread
+from zcproto.client.handlers import Event, Function, run_in_thread
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.session_client import UNSET, SessionClient

@@ -30,7 +30,7 @@ from zcproto.client.address import Address, Endpoint, is_ip
 from zcproto.client.dial import Resolve
 from zcproto.client.endpoints import Endpoints, GoingAway, Round
 from zcproto.client.further import FurtherConnections
-from zcproto.client.protocol import ClientProtocol
+from zcproto.client.protocol import ClientProtocol, join
 from zcproto.client.retry import Backoff
 from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
 from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
@@ -337,11 +337,3 @@ class ConnectionManager:
 def _fault_of(connection: ClientProtocol) -> CannotConnect | ConnectionClosed | None:
     """Return why a new connection cannot be used."""
     return GoingAway("the server is going away") if connection.draining else connection.error
-
-
-async def join(task: asyncio.Task[None]) -> None:
-    """Await a task that is shared with other callers: cancelling one of them does not cancel it."""
-    await asyncio.wait([task])
-    if task.cancelled():
-        raise ConnectionClosed("this client is closed", clean=True)
-    task.result()

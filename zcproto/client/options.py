@@ -20,9 +20,8 @@ from zcproto.client.credentials import (
     LoginSource,
     SchemeLogin,
 )
-from zcproto.client.events import Event
-from zcproto.client.handlers import Call
-from zcproto.client.middleware import OutgoingCall
+from zcproto.client.handlers import Call, Event
+from zcproto.client.streams import OutgoingCall
 from zcproto.common.middleware import Middleware
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError

@@ -701,3 +701,11 @@ class ClientProtocol(asyncio.Protocol):
 def _copy(error: ConnectionClosed) -> ConnectionClosed:
     """Return a copy to raise: every raise extends the traceback of an error."""
     return ConnectionClosed(error.reason, clean=error.clean, code=error.code)
+
+
+async def join(task: asyncio.Task[None]) -> None:
+    """Await a task that is shared with other callers: cancelling one of them does not cancel it."""
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise ConnectionClosed("this client is closed", clean=True)
+    task.result()

@@ -21,9 +21,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
-from zcproto.client.connections import join
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin
-from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.client.protocol import ClientProtocol, PendingCall, join
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Shown, Then, retry_after_ms, what_next
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel

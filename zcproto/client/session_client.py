@@ -18,13 +18,10 @@ from typing import Any, ClassVar, Final
 
 from zcproto.client.address import Endpoint
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.events import Event, EventStream
-from zcproto.client.handlers import Function, Handler, Handlers, call_back
+from zcproto.client.handlers import Event, EventStream, Function, Handler, Handlers, Registrar, call_back
 from zcproto.client.kept_session import KeptSessionManager
-from zcproto.client.middleware import OutgoingCall, Prepared, StreamMiddleware
 from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
-from zcproto.client.registration import Registrar
 from zcproto.client.retry import (
     MAX_DEADLINE_MS,
     SESSION_IS_OVER,
@@ -39,7 +36,16 @@ from zcproto.client.retry import (
 )
 from zcproto.client.session import ClientSession, SessionManager
 from zcproto.client.session_file import SessionFile
-from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
+from zcproto.client.streams import (
+    DEFAULT_WINDOW,
+    OutgoingCall,
+    Prepared,
+    Reopen,
+    SentItems,
+    Stream,
+    StreamMiddleware,
+    StreamRequest,
+)
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware

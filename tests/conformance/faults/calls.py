@@ -199,7 +199,7 @@ CALLS: Final[dict[str, Fault]] = {
     "events-are-delivered": fault(
         "loses the data of events",
         (
-            "zcproto.client.events:EventStream.__anext__",
+            "zcproto.client.handlers:EventStream.__anext__",
             "Event(*decode_event(body))",
             "Event(decode_event(body)[0], None)",
         ),

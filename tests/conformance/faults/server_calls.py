@@ -7,7 +7,7 @@ from typing import Final
 from tests.conformance.faults.mutation import Fault, fault
 
 _PROTOCOL: Final = "zcproto.client.protocol:ClientProtocol"
-_REGISTRAR: Final = "zcproto.client.registration:Registrar"
+_REGISTRAR: Final = "zcproto.client.handlers:Registrar"
 _REGISTER: Final = f"{_REGISTRAR}._register"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVED: Final = f"{_CONNECTION}._received_call"
