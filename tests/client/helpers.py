@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec
 
 from tests.helpers import NOW, WALL
-from zcproto.client.address import Endpoint
 from zcproto.client.client import Client
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.dial import LoopResources
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol
 from zcproto.connection.client import ClientConnection

@@ -26,7 +26,6 @@ from tests.helpers import WALL
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import PATIENT_CLIENT, ServerThread
-from zcproto.client.address import Address
 from zcproto.client.client import Client, connect
 from zcproto.client.dial import (
     KNOWN_HOSTS_FILE,
@@ -38,6 +37,7 @@ from zcproto.client.dial import (
     _resources,
     connect_error,
 )
+from zcproto.client.endpoints import Address
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
 from zcproto.testing import MovableClock

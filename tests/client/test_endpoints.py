@@ -9,17 +9,20 @@ from random import Random
 
 import pytest
 
-from zcproto.client.address import MAX_ADDRESSES, Address, Endpoint, parse_addresses
 from zcproto.client.endpoints import (
     ATTEMPT_DELAY,
     HANDSHAKE_DELAY,
+    MAX_ADDRESSES,
     MAX_ENDPOINTS,
     MAX_KNOWN,
     RESOLUTION_DELAY,
     STABLE_AFTER,
+    Address,
+    Endpoint,
     Endpoints,
     GoingAway,
     Round,
+    parse_addresses,
 )
 from zcproto.errors import CannotConnect, ConfigError, ConnectionClosed, TlsError, ZcprotoError
 

@@ -21,9 +21,15 @@ from tests.client.helpers import (
     silence,
     turns,
 )
-from zcproto.client.address import Address, Endpoint
 from zcproto.client.client import Client
-from zcproto.client.endpoints import ATTEMPT_DELAY, HANDSHAKE_DELAY, MAX_START_DELAY, STABLE_AFTER
+from zcproto.client.endpoints import (
+    ATTEMPT_DELAY,
+    HANDSHAKE_DELAY,
+    MAX_START_DELAY,
+    STABLE_AFTER,
+    Address,
+    Endpoint,
+)
 from zcproto.connection.silence import ANSWER_WITHIN, PING_AFTER
 from zcproto.errors import CannotConnect, Code, ConfigError, ConnectionClosed, DeadlineExceeded, TlsError
 
@@ -473,7 +479,7 @@ async def test_events_of_a_session_come_once() -> None:
 
 
 @scripted
-async def test_refreshed_token_is_shown_on_further_connections() -> None:
+async def test_refreshed_token_is_shown_on_extra_connections() -> None:
     fleet = Fleet(A, max_streams=2)
     fleet[A].session = refreshable()
     async with fleet.client(max_connections=2) as client:

@@ -19,7 +19,7 @@ from tests.client.helpers import (
     silence,
     turns,
 )
-from zcproto.client.address import Endpoint
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import ClientProtocol, PendingStream
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection

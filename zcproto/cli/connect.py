@@ -27,7 +27,7 @@ from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
 from zcproto.cli.signatures import listed_methods, signatures
 from zcproto.cli.stdin_items import stdin_items
-from zcproto.client.address import is_ip, parse_addresses
+from zcproto.client.endpoints import is_ip, parse_addresses
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text

@@ -30,13 +30,12 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, Unpack
 
-from zcproto.client.address import Address, Endpoint
-from zcproto.client.client import Client, UserSession
+from zcproto.client.client import UNSET, Client, SessionClient, UserSession
 from zcproto.client.credentials import Device, LoginSource
+from zcproto.client.endpoints import Address, Endpoint
 from zcproto.client.handlers import Event, Function, run_in_thread
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
-from zcproto.client.session_client import UNSET, SessionClient
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConnectionClosed

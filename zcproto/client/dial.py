@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from zcproto.client.address import Address, Endpoint, is_ip, parse_address
+from zcproto.client.endpoints import Address, Endpoint, is_ip, parse_address
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.client.retry import is_transient

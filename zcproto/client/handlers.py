@@ -254,9 +254,9 @@ class Registrar:
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def connected(self, connection: ClientProtocol, *, is_further: bool = False) -> bool:
+    def connected(self, connection: ClientProtocol, *, is_extra: bool = False) -> bool:
         """Use another connection, beside the main one or in its place. Return True if that shows the session."""
-        if not is_further:
+        if not is_extra:
             self._main = connection
         self._sent[connection] = frozenset()
         shows = bool(self._handlers.names) and "calls" in connection.conversation.welcome

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
-from zcproto.client.address import Endpoint
 from zcproto.client.credentials import DeviceKey
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.retry import MAX_RETRY_AFTER_MS
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel

@@ -28,7 +28,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self
 
-from zcproto.client.address import Endpoint
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt
 from zcproto.common.middleware import Middleware, around
@@ -142,19 +142,19 @@ class StreamRequest:
 
 
 class StreamOpener(Protocol):
-    """The client, as its streams use it.
+    """The client, as its streams use it."""
 
-    `after_stream_error` returns if a stream may be opened again. Its last argument: whether one may that has begun.
-    """
+    def _deadline(self, timeout: float | None) -> float: ...
 
-    @property
-    def deadline(self) -> Callable[[float | None], float]: ...
-    @property
-    def open_stream(self) -> Callable[[StreamRequest], Awaitable[PendingStream]]: ...
-    @property
-    def after_stream_error(
+    async def _open_stream(self, request: StreamRequest) -> PendingStream: ...
+
+    async def _after_stream_error(
         self,
-    ) -> Callable[[CallError | ConnectionClosed, StreamRequest, PendingStream, bool], Awaitable[None]]: ...
+        error: CallError | ConnectionClosed,
+        request: StreamRequest,
+        pending: PendingStream,
+        can_resume: bool,
+    ) -> None: ...
 
 
 class Stream:
@@ -165,7 +165,7 @@ class Stream:
 
     def __init__(
         self,
-        opener: StreamOpener,
+        client: StreamOpener,
         request: StreamRequest,
         item_timeout: float | None,
         items: SentItems | None = None,
@@ -176,7 +176,7 @@ class Stream:
             raise ValueError("a stream with items cannot be opened again; choose items or reopen")
         self._reopen = reopen
         self._last: tuple[Any, ...] = ()  # the last item, with `reopen`
-        self._opener = opener
+        self._client = client
         self._middleware = middleware
         self._request = request
         self._item_timeout = item_timeout
@@ -210,7 +210,7 @@ class Stream:
         if self._pending is not None:
             raise RuntimeError("this stream was opened before; create a new one")
         if self._middleware is None:
-            self._pending = await self._opener.open_stream(self._request)
+            self._pending = await self._client._open_stream(self._request)
         else:
             try:
                 await self._middleware.enter(self._open_within_middleware)
@@ -226,10 +226,10 @@ class Stream:
             self._request,
             method=call.method,
             params=call.params,
-            deadline=self._opener.deadline(call.timeout),
+            deadline=self._client._deadline(call.timeout),
             traceparent=call.traceparent,
         )
-        self._pending = await self._opener.open_stream(self._request)
+        self._pending = await self._client._open_stream(self._request)
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
@@ -391,11 +391,11 @@ class Stream:
                 raise
             async with self._opening:
                 if self._pending is pending:
-                    await self._opener.after_stream_error(error, self._request, pending, can_resume)
+                    await self._client._after_stream_error(error, self._request, pending, can_resume)
                     if self._reopen is not None and self._last:
                         params = {**self._request.params, **self._reopen(*self._last)}
                         self._request = replace(self._request, params=params)
-                    self._pending = await self._opener.open_stream(self._request)
+                    self._pending = await self._client._open_stream(self._request)
                     if self._items_ended:
                         self._pending.end_items()
             return

@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.conformance.faults.mutation import Fault, fault
 
-_CLIENT: Final = "zcproto.client.session_client:SessionClient"
+_CLIENT: Final = "zcproto.client.client:SessionClient"
 _ATTEMPT: Final = "zcproto.client.retry:Attempt"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
@@ -144,7 +144,7 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-is-sent": fault(
         "does not send the deadline",
         (
-            "zcproto.client.session_client:_deadline_meta",
+            "zcproto.client.client:_deadline_meta",
             'return {"deadline_ms"',
             'return {} and {"deadline_ms"',
         ),
@@ -168,7 +168,7 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "traceparent-is-sent": fault(
         "does not send traceparent",
-        ("zcproto.client.session_client:_meta", 'more["traceparent"] = traceparent', "pass"),
+        ("zcproto.client.client:_meta", 'more["traceparent"] = traceparent', "pass"),
     ),
     "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
@@ -289,7 +289,7 @@ GOAWAY: Final[dict[str, Fault]] = {
         "waits for a server that does not answer PING",
         (
             "zcproto.client.connections:ConnectionManager.connection_silent",
-            "if self._beside is None:",
+            "if self._standby is None:",
             "if False:",
         ),
     ),
@@ -399,7 +399,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     ),
     "refresh-shown-on-each-connection": fault(
         "shows a new token only where it takes new calls",
-        (f"{_CLIENT}._session_changed", "self._connections.open", "self._connections.further"),
+        (f"{_CLIENT}._session_changed", "self._connections.open", "self._connections.extra"),
     ),
     "concurrent-calls-share-one-refresh": fault(
         "refreshes once per call", (f"{_MANAGER}.ensure", "if self._renewing is None:", "if True:")

@@ -121,7 +121,7 @@ TRUST: Final[dict[str, Fault]] = {
     "pins-next-event": fault(
         "trusts the pins that a server announces",
         (
-            "zcproto.client.session_client:SessionClient._receive_event",
+            "zcproto.client.client:SessionClient._receive_event",
             "if self._options.on_event is not None:",
             "self._dial._trust.pins |= frozenset(event.data['pins'])\n"
             "        if self._options.on_event is not None:",

@@ -129,8 +129,8 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     "handle-on-further-connections": fault(
         "registers its methods on the main connection alone",
         (
-            "zcproto.client.client:Client._further_connected",
-            "each._show_session(connection, is_further=True)",
+            "zcproto.client.client:Client._extra_connected",
+            "each._show_session(connection, is_extra=True)",
             "each._sessions.present(connection)",
         ),
     ),
