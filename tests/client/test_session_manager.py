@@ -23,7 +23,7 @@ from tests.client.helpers import (
 from tests.helpers import WALL
 from zcproto.client.client import connect
 from zcproto.client.handlers import Event
-from zcproto.client.session import MAX_LOST
+from zcproto.client.retry import MAX_LOST
 from zcproto.errors import (
     CallError,
     Code,

@@ -18,17 +18,16 @@ import random as system_random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self, Unpack
 
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.credentials import Device, LoginSource
+from zcproto.client.credentials import Device, LoginSource, SessionFile
 from zcproto.client.dial import Dial, Dialer, Resolve, acquire_resources, release_resources, report_wait
 from zcproto.client.endpoints import Address, Endpoint, Endpoints, parse_addresses
 from zcproto.client.handlers import Event, EventStream, Function, Handler, Handlers, Registrar, call_back
-from zcproto.client.kept_session import KeptSessionManager
 from zcproto.client.options import (
     ConnectOptions,
     EnrollOptions,
@@ -50,7 +49,6 @@ from zcproto.client.retry import (
     what_next,
 )
 from zcproto.client.session import CLOSE_TIMEOUT, ClientSession, SessionManager
-from zcproto.client.session_file import SessionFile
 from zcproto.client.streams import (
     DEFAULT_WINDOW,
     OutgoingCall,
@@ -114,10 +112,7 @@ class SessionClient:
         self._now = self._loop.time  # CPython does not specialise the lookup of uvloop's methods
         self._opened = True
         self._connections = connections
-        manager: Callable[..., SessionManager] = SessionManager
-        if self._session_file is not None:
-            manager = partial(KeptSessionManager, file=self._session_file)
-        self._sessions = manager(
+        self._sessions = SessionManager(
             self._loop,
             wheel,
             self._clock,
@@ -125,6 +120,7 @@ class SessionClient:
             credentials=self._credentials,
             client=default_client() if self._options.client is None else self._options.client,
             random=self._random,
+            file=self._session_file,
         )
         self._registrar = Registrar(self._loop, self._sessions, self._handlers, self._random)
         self._sessions.on_changed = self._session_changed

@@ -8,6 +8,7 @@ from tests.conformance.faults.mutation import Fault, fault
 
 _CLIENT: Final = "zcproto.client.client:SessionClient"
 _ATTEMPT: Final = "zcproto.client.retry:Attempt"
+_RENEWAL: Final = "zcproto.client.retry:Renewal"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RESPONSE: Final = f"{_CONNECTION}._received_response"
@@ -343,8 +344,8 @@ SESSIONS: Final[dict[str, Fault]] = {
         "does not send its name",
         (
             f"{_MANAGER}._next_request",
-            'return "session.open", {**self.credentials.params(connection), "client": self.client}',
-            'return "session.open", self.credentials.params(connection)',
+            'return OPEN, {**self.credentials.params(connection), "client": self.client}',
+            "return OPEN, self.credentials.params(connection)",
         ),
     ),
     "own-scheme": fault(
@@ -375,9 +376,9 @@ SESSIONS: Final[dict[str, Fault]] = {
     "wrong-key": fault(
         "retries a refused key",
         (
-            f"{_MANAGER}._renew",
-            "if then is Then.LATER and must:",
-            "if then in (Then.LATER, Then.RAISE) and must:",
+            f"{_RENEWAL}.after_error",
+            "if then is Then.LATER and self.must:",
+            "if then in (Then.LATER, Then.RAISE) and self.must:",
         ),
     ),
     "too-many-sessions": LIMIT_IS_RETRIED,
@@ -419,12 +420,14 @@ SESSIONS: Final[dict[str, Fault]] = {
     "expired-refresh-token": fault(
         "gives up when its refresh token has expired",
         (
-            f"{_MANAGER}._opens_instead",
-            "self._drop_refresh_token()\n        return True",
-            "return False",
+            f"{_RENEWAL}._instead",
+            "return Then.REOPEN if error.code is Code.TOKEN_EXPIRED or",
+            "return Then.REOPEN if",
         ),
     ),
-    "lost-refresh": fault("gives up after a lost refresh", (f"{_MANAGER}._renew", "lost += 1\n", "raise\n")),
+    "lost-refresh": fault(
+        "gives up after a lost refresh", (f"{_RENEWAL}.after_loss", "self._lost <= MAX_LOST", "False")
+    ),
     "refresh-lost-repeatedly": fault(
         "counts the grace of a lost refresh from its last attempt",
         (
@@ -436,9 +439,9 @@ SESSIONS: Final[dict[str, Fault]] = {
     "refresh-of-revoked-session": fault(
         "opens a session after a refused refresh",
         (
-            f"{_MANAGER}._opens_instead",
-            "elif error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:",
-            "elif False:",
+            f"{_RENEWAL}._instead",
+            "if error.code is Code.TOKEN_EXPIRED or error.code in _MAYBE_RUN else None",
+            "",
         ),
     ),
     "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", then("TOKEN_REVOKED", "RENEW")),
