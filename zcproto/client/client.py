@@ -330,15 +330,15 @@ class SessionClient:
         `can_resume`: also if it has begun, and its connection has interrupted it.
         """
         connection, attempt = pending.connection, request.attempt
-        if can_resume and is_interruption(error, pending.half.was_lost) and not self._closed:
+        if can_resume and is_interruption(error, pending.stream.was_lost) and not self._closed:
             asked = 0
             if isinstance(error, CallError) and not connection.draining:
                 asked = retry_after_ms(error.details)
             await self._wait(attempt.wait(asked, request.deadline - self._loop.time()), error)
-        elif pending.half.was_answered_to:
+        elif pending.stream.was_answered_to:
             raise error
         elif isinstance(error, CallError):
-            await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
+            await self._after_error(error, attempt, connection, pending.stream.token, request.deadline)
         else:
             is_repeatable = connection.unanswered_not_run
             await self._after_loss(error, attempt, request.deadline, is_repeatable=is_repeatable)

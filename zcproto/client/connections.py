@@ -407,7 +407,7 @@ class ConnectionManager:
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
         self._older.add(connection)
-        connection.gone.add_done_callback(lambda _: self._older.discard(connection))
+        connection.closed.add_done_callback(lambda _: self._older.discard(connection))
         self.extra.discard(connection)
         if connection is not self.current:
             return
@@ -437,7 +437,7 @@ class ConnectionManager:
         self._leave()
         for connection in connections:
             connection.close("closed by this client")
-        leaving: list[asyncio.Future[Any]] = [connection.gone for connection in connections]
+        leaving: list[asyncio.Future[Any]] = [connection.closed for connection in connections]
         for connecting in (self._connecting, self._standby, self.extra.connecting):
             if connecting is not None:
                 connecting.cancel()

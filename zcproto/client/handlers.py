@@ -177,10 +177,10 @@ class Handler:
 
 
 class Handlers:
-    """The handlers of one session, and the calls that run, each within `middleware`. `most` run at once."""
+    """The handlers of one session, and the calls that run, each within `middleware`. `limit` run at once."""
 
-    def __init__(self, most: int, middleware: Sequence[Middleware[Call]] = ()) -> None:
-        self.most = most
+    def __init__(self, limit: int, middleware: Sequence[Middleware[Call]] = ()) -> None:
+        self.limit = limit
         self._middleware = middleware
         self.user = ""
         self._handlers: dict[str, Handler] = {}
@@ -353,7 +353,7 @@ class Registrar:
             begun = self._begun.pop(connection, None)
             if begun is None and not self._is_due(connection, names):
                 if was_woken:
-                    connection.pass_on()
+                    connection.update_ready()
                 return self._next_step(connection)
             if begun is not None or connection.ready:
                 break
@@ -389,7 +389,7 @@ class Registrar:
         if names == self._sent[connection]:
             return connection.request("session.info", None, token, None, deadline)
         self._handlers.user = "" if self._sessions.session is None else self._sessions.session.user
-        return connection.handle(names, self._handlers.most, self._handlers, token, deadline)
+        return connection.handle(names, self._handlers.limit, self._handlers, token, deadline)
 
     def _idle_left(self) -> float:
         """Return the seconds until the session has to be shown: half of its idle timeout."""
@@ -434,14 +434,6 @@ async def run_in_thread(
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
-    def finish(result: Any, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(result)
-        else:
-            done.set_exception(error)
-
     def work() -> None:
         result, failure = None, None
         try:
@@ -449,7 +441,7 @@ async def run_in_thread(
         except BaseException as error:  # passed to the task
             failure = error
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, failure)
+            loop.call_soon_threadsafe(settle, done, result, failure)
 
     threading.Thread(target=work, name="zcproto-thread", daemon=True).start()
     try:
@@ -462,3 +454,13 @@ async def run_in_thread(
         done.exception()  # mark it as retrieved: nothing awaits it
         raise
     return done.result()
+
+
+def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """Set the outcome of a thread, unless the future was cancelled."""
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

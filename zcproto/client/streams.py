@@ -287,7 +287,7 @@ class Stream:
     async def _receive(self) -> Any:
         while True:
             pending = self._opened()
-            if pending.half.items.held:
+            if pending.stream.items.held:
                 item = pending.take_item()
                 if self._reopen is not None:
                     self._last = (item,)
@@ -386,7 +386,7 @@ class Stream:
             self._result = pending.result()
         except (CallError, ConnectionClosed) as error:
             can_resume = self._reopen is not None
-            if pending.half.was_answered_to and not can_resume:
+            if pending.stream.was_answered_to and not can_resume:
                 self._stop_sending()
                 raise
             async with self._opening:

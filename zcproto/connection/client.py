@@ -183,9 +183,7 @@ class ClientConnection:
     _last_token: bytes = field(default=NO_TOKEN, init=False)  # of the last request
     _out: list[bytes] = field(default_factory=list, init=False)
     _owes_pong: bytes | None = field(default=None, init=False)  # token of the latest unanswered PING
-    _unrequested: float = field(
-        default=0.0, init=False
-    )  # of UNREQUESTED_BURST, at the time of `_unrequested_at`
+    _unrequested: float = field(default=0.0, init=False)  # of UNREQUESTED_BURST, at `_unrequested_at`
     _unrequested_at: float = field(default=0.0, init=False)
     _last_heard: float = field(default=0.0, init=False)
     _sent_since_check: bool = field(default=False, init=False)
@@ -730,19 +728,20 @@ class ClientConnection:
 
     # --- calls of the server --------------------------------------------------------------------
 
-    def handle(self, methods: frozenset[str], most: int, receiver: object, *, token: bytes, wall: int) -> int:
-        """Queue `session.handle`, which lets the server call these methods, `most` at once. Return its stream.
+    def handle(
+        self, methods: frozenset[str], limit: int, receiver: object, *, token: bytes, wall: int
+    ) -> int:
+        """Queue `session.handle`, which lets the server call these methods, `limit` at once. Return its stream.
 
         Each call of them comes with the `receiver`. Raises as `request` does, and Unimplemented if the server
         makes no calls.
         """
         if self.state is State.OPEN and "calls" not in self.welcome:
             raise Unimplemented("this server makes no calls")
-        params = {"methods": sorted(methods), "max": most}
+        params = {"methods": sorted(methods), "max": limit}
         stream = self.request("session.handle", params, token=token, wall=wall)
-        if self._calls is None:
-            self._calls = ClientCalls()
-        self._calls.register(token, methods, most, receiver)
+        self._calls = self._calls or ClientCalls()
+        self._calls.register(token, methods, limit, receiver)
         return stream
 
     def handles(self, token: bytes) -> bool:

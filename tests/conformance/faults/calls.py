@@ -165,7 +165,7 @@ CALLS: Final[dict[str, Fault]] = {
     "cancelled-call-stays-in-flight": fault(
         "frees the stream of a cancelled request at once",
         (f"{_CONNECTION}.cancel", SEND_CANCEL, f"{SEND_CANCEL}; self.in_flight.pop(stream)"),
-        (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self._update_ready()"),
+        (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self.update_ready()"),
     ),
     "traceparent-is-sent": fault(
         "does not send traceparent",

@@ -24,8 +24,8 @@ _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
 _STALE: Final = "if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
 _OPENS_AGAIN: Final = (
-    (_ANSWERED, "if pending.half.was_answered_to and not can_resume:", "if False:"),
-    (f"{_CLIENT}._after_stream_error", "elif pending.half.was_answered_to:", "elif False:"),
+    (_ANSWERED, "if pending.stream.was_answered_to and not can_resume:", "if False:"),
+    (f"{_CLIENT}._after_stream_error", "elif pending.stream.was_answered_to:", "elif False:"),
 )
 
 
@@ -64,7 +64,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "stream": fault("ignores the window of the application", (_OPEN, '"credit": window', '"credit": (9, 9)')),
     "stream-of-a-unary-method": fault(
         "expects an item before the answer",
-        (_ANSWERED, "self._has_ended = True", "self._has_ended = pending.half.was_answered_to"),
+        (_ANSWERED, "self._has_ended = True", "self._has_ended = pending.stream.was_answered_to"),
     ),
     "request-of-a-stream": fault("repeats FAILED_PRECONDITION", then("FAILED_PRECONDITION", "AT_ONCE")),
     "stream-limit": LIMIT_IS_RETRIED,
@@ -130,8 +130,8 @@ STREAMS: Final[dict[str, Fault]] = {
         "raises the error of a stream before its items",
         (
             _RECEIVE_ITEM,
-            "if pending.half.items.held:",
-            "if pending.half.items.held and not (pending.done() and pending.exception()):",
+            "if pending.stream.items.held:",
+            "if pending.stream.items.held and not (pending.done() and pending.exception()):",
         ),
     ),
     "item-undecodable": fault(
