@@ -278,6 +278,15 @@ def test_lasting_connection_resets_the_backoff_of_its_endpoint_alone() -> None:
     assert endpoints.rests_until(b) == pytest.approx(START + STABLE_AFTER + 1.6)
 
 
+def test_second_loss_of_a_lasting_connection_does_not_reset_the_backoff() -> None:
+    endpoints = listed(A, random=numbers(1 - 1e-9))
+    a, later = at(A, "192.0.2.1"), START + STABLE_AFTER
+    endpoints.connected(a, START)
+    endpoints.lost(a, later)
+    endpoints.lost(a, later)
+    assert endpoints.rests_until(a) == pytest.approx(later + 0.2)
+
+
 def test_server_that_goes_away_rests_as_long_as_it_asks() -> None:
     endpoints = listed(A)
     endpoints.connected(at(A, "192.0.2.1"), START)

@@ -352,11 +352,11 @@ async def test_lost_refresh_is_repeated_once_at_another_server() -> None:
         assert first.params["refresh_token"] == second.params["refresh_token"]
 
 
-# --- further connections -----------------------------------------------------------------------------
+# --- extra connections -----------------------------------------------------------------------------
 
 
 @scripted
-async def test_calls_beyond_max_streams_wait_without_further_connections() -> None:
+async def test_calls_beyond_max_streams_wait_without_extra_connections() -> None:
     fleet = Fleet(A, max_streams=2)
     async with fleet.client() as client:
         calls = [await fleet[A].hold_call(client) for _ in range(3)]
@@ -367,7 +367,7 @@ async def test_calls_beyond_max_streams_wait_without_further_connections() -> No
 
 
 @scripted
-async def test_further_connection_is_made_when_max_streams_are_in_flight() -> None:
+async def test_extra_connection_is_made_when_max_streams_are_in_flight() -> None:
     fleet = Fleet(A, B, max_streams=2)
     async with fleet.client(max_connections=3) as client:
         fleet[A].script("echo", *[silence] * 5)
@@ -396,25 +396,25 @@ async def test_waiting_calls_are_served_by_whichever_connection_has_room() -> No
 
 
 @scripted
-async def test_further_connection_shows_the_session_and_is_closed_when_idle() -> None:
+async def test_extra_connection_shows_the_session_and_is_closed_when_idle() -> None:
     fleet = Fleet(A, max_streams=2)
-    async with fleet.client(max_connections=2) as client:
+    async with fleet.client(max_connections=3) as client:
         held = [await fleet[A].hold_call(client, timeout=None) for _ in range(3)]
-        main, further = fleet[A].links
-        assert [request.method for request in further.requests] == ["session.info", "echo"]
-        assert further.requests[0].token == main.requests[-1].token
+        main, extra = fleet[A].links  # no more than the calls need
+        assert [request.method for request in extra.requests] == ["session.info", "echo"]
+        assert extra.requests[0].token == main.requests[-1].token
         await asyncio.sleep(100)
-        assert not further.ended
+        assert not extra.ended
         for request in fleet[A].calls():
             request.respond(None)
         await asyncio.gather(*held)
         await asyncio.sleep(100)
-        assert further.ended == "closed"
+        assert extra.ended == "closed"
         assert not main.ended
 
 
 @scripted
-async def test_failed_further_connection_fails_no_call_and_is_tried_again_later() -> None:
+async def test_failed_extra_connection_fails_no_call_and_is_tried_again_later() -> None:
     fleet = Fleet(A, max_streams=1)
     async with fleet.client(max_connections=2, random=numbers(0.999_999)) as client:
         fleet[A].refuse = [REFUSED]
@@ -434,12 +434,12 @@ async def test_failed_further_connection_fails_no_call_and_is_tried_again_later(
 
 
 @scripted
-async def test_lost_further_connection_fails_only_its_own_calls() -> None:
+async def test_lost_extra_connection_fails_only_its_own_calls() -> None:
     fleet = Fleet(A, max_streams=1)
     async with fleet.client(max_connections=2) as client:
         first, second = await fleet[A].hold_call(client), await fleet[A].hold_call(client)
-        further = fleet[A].links[1]
-        further.cut()
+        extra = fleet[A].links[1]
+        extra.cut()
         with pytest.raises(ConnectionClosed):
             await second
         fleet[A].calls()[0].respond("done")
@@ -484,13 +484,13 @@ async def test_refreshed_token_is_shown_on_extra_connections() -> None:
     fleet[A].session = refreshable()
     async with fleet.client(max_connections=2) as client:
         held = [await fleet[A].hold_call(client, timeout=None) for _ in range(3)]
-        further = fleet[A].links[1]
+        extra = fleet[A].links[1]
         fleet[A].link.protocol.conversation.session_ended(client._sessions.token)
         client._sessions.expired(client._sessions.token)
         fleet[A].calls()[0].respond(None)
         await turns()
         await client.call("echo")
-        assert [request.method for request in further.requests].count("session.info") == 2
+        assert [request.method for request in extra.requests].count("session.info") == 2
         for call in held:
             call.cancel()
 
@@ -586,7 +586,7 @@ async def test_call_that_waits_for_room_can_be_cancelled() -> None:
 
 
 @scripted
-async def test_closing_a_client_ends_its_further_connections() -> None:
+async def test_closing_a_client_ends_its_extra_connections() -> None:
     fleet = Fleet(A, max_streams=1)
     client = await fleet.client(max_connections=2)
     held = [await fleet[A].hold_call(client) for _ in range(3)]
@@ -811,7 +811,7 @@ async def test_stream_of_a_frozen_server_is_lost_and_can_be_opened_again() -> No
 
 
 @scripted
-async def test_further_connections_of_a_frozen_server_are_lost_with_the_first() -> None:
+async def test_extra_connections_of_a_frozen_server_are_lost_with_the_first() -> None:
     fleet = Fleet(A, B, max_streams=1)
     async with fleet.client(max_connections=3) as client:
         freeze(fleet[A])
@@ -824,20 +824,20 @@ async def test_further_connections_of_a_frozen_server_are_lost_with_the_first() 
 
 
 @scripted
-async def test_further_connection_to_a_frozen_process_is_lost_alone() -> None:
+async def test_extra_connection_to_a_frozen_process_is_lost_alone() -> None:
     fleet = Fleet(A, B, max_streams=1)
     async with fleet.client(max_connections=2) as client:
         first = await fleet[A].hold_call(client, x="first")
         second = asyncio.create_task(client.call("echo", x="second", idempotency_key="once"))
         fleet[A].script("echo", silence)
         await asyncio.sleep(1)
-        main, further = fleet[A].links
-        further.answers_pings = False
+        main, extra = fleet[A].links
+        extra.answers_pings = False
         first_request = fleet[A].calls()[0]
         first_request.respond("done")
         assert await first == "done"
         assert await second == {"x": "second"}
-        assert further.ended == "aborted"
+        assert extra.ended == "aborted"
         assert not main.ended
         assert where(client) == A
     assert fleet[B].dialled == []

@@ -328,6 +328,10 @@ async def test_oversized_request_is_refused_after_presenting_the_token() -> None
         await asyncio.sleep(1)
         with pytest.raises(InvalidArgument, match="accepts at most 1048576"):
             await client.call("echo", x=bytes(2_000_000), timeout=None)
+        presented = server.methods
+        with pytest.raises(InvalidArgument, match="accepts at most 1048576"):
+            await client.call("echo", x=bytes(2_000_000))
+        assert server.methods == presented  # the connection has its session: nothing is sent
 
 
 # --- the end -----------------------------------------------------------------------------------------
