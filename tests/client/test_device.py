@@ -358,8 +358,7 @@ async def test_refresh_that_cannot_be_proved_raises() -> None:
 
 
 @scripted
-async def test_attach_demand_without_device_raises() -> None:
-    server = ScriptedServer()
+async def test_attach_demand_without_device_raises(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.script("echo", fail(Code.UNAUTHENTICATED, attach=True))
         with pytest.raises(Unauthenticated) as caught:
@@ -369,8 +368,7 @@ async def test_attach_demand_without_device_raises() -> None:
 
 
 @scripted
-async def test_unbound_session_is_presented_without_attach() -> None:
-    server = ScriptedServer()
+async def test_unbound_session_is_presented_without_attach(server: ScriptedServer) -> None:
     async with device_client(server) as client:
         await server.lose()
         await client.call("echo")
@@ -385,8 +383,7 @@ def certificate_client(server: ScriptedServer) -> Client:
 
 
 @scripted
-async def test_certificate_with_new_key_opens_another_session() -> None:
-    server = ScriptedServer()
+async def test_certificate_with_new_key_opens_another_session(server: ScriptedServer) -> None:
     server.session = refreshable(bound=True)
     async with certificate_client(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
@@ -407,8 +404,7 @@ async def test_certificate_with_new_key_opens_another_session() -> None:
 
 
 @scripted
-async def test_certificate_demand_without_certificate_raises() -> None:
-    server = ScriptedServer()
+async def test_certificate_demand_without_certificate_raises(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
         await server.lose()
