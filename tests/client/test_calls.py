@@ -21,7 +21,6 @@ from tests.client.helpers import (
 from zcproto.client.client import Client
 from zcproto.errors import (
     CallError,
-    Cancelled,
     Code,
     DeadlineExceeded,
     Unavailable,
@@ -76,16 +75,6 @@ async def test_call_cancelled_in_the_turn_of_its_answer_sends_no_cancel(server: 
         server.link.cut()
         with pytest.raises(asyncio.CancelledError):
             await victim
-
-
-@scripted
-async def test_server_deadline_and_cancel_errors_are_raised(server: ScriptedServer) -> None:
-    server.script("echo", fail(Code.DEADLINE_EXCEEDED), fail(Code.CANCELLED))
-    async with client_of(server) as client:
-        with pytest.raises(DeadlineExceeded, match="because"):
-            await client.call("echo")
-        with pytest.raises(Cancelled, match="because"):
-            await client.call("echo")
 
 
 @scripted

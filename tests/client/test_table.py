@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from tests.client.helpers import (
+    Action,
+    ReceivedRequest,
     ScriptedServer,
     client_of,
     cut,
@@ -33,7 +35,6 @@ from zcproto.errors import (
     TokenExpired,
     TokenRevoked,
     Unauthenticated,
-    Unavailable,
     UnknownError,
 )
 
@@ -73,17 +74,6 @@ async def test_deadline_of_each_attempt_is_what_is_left_of_the_timeout(server: S
     assert [request.meta.deadline_ms for request in server.calls()] == pytest.approx([2000, 1600, 600], abs=1)
 
 
-@scripted
-async def test_retry_delay_beyond_the_timeout_raises_the_error(server: ScriptedServer) -> None:
-    server.script("echo", *[fail(Code.UNAVAILABLE, retry_after_ms=900)] * 5)
-    async with client_of(server) as client:
-        start = now()
-        with pytest.raises(Unavailable):
-            await client.call("echo", timeout=1.0)
-        assert now() - start < 1.0
-    assert len(server.calls()) == 2
-
-
 @pytest.mark.parametrize("delay", [-5, "soon", None, True, 1.5])
 @scripted
 async def test_invalid_retry_after_is_ignored(server: ScriptedServer, delay: Any) -> None:
@@ -103,15 +93,6 @@ async def test_session_limit_raises_at_once(server: ScriptedServer) -> None:
     assert len(server.requests) == 1
 
 
-@scripted
-async def test_resource_exhausted_with_limit_raises_for_any_call(server: ScriptedServer) -> None:
-    server.script("echo", fail(Code.RESOURCE_EXHAUSTED, limit=5))
-    async with client_of(server) as client:
-        with pytest.raises(ResourceExhausted):
-            await client.call("echo")
-    assert len(server.calls()) == 1
-
-
 # --- GOAWAY before an answer: not run; retry on another connection -----------------------------------
 
 
@@ -125,20 +106,6 @@ async def test_call_without_answer_after_goaway_and_clean_close_is_retried(serve
         assert server.calls()[1].link is server.links[1]
         # after the 500 ms of GOAWAY, and jitter
         assert server.dialled[1] - start == pytest.approx(0.5 + 0.05)
-
-
-@scripted
-async def test_call_without_answer_after_goaway_and_reset_raises(server: ScriptedServer) -> None:
-    def reset(request: Any) -> None:
-        request.link.go_away()
-        request.link.cut()
-
-    server.script("echo", reset)
-    async with client_of(server) as client:
-        with pytest.raises(ConnectionClosed) as caught:
-            await client.call("echo")
-        assert not caught.value.clean
-    assert len(server.calls()) == 1
 
 
 @scripted
@@ -249,15 +216,6 @@ async def test_second_unknown_token_raises(server: ScriptedServer) -> None:
 
 
 @scripted
-async def test_concurrent_calls_with_an_unknown_token_share_one_new_session(server: ScriptedServer) -> None:
-    server.script("echo", *[fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)] * 20)
-    async with client_of(server) as client:
-        results = await asyncio.gather(*(client.call("echo", x=x) for x in range(20)))
-    assert results == [{"x": x} for x in range(20)]
-    assert len(server.calls("session.open")) == 2
-
-
-@scripted
 async def test_call_whose_unknown_token_was_replaced_meanwhile_is_retried_without_another_session() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
@@ -292,17 +250,6 @@ async def test_call_with_an_unknown_token_times_out_while_no_session_may_be_open
             await client.call("echo", timeout=0.04)
         assert await client.call("echo", x=1) == {"x": 1}
     assert server.methods[:4] == ["session.open", "echo", "session.open", "echo"]
-
-
-@scripted
-async def test_wrong_key_after_an_unknown_token_is_final(server: ScriptedServer) -> None:
-    server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
-    async with client_of(server) as client:
-        server.script("session.open", fail(Code.UNAUTHENTICATED))
-        for _ in range(3):
-            with pytest.raises(Unauthenticated):
-                await client.call("echo")
-    assert server.methods == ["session.open", "echo", "session.open"]
 
 
 @scripted
@@ -359,17 +306,6 @@ async def test_wrong_key_raises_without_retry(server: ScriptedServer) -> None:
     assert server.link.ended
 
 
-@scripted
-async def test_key_that_became_wrong_raises_in_every_later_call(server: ScriptedServer) -> None:
-    server.script("echo", fail(Code.TOKEN_EXPIRED))
-    async with client_of(server) as client:
-        server.script("session.open", fail(Code.UNAUTHENTICATED))
-        for _ in range(3):
-            with pytest.raises(Unauthenticated):
-                await client.call("echo")
-    assert server.methods == ["session.open", "echo", "session.open"]
-
-
 # --- STALE_TIMESTAMP: correct the offset, retry at once, once ----------------------------------------
 
 
@@ -383,15 +319,6 @@ async def test_stale_timestamp_corrects_the_clock_and_is_retried(server: Scripte
         assert await client.call("echo", x=2) == {"x": 2}
     assert len(server.calls()) == 3
     assert len(server.links) == 1
-
-
-@scripted
-async def test_second_stale_timestamp_raises(server: ScriptedServer) -> None:
-    server.script("echo", *[fail(Code.STALE_TIMESTAMP)] * 3)
-    async with client_of(server) as client:
-        with pytest.raises(StaleTimestamp):
-            await client.call("echo")
-    assert len(server.calls()) == 2
 
 
 # --- TOKEN_EXPIRED: refresh or open, retry once ------------------------------------------------------
@@ -420,15 +347,6 @@ async def test_expired_token_without_refresh_token_opens_a_session(server: Scrip
 
 
 @scripted
-async def test_second_expired_token_raises(server: ScriptedServer) -> None:
-    server.script("echo", *[fail(Code.TOKEN_EXPIRED)] * 3)
-    async with client_of(server) as client:
-        with pytest.raises(TokenExpired):
-            await client.call("echo")
-    assert len(server.calls()) == 2
-
-
-@scripted
 async def test_token_expired_without_token_raises(server: ScriptedServer) -> None:
     server.script("server.info", fail(Code.TOKEN_EXPIRED))
     async with client_of(server, user=None) as client:
@@ -436,15 +354,38 @@ async def test_token_expired_without_token_raises(server: ScriptedServer) -> Non
             await client.call("server.info")
 
 
+@pytest.mark.parametrize(
+    ("refusal", "renewal"),
+    [
+        (fail(Code.TOKEN_EXPIRED), "session.refresh"),
+        (fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN), "session.open"),
+    ],
+)
 @scripted
-async def test_concurrent_calls_with_expired_token_share_one_refresh(server: ScriptedServer) -> None:
+async def test_concurrent_calls_share_one_renewal(
+    server: ScriptedServer, refusal: Action, renewal: str
+) -> None:
     server.session = refreshable()
-    server.script("echo", *[fail(Code.TOKEN_EXPIRED)] * 20)
+    server.script("echo", *[refusal] * 20)
     async with client_of(server) as client:
-        results = await asyncio.gather(*[client.call("echo", i=i) for i in range(20)])
-    assert results == [{"i": i} for i in range(20)]
-    assert len(server.calls("session.refresh")) == 1
+        results = await asyncio.gather(*(client.call("echo", x=x) for x in range(20)))
+    assert results == [{"x": x} for x in range(20)]
+    assert [each for each in server.methods if each != "echo"] == ["session.open", renewal, "session.close"]
     assert len(server.calls()) == 40
+
+
+@pytest.mark.parametrize("refusal", [fail(Code.TOKEN_EXPIRED), fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)])
+@scripted
+async def test_key_that_became_wrong_raises_in_every_later_call(
+    server: ScriptedServer, refusal: Action
+) -> None:
+    server.script("echo", refusal)
+    async with client_of(server) as client:
+        server.script("session.open", fail(Code.UNAUTHENTICATED))
+        for _ in range(3):
+            with pytest.raises(Unauthenticated):
+                await client.call("echo")
+    assert server.methods == ["session.open", "echo", "session.open"]
 
 
 # --- connection lost: may have run; retry only with an idempotency key -------------------------------
@@ -472,25 +413,6 @@ async def test_lost_call_with_idempotency_key_is_retried(server: ScriptedServer)
 
 
 @scripted
-async def test_clean_close_without_goaway_is_a_loss(server: ScriptedServer) -> None:
-    server.script("echo", lambda request: request.link.close_cleanly())
-    async with client_of(server) as client:
-        with pytest.raises(ConnectionClosed) as caught:
-            await client.call("echo")
-        assert caught.value.clean
-
-
-@pytest.mark.parametrize("code", [Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED])
-@scripted
-async def test_fatal_error_is_a_loss_with_its_code(server: ScriptedServer, code: Code) -> None:
-    server.script("echo", lambda request: request.link.fatal(code))
-    async with client_of(server) as client:
-        with pytest.raises(ConnectionClosed) as caught:
-            await client.call("echo")
-        assert caught.value.code is code
-
-
-@scripted
 async def test_retries_with_idempotency_key_end_at_the_timeout(server: ScriptedServer) -> None:
     server.script("echo", *[cut] * 1_000)
     async with client_of(server) as client:
@@ -500,6 +422,43 @@ async def test_retries_with_idempotency_key_end_at_the_timeout(server: ScriptedS
         assert now() - start < 10
         assert 5 < len(server.calls()) < 12  # increasingly delayed: the call may be what crashes the server
         server.scripts.clear()
+
+
+# --- errors that are not retried, or once ------------------------------------------------------------
+
+
+def leave_and_reset(request: ReceivedRequest) -> None:
+    request.link.go_away()
+    request.link.cut()
+
+
+def fatal(code: Code) -> Action:
+    return lambda request: request.link.fatal(code)
+
+
+@pytest.mark.parametrize(
+    ("action", "attempts", "error", "attributes"),
+    [
+        (fail(Code.RESOURCE_EXHAUSTED, limit=5), 1, ResourceExhausted, {"details": {"limit": 5}}),
+        (fail(Code.STALE_TIMESTAMP), 2, StaleTimestamp, {}),
+        (fail(Code.TOKEN_EXPIRED), 2, TokenExpired, {}),
+        (leave_and_reset, 1, ConnectionClosed, {"clean": False}),
+        (lambda request: request.link.close_cleanly(), 1, ConnectionClosed, {"clean": True}),
+        (fatal(Code.PROTOCOL_ERROR), 1, ConnectionClosed, {"code": Code.PROTOCOL_ERROR}),
+        (fatal(Code.FRAME_TOO_LARGE), 1, ConnectionClosed, {"code": Code.FRAME_TOO_LARGE}),
+        (fatal(Code.REPLAYED), 1, ConnectionClosed, {"code": Code.REPLAYED}),
+    ],
+)
+@scripted
+async def test_error_is_raised_after_so_many_attempts(
+    server: ScriptedServer, action: Action, attempts: int, error: type[Exception], attributes: dict[str, Any]
+) -> None:
+    server.script("echo", *[action] * 3)
+    async with client_of(server) as client:
+        with pytest.raises(error) as caught:
+            await client.call("echo")
+    assert len(server.calls()) == attempts
+    assert {name: getattr(caught.value, name) for name in attributes} == attributes
 
 
 # --- other errors: raised ----------------------------------------------------------------------------
