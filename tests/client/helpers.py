@@ -438,6 +438,16 @@ def token(number: int) -> bytes:
     return bytes([number]) * 32
 
 
+def token_of(client: Client) -> bytes:
+    assert client.session is not None
+    return client.session.token_bytes
+
+
+def expire_token(client: Client) -> None:
+    """Let the present token count as expired, as the server would report it."""
+    client._sessions.expired(token_of(client))
+
+
 def refreshable(**more: Any) -> dict[str, Any]:
     """Return the fields of a session with a refresh token."""
     return {

@@ -17,6 +17,7 @@ from tests.client.helpers import (
     ServerLink,
     client_of,
     cut,
+    expire_token,
     fail,
     now,
     numbers,
@@ -284,11 +285,6 @@ async def test_token_of_previous_session_is_not_attached() -> None:
         held[0].fail(Code.UNAUTHENTICATED, {"attach": True})
         assert await call == {"x": 1}
     assert server.calls("session.attach") == []
-
-
-def expire_token(client: Client) -> None:
-    """Make the client treat its token as expired before it sends one."""
-    client._sessions.expired(client._sessions.token)
 
 
 # --- refreshing --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.client.helpers import (
     scripted,
     silence,
     token,
+    token_of,
     turns,
 )
 from tests.helpers import WALL
@@ -378,7 +379,7 @@ async def test_refused_session_of_the_file_is_refreshed_or_replaced(
     server.script("session.info", answer)
     async with client_of(server, session_file=path) as client:
         assert server.methods == methods
-        assert client._sessions.token == token(1)
+        assert token_of(client) == token(1)
 
 
 @pytest.mark.usefixtures("no_threads")
