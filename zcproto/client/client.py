@@ -88,11 +88,16 @@ class SessionClient:
     _NOT_OPEN: ClassVar[str]
     """The error of a call before `open`."""
 
-    def __init__(self, options: ConnectOptions, clock: Clock, random: Random) -> None:
+    def __init__(self, options: ConnectOptions, clock: Clock, random: Random, service: str = "") -> None:
+        """Check the options. `service` has the addresses of the server, to which a session file belongs."""
         self.events = EventStream()
         self._options = options
         self._credentials = choose_credentials(options)
-        self._session_file: SessionFile | None = None
+        self._session_file = None
+        if options.session_file is not None:
+            if self._credentials is None:
+                raise ConfigError(["session_file: credentials are missing; give what opens a session"])
+            self._session_file = SessionFile(options.session_file, service, self._credentials)
         for each in options.middleware:
             check_middleware(each, "call")
         for around_handler in options.handler_middleware:
@@ -235,13 +240,12 @@ class SessionClient:
                 except asyncio.CancelledError:
                     connection.abandon(stream)
                     raise
-            except CallError as error:
+            except (CallError, ConnectionClosed) as error:
                 attempt = attempt or Attempt(self._random)
-                await self._after_error(error, attempt, connection, token, deadline)
-            except ConnectionClosed as error:
-                attempt = attempt or Attempt(self._random)
-                is_repeatable = connection.unanswered_not_run or idempotency_key is not None
-                await self._after_loss(error, attempt, deadline, is_repeatable=is_repeatable)
+                is_idempotent = idempotency_key is not None
+                await self._after_failure(
+                    error, attempt, connection, token, deadline, is_idempotent=is_idempotent
+                )
             now, meta = self._now(), None
 
     async def _call_within_middleware(self, call: OutgoingCall) -> Any:
@@ -337,11 +341,8 @@ class SessionClient:
             await self._wait(attempt.wait(asked, request.deadline - self._loop.time()), error)
         elif pending.stream.was_answered_to:
             raise error
-        elif isinstance(error, CallError):
-            await self._after_error(error, attempt, connection, pending.stream.token, request.deadline)
         else:
-            is_repeatable = connection.unanswered_not_run
-            await self._after_loss(error, attempt, request.deadline, is_repeatable=is_repeatable)
+            await self._after_failure(error, attempt, connection, pending.stream.token, request.deadline)
 
     def _endpoint(self) -> Endpoint | None:
         connection = self._connections.current
@@ -354,17 +355,28 @@ class SessionClient:
         timeout = self._timeout(timeout)
         return NEVER if timeout is None else self._loop.time() + timeout
 
-    async def _after_error(
-        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
+    async def _after_failure(
+        self,
+        error: CallError | ConnectionClosed,
+        attempt: Attempt,
+        connection: ClientProtocol,
+        token: bytes,
+        deadline: float,
+        *,
+        is_idempotent: bool = False,
     ) -> None:
-        """Wait until a call may be sent again after an error; raise the error if it may not."""
-        sessions = self._sessions
+        """Wait until a call may be sent again after an error or a loss; raise the error if it may not."""
+        sessions, left = self._sessions, deadline - self._loop.time()
+        if isinstance(error, ConnectionClosed):
+            is_repeatable = (connection.unanswered_not_run or is_idempotent) and not self._closed
+            await self._wait(attempt.after_loss(is_repeatable=is_repeatable, left=left), error)
+            return
         step = attempt.after_error(
             error,
             sessions.shown(token),
             opens=sessions.credentials is not None,
             is_draining=connection.draining,
-            left=deadline - self._loop.time(),
+            left=left,
         )
         then = step.then
         if then is Then.LATER:
@@ -405,15 +417,7 @@ class SessionClient:
                 raise
             if what_next(refused) is Then.LATER:
                 attempt.done.discard(Then.ATTACH)  # it was not carried out
-            await self._after_error(refused, attempt, connection, token, deadline)
-
-    async def _after_loss(
-        self, error: ConnectionClosed, attempt: Attempt, deadline: float, *, is_repeatable: bool
-    ) -> None:
-        """Wait until a call may be sent again after its connection was lost; raise the error if it may not."""
-        is_repeatable = is_repeatable and not self._closed
-        left = deadline - self._loop.time()
-        await self._wait(attempt.after_loss(is_repeatable=is_repeatable, left=left), error)
+            await self._after_failure(refused, attempt, connection, token, deadline)
 
     async def _wait(self, step: Step, error: ZcprotoError) -> None:
         """Wait before a retry, or raise the error without one."""
@@ -550,17 +554,13 @@ class Client(SessionClient):
         self.addresses = parse_addresses(address)
         check_connections(options)
         self.address = self.addresses[0]
-        super().__init__(options, MonotonicClock(clock), random)
+        service = ",".join(sorted(map(str, self.addresses)))
+        super().__init__(options, MonotonicClock(clock), random, service)
         self._resolve: Resolve = _host_itself
         if dial is None:
             dialer = Dialer(options, self._clock, clock)
             dial, self._resolve = dialer, dialer.resolve
         self._dial: Dial = dial
-        if options.session_file is not None:
-            if self._credentials is None:
-                raise ConfigError(["session_file: credentials are missing; give what opens a session"])
-            service = ",".join(sorted(map(str, self.addresses)))
-            self._session_file = SessionFile(options.session_file, service, self._credentials)
         self._users: dict[UserSession, None] = {}
         self._had_users = False
         self._showing: asyncio.Task[None] | None = None
@@ -651,8 +651,7 @@ class Client(SessionClient):
     @property
     def endpoint(self) -> Endpoint | None:
         """Where this client is connected; None without a connection."""
-        connection = self._connections.current if self._opened else None
-        return None if connection is None else connection.endpoint
+        return self._endpoint() if self._opened else None
 
     # --- other users ------------------------------------------------------------------------------
 

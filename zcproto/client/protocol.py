@@ -426,10 +426,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def show(self, token: bytes, deadline: float) -> PendingCall:
         """Show a token, also while the server allows no other requests. Raises like `ClientConnection.show`."""
-        stream = self.conversation.show(token, self._clock.wall())
-        call = self._create_future()
-        self._add_pending(call, stream, deadline)
-        return stream, call
+        return self._await_answer(self.conversation.show(token, self._clock.wall()), deadline)
 
     def open_stream(
         self,
@@ -453,6 +450,9 @@ class ClientProtocol(asyncio.Protocol):
     ) -> PendingCall:
         """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
         stream = self.conversation.handle(methods, limit, receiver, token=token, wall=self._clock.wall())
+        return self._await_answer(stream, deadline)
+
+    def _await_answer(self, stream: int, deadline: float) -> PendingCall:
         call = self._create_future()
         self._add_pending(call, stream, deadline)
         return stream, call

@@ -207,7 +207,7 @@ CALLS: Final[dict[str, Fault]] = {
     ),
 }
 
-_LOST: Final = "is_repeatable = connection.unanswered_not_run or idempotency_key is not None"
+_LOST: Final = "is_repeatable = (connection.unanswered_not_run or is_idempotent)"
 
 GOAWAY: Final[dict[str, Fault]] = {
     "goaway-with-calls-in-flight": fault(
@@ -257,14 +257,18 @@ GOAWAY: Final[dict[str, Fault]] = {
     ),
     "goaway-then-truncated": fault(
         "treats a request that may have run like one that did not",
-        (f"{_CLIENT}.call", _LOST, _LOST.replace("connection.unanswered_not_run", "connection.draining")),
+        (
+            f"{_CLIENT}._after_failure",
+            _LOST,
+            _LOST.replace("connection.unanswered_not_run", "connection.draining"),
+        ),
     ),
     "lost-call-without-idempotency-key": fault(
-        "retries a lost call", (f"{_CLIENT}.call", _LOST, "is_repeatable = True")
+        "retries a lost call", (f"{_CLIENT}._after_failure", _LOST, "is_repeatable = True")
     ),
     "lost-call-with-idempotency-key": fault(
         "does not retry a lost call with an idempotency key",
-        (f"{_CLIENT}.call", _LOST, "is_repeatable = connection.unanswered_not_run"),
+        (f"{_CLIENT}._after_failure", _LOST, "is_repeatable = connection.unanswered_not_run"),
     ),
     "reconnect-after-network-failure": fault(
         "treats a truncation as a clean end",

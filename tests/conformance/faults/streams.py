@@ -193,7 +193,7 @@ STREAMS: Final[dict[str, Fault]] = {
     ),
     "stream-of-a-replaced-session": fault(
         "goes on with a replaced session",
-        (f"{_CLIENT}._after_error", "sessions.ended(token, error)", "pass"),
+        (f"{_CLIENT}._after_failure", "sessions.ended(token, error)", "pass"),
     ),
     "stream-after-goaway": fault(
         "forgets its streams at GOAWAY",
@@ -216,8 +216,8 @@ STREAMS: Final[dict[str, Fault]] = {
         "opens a stream again after a loss",
         *_OPENS_AGAIN,
         (
-            f"{_CLIENT}._after_stream_error",
-            "is_repeatable = connection.unanswered_not_run",
+            f"{_CLIENT}._after_failure",
+            "is_repeatable = (connection.unanswered_not_run or is_idempotent)",
             "is_repeatable = True",
         ),
     ),
