@@ -31,8 +31,8 @@ from zcproto.auth import User, UserFile
 from zcproto.auth.directory import Directory
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.client import Client
-from zcproto.client.address import Endpoint
 from zcproto.client.dial import LoopResources
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.common.clock import system_clock

@@ -18,8 +18,8 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from bench.report import Row
-from zcproto.client.address import Endpoint
 from zcproto.client.dial import Dial, LoopResources
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.record import Latencies

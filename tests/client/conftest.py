@@ -1,4 +1,4 @@
-"""Fixtures: a real server over loopback TLS, and clients of it."""
+"""Fixtures: a scripted server in memory, a real server over loopback TLS, and clients of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.client.helpers import ScriptedServer
 from tests.server.helpers import KEY, PATIENT_CLIENT, ServerThread
 from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.client.client import Client, connect
@@ -52,3 +53,9 @@ def blocking() -> Blocking:
         return connect_blocking(f"127.0.0.1:{server.port}", **options_for(server, *user, **options))
 
     return make
+
+
+@pytest.fixture
+def server() -> ScriptedServer:
+    """Return a server in memory, for tests with `@scripted`."""
+    return ScriptedServer()

@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec
 
 from tests.helpers import NOW, WALL
-from zcproto.client.address import Endpoint
 from zcproto.client.client import Client
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.dial import LoopResources
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol
 from zcproto.connection.client import ClientConnection
@@ -436,6 +436,16 @@ class ScriptedServer:
 def token(number: int) -> bytes:
     """Return the token of a scripted server's session."""
     return bytes([number]) * 32
+
+
+def token_of(client: Client) -> bytes:
+    assert client.session is not None
+    return client.session.token_bytes
+
+
+def expire_token(client: Client) -> None:
+    """Let the present token count as expired, as the server would report it."""
+    client._sessions.expired(token_of(client))
 
 
 def refreshable(**more: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.client.address import Address, is_ip, parse_address
+from zcproto.client.endpoints import Address, is_ip, parse_address
 from zcproto.errors import ConfigError
 
 

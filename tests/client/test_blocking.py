@@ -27,7 +27,7 @@ from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking
 from zcproto.client.client import Client, UserSession, connect
-from zcproto.client.events import Event
+from zcproto.client.handlers import Event
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import (
     ConnectionClosed,

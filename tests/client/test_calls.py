@@ -21,7 +21,6 @@ from tests.client.helpers import (
 from zcproto.client.client import Client
 from zcproto.errors import (
     CallError,
-    Cancelled,
     Code,
     DeadlineExceeded,
     Unavailable,
@@ -31,8 +30,7 @@ from zcproto.errors import (
 
 
 @scripted
-async def test_timeout_sends_cancel_for_its_call_only() -> None:
-    server = ScriptedServer()
+async def test_timeout_sends_cancel_for_its_call_only(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         start = now()
         other = await server.hold_call(client, timeout=60)
@@ -48,8 +46,7 @@ async def test_timeout_sends_cancel_for_its_call_only() -> None:
 
 
 @scripted
-async def test_cancelled_task_sends_cancel_for_its_call_only() -> None:
-    server = ScriptedServer()
+async def test_cancelled_task_sends_cancel_for_its_call_only(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         victim, other = [await server.hold_call(client) for _ in range(2)]
         victim.cancel()
@@ -63,8 +60,7 @@ async def test_cancelled_task_sends_cancel_for_its_call_only() -> None:
 
 
 @scripted
-async def test_call_cancelled_in_the_turn_of_its_answer_sends_no_cancel() -> None:
-    server = ScriptedServer()
+async def test_call_cancelled_in_the_turn_of_its_answer_sends_no_cancel(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         for answer in (lambda: server.calls()[0].respond(1), lambda: server.calls()[1].fail(Code.NOT_FOUND)):
             victim = await server.hold_call(client)
@@ -82,19 +78,7 @@ async def test_call_cancelled_in_the_turn_of_its_answer_sends_no_cancel() -> Non
 
 
 @scripted
-async def test_server_deadline_and_cancel_errors_are_raised() -> None:
-    server = ScriptedServer()
-    server.script("echo", fail(Code.DEADLINE_EXCEEDED), fail(Code.CANCELLED))
-    async with client_of(server) as client:
-        with pytest.raises(DeadlineExceeded, match="because"):
-            await client.call("echo")
-        with pytest.raises(Cancelled, match="because"):
-            await client.call("echo")
-
-
-@scripted
-async def test_sent_deadline_shrinks_with_each_attempt() -> None:
-    server = ScriptedServer()
+async def test_sent_deadline_shrinks_with_each_attempt(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=2_000))
     async with client_of(server, random=numbers(0.0)) as client:
         await client.call("echo", timeout=10)
@@ -106,8 +90,7 @@ async def test_sent_deadline_shrinks_with_each_attempt() -> None:
 
 
 @scripted
-async def test_retry_that_is_due_at_the_deadline_is_not_awaited() -> None:
-    server = ScriptedServer()
+async def test_retry_that_is_due_at_the_deadline_is_not_awaited(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=1_000))
     async with client_of(server, random=numbers(0.0)) as client:
         start = now()
@@ -118,8 +101,7 @@ async def test_retry_that_is_due_at_the_deadline_is_not_awaited() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.0])
 @scripted
-async def test_zero_timeout_sends_nothing(seconds: float) -> None:
-    server = ScriptedServer()
+async def test_zero_timeout_sends_nothing(server: ScriptedServer, seconds: float) -> None:
     async with client_of(server) as client:
         with pytest.raises(DeadlineExceeded):
             await client.call("echo", timeout=seconds)
@@ -127,8 +109,7 @@ async def test_zero_timeout_sends_nothing(seconds: float) -> None:
 
 
 @scripted
-async def test_call_without_timeout_waits_indefinitely() -> None:
-    server = ScriptedServer()
+async def test_call_without_timeout_waits_indefinitely(server: ScriptedServer) -> None:
     server.script("echo", silence)
     async with client_of(server, timeout=None) as client:
         call = asyncio.create_task(client.call("echo"))
@@ -142,8 +123,7 @@ async def test_call_without_timeout_waits_indefinitely() -> None:
 
 
 @scripted
-async def test_params_by_name_and_by_mapping_are_merged() -> None:
-    server = ScriptedServer()
+async def test_params_by_name_and_by_mapping_are_merged(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         assert await client.call("echo", {"timeout": 1, "method": "x"}) == {"timeout": 1, "method": "x"}
         assert await client.call("echo", {"a": 1}, b=2) == {"a": 1, "b": 2}
@@ -152,8 +132,7 @@ async def test_params_by_name_and_by_mapping_are_merged() -> None:
 
 
 @scripted
-async def test_traceparent_is_sent() -> None:
-    server = ScriptedServer()
+async def test_traceparent_is_sent(server: ScriptedServer) -> None:
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with client_of(server) as client:
         await client.call("echo", traceparent=parent, timeout=None)
@@ -161,8 +140,7 @@ async def test_traceparent_is_sent() -> None:
 
 
 @scripted
-async def test_unencodable_params_are_refused_locally() -> None:
-    server = ScriptedServer()
+async def test_unencodable_params_are_refused_locally(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         with pytest.raises(CallError, match="cannot be sent"):
             await client.call("echo", x=object())
@@ -172,8 +150,7 @@ async def test_unencodable_params_are_refused_locally() -> None:
 
 
 @scripted
-async def test_calls_of_one_turn_share_a_write() -> None:
-    server = ScriptedServer()
+async def test_calls_of_one_turn_share_a_write(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         before = server.writes
         await asyncio.gather(*[client.call("echo", i=i) for i in range(50)])
@@ -210,8 +187,7 @@ async def _started(client: Client, count: int) -> list[asyncio.Task[Any]]:
 
 
 @scripted
-async def test_full_transport_delays_calls() -> None:
-    server = ScriptedServer()
+async def test_full_transport_delays_calls(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.link.pause()
         tasks = await _started(client, 3)
@@ -221,8 +197,7 @@ async def test_full_transport_delays_calls() -> None:
 
 
 @scripted
-async def test_large_requests_are_written_before_the_end_of_the_turn() -> None:
-    server = ScriptedServer()
+async def test_large_requests_are_written_before_the_end_of_the_turn(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         before = server.writes
         await asyncio.gather(*[client.call("echo", x=bytes(100_000)) for _ in range(3)])

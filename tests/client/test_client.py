@@ -17,11 +17,10 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
-from zcproto.client import session_client as client_module
-from zcproto.client.client import connect
+from zcproto.client import client as client_module
+from zcproto.client.client import connect, default_client
 from zcproto.client.dial import _resources
-from zcproto.client.events import Event
-from zcproto.client.session_client import default_client
+from zcproto.client.handlers import Event
 from zcproto.errors import (
     ConnectionClosed,
     DeadlineExceeded,

@@ -233,7 +233,7 @@ async def test_revoked_certificate_raises_on_the_next_connection(
         link = client._connections.current
         assert link is not None
         link.abort()
-        await link.gone
+        await link.closed
         with pytest.raises(TlsError, match="is revoked"):
             await client.call("echo", x=2)
 
@@ -372,7 +372,7 @@ async def test_renewed_certificate_is_used_on_reconnect(
         link = client._connections.current
         assert link is not None
         link.close("for the test")
-        await link.gone
+        await link.closed
         assert await client.call("echo", x=2) == {"x": 2}
         server.until(lambda: len(server.server.state.connections) == 1)
         assert server.in_loop(shown) == identity.der != old

@@ -53,8 +53,7 @@ PERMANENT = [
     [CannotConnect("refused"), ConnectionClosed("cut"), TlsError("disconnected"), TlsError("pin_mismatch")],
 )
 @scripted
-async def test_first_failed_attempt_raises_its_error(error: Exception) -> None:
-    server = ScriptedServer()
+async def test_first_failed_attempt_raises_its_error(server: ScriptedServer, error: Exception) -> None:
     server.refuse = [error]
     with pytest.raises(type(error)) as caught:
         await client_of(server)
@@ -87,8 +86,7 @@ async def test_goaway_is_raised_if_the_server_asks_to_wait_beyond_the_start_time
 
 
 @scripted
-async def test_close_right_after_welcome_raises() -> None:
-    server = ScriptedServer()
+async def test_close_right_after_welcome_raises(server: ScriptedServer) -> None:
     server.on_welcome = [lambda link: link.fatal(Code.PROTOCOL_ERROR)]
     with pytest.raises(ConnectionClosed) as caught:
         await client_of(server)
@@ -122,8 +120,7 @@ async def test_refused_first_attempt_is_repeated_until_the_server_listens(
 
 @pytest.mark.parametrize("seconds", [0, 3, 10])
 @scripted
-async def test_refusal_is_raised_after_the_start_timeout(seconds: float) -> None:
-    server = ScriptedServer()
+async def test_refusal_is_raised_after_the_start_timeout(server: ScriptedServer, seconds: float) -> None:
     server.refuse = refused(1000)
     start = now()
     with pytest.raises(CannotConnect):
@@ -132,8 +129,7 @@ async def test_refusal_is_raised_after_the_start_timeout(seconds: float) -> None
 
 
 @scripted
-async def test_other_error_of_a_server_that_has_started_is_raised() -> None:
-    server = ScriptedServer()
+async def test_other_error_of_a_server_that_has_started_is_raised(server: ScriptedServer) -> None:
     server.refuse = [*refused(3), TlsError("disconnected")]
     with pytest.raises(TlsError):
         await client_of(server)
@@ -141,8 +137,7 @@ async def test_other_error_of_a_server_that_has_started_is_raised() -> None:
 
 
 @scripted
-async def test_waiting_for_the_start_does_not_delay_the_first_reconnect() -> None:
-    server = ScriptedServer()
+async def test_waiting_for_the_start_does_not_delay_the_first_reconnect(server: ScriptedServer) -> None:
     server.refuse = refused(8)
     async with client_of(server, random=numbers(0.999_999)) as client:
         lost_at = now()
@@ -152,8 +147,7 @@ async def test_waiting_for_the_start_does_not_delay_the_first_reconnect() -> Non
 
 
 @scripted
-async def test_closing_a_client_ends_its_wait() -> None:
-    server = ScriptedServer()
+async def test_closing_a_client_ends_its_wait(server: ScriptedServer) -> None:
     server.refuse = refused(1000)
     client = client_of(server)
     opening = asyncio.create_task(client.open())
@@ -167,8 +161,7 @@ async def test_closing_a_client_ends_its_wait() -> None:
 
 
 @scripted
-async def test_reconnect_presents_the_token_of_the_same_session() -> None:
-    server = ScriptedServer()
+async def test_reconnect_presents_the_token_of_the_same_session(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         await server.lose()
         await asyncio.sleep(1)
@@ -181,8 +174,7 @@ async def test_reconnect_presents_the_token_of_the_same_session() -> None:
 
 
 @scripted
-async def test_reconnect_delays_double_from_100_ms_to_30_s() -> None:
-    server = ScriptedServer()
+async def test_reconnect_delays_double_from_100_ms_to_30_s(server: ScriptedServer) -> None:
     async with client_of(server, random=numbers(0.999_999)) as client:
         server.refuse = [CannotConnect("refused")] * 12
         lost_at = now()
@@ -194,8 +186,7 @@ async def test_reconnect_delays_double_from_100_ms_to_30_s() -> None:
 
 
 @scripted
-async def test_reconnect_jitter_may_be_zero() -> None:
-    server = ScriptedServer()
+async def test_reconnect_jitter_may_be_zero(server: ScriptedServer) -> None:
     async with client_of(server, random=numbers(0.0)) as client:
         server.refuse = [CannotConnect("refused")] * 12
         start = now()
@@ -205,8 +196,7 @@ async def test_reconnect_jitter_may_be_zero() -> None:
 
 
 @scripted
-async def test_connection_that_lasts_resets_the_backoff() -> None:
-    server = ScriptedServer()
+async def test_connection_that_lasts_resets_the_backoff(server: ScriptedServer) -> None:
     async with client_of(server, random=numbers(0.999_999)) as client:
         server.refuse = [CannotConnect("refused")] * 5
         await server.lose()
@@ -250,8 +240,7 @@ async def test_goaway_before_the_connection_is_used_does_not_reset_the_backoff()
 
 @pytest.mark.parametrize("failure", ["disconnected", "handshake_timeout", "connection_reset", "truncated"])
 @scripted
-async def test_transient_tls_failure_is_retried(failure: str) -> None:
-    server = ScriptedServer()
+async def test_transient_tls_failure_is_retried(server: ScriptedServer, failure: str) -> None:
     async with client_of(server) as client:
         server.refuse = [TlsError(failure)]
         await server.lose()
@@ -273,8 +262,7 @@ async def test_permanent_tls_failure_raises_in_all_waiting_calls(failure: str) -
 
 
 @scripted
-async def test_concurrent_calls_share_one_connection_attempt() -> None:
-    server = ScriptedServer()
+async def test_concurrent_calls_share_one_connection_attempt(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         await server.lose()
         results = await asyncio.gather(*[client.call("echo", i=i) for i in range(50)])
@@ -283,8 +271,7 @@ async def test_concurrent_calls_share_one_connection_attempt() -> None:
 
 
 @scripted
-async def test_cancelled_call_does_not_cancel_the_shared_attempt() -> None:
-    server = ScriptedServer()
+async def test_cancelled_call_does_not_cancel_the_shared_attempt(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.refuse = [CannotConnect("refused")] * 3
         await server.lose()
@@ -297,8 +284,7 @@ async def test_cancelled_call_does_not_cancel_the_shared_attempt() -> None:
 
 
 @scripted
-async def test_timeout_without_connection_names_the_cause() -> None:
-    server = ScriptedServer()
+async def test_timeout_without_connection_names_the_cause(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.refuse = [CannotConnect("server.example:7443: Connection refused")] * 1_000
         await server.lose()
@@ -312,8 +298,7 @@ async def test_timeout_without_connection_names_the_cause() -> None:
 
 
 @scripted
-async def test_reconnect_after_goaway_waits_for_retry_after() -> None:
-    server = ScriptedServer()
+async def test_reconnect_after_goaway_waits_for_retry_after(server: ScriptedServer) -> None:
     async with client_of(server):
         start = now()
         server.link.go_away("draining", 2_000)
@@ -323,8 +308,7 @@ async def test_reconnect_after_goaway_waits_for_retry_after() -> None:
 
 
 @scripted
-async def test_goaway_retry_after_is_limited_to_an_hour() -> None:
-    server = ScriptedServer()
+async def test_goaway_retry_after_is_limited_to_an_hour(server: ScriptedServer) -> None:
     async with client_of(server):
         start = now()
         server.link.go_away("draining", 2**40)
@@ -334,8 +318,7 @@ async def test_goaway_retry_after_is_limited_to_an_hour() -> None:
 
 @pytest.mark.parametrize("reason", sorted(IDLE_REASONS))
 @scripted
-async def test_idle_close_reconnects_with_the_next_call(reason: str) -> None:
-    server = ScriptedServer()
+async def test_idle_close_reconnects_with_the_next_call(server: ScriptedServer, reason: str) -> None:
     async with client_of(server) as client:
         server.link.go_away(reason, 0)
         server.link.close_cleanly()
@@ -348,8 +331,7 @@ async def test_idle_close_reconnects_with_the_next_call(reason: str) -> None:
 
 
 @scripted
-async def test_second_goaway_is_ignored() -> None:
-    server = ScriptedServer()
+async def test_second_goaway_is_ignored(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         call = await server.hold_call(client)
         first = server.link
@@ -362,8 +344,7 @@ async def test_second_goaway_is_ignored() -> None:
 
 
 @scripted
-async def test_goaway_with_welcome_is_retried_later() -> None:
-    server = ScriptedServer()
+async def test_goaway_with_welcome_is_retried_later(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         await server.lose()
         server.on_welcome = [lambda link: link.go_away("draining", 1_000)]
@@ -374,8 +355,7 @@ async def test_goaway_with_welcome_is_retried_later() -> None:
 
 
 @scripted
-async def test_lost_old_connection_fails_only_its_own_calls() -> None:
-    server = ScriptedServer()
+async def test_lost_old_connection_fails_only_its_own_calls(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         old_call = await server.hold_call(client)
         old = server.link
@@ -460,8 +440,7 @@ async def test_missing_pong_closes_the_connection_after_10_s() -> None:
 
 
 @scripted
-async def test_close_ends_the_session_and_fails_waiting_calls() -> None:
-    server = ScriptedServer()
+async def test_close_ends_the_session_and_fails_waiting_calls(server: ScriptedServer) -> None:
     client = await client_of(server)
     call = await server.hold_call(client)
     await client.close()
@@ -477,8 +456,7 @@ async def test_close_ends_the_session_and_fails_waiting_calls() -> None:
 
 
 @scripted
-async def test_close_while_connecting_fails_waiting_calls() -> None:
-    server = ScriptedServer()
+async def test_close_while_connecting_fails_waiting_calls(server: ScriptedServer) -> None:
     client = await client_of(server)
     server.refuse = [CannotConnect("refused")] * 100
     await server.lose()
@@ -490,8 +468,7 @@ async def test_close_while_connecting_fails_waiting_calls() -> None:
 
 
 @scripted
-async def test_close_ends_old_connections() -> None:
-    server = ScriptedServer()
+async def test_close_ends_old_connections(server: ScriptedServer) -> None:
     client = await client_of(server)
     call = await server.hold_call(client, idempotency_key="k")
     server.link.go_away("draining", 0)
@@ -503,8 +480,7 @@ async def test_close_ends_old_connections() -> None:
 
 
 @scripted
-async def test_close_waits_for_connections_closed_by_the_server() -> None:
-    server = ScriptedServer()
+async def test_close_waits_for_connections_closed_by_the_server(server: ScriptedServer) -> None:
     server.lingers = 1.5
     client = await client_of(server)
     goaway_at = now()
@@ -518,8 +494,7 @@ async def test_close_waits_for_connections_closed_by_the_server() -> None:
 
 
 @scripted
-async def test_cancelled_close_aborts_connections() -> None:
-    server = ScriptedServer()
+async def test_cancelled_close_aborts_connections(server: ScriptedServer) -> None:
     server.lingers = 1.5
     client = await client_of(server)
     server.link.go_away("draining", 0)
@@ -533,8 +508,7 @@ async def test_cancelled_close_aborts_connections() -> None:
 
 
 @scripted
-async def test_close_waits_two_seconds_for_session_close() -> None:
-    server = ScriptedServer()
+async def test_close_waits_two_seconds_for_session_close(server: ScriptedServer) -> None:
     server.script("session.close", silence)
     client = await client_of(server)
     start = now()
@@ -544,8 +518,7 @@ async def test_close_waits_two_seconds_for_session_close() -> None:
 
 
 @scripted
-async def test_close_without_connection_returns_at_once() -> None:
-    server = ScriptedServer()
+async def test_close_without_connection_returns_at_once(server: ScriptedServer) -> None:
     client = await client_of(server)
     server.link.go_away("idle", 0)
     await turns()
@@ -554,8 +527,7 @@ async def test_close_without_connection_returns_at_once() -> None:
 
 
 @scripted
-async def test_call_waiting_on_a_draining_connection_moves_to_the_next() -> None:
-    server = ScriptedServer()
+async def test_call_waiting_on_a_draining_connection_moves_to_the_next(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.link.pause()
         call = asyncio.create_task(client.call("echo", x=1))
@@ -566,8 +538,7 @@ async def test_call_waiting_on_a_draining_connection_moves_to_the_next() -> None
 
 
 @scripted
-async def test_closed_client_does_not_connect() -> None:
-    server = ScriptedServer()
+async def test_closed_client_does_not_connect(server: ScriptedServer) -> None:
     client = await client_of(server)
     await client.close()
     with pytest.raises(ConnectionClosed, match="closed"):
@@ -576,8 +547,7 @@ async def test_closed_client_does_not_connect() -> None:
 
 
 @scripted
-async def test_call_waiting_for_a_connection_does_not_dial_after_close() -> None:
-    server = ScriptedServer()
+async def test_call_waiting_for_a_connection_does_not_dial_after_close(server: ScriptedServer) -> None:
     client = await client_of(server, user=None)
     await server.lose()
     closing: list[asyncio.Task[None]] = []

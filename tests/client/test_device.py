@@ -17,6 +17,7 @@ from tests.client.helpers import (
     ServerLink,
     client_of,
     cut,
+    expire_token,
     fail,
     now,
     numbers,
@@ -286,11 +287,6 @@ async def test_token_of_previous_session_is_not_attached() -> None:
     assert server.calls("session.attach") == []
 
 
-def expire_token(client: Client) -> None:
-    """Make the client treat its token as expired before it sends one."""
-    client._sessions.expired(client._sessions.token)
-
-
 # --- refreshing --------------------------------------------------------------------------------------
 
 
@@ -358,8 +354,7 @@ async def test_refresh_that_cannot_be_proved_raises() -> None:
 
 
 @scripted
-async def test_attach_demand_without_device_raises() -> None:
-    server = ScriptedServer()
+async def test_attach_demand_without_device_raises(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.script("echo", fail(Code.UNAUTHENTICATED, attach=True))
         with pytest.raises(Unauthenticated) as caught:
@@ -369,8 +364,7 @@ async def test_attach_demand_without_device_raises() -> None:
 
 
 @scripted
-async def test_unbound_session_is_presented_without_attach() -> None:
-    server = ScriptedServer()
+async def test_unbound_session_is_presented_without_attach(server: ScriptedServer) -> None:
     async with device_client(server) as client:
         await server.lose()
         await client.call("echo")
@@ -385,8 +379,7 @@ def certificate_client(server: ScriptedServer) -> Client:
 
 
 @scripted
-async def test_certificate_with_new_key_opens_another_session() -> None:
-    server = ScriptedServer()
+async def test_certificate_with_new_key_opens_another_session(server: ScriptedServer) -> None:
     server.session = refreshable(bound=True)
     async with certificate_client(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
@@ -407,8 +400,7 @@ async def test_certificate_with_new_key_opens_another_session() -> None:
 
 
 @scripted
-async def test_certificate_demand_without_certificate_raises() -> None:
-    server = ScriptedServer()
+async def test_certificate_demand_without_certificate_raises(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
         await server.lose()

@@ -26,10 +26,18 @@ from tests.helpers import WALL
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import PATIENT_CLIENT, ServerThread
-from zcproto.client.address import Address
 from zcproto.client.client import Client, connect
-from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _ip_of, _resources, connect_error
-from zcproto.client.known_hosts import FILE_NAME, KnownHosts
+from zcproto.client.dial import (
+    KNOWN_HOSTS_FILE,
+    MAX_CONTEXTS,
+    KnownHosts,
+    LoopResources,
+    Trust,
+    _ip_of,
+    _resources,
+    connect_error,
+)
+from zcproto.client.endpoints import Address
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
 from zcproto.testing import MovableClock
@@ -255,7 +263,7 @@ async def test_known_sts_host_refuses_verify_false(
 
 
 async def test_sts_policy_expires_when_the_clock_is_set(home: Path) -> None:
-    KnownHosts(home / FILE_NAME).learn("localhost", {"max_age": 60, "include_subdomains": False}, WALL)
+    KnownHosts(home / KNOWN_HOSTS_FILE).learn("localhost", {"max_age": 60, "include_subdomains": False}, WALL)
     clock = LoopClock()
     client = Client("localhost:1", ConnectOptions(verify=False), clock=clock)
     clock.wall_ms += 59_000

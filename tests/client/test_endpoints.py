@@ -9,17 +9,20 @@ from random import Random
 
 import pytest
 
-from zcproto.client.address import MAX_ADDRESSES, Address, Endpoint, parse_addresses
 from zcproto.client.endpoints import (
     ATTEMPT_DELAY,
     HANDSHAKE_DELAY,
+    MAX_ADDRESSES,
     MAX_ENDPOINTS,
     MAX_KNOWN,
     RESOLUTION_DELAY,
     STABLE_AFTER,
+    Address,
+    Endpoint,
     Endpoints,
     GoingAway,
     Round,
+    parse_addresses,
 )
 from zcproto.errors import CannotConnect, ConfigError, ConnectionClosed, TlsError, ZcprotoError
 
@@ -273,6 +276,15 @@ def test_lasting_connection_resets_the_backoff_of_its_endpoint_alone() -> None:
     endpoints.failed(b, REFUSED, START + STABLE_AFTER)
     assert endpoints.rests_until(a) == pytest.approx(START + STABLE_AFTER + 0.1)
     assert endpoints.rests_until(b) == pytest.approx(START + STABLE_AFTER + 1.6)
+
+
+def test_second_loss_of_a_lasting_connection_does_not_reset_the_backoff() -> None:
+    endpoints = listed(A, random=numbers(1 - 1e-9))
+    a, later = at(A, "192.0.2.1"), START + STABLE_AFTER
+    endpoints.connected(a, START)
+    endpoints.lost(a, later)
+    endpoints.lost(a, later)
+    assert endpoints.rests_until(a) == pytest.approx(later + 0.2)
 
 
 def test_server_that_goes_away_rests_as_long_as_it_asks() -> None:

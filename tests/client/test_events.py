@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from tests.client.helpers import scripted, turns
-from zcproto.client.events import MAX_EVENT_BYTES, MAX_EVENTS, Event, EventStream
+from zcproto.client.handlers import MAX_EVENT_BYTES, MAX_EVENTS, Event, EventStream
 from zcproto.wire.message import encode_body
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -90,10 +89,6 @@ def methods() -> Methods:
     return Methods()
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, TIMEOUT))
-
-
 @pytest.fixture
 def server(serve: Serve, methods: Methods) -> ServerThread:
     methods.server = serve(methods.app)
@@ -106,243 +101,212 @@ def movable(serve: Serve, methods: Methods) -> ServerThread:
     return serve(methods.app, loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
 
 
-def test_method_calls_its_client_and_gets_the_result(server: ServerThread, connect_to: ConnectTo) -> None:
-    async def main() -> None:
-        client = connect_to(server)
-        seen: list[Call] = []
+async def test_method_calls_its_client_and_gets_the_result(
+    server: ServerThread, connect_to: ConnectTo
+) -> None:
+    client = connect_to(server)
+    seen: list[Call] = []
 
-        @client.handler("approve")
-        async def approve(call: Call, tool: str) -> dict[str, Any]:
-            seen.append(call)
-            return {"tool": tool, "echo": await client.call("echo", x=7)}
+    @client.handler("approve")
+    async def approve(call: Call, tool: str) -> dict[str, Any]:
+        seen.append(call)
+        return {"tool": tool, "echo": await client.call("echo", x=7)}
 
-        async with client:
-            assert await client.call("ask", method="approve", params={"tool": "sh"}) == {
-                "tool": "sh",
-                "echo": 7,
-            }
-        assert (seen[0].method, seen[0].user, seen[0].cancelled) == ("approve", "ada", True)
-        assert 0 < seen[0].time_left <= TIMEOUT
-
-    run(main())
+    async with client:
+        assert await client.call("ask", method="approve", params={"tool": "sh"}) == {
+            "tool": "sh",
+            "echo": 7,
+        }
+    assert (seen[0].method, seen[0].user, seen[0].cancelled) == ("approve", "ada", True)
+    assert 0 < seen[0].time_left <= TIMEOUT
 
 
-def test_error_of_the_handler_is_raised_in_the_method_and_aborts_it(
+async def test_error_of_the_handler_is_raised_in_the_method_and_aborts_it(
     server: ServerThread, methods: Methods, connect_to: ConnectTo, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = token_text(bytes(range(100, 132)))
 
-    async def main() -> None:
-        client = connect_to(server)
+    client = connect_to(server)
 
-        @client.handler("fail")
-        def fail(kind: str) -> None:
-            raise {"not_found": NotFound("no such thing\n", {"x": 1}), "key": KeyError(f"secret {token}")}[
-                kind
-            ]
+    @client.handler("fail")
+    def fail(kind: str) -> None:
+        raise {"not_found": NotFound("no such thing\n", {"x": 1}), "key": KeyError(f"secret {token}")}[kind]
 
-        async with client:
-            for kind in ("not_found", "key"):
-                with pytest.raises(Aborted):
-                    await client.call("ask", method="fail", params={"kind": kind})
+    async with client:
+        for kind in ("not_found", "key"):
             with pytest.raises(Aborted):
-                await client.call("ask", method="other", params={})
-        first, second, third = methods.errors
-        assert isinstance(first, NotFound)
-        assert (first.message, first.details) == ("no such thing\\n", {"x": 1})
-        assert isinstance(second, InternalError)
-        assert "secret" not in second.message
-        assert isinstance(third, Unavailable)
-
-    run(main())
+                await client.call("ask", method="fail", params={"kind": kind})
+        with pytest.raises(Aborted):
+            await client.call("ask", method="other", params={})
+    first, second, third = methods.errors
+    assert isinstance(first, NotFound)
+    assert (first.message, first.details) == ("no such thing\\n", {"x": 1})
+    assert isinstance(second, InternalError)
+    assert "secret" not in second.message
+    assert isinstance(third, Unavailable)
     (text,) = [record.getMessage() for record in caplog.records]
     assert text.startswith("the handler of fail failed\nTraceback (most recent call last):\n")
     assert text.endswith("\nKeyError: 'secret (hidden)'")
 
 
-def test_call_without_answer_ends_at_its_deadline(
+async def test_call_without_answer_ends_at_its_deadline(
     movable: ServerThread, methods: Methods, connect_to: ConnectTo
 ) -> None:
-    async def main() -> None:
-        client = connect_to(movable)
-        waiting = Waiting()
-        client.handler("wait")(waiting.run)
+    client = connect_to(movable)
+    waiting = Waiting()
+    client.handler("wait")(waiting.run)
 
-        async with client:
-            call = asyncio.ensure_future(client.call("ask", method="wait", params={}, seconds=600.0))
-            await waiting.began.wait()
-            movable.advance(600)
-            with pytest.raises(Aborted):
-                await call
-            await waiting.cancelled.wait()
-        assert isinstance(methods.errors[0], DeadlineExceeded)
-        assert movable.server.state.clients.ended["deadline"] == 1
-
-    run(main())
+    async with client:
+        call = asyncio.ensure_future(client.call("ask", method="wait", params={}, seconds=600.0))
+        await waiting.began.wait()
+        movable.advance(600)
+        with pytest.raises(Aborted):
+            await call
+        await waiting.cancelled.wait()
+    assert isinstance(methods.errors[0], DeadlineExceeded)
+    assert movable.server.state.clients.ended["deadline"] == 1
 
 
-def test_calls_beyond_the_limit_are_refused_in_the_server(
+async def test_calls_beyond_the_limit_are_refused_in_the_server(
     server: ServerThread, methods: Methods, connect_to: ConnectTo
 ) -> None:
-    async def main() -> None:
-        client = connect_to(server, max_calls=100)
-        go = asyncio.Event()
+    client = connect_to(server, max_calls=100)
+    go = asyncio.Event()
 
-        @client.handler("wait")
-        async def wait() -> int:
-            await go.wait()
-            return 1
+    @client.handler("wait")
+    async def wait() -> int:
+        await go.wait()
+        return 1
 
-        async with client:
-            calls = [asyncio.ensure_future(client.call("ask", method="wait", params={})) for _ in range(33)]
-            with pytest.raises(Aborted):
-                await asyncio.wait_for(asyncio.shield(calls[32]), TIMEOUT)
-            go.set()
-            assert await asyncio.gather(*calls[:32]) == [1] * 32
-        assert isinstance(methods.errors[0], ResourceExhausted)
-        assert methods.errors[0].details == {"limit": 32}
-
-    run(main())
+    async with client:
+        calls = [asyncio.ensure_future(client.call("ask", method="wait", params={})) for _ in range(33)]
+        with pytest.raises(Aborted):
+            await asyncio.wait_for(asyncio.shield(calls[32]), TIMEOUT)
+        go.set()
+        assert await asyncio.gather(*calls[:32]) == [1] * 32
+    assert isinstance(methods.errors[0], ResourceExhausted)
+    assert methods.errors[0].details == {"limit": 32}
 
 
-def test_calls_by_user_reach_the_newest_registration_then_the_other(
+async def test_calls_by_user_reach_the_newest_registration_then_the_other(
     server: ServerThread, connect_to: ConnectTo
 ) -> None:
-    async def main() -> None:
-        first, second = connect_to(server), connect_to(server)
-        first.handler("name")(lambda: "first")
-        second.handler("name")(lambda: "second")
-        async with connect_to(server, "bob") as bob, first:
-            async with second:
-                assert await bob.call("ask.user", user="ada", method="name") == "second"
-            assert await bob.call("ask.user", user="ada", method="name") == "first"
-            assert await bob.call("ask.user", user="ada", method="other") == "no client"
-            assert await bob.call("ask.user", user="bob", method="name") == "no client"
-
-    run(main())
+    first, second = connect_to(server), connect_to(server)
+    first.handler("name")(lambda: "first")
+    second.handler("name")(lambda: "second")
+    async with connect_to(server, "bob") as bob, first:
+        async with second:
+            assert await bob.call("ask.user", user="ada", method="name") == "second"
+        assert await bob.call("ask.user", user="ada", method="name") == "first"
+        assert await bob.call("ask.user", user="ada", method="other") == "no client"
+        assert await bob.call("ask.user", user="bob", method="name") == "no client"
 
 
-def test_lost_connection_fails_the_call_in_the_method(
+async def test_lost_connection_fails_the_call_in_the_method(
     server: ServerThread, methods: Methods, connect_to: ConnectTo
 ) -> None:
-    async def main() -> None:
-        client = connect_to(server)
-        waiting = Waiting()
-        client.handler("wait")(waiting.run)
+    client = connect_to(server)
+    waiting = Waiting()
+    client.handler("wait")(waiting.run)
 
-        async with connect_to(server, "bob") as bob:
-            async with client:
-                call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
-                await waiting.began.wait()
-                connection = client._connections.current
-                assert connection is not None
-                connection.abort()
-                with pytest.raises(Aborted):
-                    await call
-            assert isinstance(methods.errors[0], ConnectionClosed)
-            assert await bob.call("ask.user", user="ada", method="wait") == "no client"
-
-    run(main())
-
-
-def test_revoked_session_fails_its_calls_and_cancels_the_handlers(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
-) -> None:
-    async def main() -> None:
-        client = connect_to(server)
-        waiting = Waiting()
-        client.handler("wait")(waiting.run)
-
-        async with client, connect_to(server, "bob") as bob, connect_to(server) as other:
+    async with connect_to(server, "bob") as bob:
+        async with client:
             call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
             await waiting.began.wait()
-            assert client.session is not None
-            await other.call("session.revoke", id=client.session.id)
+            connection = client._connections.current
+            assert connection is not None
+            connection.abort()
             with pytest.raises(Aborted):
                 await call
-            await waiting.cancelled.wait()
         assert isinstance(methods.errors[0], ConnectionClosed)
+        assert await bob.call("ask.user", user="ada", method="wait") == "no client"
 
-    run(main())
+
+async def test_revoked_session_fails_its_calls_and_cancels_the_handlers(
+    server: ServerThread, methods: Methods, connect_to: ConnectTo
+) -> None:
+    client = connect_to(server)
+    waiting = Waiting()
+    client.handler("wait")(waiting.run)
+
+    async with client, connect_to(server, "bob") as bob, connect_to(server) as other:
+        call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
+        await waiting.began.wait()
+        assert client.session is not None
+        await other.call("session.revoke", id=client.session.id)
+        with pytest.raises(Aborted):
+            await call
+        await waiting.cancelled.wait()
+    assert isinstance(methods.errors[0], ConnectionClosed)
 
 
-def test_expired_session_fails_its_calls(
+async def test_expired_session_fails_its_calls(
     server: ServerThread, methods: Methods, connect_to: ConnectTo
 ) -> None:
     """There is no event then: the handler is cancelled by WITHDRAW."""
 
-    async def main() -> None:
-        client = connect_to(server)
-        waiting = Waiting()
-        client.handler("wait")(waiting.run)
+    client = connect_to(server)
+    waiting = Waiting()
+    client.handler("wait")(waiting.run)
 
-        async with client, connect_to(server, "bob") as bob:
-            call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
-            await waiting.began.wait()
-            assert client.session is not None
-            session_id = client.session.id
-            server.in_loop(
-                lambda: [
-                    each.session_ended(session_id, Code.TOKEN_EXPIRED, EndReason.EXPIRED)
-                    for each in [*server.server.state.connections]
-                ]
-            )
-            with pytest.raises(Aborted):
-                await call
-            await waiting.cancelled.wait()
-        assert isinstance(methods.errors[0], ConnectionClosed)
-
-    run(main())
+    async with client, connect_to(server, "bob") as bob:
+        call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
+        await waiting.began.wait()
+        assert client.session is not None
+        session_id = client.session.id
+        server.in_loop(
+            lambda: [
+                each.session_ended(session_id, Code.TOKEN_EXPIRED, EndReason.EXPIRED)
+                for each in [*server.server.state.connections]
+            ]
+        )
+        with pytest.raises(Aborted):
+            await call
+        await waiting.cancelled.wait()
+    assert isinstance(methods.errors[0], ConnectionClosed)
 
 
-def test_cancelled_method_withdraws_its_call(server: ServerThread, connect_to: ConnectTo) -> None:
-    async def main() -> None:
-        client = connect_to(server)
-        waiting = Waiting()
-        client.handler("wait")(waiting.run)
+async def test_cancelled_method_withdraws_its_call(server: ServerThread, connect_to: ConnectTo) -> None:
+    client = connect_to(server)
+    waiting = Waiting()
+    client.handler("wait")(waiting.run)
 
-        async with client:
-            call = asyncio.ensure_future(client.call("ask", method="wait", params={}))
-            await waiting.began.wait()
-            call.cancel()
-            await waiting.cancelled.wait()
-            assert await client.call("echo", x=1) == 1
-        assert server.server.state.clients.ended["withdrawn"] == 1
-        assert server.server.state.clients.in_flight == 0
-
-    run(main())
+    async with client:
+        call = asyncio.ensure_future(client.call("ask", method="wait", params={}))
+        await waiting.began.wait()
+        call.cancel()
+        await waiting.cancelled.wait()
+        assert await client.call("echo", x=1) == 1
+    assert server.server.state.clients.ended["withdrawn"] == 1
+    assert server.server.state.clients.in_flight == 0
 
 
-def test_result_of_the_largest_size_arrives_and_a_larger_one_fails(
+async def test_result_of_the_largest_size_arrives_and_a_larger_one_fails(
     server: ServerThread, connect_to: ConnectTo
 ) -> None:
-    async def main() -> None:
-        client = connect_to(server)
-        client.handler("big")(lambda n: b"x" * n)
+    client = connect_to(server)
+    client.handler("big")(lambda n: b"x" * n)
 
-        async with client, connect_to(server, "bob") as bob:
-            largest = 1_048_576 - 64 - 5
-            assert await bob.call("ask.user.size", size=largest) == largest
-            with pytest.raises(Aborted):
-                await bob.call("ask.user.size", size=largest + 1)
-
-    run(main())
+    async with client, connect_to(server, "bob") as bob:
+        largest = 1_048_576 - 64 - 5
+        assert await bob.call("ask.user.size", size=largest) == largest
+        with pytest.raises(Aborted):
+            await bob.call("ask.user.size", size=largest + 1)
 
 
-def test_server_without_calls_is_unimplemented(serve: Serve, methods: Methods, connect_to: ConnectTo) -> None:
+async def test_server_without_calls_is_unimplemented(
+    serve: Serve, methods: Methods, connect_to: ConnectTo
+) -> None:
     server = serve(methods.app, calls__max=0)
 
-    async def main() -> None:
-        client = connect_to(server)
-        client.handler("name")(lambda: 1)
-        async with client:
-            assert "calls" not in client.welcome
-            with pytest.raises(Aborted):
-                await client.call("ask", method="name", params={})
-            with pytest.raises(Unimplemented):
-                await client.call("session.handle", methods=[], max=1)
-
-    run(main())
+    client = connect_to(server)
+    client.handler("name")(lambda: 1)
+    async with client:
+        assert "calls" not in client.welcome
+        with pytest.raises(Aborted):
+            await client.call("ask", method="name", params={})
+        with pytest.raises(Unimplemented):
+            await client.call("session.handle", methods=[], max=1)
 
 
 def test_blocking_client_handles_calls_in_threads(server: ServerThread, blocking: Blocking) -> None:

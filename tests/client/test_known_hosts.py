@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import WALL
-from zcproto.client.known_hosts import MAX_AGE, MAX_FILE_SIZE, MAX_HOSTS, KnownHosts
+from zcproto.client.dial import MAX_AGE, MAX_FILE_SIZE, MAX_HOSTS, KnownHosts
 from zcproto.errors import ConfigError, TlsError
 
 DAY_MS = 86_400_000

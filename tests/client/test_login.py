@@ -69,15 +69,13 @@ def sent(server: ScriptedServer) -> list[int]:
 
 
 @scripted
-async def test_fields_are_sent_as_given() -> None:
-    server = ScriptedServer()
+async def test_fields_are_sent_as_given(server: ScriptedServer) -> None:
     async with client_with(server, PASSWORD, client="shop/2.1"):
         assert server.calls("session.open")[0].params == {**PASSWORD, "client": "shop/2.1"}
 
 
 @scripted
-async def test_plain_function_returns_the_fields() -> None:
-    server = ScriptedServer()
+async def test_plain_function_returns_the_fields(server: ScriptedServer) -> None:
     async with client_with(server, lambda: PASSWORD):
         assert server.calls("session.open")[0].params["password"] == "correct horse"
 
@@ -324,8 +322,7 @@ def test_login_is_in_no_repr() -> None:
 
 
 @scripted
-async def test_each_user_of_a_connection_has_a_login() -> None:
-    server = ScriptedServer()
+async def test_each_user_of_a_connection_has_a_login(server: ScriptedServer) -> None:
     async with (
         client_of(server, user=None) as gateway,
         gateway.session_for(login=PASSWORD) as ada,

@@ -15,17 +15,13 @@ from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App, Items
 from zcproto.app.context import Context
-from zcproto.client.middleware import OutgoingCall
+from zcproto.client.streams import OutgoingCall
 from zcproto.common.middleware import CallNext
 from zcproto.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, PermissionDenied
 
 Next = CallNext[OutgoingCall]
 Function = Callable[[OutgoingCall, Next], Coroutine[Any, Any, Any]]
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 class Recorder:
@@ -88,34 +84,31 @@ def server(serve: Serve) -> ServerThread:
     return serve(app)
 
 
-def test_calls_are_within_the_middleware_in_order(
+async def test_calls_are_within_the_middleware_in_order(
     server: ServerThread, connect_to: ConnectTo, recorder: Recorder
 ) -> None:
-    async def main() -> None:
-        async with connect_to(server, middleware=[recorder.named("a"), recorder.named("b")]) as client:
-            assert await client.call("add", a=1, b=2) == 3
-            assert recorder.seen == [
-                ("enter", "a", "add"),
-                ("enter", "b", "add"),
-                ("leave", "b", 3),
-                ("leave", "a", 3),
-            ]
-            recorder.seen.clear()
-            with pytest.raises(NotFound):
-                await client.call("fail")
-            with pytest.raises(DeadlineExceeded):
-                await client.call("wait", timeout=0.05)
-            assert [event for event in recorder.seen if event[0] == "raise"] == [
-                ("raise", "b", "NotFound"),
-                ("raise", "a", "NotFound"),
-                ("raise", "b", "DeadlineExceeded"),
-                ("raise", "a", "DeadlineExceeded"),
-            ]
-
-    run(main())
+    async with connect_to(server, middleware=[recorder.named("a"), recorder.named("b")]) as client:
+        assert await client.call("add", a=1, b=2) == 3
+        assert recorder.seen == [
+            ("enter", "a", "add"),
+            ("enter", "b", "add"),
+            ("leave", "b", 3),
+            ("leave", "a", 3),
+        ]
+        recorder.seen.clear()
+        with pytest.raises(NotFound):
+            await client.call("fail")
+        with pytest.raises(DeadlineExceeded):
+            await client.call("wait", timeout=0.05)
+        assert [event for event in recorder.seen if event[0] == "raise"] == [
+            ("raise", "b", "NotFound"),
+            ("raise", "a", "NotFound"),
+            ("raise", "b", "DeadlineExceeded"),
+            ("raise", "a", "DeadlineExceeded"),
+        ]
 
 
-def test_middleware_changes_what_is_sent(server: ServerThread, connect_to: ConnectTo) -> None:
+async def test_middleware_changes_what_is_sent(server: ServerThread, connect_to: ConnectTo) -> None:
     seen: list[OutgoingCall] = []
 
     async def change(call: OutgoingCall, call_next: Next) -> Any:
@@ -125,15 +118,12 @@ def test_middleware_changes_what_is_sent(server: ServerThread, connect_to: Conne
             call.params = {**call.params, "b": 40}
         return await call_next(call)
 
-    async def main() -> None:
-        async with connect_to(server, middleware=[change], timeout=TIMEOUT) as client:
-            assert await client.call("add", {"a": 2}, idempotency_key="k") == 42
-            assert await client.call("trace", timeout=None) == TRACE
-            async with client.stream("count", n=2, timeout=2 * TIMEOUT) as stream:
-                assert [item async for item in stream] == [0, 1]
-                assert stream.result == TRACE
-
-    run(main())
+    async with connect_to(server, middleware=[change], timeout=TIMEOUT) as client:
+        assert await client.call("add", {"a": 2}, idempotency_key="k") == 42
+        assert await client.call("trace", timeout=None) == TRACE
+        async with client.stream("count", n=2, timeout=2 * TIMEOUT) as stream:
+            assert [item async for item in stream] == [0, 1]
+            assert stream.result == TRACE
     assert seen == [
         OutgoingCall(method="add", params={"a": 2}, timeout=TIMEOUT, idempotency_key="k"),
         OutgoingCall(method="trace", params={}, timeout=None),
@@ -141,73 +131,64 @@ def test_middleware_changes_what_is_sent(server: ServerThread, connect_to: Conne
     ]
 
 
-def test_middleware_may_answer_and_refuse(server: ServerThread, connect_to: ConnectTo) -> None:
+async def test_middleware_may_answer_and_refuse(server: ServerThread, connect_to: ConnectTo) -> None:
     async def guard(call: OutgoingCall, call_next: Next) -> Any:
         if call.method == "add":
             return "cached"
         raise PermissionDenied("not here")
 
-    async def main() -> None:
-        async with connect_to(server, middleware=[guard]) as client:
-            assert await client.call("add", a=1, b=2) == "cached"
-            with pytest.raises(PermissionDenied):
-                await client.call("fail")
-            with pytest.raises(PermissionDenied):
-                async with client.stream("count", n=1):
-                    pass
-        assert server.server.state.methods["count"].calls == 0
-
-    run(main())
+    async with connect_to(server, middleware=[guard]) as client:
+        assert await client.call("add", a=1, b=2) == "cached"
+        with pytest.raises(PermissionDenied):
+            await client.call("fail")
+        with pytest.raises(PermissionDenied):
+            async with client.stream("count", n=1):
+                pass
+    assert server.server.state.methods["count"].calls == 0
 
 
-def test_middleware_of_a_stream_ends_with_it(
+async def test_middleware_of_a_stream_ends_with_it(
     server: ServerThread, connect_to: ConnectTo, recorder: Recorder
 ) -> None:
-    async def main() -> None:
-        async with connect_to(server, middleware=[recorder.named("a")]) as client:
+    async with connect_to(server, middleware=[recorder.named("a")]) as client:
+        async with client.stream("total") as stream:
+            await stream.send(4)
+            assert recorder.seen == [("enter", "a", "total")]
+            assert await stream.finished() == 4
+        assert recorder.seen.pop() == ("leave", "a", 4)
+        async with client.stream("count", n=100, window=(1, 1)) as stream:
+            assert await stream.receive() == 0
+        assert recorder.seen.pop() == ("leave", "a", None)
+        with pytest.raises(NotFound):
+            async for _ in client.stream("count", n=1, fails=True):
+                pass
+        assert recorder.seen.pop() == ("raise", "a", "NotFound")
+        assert [item async for item in client.stream("count", n=1)] == [0]
+        assert recorder.seen.pop() == ("leave", "a", None)
+        with pytest.raises(InvalidArgument):
+            async with client.stream("count", n="x") as stream:
+                await stream.receive()
+
+
+async def test_cancelled_user_of_a_stream_cancels_its_middleware(
+    server: ServerThread, connect_to: ConnectTo, recorder: Recorder
+) -> None:
+    async with connect_to(server, middleware=[recorder.named("a")]) as client:
+
+        async def use() -> None:
             async with client.stream("total") as stream:
-                await stream.send(4)
-                assert recorder.seen == [("enter", "a", "total")]
-                assert await stream.finished() == 4
-            assert recorder.seen.pop() == ("leave", "a", 4)
-            async with client.stream("count", n=100, window=(1, 1)) as stream:
-                assert await stream.receive() == 0
-            assert recorder.seen.pop() == ("leave", "a", None)
-            with pytest.raises(NotFound):
-                async for _ in client.stream("count", n=1, fails=True):
-                    pass
-            assert recorder.seen.pop() == ("raise", "a", "NotFound")
-            assert [item async for item in client.stream("count", n=1)] == [0]
-            assert recorder.seen.pop() == ("leave", "a", None)
-            with pytest.raises(InvalidArgument):
-                async with client.stream("count", n="x") as stream:
-                    await stream.receive()
+                await stream.receive()
 
-    run(main())
+        task = asyncio.create_task(use())
+        while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert recorder.seen[-1] == ("raise", "a", "CancelledError")
 
 
-def test_cancelled_user_of_a_stream_cancels_its_middleware(
-    server: ServerThread, connect_to: ConnectTo, recorder: Recorder
-) -> None:
-    async def main() -> None:
-        async with connect_to(server, middleware=[recorder.named("a")]) as client:
-
-            async def use() -> None:
-                async with client.stream("total") as stream:
-                    await stream.receive()
-
-            task = asyncio.create_task(use())
-            while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert recorder.seen[-1] == ("raise", "a", "CancelledError")
-
-    run(main())
-
-
-def test_cancelled_opening_of_a_stream_cancels_its_middleware(
+async def test_cancelled_opening_of_a_stream_cancels_its_middleware(
     server: ServerThread, connect_to: ConnectTo
 ) -> None:
     seen: list[str] = []
@@ -218,20 +199,17 @@ def test_cancelled_opening_of_a_stream_cancels_its_middleware(
         finally:
             seen.append("left")
 
-    async def main() -> None:
-        async with connect_to(server, middleware=[slow]) as client:
-            task = asyncio.create_task(client.stream("total").__aenter__())
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert seen == ["left"]
-
-    run(main())
+    async with connect_to(server, middleware=[slow]) as client:
+        task = asyncio.create_task(client.stream("total").__aenter__())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert seen == ["left"]
 
 
-def test_error_of_the_middleware_is_raised_on_leaving_the_stream(
+async def test_error_of_the_middleware_is_raised_on_leaving_the_stream(
     server: ServerThread, connect_to: ConnectTo
 ) -> None:
     async def broken(call: OutgoingCall, call_next: Next) -> Any:
@@ -244,31 +222,25 @@ def test_error_of_the_middleware_is_raised_on_leaving_the_stream(
         task.cancel()
         return None
 
-    async def main() -> None:
-        async with connect_to(server, middleware=[broken]) as client:
-            with pytest.raises(ValueError, match="the middleware failed"):
-                async with client.stream("count", n=1) as stream:
-                    assert [item async for item in stream] == [0]
-        async with connect_to(server, middleware=[careless]) as client:
-            with pytest.raises(RuntimeError, match="returned before the stream ended"):
-                async with client.stream("count", n=1):
-                    pass
-
-    run(main())
+    async with connect_to(server, middleware=[broken]) as client:
+        with pytest.raises(ValueError, match="the middleware failed"):
+            async with client.stream("count", n=1) as stream:
+                assert [item async for item in stream] == [0]
+    async with connect_to(server, middleware=[careless]) as client:
+        with pytest.raises(RuntimeError, match="returned before the stream ended"):
+            async with client.stream("count", n=1):
+                pass
 
 
-def test_sessions_of_other_users_have_the_middleware_of_the_client(
+async def test_sessions_of_other_users_have_the_middleware_of_the_client(
     server: ServerThread, connect_to: ConnectTo, recorder: Recorder
 ) -> None:
-    async def main() -> None:
-        async with (
-            connect_to(server, middleware=[recorder.named("a")]) as client,
-            client.session_for(user="bob", key=KEY) as bob,
-        ):
-            assert await bob.call("add", a=1, b=2) == 3
-        assert recorder.seen == [("enter", "a", "add"), ("leave", "a", 3)]
-
-    run(main())
+    async with (
+        connect_to(server, middleware=[recorder.named("a")]) as client,
+        client.session_for(user="bob", key=KEY) as bob,
+    ):
+        assert await bob.call("add", a=1, b=2) == 3
+    assert recorder.seen == [("enter", "a", "add"), ("leave", "a", 3)]
 
 
 def test_blocking_client_has_middleware_for_calls_and_streams(
@@ -290,17 +262,14 @@ def test_other_functions_are_refused(connect_to: ConnectTo, server: ServerThread
         connect_to(server, middleware=[lambda call, call_next: call_next(call)])
 
 
-def test_cancelled_error_of_the_server_passes_the_middleware(
+async def test_cancelled_error_of_the_server_passes_the_middleware(
     server: ServerThread, connect_to: ConnectTo, recorder: Recorder
 ) -> None:
-    async def main() -> None:
-        async with connect_to(server, middleware=[recorder.named("a")]) as client:
-            call = asyncio.create_task(client.call("wait"))
-            while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
-                await asyncio.sleep(0.001)
-            await asyncio.to_thread(server.drain)
-            with pytest.raises(Cancelled):
-                await call
-        assert recorder.seen[-1] == ("raise", "a", "Cancelled")
-
-    run(main())
+    async with connect_to(server, middleware=[recorder.named("a")]) as client:
+        call = asyncio.create_task(client.call("wait"))
+        while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(server.drain)
+        with pytest.raises(Cancelled):
+            await call
+    assert recorder.seen[-1] == ("raise", "a", "Cancelled")

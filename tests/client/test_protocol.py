@@ -19,7 +19,7 @@ from tests.client.helpers import (
     silence,
     turns,
 )
-from zcproto.client.address import Endpoint
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import ClientProtocol, PendingStream
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
@@ -133,7 +133,7 @@ async def test_first_cause_of_end_is_reported_once() -> None:
         await call
     assert caught.value.code is Code.REPLAYED
     assert [type(each) for each in ends.owner.notifications] == [ConnectionClosed]
-    await ends.protocol.gone
+    await ends.protocol.closed
 
 
 @scripted
@@ -212,7 +212,7 @@ async def test_connection_that_is_gone_has_no_certificate() -> None:
     ends.link.get_extra_info = {"ssl_object": FakeTls()}.get  # type: ignore[method-assign, assignment]
     assert ends.protocol.leaf == sha256(b"certificate").digest()
     ends.link.cut()
-    await ends.protocol.gone
+    await ends.protocol.closed
     assert ends.protocol.leaf == b""
 
 
@@ -328,7 +328,7 @@ async def test_close_sends_queued_data_first() -> None:
     ends.protocol.close("enough")
     with pytest.raises(ConnectionClosed, match="enough"):
         await call
-    await ends.protocol.gone
+    await ends.protocol.closed
     assert ends.server.writes == 1
     assert ends.protocol.conversation.state is State.CLOSED
     ends.protocol.close("again")

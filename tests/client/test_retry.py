@@ -11,9 +11,12 @@ from tests.wire.vectors import document
 from zcproto.client.retry import (
     FIRST_DELAY,
     MAX_DELAY,
+    MAX_LOST,
     Attempt,
     Backoff,
+    Renewal,
     Shown,
+    Step,
     Then,
     deadline_ms,
     is_transient,
@@ -104,6 +107,51 @@ def test_backoff_reset_starts_at_100_ms() -> None:
 def test_retry_after_is_added_in_full_to_the_jitter() -> None:
     assert Backoff(lambda: 0.0).next(1_500) == 1.5
     assert Backoff(lambda: 0.5).next(1_500) == pytest.approx(1.55)
+
+
+# --- another token -----------------------------------------------------------------------------------
+
+UNKNOWN = {"reason": "unknown_token"}
+OTHER_CERTIFICATE = {"certificate": True}
+RENEWALS: list[tuple[Code, dict[str, Any], dict[str, bool], Then]] = [
+    (Code.UNAVAILABLE, {}, {"must": True}, Then.LATER),
+    (Code.UNAVAILABLE, {}, {}, Then.KEEP),
+    (Code.STALE_TIMESTAMP, {}, {}, Then.AT_ONCE),
+    (Code.UNAUTHENTICATED, {"attach": True}, {}, Then.ATTACH),
+    (Code.UNAUTHENTICATED, {}, {"must": True}, Then.REPLACE),
+    (Code.UNAUTHENTICATED, UNKNOWN, {"must": True}, Then.REPLACE),
+    (Code.UNAUTHENTICATED, UNKNOWN, {}, Then.KEEP),
+    (Code.UNAUTHENTICATED, UNKNOWN, {"is_restored": True}, Then.REOPEN),
+    (Code.UNAUTHENTICATED, {}, {"must": True, "is_refresh": False}, Then.RAISE),
+    (Code.UNAUTHENTICATED, OTHER_CERTIFICATE, {"can_reopen": True}, Then.REOPEN),
+    (Code.UNAUTHENTICATED, OTHER_CERTIFICATE, {"must": True}, Then.RAISE),
+    (Code.TOKEN_EXPIRED, {}, {}, Then.REOPEN),
+    (Code.INTERNAL, {}, {}, Then.REOPEN),
+    (Code.INTERNAL, {}, {"must": True, "is_refresh": False}, Then.RAISE),
+    (Code.NOT_FOUND, {}, {}, Then.KEEP),
+    (Code.NOT_FOUND, {}, {"must": True}, Then.RAISE),
+    (Code.TOKEN_REVOKED, {}, {}, Then.RAISE),
+    (Code.TOKEN_REVOKED, {}, {"is_restored": True}, Then.REOPEN),
+]
+
+
+@pytest.mark.parametrize(("code", "details", "given", "then"), RENEWALS)
+def test_renewal_after_error(code: Code, details: dict[str, Any], given: dict[str, bool], then: Then) -> None:
+    given = {"must": False, "is_refresh": True, "can_reopen": False, **given}
+    renewal = Renewal(lambda: 0.5, must=given.pop("must"))
+    assert renewal.after_error(CallError.from_wire(code, "x", details), **given).then is then
+    if then in (Then.AT_ONCE, Then.ATTACH):  # once
+        assert renewal.after_error(CallError.from_wire(code, "x", details), **given).then is Then.KEEP
+
+
+def test_renewal_is_required_once_the_refresh_token_may_be_spent() -> None:
+    renewal = Renewal(lambda: 0.5, must=False)
+    assert renewal.after_loss(may_be_spent=True) == Step(Then.AT_ONCE)
+    busy = CallError.from_wire(Code.UNAVAILABLE, "x", {"retry_after_ms": 1_000})
+    assert renewal.after_error(busy, is_refresh=True, can_reopen=False) == Step(
+        Then.LATER, 1 + FIRST_DELAY / 2
+    )
+    assert [renewal.after_loss(may_be_spent=False).then for _ in range(MAX_LOST)][-1] is Then.RAISE
 
 
 # --- the vectors of the specification -----------------------------------------------------------------

@@ -23,14 +23,14 @@ from tests.client.helpers import (
     scripted,
     silence,
     token,
+    token_of,
     turns,
 )
 from tests.helpers import WALL
 from tests.server.helpers import KEY, ServerThread
-from zcproto.client import kept_session, session_file
+from zcproto.client import credentials, session
 from zcproto.client.client import Client, connect
-from zcproto.client.credentials import SchemeLogin
-from zcproto.client.session_file import SessionFile, identity_of
+from zcproto.client.credentials import SchemeLogin, SessionFile, identity_of
 from zcproto.errors import Code, ConfigError, ResourceExhausted
 
 Edit = Callable[[dict[str, Any]], object]
@@ -102,7 +102,7 @@ async def test_session_continues_after_a_crash(
 ) -> None:
     client = await connect_to(shared, session_file=path)
     assert client.session is not None
-    client._sessions.file.close()  # type: ignore[attr-defined]  # as the system does
+    client._sessions.file.close()  # as the system does
     assert await session_id(connect_to(shared, session_file=str(path))) == client.session.id
     await client.close()
 
@@ -257,7 +257,7 @@ async def test_disk_that_fails_leaves_no_session_and_does_not_disturb_the_client
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session_file, "replace_file", full)
+    monkeypatch.setattr(credentials, "replace_file", full)
     assert await session_id(connect_to(shared, session_file=path)) == first
     assert not content_of(path)
 
@@ -320,7 +320,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
-    monkeypatch.setattr(kept_session.asyncio, "to_thread", at_once)
+    monkeypatch.setattr(session.asyncio, "to_thread", at_once)
 
 
 def kept(path: Path, **session: Any) -> None:
@@ -379,7 +379,7 @@ async def test_refused_session_of_the_file_is_refreshed_or_replaced(
     server.script("session.info", answer)
     async with client_of(server, session_file=path) as client:
         assert server.methods == methods
-        assert client._sessions.token == token(1)
+        assert token_of(client) == token(1)
 
 
 @pytest.mark.usefixtures("no_threads")

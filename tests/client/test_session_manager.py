@@ -22,8 +22,8 @@ from tests.client.helpers import (
 )
 from tests.helpers import WALL
 from zcproto.client.client import connect
-from zcproto.client.events import Event
-from zcproto.client.session import MAX_LOST
+from zcproto.client.handlers import Event
+from zcproto.client.retry import MAX_LOST
 from zcproto.errors import (
     CallError,
     Code,
@@ -44,8 +44,7 @@ from zcproto.wire.frame import NO_TOKEN
 
 
 @scripted
-async def test_connect_opens_a_session_with_user_key_and_client() -> None:
-    server = ScriptedServer()
+async def test_connect_opens_a_session_with_user_key_and_client(server: ScriptedServer) -> None:
     async with client_of(server, client="shop/2.1") as client:
         opened = server.calls("session.open")[0]
         assert opened.params == {"scheme": "api_key", "user": "ada", "key": "secret", "client": "shop/2.1"}
@@ -58,8 +57,7 @@ async def test_connect_opens_a_session_with_user_key_and_client() -> None:
 
 
 @scripted
-async def test_calls_without_credentials_carry_no_token() -> None:
-    server = ScriptedServer()
+async def test_calls_without_credentials_carry_no_token(server: ScriptedServer) -> None:
     async with client_of(server, user=None) as client:
         await client.call("server.info")
         assert client.session is None
@@ -70,8 +68,7 @@ async def test_calls_without_credentials_carry_no_token() -> None:
 
 
 @scripted
-async def test_session_false_opens_no_session_until_requested() -> None:
-    server = ScriptedServer()
+async def test_session_false_opens_no_session_until_requested(server: ScriptedServer) -> None:
     async with client_of(server, session=False) as client:
         await client.call("server.info")
         assert client.session is None
@@ -83,8 +80,7 @@ async def test_session_false_opens_no_session_until_requested() -> None:
 
 
 @scripted
-async def test_session_open_is_retried_while_the_server_is_busy() -> None:
-    server = ScriptedServer()
+async def test_session_open_is_retried_while_the_server_is_busy(server: ScriptedServer) -> None:
     server.script("session.open", *[fail(Code.UNAVAILABLE, retry_after_ms=100)] * 3)
     start = now()
     async with client_of(server, random=numbers(0.0)):
@@ -105,8 +101,7 @@ async def test_session_open_with_stale_timestamp_is_retried_once() -> None:
 
 
 @scripted
-async def test_lost_session_open_is_retried_a_limited_number_of_times() -> None:
-    server = ScriptedServer()
+async def test_lost_session_open_is_retried_a_limited_number_of_times(server: ScriptedServer) -> None:
     server.script("session.open", *[cut] * 100)
     with pytest.raises(ConnectionClosed):
         await client_of(server)
@@ -114,8 +109,7 @@ async def test_lost_session_open_is_retried_a_limited_number_of_times() -> None:
 
 
 @scripted
-async def test_slow_lost_session_open_is_retried() -> None:
-    server = ScriptedServer()
+async def test_slow_lost_session_open_is_retried(server: ScriptedServer) -> None:
     server.script("session.open", lambda request: asyncio.get_running_loop().call_later(6, request.link.cut))
     async with client_of(server) as client:
         assert client.session is not None
@@ -123,8 +117,7 @@ async def test_slow_lost_session_open_is_retried() -> None:
 
 
 @scripted
-async def test_concurrent_calls_share_one_session_open() -> None:
-    server = ScriptedServer()
+async def test_concurrent_calls_share_one_session_open(server: ScriptedServer) -> None:
     server.script("session.open", silence)
     async with client_of(server, session=False) as client:
         opening = asyncio.create_task(client.open_session())
@@ -138,8 +131,7 @@ async def test_concurrent_calls_share_one_session_open() -> None:
 
 
 @scripted
-async def test_cancelled_call_does_not_cancel_the_shared_session_open() -> None:
-    server = ScriptedServer()
+async def test_cancelled_call_does_not_cancel_the_shared_session_open(server: ScriptedServer) -> None:
     async with client_of(server, session=False) as client:
         server.script("session.open", silence)
         first = asyncio.create_task(client.open_session())
@@ -169,8 +161,7 @@ async def test_cancelled_call_does_not_cancel_the_shared_session_open() -> None:
     ],
 )
 @scripted
-async def test_invalid_session_open_answer_raises(wrong: dict[str, Any]) -> None:
-    server = ScriptedServer()
+async def test_invalid_session_open_answer_raises(server: ScriptedServer, wrong: dict[str, Any]) -> None:
     server.session = wrong
     with pytest.raises(ProtocolError):
         await client_of(server)
@@ -187,8 +178,7 @@ def test_user_or_key_alone_is_refused() -> None:
 
 
 @scripted
-async def test_session_revoked_twice_ends_once() -> None:
-    server = ScriptedServer()
+async def test_session_revoked_twice_ends_once(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         calls = [await server.hold_call(client) for _ in range(2)]
         server.calls()[0].fail(Code.SESSION_REPLACED)
@@ -217,8 +207,7 @@ async def test_session_revoked_event_raises_revoked_or_replaced(code: Code, erro
 
 
 @scripted
-async def test_session_revoked_event_of_another_session_is_ignored() -> None:
-    server = ScriptedServer()
+async def test_session_revoked_event_of_another_session_is_ignored(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.link.event("session.revoked", {"reason": "because"}, token(9))
         await turns()
@@ -227,8 +216,7 @@ async def test_session_revoked_event_of_another_session_is_ignored() -> None:
 
 
 @scripted
-async def test_session_revoked_before_close_is_checked_on_reconnect() -> None:
-    server = ScriptedServer()
+async def test_session_revoked_before_close_is_checked_on_reconnect(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.script("session.info", fail(Code.TOKEN_REVOKED))
         server.link.event("session.revoked", {"reason": "because"}, token(1))
@@ -238,8 +226,7 @@ async def test_session_revoked_before_close_is_checked_on_reconnect() -> None:
 
 
 @scripted
-async def test_presented_token_that_expired_is_renewed_with_the_next_call() -> None:
-    server = ScriptedServer()
+async def test_presented_token_that_expired_is_renewed_with_the_next_call(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.script("session.info", fail(Code.TOKEN_EXPIRED))
         await server.lose()
@@ -261,8 +248,7 @@ async def test_other_errors_to_a_presented_token_are_left_to_calls(code: Code) -
 
 
 @scripted
-async def test_token_is_presented_again_after_a_lost_answer() -> None:
-    server = ScriptedServer()
+async def test_token_is_presented_again_after_a_lost_answer(server: ScriptedServer) -> None:
     async with client_of(server):
         server.script("session.info", cut)
         await server.lose()
@@ -300,8 +286,7 @@ async def test_error_of_a_method_before_the_token_is_accepted_is_raised(code: Co
 
 
 @scripted
-async def test_large_request_after_reconnect_waits_for_the_token() -> None:
-    server = ScriptedServer()
+async def test_large_request_after_reconnect_waits_for_the_token(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         await client.call("echo", x=bytes(100_000))
         await server.lose()
@@ -311,8 +296,7 @@ async def test_large_request_after_reconnect_waits_for_the_token() -> None:
 
 
 @scripted
-async def test_large_request_without_session_is_refused_locally() -> None:
-    server = ScriptedServer()
+async def test_large_request_without_session_is_refused_locally(server: ScriptedServer) -> None:
     async with client_of(server, user=None) as client:
         with pytest.raises(InvalidArgument, match="at most 16384"):
             await client.call("server.info", x=bytes(20_000))
@@ -321,21 +305,23 @@ async def test_large_request_without_session_is_refused_locally() -> None:
 
 
 @scripted
-async def test_oversized_request_is_refused_after_presenting_the_token() -> None:
-    server = ScriptedServer()
+async def test_oversized_request_is_refused_after_presenting_the_token(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         await server.lose()
         await asyncio.sleep(1)
         with pytest.raises(InvalidArgument, match="accepts at most 1048576"):
             await client.call("echo", x=bytes(2_000_000), timeout=None)
+        presented = server.methods
+        with pytest.raises(InvalidArgument, match="accepts at most 1048576"):
+            await client.call("echo", x=bytes(2_000_000))
+        assert server.methods == presented  # the connection has its session: nothing is sent
 
 
 # --- the end -----------------------------------------------------------------------------------------
 
 
 @scripted
-async def test_failed_open_leaves_no_resources() -> None:
-    server = ScriptedServer()
+async def test_failed_open_leaves_no_resources(server: ScriptedServer) -> None:
     server.script("session.open", fail(Code.INTERNAL))
     client = client_of(server)
     with pytest.raises(InternalError):
@@ -346,8 +332,7 @@ async def test_failed_open_leaves_no_resources() -> None:
 
 
 @scripted
-async def test_open_on_busy_server_ends_at_the_call_timeout() -> None:
-    server = ScriptedServer()
+async def test_open_on_busy_server_ends_at_the_call_timeout(server: ScriptedServer) -> None:
     server.script("session.open", *[fail(Code.UNAVAILABLE, retry_after_ms=1_000)] * 100)
     start = now()
     with pytest.raises(CallError):
@@ -356,8 +341,7 @@ async def test_open_on_busy_server_ends_at_the_call_timeout() -> None:
 
 
 @scripted
-async def test_failed_session_close_is_ignored() -> None:
-    server = ScriptedServer()
+async def test_failed_session_close_is_ignored(server: ScriptedServer) -> None:
     server.script("session.close", fail(Code.UNAVAILABLE))
     async with client_of(server):
         pass
@@ -370,8 +354,7 @@ def test_session_errors_are_call_errors() -> None:
 
 
 @scripted
-async def test_unauthenticated_session_is_reopened_on_request() -> None:
-    server = ScriptedServer()
+async def test_unauthenticated_session_is_reopened_on_request(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.UNAUTHENTICATED))
     async with client_of(server) as client:
         with pytest.raises(Unauthenticated):

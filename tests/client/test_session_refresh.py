@@ -139,8 +139,7 @@ async def test_session_expiring_event_triggers_refresh() -> None:
 
 
 @scripted
-async def test_session_expiring_without_refresh_token_is_ignored() -> None:
-    server = ScriptedServer()
+async def test_session_expiring_without_refresh_token_is_ignored(server: ScriptedServer) -> None:
     async with client_of(server):
         server.link.event("session.expiring", {"expires_at": WALL}, token(1))
         await turns()
@@ -166,8 +165,7 @@ async def test_sessions_that_have_expired_already_are_renewed_with_backoff(
 
 
 @scripted
-async def test_short_sessions_are_refreshed_at_most_once_a_second() -> None:
-    server = ScriptedServer()
+async def test_short_sessions_are_refreshed_at_most_once_a_second(server: ScriptedServer) -> None:
     server.session = refreshable(expires_at=lambda _: server.wall() + 1_100)
     async with client_of(server):
         await asyncio.sleep(100)
@@ -190,8 +188,7 @@ async def test_flood_of_session_expiring_is_answered_once_a_second() -> None:
 
 
 @scripted
-async def test_flood_of_session_revoked_is_checked_once() -> None:
-    server = ScriptedServer()
+async def test_flood_of_session_revoked_is_checked_once(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         for _ in range(500):
             server.link.event("session.revoked", {"reason": "none"}, token(1))
@@ -204,8 +201,7 @@ async def test_flood_of_session_revoked_is_checked_once() -> None:
 
 
 @scripted
-async def test_expired_session_is_renewed_before_the_next_call() -> None:
-    server = ScriptedServer()
+async def test_expired_session_is_renewed_before_the_next_call(server: ScriptedServer) -> None:
     server.session = {"expires_at": lambda number: WALL + round((now() - 1_000) * 1000) + 60_000}
     async with client_of(server) as client:
         await asyncio.sleep(61)
@@ -214,8 +210,7 @@ async def test_expired_session_is_renewed_before_the_next_call() -> None:
 
 
 @scripted
-async def test_idle_session_is_refreshed_before_the_next_call() -> None:
-    server = ScriptedServer()
+async def test_idle_session_is_refreshed_before_the_next_call(server: ScriptedServer) -> None:
     server.session = refreshable(idle_timeout_ms=60_000)
     async with client_of(server) as client:
         for _ in range(5):
@@ -406,8 +401,7 @@ async def test_required_refresh_is_retried_while_the_server_is_busy() -> None:
 
 
 @scripted
-async def test_refresh_continues_after_goaway() -> None:
-    server = ScriptedServer()
+async def test_refresh_continues_after_goaway(server: ScriptedServer) -> None:
     server.session = refreshable()
 
     def leave(request: ReceivedRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from tests.client.helpers import expire_token
 from tests.limits import TIMEOUT
 from zcproto.app.app import App
 from zcproto.app.context import Context
@@ -54,5 +55,5 @@ async def test_methods_on_all_connections_call_back_before_and_after_a_refresh()
                 assert len(local.in_loop(lambda: local.server.clients(user="ada", handles="approve"))) == 1
                 (session,) = await client.call("session.list")
                 assert len(session["connections"]) == len(client._connections.open)
-                client._sessions.expired(client._sessions.token)  # as the server would report it
+                expire_token(client)
                 await client.open_session()

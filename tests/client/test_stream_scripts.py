@@ -69,6 +69,24 @@ async def test_lost_connection_ends_a_stream_after_its_items(how: Any, is_clean:
 
 
 @scripted
+async def test_stream_is_cancelled_if_its_middleware_returns_at_once() -> None:
+    server = streaming()
+
+    async def hasty(call: Any, call_next: Any) -> None:
+        task = asyncio.ensure_future(call_next(call))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    async with client_of(server, middleware=[hasty]) as client:
+        server.script("count", items(1))
+        with pytest.raises(RuntimeError, match="returned before the stream ended"):
+            async with client.stream("count"):
+                pytest.fail("not entered")
+        await turns()
+        assert server.link.cancelled == [server.calls("count")[0].stream]
+
+
+@scripted
 async def test_stream_that_was_certainly_not_run_is_opened_again() -> None:
     server = streaming()
     server.script("count", goodbye, items(1, then=ok("done")))

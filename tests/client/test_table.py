@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from tests.client.helpers import (
+    Action,
+    ReceivedRequest,
     ScriptedServer,
     client_of,
     cut,
@@ -33,7 +35,6 @@ from zcproto.errors import (
     TokenExpired,
     TokenRevoked,
     Unauthenticated,
-    Unavailable,
     UnknownError,
 )
 
@@ -55,8 +56,7 @@ async def test_refused_call_is_retried_after_retry_after_and_jitter(code: Code) 
 
 
 @scripted
-async def test_retry_delay_without_retry_after_doubles_to_30_s() -> None:
-    server = ScriptedServer()
+async def test_retry_delay_without_retry_after_doubles_to_30_s(server: ScriptedServer) -> None:
     server.script("echo", *[fail(Code.UNAVAILABLE)] * 12)
     async with client_of(server, random=numbers(0.999_999)) as client:
         await client.call("echo", timeout=None)
@@ -66,8 +66,7 @@ async def test_retry_delay_without_retry_after_doubles_to_30_s() -> None:
 
 
 @scripted
-async def test_deadline_of_each_attempt_is_what_is_left_of_the_timeout() -> None:
-    server = ScriptedServer()
+async def test_deadline_of_each_attempt_is_what_is_left_of_the_timeout(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=400), cut)
     async with client_of(server, random=numbers(0.0)) as client:
         server.delay = 1.0  # of the next connection
@@ -75,22 +74,9 @@ async def test_deadline_of_each_attempt_is_what_is_left_of_the_timeout() -> None
     assert [request.meta.deadline_ms for request in server.calls()] == pytest.approx([2000, 1600, 600], abs=1)
 
 
-@scripted
-async def test_retry_delay_beyond_the_timeout_raises_the_error() -> None:
-    server = ScriptedServer()
-    server.script("echo", *[fail(Code.UNAVAILABLE, retry_after_ms=900)] * 5)
-    async with client_of(server) as client:
-        start = now()
-        with pytest.raises(Unavailable):
-            await client.call("echo", timeout=1.0)
-        assert now() - start < 1.0
-    assert len(server.calls()) == 2
-
-
 @pytest.mark.parametrize("delay", [-5, "soon", None, True, 1.5])
 @scripted
-async def test_invalid_retry_after_is_ignored(delay: Any) -> None:
-    server = ScriptedServer()
+async def test_invalid_retry_after_is_ignored(server: ScriptedServer, delay: Any) -> None:
     server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=delay))
     async with client_of(server, random=numbers(0.0)) as client:
         await client.call("echo")
@@ -99,8 +85,7 @@ async def test_invalid_retry_after_is_ignored(delay: Any) -> None:
 
 
 @scripted
-async def test_session_limit_raises_at_once() -> None:
-    server = ScriptedServer()
+async def test_session_limit_raises_at_once(server: ScriptedServer) -> None:
     server.script("session.open", fail(Code.RESOURCE_EXHAUSTED, limit=5))
     with pytest.raises(ResourceExhausted) as caught:
         await client_of(server)
@@ -108,22 +93,11 @@ async def test_session_limit_raises_at_once() -> None:
     assert len(server.requests) == 1
 
 
-@scripted
-async def test_resource_exhausted_with_limit_raises_for_any_call() -> None:
-    server = ScriptedServer()
-    server.script("echo", fail(Code.RESOURCE_EXHAUSTED, limit=5))
-    async with client_of(server) as client:
-        with pytest.raises(ResourceExhausted):
-            await client.call("echo")
-    assert len(server.calls()) == 1
-
-
 # --- GOAWAY before an answer: not run; retry on another connection -----------------------------------
 
 
 @scripted
-async def test_call_without_answer_after_goaway_and_clean_close_is_retried() -> None:
-    server = ScriptedServer()
+async def test_call_without_answer_after_goaway_and_clean_close_is_retried(server: ScriptedServer) -> None:
     server.script("echo", goodbye)
     async with client_of(server) as client:
         start = now()
@@ -135,24 +109,7 @@ async def test_call_without_answer_after_goaway_and_clean_close_is_retried() -> 
 
 
 @scripted
-async def test_call_without_answer_after_goaway_and_reset_raises() -> None:
-    server = ScriptedServer()
-
-    def reset(request: Any) -> None:
-        request.link.go_away()
-        request.link.cut()
-
-    server.script("echo", reset)
-    async with client_of(server) as client:
-        with pytest.raises(ConnectionClosed) as caught:
-            await client.call("echo")
-        assert not caught.value.clean
-    assert len(server.calls()) == 1
-
-
-@scripted
-async def test_goaway_finishes_calls_in_flight_and_moves_new_ones() -> None:
-    server = ScriptedServer()
+async def test_goaway_finishes_calls_in_flight_and_moves_new_ones(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         slow = await server.hold_call(client, x="slow")
         first = server.link
@@ -167,9 +124,7 @@ async def test_goaway_finishes_calls_in_flight_and_moves_new_ones() -> None:
 
 
 @scripted
-async def test_unavailable_on_a_draining_connection_is_retried_on_the_next() -> None:
-    server = ScriptedServer()
-
+async def test_unavailable_on_a_draining_connection_is_retried_on_the_next(server: ScriptedServer) -> None:
     def refuse(request: Any) -> None:
         request.link.go_away("draining", 100)
         request.fail(Code.UNAVAILABLE, {"retry_after_ms": 100})
@@ -204,8 +159,7 @@ async def test_revoked_session_raises_in_every_later_call(code: Code, error: typ
 
 
 @scripted
-async def test_application_opens_a_new_session_after_revocation() -> None:
-    server = ScriptedServer()
+async def test_application_opens_a_new_session_after_revocation(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.SESSION_REPLACED))
     async with client_of(server) as client:
         with pytest.raises(SessionReplaced):
@@ -218,8 +172,7 @@ async def test_application_opens_a_new_session_after_revocation() -> None:
 
 
 @scripted
-async def test_unauthenticated_raises_without_retry() -> None:
-    server = ScriptedServer()
+async def test_unauthenticated_raises_without_retry(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.UNAUTHENTICATED), fail(Code.UNAUTHENTICATED, attach=True))
     async with client_of(server) as client:
         for _ in range(2):
@@ -252,8 +205,7 @@ async def test_unknown_token_opens_another_session_after_jitter_and_is_retried()
 
 
 @scripted
-async def test_second_unknown_token_raises() -> None:
-    server = ScriptedServer()
+async def test_second_unknown_token_raises(server: ScriptedServer) -> None:
     server.script("echo", *[fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)] * 2)
     async with client_of(server) as client:
         with pytest.raises(Unauthenticated) as caught:
@@ -261,16 +213,6 @@ async def test_second_unknown_token_raises() -> None:
         assert caught.value.details == UNKNOWN_TOKEN
         assert server.methods == ["session.open", "echo"] * 2
         assert await client.call("echo", x=1) == {"x": 1}  # with the session that was opened
-
-
-@scripted
-async def test_concurrent_calls_with_an_unknown_token_share_one_new_session() -> None:
-    server = ScriptedServer()
-    server.script("echo", *[fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)] * 20)
-    async with client_of(server) as client:
-        results = await asyncio.gather(*(client.call("echo", x=x) for x in range(20)))
-    assert results == [{"x": x} for x in range(20)]
-    assert len(server.calls("session.open")) == 2
 
 
 @scripted
@@ -287,8 +229,7 @@ async def test_call_whose_unknown_token_was_replaced_meanwhile_is_retried_withou
 
 
 @scripted
-async def test_delay_of_new_sessions_doubles_until_one_has_lasted_5_s() -> None:
-    server = ScriptedServer()
+async def test_delay_of_new_sessions_doubles_until_one_has_lasted_5_s(server: ScriptedServer) -> None:
     async with client_of(server, random=numbers(0.5)) as client:
         delays = []
         for pause in (0, 1, 4.9, 0, 5.1, 0):
@@ -312,20 +253,7 @@ async def test_call_with_an_unknown_token_times_out_while_no_session_may_be_open
 
 
 @scripted
-async def test_wrong_key_after_an_unknown_token_is_final() -> None:
-    server = ScriptedServer()
-    server.script("echo", fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN))
-    async with client_of(server) as client:
-        server.script("session.open", fail(Code.UNAUTHENTICATED))
-        for _ in range(3):
-            with pytest.raises(Unauthenticated):
-                await client.call("echo")
-    assert server.methods == ["session.open", "echo", "session.open"]
-
-
-@scripted
-async def test_refresh_with_an_unknown_token_opens_a_session_after_jitter() -> None:
-    server = ScriptedServer()
+async def test_refresh_with_an_unknown_token_opens_a_session_after_jitter(server: ScriptedServer) -> None:
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
     server.script("session.refresh", fail(Code.UNAUTHENTICATED))
@@ -369,8 +297,7 @@ async def test_handlers_are_registered_again_after_an_unknown_token_without_a_ca
 
 
 @scripted
-async def test_wrong_key_raises_without_retry() -> None:
-    server = ScriptedServer()
+async def test_wrong_key_raises_without_retry(server: ScriptedServer) -> None:
     server.script("session.open", fail(Code.UNAUTHENTICATED))
     client = client_of(server)
     with pytest.raises(Unauthenticated):
@@ -379,24 +306,11 @@ async def test_wrong_key_raises_without_retry() -> None:
     assert server.link.ended
 
 
-@scripted
-async def test_key_that_became_wrong_raises_in_every_later_call() -> None:
-    server = ScriptedServer()
-    server.script("echo", fail(Code.TOKEN_EXPIRED))
-    async with client_of(server) as client:
-        server.script("session.open", fail(Code.UNAUTHENTICATED))
-        for _ in range(3):
-            with pytest.raises(Unauthenticated):
-                await client.call("echo")
-    assert server.methods == ["session.open", "echo", "session.open"]
-
-
 # --- STALE_TIMESTAMP: correct the offset, retry at once, once ----------------------------------------
 
 
 @scripted
-async def test_stale_timestamp_corrects_the_clock_and_is_retried() -> None:
-    server = ScriptedServer()
+async def test_stale_timestamp_corrects_the_clock_and_is_retried(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         server.ahead_ms = 3_600_000
         start = now()
@@ -407,22 +321,11 @@ async def test_stale_timestamp_corrects_the_clock_and_is_retried() -> None:
     assert len(server.links) == 1
 
 
-@scripted
-async def test_second_stale_timestamp_raises() -> None:
-    server = ScriptedServer()
-    server.script("echo", *[fail(Code.STALE_TIMESTAMP)] * 3)
-    async with client_of(server) as client:
-        with pytest.raises(StaleTimestamp):
-            await client.call("echo")
-    assert len(server.calls()) == 2
-
-
 # --- TOKEN_EXPIRED: refresh or open, retry once ------------------------------------------------------
 
 
 @scripted
-async def test_expired_token_is_refreshed_and_the_call_retried() -> None:
-    server = ScriptedServer()
+async def test_expired_token_is_refreshed_and_the_call_retried(server: ScriptedServer) -> None:
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
     async with client_of(server) as client:
@@ -436,8 +339,7 @@ async def test_expired_token_is_refreshed_and_the_call_retried() -> None:
 
 
 @scripted
-async def test_expired_token_without_refresh_token_opens_a_session() -> None:
-    server = ScriptedServer()
+async def test_expired_token_without_refresh_token_opens_a_session(server: ScriptedServer) -> None:
     server.script("echo", fail(Code.TOKEN_EXPIRED))
     async with client_of(server) as client:
         assert await client.call("echo", x=1) == {"x": 1}
@@ -445,42 +347,52 @@ async def test_expired_token_without_refresh_token_opens_a_session() -> None:
 
 
 @scripted
-async def test_second_expired_token_raises() -> None:
-    server = ScriptedServer()
-    server.script("echo", *[fail(Code.TOKEN_EXPIRED)] * 3)
-    async with client_of(server) as client:
-        with pytest.raises(TokenExpired):
-            await client.call("echo")
-    assert len(server.calls()) == 2
-
-
-@scripted
-async def test_token_expired_without_token_raises() -> None:
-    server = ScriptedServer()
+async def test_token_expired_without_token_raises(server: ScriptedServer) -> None:
     server.script("server.info", fail(Code.TOKEN_EXPIRED))
     async with client_of(server, user=None) as client:
         with pytest.raises(TokenExpired):
             await client.call("server.info")
 
 
+@pytest.mark.parametrize(
+    ("refusal", "renewal"),
+    [
+        (fail(Code.TOKEN_EXPIRED), "session.refresh"),
+        (fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN), "session.open"),
+    ],
+)
 @scripted
-async def test_concurrent_calls_with_expired_token_share_one_refresh() -> None:
-    server = ScriptedServer()
+async def test_concurrent_calls_share_one_renewal(
+    server: ScriptedServer, refusal: Action, renewal: str
+) -> None:
     server.session = refreshable()
-    server.script("echo", *[fail(Code.TOKEN_EXPIRED)] * 20)
+    server.script("echo", *[refusal] * 20)
     async with client_of(server) as client:
-        results = await asyncio.gather(*[client.call("echo", i=i) for i in range(20)])
-    assert results == [{"i": i} for i in range(20)]
-    assert len(server.calls("session.refresh")) == 1
+        results = await asyncio.gather(*(client.call("echo", x=x) for x in range(20)))
+    assert results == [{"x": x} for x in range(20)]
+    assert [each for each in server.methods if each != "echo"] == ["session.open", renewal, "session.close"]
     assert len(server.calls()) == 40
+
+
+@pytest.mark.parametrize("refusal", [fail(Code.TOKEN_EXPIRED), fail(Code.UNAUTHENTICATED, **UNKNOWN_TOKEN)])
+@scripted
+async def test_key_that_became_wrong_raises_in_every_later_call(
+    server: ScriptedServer, refusal: Action
+) -> None:
+    server.script("echo", refusal)
+    async with client_of(server) as client:
+        server.script("session.open", fail(Code.UNAUTHENTICATED))
+        for _ in range(3):
+            with pytest.raises(Unauthenticated):
+                await client.call("echo")
+    assert server.methods == ["session.open", "echo", "session.open"]
 
 
 # --- connection lost: may have run; retry only with an idempotency key -------------------------------
 
 
 @scripted
-async def test_lost_connection_raises_because_the_call_may_have_run() -> None:
-    server = ScriptedServer()
+async def test_lost_connection_raises_because_the_call_may_have_run(server: ScriptedServer) -> None:
     server.script("echo", cut)
     async with client_of(server) as client:
         with pytest.raises(ConnectionClosed) as caught:
@@ -492,8 +404,7 @@ async def test_lost_connection_raises_because_the_call_may_have_run() -> None:
 
 
 @scripted
-async def test_lost_call_with_idempotency_key_is_retried() -> None:
-    server = ScriptedServer()
+async def test_lost_call_with_idempotency_key_is_retried(server: ScriptedServer) -> None:
     server.script("echo", cut, cut)
     async with client_of(server) as client:
         assert await client.call("echo", x=1, idempotency_key="order-7") == {"x": 1}
@@ -502,29 +413,7 @@ async def test_lost_call_with_idempotency_key_is_retried() -> None:
 
 
 @scripted
-async def test_clean_close_without_goaway_is_a_loss() -> None:
-    server = ScriptedServer()
-    server.script("echo", lambda request: request.link.close_cleanly())
-    async with client_of(server) as client:
-        with pytest.raises(ConnectionClosed) as caught:
-            await client.call("echo")
-        assert caught.value.clean
-
-
-@pytest.mark.parametrize("code", [Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED])
-@scripted
-async def test_fatal_error_is_a_loss_with_its_code(code: Code) -> None:
-    server = ScriptedServer()
-    server.script("echo", lambda request: request.link.fatal(code))
-    async with client_of(server) as client:
-        with pytest.raises(ConnectionClosed) as caught:
-            await client.call("echo")
-        assert caught.value.code is code
-
-
-@scripted
-async def test_retries_with_idempotency_key_end_at_the_timeout() -> None:
-    server = ScriptedServer()
+async def test_retries_with_idempotency_key_end_at_the_timeout(server: ScriptedServer) -> None:
     server.script("echo", *[cut] * 1_000)
     async with client_of(server) as client:
         start = now()
@@ -533,6 +422,43 @@ async def test_retries_with_idempotency_key_end_at_the_timeout() -> None:
         assert now() - start < 10
         assert 5 < len(server.calls()) < 12  # increasingly delayed: the call may be what crashes the server
         server.scripts.clear()
+
+
+# --- errors that are not retried, or once ------------------------------------------------------------
+
+
+def leave_and_reset(request: ReceivedRequest) -> None:
+    request.link.go_away()
+    request.link.cut()
+
+
+def fatal(code: Code) -> Action:
+    return lambda request: request.link.fatal(code)
+
+
+@pytest.mark.parametrize(
+    ("action", "attempts", "error", "attributes"),
+    [
+        (fail(Code.RESOURCE_EXHAUSTED, limit=5), 1, ResourceExhausted, {"details": {"limit": 5}}),
+        (fail(Code.STALE_TIMESTAMP), 2, StaleTimestamp, {}),
+        (fail(Code.TOKEN_EXPIRED), 2, TokenExpired, {}),
+        (leave_and_reset, 1, ConnectionClosed, {"clean": False}),
+        (lambda request: request.link.close_cleanly(), 1, ConnectionClosed, {"clean": True}),
+        (fatal(Code.PROTOCOL_ERROR), 1, ConnectionClosed, {"code": Code.PROTOCOL_ERROR}),
+        (fatal(Code.FRAME_TOO_LARGE), 1, ConnectionClosed, {"code": Code.FRAME_TOO_LARGE}),
+        (fatal(Code.REPLAYED), 1, ConnectionClosed, {"code": Code.REPLAYED}),
+    ],
+)
+@scripted
+async def test_error_is_raised_after_so_many_attempts(
+    server: ScriptedServer, action: Action, attempts: int, error: type[Exception], attributes: dict[str, Any]
+) -> None:
+    server.script("echo", *[action] * 3)
+    async with client_of(server) as client:
+        with pytest.raises(error) as caught:
+            await client.call("echo")
+    assert len(server.calls()) == attempts
+    assert {name: getattr(caught.value, name) for name in attributes} == attributes
 
 
 # --- other errors: raised ----------------------------------------------------------------------------
@@ -555,8 +481,7 @@ async def test_retries_with_idempotency_key_end_at_the_timeout() -> None:
     ],
 )
 @scripted
-async def test_other_error_raises_at_once_with_its_details(code: Code) -> None:
-    server = ScriptedServer()
+async def test_other_error_raises_at_once_with_its_details(server: ScriptedServer, code: Code) -> None:
     server.script("echo", fail(code, field="name"))
     async with client_of(server) as client:
         with pytest.raises(CallError) as caught:
@@ -569,9 +494,7 @@ async def test_other_error_raises_at_once_with_its_details(code: Code) -> None:
 
 
 @scripted
-async def test_malformed_answer_raises_internal_for_its_call_only() -> None:
-    server = ScriptedServer()
-
+async def test_malformed_answer_raises_internal_for_its_call_only(server: ScriptedServer) -> None:
     def garbage(request: Any) -> None:
         request.link.send(0x01030000, request.stream, b"\xc1")
 

@@ -60,8 +60,7 @@ def sent(server: ScriptedServer) -> list[tuple[str, bytes]]:
 
 
 @scripted
-async def test_sessions_share_the_connection_and_have_their_own_tokens() -> None:
-    server = ScriptedServer()
+async def test_sessions_share_the_connection_and_have_their_own_tokens(server: ScriptedServer) -> None:
     async with gateway(server, timeout=5.0) as client, ada(client) as first, bob(client) as second:
         await client.call("echo")
         await first.call("echo", x=1)
@@ -77,8 +76,7 @@ async def test_sessions_share_the_connection_and_have_their_own_tokens() -> None
 
 
 @scripted
-async def test_closed_session_leaves_the_connection_open() -> None:
-    server = ScriptedServer()
+async def test_closed_session_leaves_the_connection_open(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         async with bob(client) as session:
             pass
@@ -97,8 +95,7 @@ async def test_closed_session_leaves_the_connection_open() -> None:
 
 
 @scripted
-async def test_closed_client_closes_all_sessions() -> None:
-    server = ScriptedServer()
+async def test_closed_client_closes_all_sessions(server: ScriptedServer) -> None:
     client = await gateway(server)
     sessions = [client.session_for(user=f"user{number}", key="x") for number in range(100)]
     for session in sessions:
@@ -132,8 +129,7 @@ async def test_server_that_does_not_answer_delays_the_close_of_all_sessions_once
 
 
 @scripted
-async def test_refused_login_raises_and_leaves_nothing() -> None:
-    server = ScriptedServer()
+async def test_refused_login_raises_and_leaves_nothing(server: ScriptedServer) -> None:
     server.script("session.open", fail(Code.UNAUTHENTICATED))
     async with gateway(server) as client:
         with pytest.raises(Unauthenticated):
@@ -145,8 +141,7 @@ async def test_refused_login_raises_and_leaves_nothing() -> None:
 
 
 @scripted
-async def test_session_is_opened_once_and_after_its_client() -> None:
-    server = ScriptedServer()
+async def test_session_is_opened_once_and_after_its_client(server: ScriptedServer) -> None:
     client = gateway(server)
     session = ada(client)
     with pytest.raises(RuntimeError, match="open the client first"):
@@ -170,8 +165,7 @@ def test_credentials_must_be_complete() -> None:
 
 
 @scripted
-async def test_end_of_one_session_does_not_disturb_the_others() -> None:
-    server = ScriptedServer()
+async def test_end_of_one_session_does_not_disturb_the_others(server: ScriptedServer) -> None:
     async with gateway(server) as client, ada(client) as first, bob(client) as second:
         server.script("echo", fail(Code.TOKEN_REVOKED))
         with pytest.raises(TokenRevoked):
@@ -187,8 +181,7 @@ async def test_end_of_one_session_does_not_disturb_the_others() -> None:
 
 
 @scripted
-async def test_each_session_is_refreshed_by_itself() -> None:
-    server = ScriptedServer()
+async def test_each_session_is_refreshed_by_itself(server: ScriptedServer) -> None:
     server.session = refreshable(expires_at=lambda number: WALL + 100_000 * number)
     async with gateway(server) as client, ada(client) as first, bob(client) as second:
         await asyncio.sleep(90)
@@ -199,8 +192,7 @@ async def test_each_session_is_refreshed_by_itself() -> None:
 
 
 @scripted
-async def test_events_reach_their_session() -> None:
-    server = ScriptedServer()
+async def test_events_reach_their_session(server: ScriptedServer) -> None:
     own: list[str] = []
     async with (
         client_of(server, on_event=lambda event: own.append(event.name)) as client,
@@ -228,8 +220,7 @@ async def test_event_with_the_token_before_the_last_refresh_reaches_its_session(
 
 
 @scripted
-async def test_event_of_a_closed_session_reaches_no_other() -> None:
-    server = ScriptedServer()
+async def test_event_of_a_closed_session_reaches_no_other(server: ScriptedServer) -> None:
     own: list[str] = []
     async with client_of(server, on_event=lambda event: own.append(event.name)) as client:
         async with ada(client):
@@ -241,8 +232,7 @@ async def test_event_of_a_closed_session_reaches_no_other() -> None:
 
 
 @scripted
-async def test_expiring_session_of_a_user_is_refreshed() -> None:
-    server = ScriptedServer()
+async def test_expiring_session_of_a_user_is_refreshed(server: ScriptedServer) -> None:
     server.session = refreshable()
     async with gateway(server) as client, ada(client), bob(client):
         server.link.event("session.expiring", {"expires_at": WALL}, token(2))
@@ -295,8 +285,7 @@ async def test_connection_lost_while_sessions_are_shown_shows_them_on_the_next()
 
 
 @scripted
-async def test_client_whose_sessions_are_all_over_does_not_reconnect() -> None:
-    server = ScriptedServer()
+async def test_client_whose_sessions_are_all_over_does_not_reconnect(server: ScriptedServer) -> None:
     async with client_of(server) as client, ada(client) as session:
         for each in (client, session):
             server.script("echo", fail(Code.TOKEN_REVOKED))

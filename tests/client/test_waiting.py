@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.client.helpers import scripted, turns
-from zcproto.client.waiting import WaitingQueue
+from zcproto.client.protocol import WaitingQueue
 
 
 class Callers:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness
-from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION
+from zcproto.connection.client import MAX_FRAME_BEFORE_SESSION
 from zcproto.connection.events import ClientEvent, EventReceived, ResponseReceived
 from zcproto.errors import Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable
 from zcproto.wire.frame import ERROR, EVENT, GOAWAY, NO_TOKEN, RESPONSE

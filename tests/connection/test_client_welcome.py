@@ -8,8 +8,7 @@ import pytest
 
 from tests.connection.helpers import WELCOME_MAP, ClientHarness, ended
 from tests.helpers import SALT, WALL
-from zcproto.connection.client import MAX_SERVER_TIME
-from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION
+from zcproto.connection.client import MAX_FRAME_BEFORE_SESSION, MAX_SERVER_TIME
 from zcproto.connection.events import NEVER, ConnectionEnded, Welcomed
 from zcproto.connection.state import State
 from zcproto.errors import Code, Unavailable

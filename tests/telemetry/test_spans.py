@@ -17,8 +17,8 @@ from tests.telemetry.helpers import NOT_SAMPLED, SAMPLED, TRACE_ID, Spans, chain
 from zcproto.app.app import App, Items
 from zcproto.app.context import Context
 from zcproto.client.handlers import Call
-from zcproto.client.middleware import OutgoingCall
 from zcproto.client.retry import MAX_RETRY_AFTER_MS
+from zcproto.client.streams import OutgoingCall
 from zcproto.errors import (
     CallError,
     ConnectionClosed,

@@ -147,7 +147,7 @@ def bench(
     offers by default, or a --method of your application. A server that limits connections of one address
     (limits.connections_per_address) refuses more.
     """
-    from zcproto.client.address import parse_address  # noqa: PLC0415
+    from zcproto.client.endpoints import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, find_max_and_report, run_and_report  # noqa: PLC0415
     from zcproto.load.plan import Plan, check_plan, processes_for, read_credentials  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415

@@ -26,7 +26,7 @@ from zcproto.cli import Function, Instance, file_option, instance_options
 from zcproto.cli.json_values import parse_params, stdin_items, to_json
 from zcproto.cli.output import json_text
 from zcproto.cli.stub_python import listed_methods, signatures
-from zcproto.client.address import is_ip, parse_addresses
+from zcproto.client.endpoints import is_ip, parse_addresses
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text

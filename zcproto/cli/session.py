@@ -75,7 +75,7 @@ def open_session(
     Anyone with the token can use the session. It ends when it expires, or by `zcproto session revoke`. Only the
     token goes to standard output.
     """
-    from zcproto.client.session_client import default_client  # noqa: PLC0415
+    from zcproto.client.client import default_client  # noqa: PLC0415
 
     key = SecretText(read_key(key_file))
     params = {"scheme": "api_key", "user": user, "key": key, "client": default_client()}

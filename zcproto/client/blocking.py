@@ -30,14 +30,12 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, Unpack
 
-from zcproto.client.address import Address, Endpoint
-from zcproto.client.client import Client, UserSession
+from zcproto.client.client import UNSET, Client, SessionClient, UserSession
 from zcproto.client.credentials import Device, LoginSource
-from zcproto.client.events import Event
-from zcproto.client.handlers import Function, run_in_thread
+from zcproto.client.endpoints import Address, Endpoint
+from zcproto.client.handlers import Event, Function, run_in_thread, settle
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
-from zcproto.client.session_client import UNSET, SessionClient
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConnectionClosed
@@ -60,6 +58,19 @@ class BlockingSessionClient:
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the client's loop and return its result. An interrupt cancels it."""
         raise NotImplementedError
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def session(self) -> ClientSession | None:
@@ -201,13 +212,6 @@ class BlockingClient(BlockingSessionClient):
             future.cancel()  # no effect if it is done
             raise
 
-    def __enter__(self) -> Self:
-        self.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def open(self) -> None:
         """Connect like `Client.open`. `with` calls this."""
         with self._lock:
@@ -294,13 +298,6 @@ class BlockingUserSession(BlockingSessionClient):
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._owner._wait(work)
 
-    def __enter__(self) -> Self:
-        self.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def open(self) -> None:
         """Open the session like `UserSession.open`. `with` calls this."""
         self._wait(self._client.open())
@@ -378,14 +375,6 @@ async def _in_thread(items: Iterable[Any]) -> AsyncGenerator[Any, None]:
     """Iterate over items that may block in a thread of its own, which does not keep the program from exiting."""
     source, loop = iter(items), asyncio.get_running_loop()
     wanted: queue.SimpleQueue[asyncio.Future[Any] | None] = queue.SimpleQueue()
-
-    def settle(future: asyncio.Future[Any], item: Any, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(item)
-        else:
-            future.set_exception(error)
 
     def work() -> None:
         while (future := wanted.get()) is not None:

@@ -1,7 +1,12 @@
 """The client: each call gets an answer or a clear error, over as many connections as that takes. `connect` creates
 it, and `enroll` uses one to enroll a device.
 
-Decides: how long connections and sessions live, and which session an event concerns.
+    SessionClient    calls, streams, handlers and events of one session
+    -> Client        its own session, and the connections
+    -> UserSession   the session of another user on a client's connections
+
+Decides: whether a call is sent again after an error, by the table in `retry.py` (zcp1.md, section 11.1); how long
+connections and sessions live; which session an event concerns.
 
 Must not know: when connections are made (`connections.py`) and sessions opened (`session.py`).
 """
@@ -10,32 +15,522 @@ from __future__ import annotations
 
 import asyncio
 import random as system_random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Self, Unpack
+from typing import Any, ClassVar, Final, Self, Unpack
 
-from zcproto.client.address import Address, Endpoint, parse_addresses
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.credentials import Device, LoginSource
+from zcproto.client.credentials import Device, LoginSource, SessionFile
 from zcproto.client.dial import Dial, Dialer, Resolve, acquire_resources, release_resources, report_wait
-from zcproto.client.endpoints import Endpoints
-from zcproto.client.handlers import call_back
-from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, check_connections
-from zcproto.client.protocol import ClientProtocol
-from zcproto.client.retry import Random
-from zcproto.client.session import CLOSE_TIMEOUT
-from zcproto.client.session_client import UNSET, SessionClient
-from zcproto.client.session_file import SessionFile
+from zcproto.client.endpoints import Address, Endpoint, Endpoints, parse_addresses
+from zcproto.client.handlers import Event, EventStream, Function, Handler, Handlers, Registrar, call_back
+from zcproto.client.options import (
+    ConnectOptions,
+    EnrollOptions,
+    accept_options,
+    check_connections,
+    choose_credentials,
+)
+from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
+from zcproto.client.retry import (
+    MAX_DEADLINE_MS,
+    SESSION_IS_OVER,
+    Attempt,
+    Random,
+    Step,
+    Then,
+    deadline_ms,
+    is_interruption,
+    retry_after_ms,
+    what_next,
+)
+from zcproto.client.session import CLOSE_TIMEOUT, ClientSession, SessionManager
+from zcproto.client.streams import (
+    DEFAULT_WINDOW,
+    OutgoingCall,
+    Prepared,
+    Reopen,
+    SentItems,
+    Stream,
+    StreamMiddleware,
+    StreamRequest,
+)
 from zcproto.common.clock import Clock, MonotonicClock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.connection.events import EventReceived
-from zcproto.errors import ConfigError, ConnectionClosed
+from zcproto.common.middleware import around, check_middleware
+from zcproto.connection.events import NEVER, EventReceived
+from zcproto.errors import (
+    CallError,
+    Code,
+    ConfigError,
+    ConnectionClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    ZcprotoError,
+)
 from zcproto.wire.frame import NO_TOKEN
+from zcproto.wire.message import Credit
 
 CLOSED_AT_ONCE: Final = 32
 """Sessions of users that are closed at once: fewer than the requests that a server allows in flight."""
+
+UNSET: Final[Any] = object()
+"""In place of a timeout that was not given: the client's own applies."""
+
+
+class SessionClient:
+    """Calls, streams, handlers and events of one session. Base of `Client` and `UserSession`."""
+
+    _NOT_OPEN: ClassVar[str]
+    """The error of a call before `open`."""
+
+    def __init__(self, options: ConnectOptions, clock: Clock, random: Random, service: str = "") -> None:
+        """Check the options. `service` has the addresses of the server, to which a session file belongs."""
+        self.events = EventStream()
+        self._options = options
+        self._credentials = choose_credentials(options)
+        self._session_file = None
+        if options.session_file is not None:
+            if self._credentials is None:
+                raise ConfigError(["session_file: credentials are missing; give what opens a session"])
+            self._session_file = SessionFile(options.session_file, service, self._credentials)
+        for each in options.middleware:
+            check_middleware(each, "call")
+        for around_handler in options.handler_middleware:
+            check_middleware(around_handler, "call")
+        self._handlers = Handlers(options.max_calls, options.handler_middleware)
+        self._random = random
+        self._clock = clock
+        timeout = options.timeout
+        # Of most calls, at their first attempt. None: it is made for each.
+        self._usual_meta = _deadline_meta(timeout) if timeout and 0 < timeout < MAX_DEADLINE_MS else None
+        self._opened = False
+        self._closed = False
+
+    def _start(self, connections: ConnectionManager, wheel: DeadlineWheel) -> None:
+        """Use these connections from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time  # CPython does not specialise the lookup of uvloop's methods
+        self._opened = True
+        self._connections = connections
+        self._sessions = SessionManager(
+            self._loop,
+            wheel,
+            self._clock,
+            connections.get,
+            credentials=self._credentials,
+            client=default_client() if self._options.client is None else self._options.client,
+            random=self._random,
+            file=self._session_file,
+        )
+        self._registrar = Registrar(self._loop, self._sessions, self._handlers, self._random)
+        self._sessions.on_changed = self._session_changed
+
+    def _session_changed(self, previous: bytes, connection: ClientProtocol) -> None:
+        """Show another token on each connection but the one that it came by (zcp1.md, section 9.6)."""
+        for other in self._connections.open:
+            if other is not connection:
+                other.conversation.session_ended(previous)
+                other.cancel_calls(previous)
+                if not self._registrar.begin(other):
+                    self._sessions.present_now(other)
+        self._registrar.changed()
+
+    async def open(self) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> ClientSession | None:
+        """The open session, or None."""
+        return self._sessions.session if self._opened else None
+
+    async def open_session(self) -> ClientSession:
+        """Open a session unless one is valid, such as after TOKEN_REVOKED, SESSION_REPLACED or UNAUTHENTICATED.
+
+        Raises Unauthenticated without credentials, and otherwise like `call`.
+        """
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        self._sessions.require()
+        deadline = self._deadline(UNSET)
+        await self._ready_before(deadline)
+        await self._registrar.settle(deadline)
+        assert self._sessions.session is not None
+        return self._sessions.session
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        timeout: float | None = UNSET,  # noqa: ASYNC109  it is sent, and limits several waits
+        idempotency_key: str | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Any:
+        """Call a method of the server and return its result.
+
+        Pass params by name, or in a mapping if a name is one of this function's own. `timeout` in seconds includes
+        connecting and retries, and is sent as the call's deadline; None is unlimited. A call with an
+        `idempotency_key` (at most 64 characters) is retried even if its answer was lost, because the server runs it
+        once per key.
+
+        Raises CallError with the server's error, DeadlineExceeded at the timeout, ConnectionClosed if the
+        connection was lost and the call may have run, CannotConnect or TlsError if the server cannot be reached.
+        """
+        if params is not None:
+            named = {**params, **named}
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        if self._options.middleware and not isinstance(params, Prepared):
+            return await self._call_within_middleware(
+                OutgoingCall(
+                    method=method,
+                    params=named,
+                    timeout=self._timeout(timeout),
+                    idempotency_key=idempotency_key,
+                    traceparent=traceparent,
+                    endpoint=self._endpoint(),
+                )
+            )
+        meta: dict[str, Any] | None = None
+        if timeout is UNSET:
+            timeout, meta = self._options.timeout, self._usual_meta
+        now = self._now()
+        deadline = NEVER if timeout is None else now + timeout
+        attempt: Attempt | None = None
+        sessions = self._sessions
+        while True:
+            connection = self._connections.current
+            if connection is None or not connection.ready or now >= sessions.valid_until or self._closed:
+                connection = await self._ready_before(deadline)
+                now, meta = self._now(), None
+            if meta is None and deadline != NEVER:
+                if now >= deadline:
+                    raise DeadlineExceeded(TIMED_OUT)
+                meta = _deadline_meta(deadline - now)
+            if idempotency_key is not None or traceparent is not None:
+                meta = _meta(meta, idempotency_key, traceparent)
+            token = sessions.token
+            if now >= sessions.noted_until:
+                sessions.used(now)
+            try:
+                stream, pending = connection.request(method, named, token, meta, deadline)
+                try:
+                    return await pending
+                except asyncio.CancelledError:
+                    connection.abandon(stream)
+                    raise
+            except (CallError, ConnectionClosed) as error:
+                attempt = attempt or Attempt(self._random)
+                is_idempotent = idempotency_key is not None
+                await self._after_failure(
+                    error, attempt, connection, token, deadline, is_idempotent=is_idempotent
+                )
+            now, meta = self._now(), None
+
+    async def _call_within_middleware(self, call: OutgoingCall) -> Any:
+        async def send(call: OutgoingCall) -> Any:
+            return await self.call(
+                call.method,
+                Prepared(call.params),
+                timeout=call.timeout,
+                idempotency_key=call.idempotency_key,
+                traceparent=call.traceparent,
+            )
+
+        return await around(self._options.middleware, send)(call)
+
+    def stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        items: SentItems | None = None,
+        reopen: Reopen | None = None,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Stream:
+        """Open a stream of a method's items, with `async with`, or with `async for` alone.
+
+        `items` are sent to the method, each when it wants one; without them use `send` and `end`. `window` is how
+        many items and bytes the server may send before the first is taken. `timeout` limits the whole stream,
+        `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early cancels the method.
+
+        With `reopen` a stream whose connection is lost is opened again. The function gets the last item and
+        returns the params to replace, such as `{"after": last["id"]}`. Without it, a stream that may have begun is
+        never opened again.
+
+        Raises like `call`, and Unimplemented if the server has no streams.
+        """
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        request = StreamRequest(
+            method,
+            {**(params or {}), **named},
+            window,
+            self._deadline(timeout),
+            traceparent,
+            Attempt(self._random),
+        )
+        middleware = None
+        if self._options.middleware:
+            call = OutgoingCall(
+                method=method,
+                params=request.params,
+                timeout=timeout,
+                traceparent=traceparent,
+                is_stream=True,
+                endpoint=self._endpoint(),
+            )
+            middleware = StreamMiddleware(self._options.middleware, call)
+        return Stream(self, request, item_timeout, items, reopen, middleware)
+
+    async def _open_stream(self, request: StreamRequest) -> PendingStream:
+        connection = await self._ready_before(request.deadline)
+        now, meta = self._loop.time(), None
+        if request.deadline != NEVER:
+            meta = _deadline_meta(request.deadline - now)
+        if request.traceparent is not None:
+            meta = _meta(meta, None, request.traceparent)
+        self._sessions.used(now)
+        token = self._sessions.token
+        return connection.open_stream(
+            request.method, request.params, token, meta, request.window, request.deadline
+        )
+
+    async def _after_stream_error(
+        self,
+        error: CallError | ConnectionClosed,
+        request: StreamRequest,
+        pending: PendingStream,
+        can_resume: bool,
+    ) -> None:
+        """Wait until a stream may be opened again; raise the error if it may not.
+
+        `can_resume`: also if it has begun, and its connection has interrupted it.
+        """
+        connection, attempt = pending.connection, request.attempt
+        if can_resume and is_interruption(error, pending.stream.was_lost) and not self._closed:
+            asked = 0
+            if isinstance(error, CallError) and not connection.draining:
+                asked = retry_after_ms(error.details)
+            await self._wait(attempt.wait(asked, request.deadline - self._loop.time()), error)
+        elif pending.stream.was_answered_to:
+            raise error
+        else:
+            await self._after_failure(error, attempt, connection, pending.stream.token, request.deadline)
+
+    def _endpoint(self) -> Endpoint | None:
+        connection = self._connections.current
+        return None if connection is None else connection.endpoint
+
+    def _timeout(self, timeout: float | None) -> float | None:
+        return self._options.timeout if timeout is UNSET else timeout
+
+    def _deadline(self, timeout: float | None) -> float:
+        timeout = self._timeout(timeout)
+        return NEVER if timeout is None else self._loop.time() + timeout
+
+    async def _after_failure(
+        self,
+        error: CallError | ConnectionClosed,
+        attempt: Attempt,
+        connection: ClientProtocol,
+        token: bytes,
+        deadline: float,
+        *,
+        is_idempotent: bool = False,
+    ) -> None:
+        """Wait until a call may be sent again after an error or a loss; raise the error if it may not."""
+        sessions, left = self._sessions, deadline - self._loop.time()
+        if isinstance(error, ConnectionClosed):
+            is_repeatable = (connection.unanswered_not_run or is_idempotent) and not self._closed
+            await self._wait(attempt.after_loss(is_repeatable=is_repeatable, left=left), error)
+            return
+        step = attempt.after_error(
+            error,
+            sessions.shown(token),
+            opens=sessions.credentials is not None,
+            is_draining=connection.draining,
+            left=left,
+        )
+        then = step.then
+        if then is Then.LATER:
+            await self._wait(step, error)
+        elif then is Then.ATTACH:
+            await self._attach(error, attempt, connection, token, deadline)
+        elif then is Then.RENEW:
+            sessions.expired(token)
+        elif then is Then.REPLACE:
+            sessions.lost(token)
+        elif then is Then.REOPEN and not sessions.reopen(token):
+            sessions.unauthenticated(token)
+            raise error
+        elif then is Then.RAISE:
+            if token == NO_TOKEN:
+                raise error
+            if isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
+                await self._present_token(error, connection, token, deadline)
+                return
+            if error.code in SESSION_IS_OVER:
+                sessions.ended(token, error)
+            elif error.code is Code.UNAUTHENTICATED:
+                sessions.unauthenticated(token)
+            raise error
+
+    async def _attach(
+        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
+    ) -> None:
+        """Prove the session's key after a call was refused without it. Raise the call's error without a device."""
+        try:
+            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
+                if not await self._sessions.attach(connection, token):
+                    raise error
+        except TimeoutError:
+            raise DeadlineExceeded(TIMED_OUT) from error
+        except CallError as refused:
+            if refused is error:
+                raise
+            if what_next(refused) is Then.LATER:
+                attempt.done.discard(Then.ATTACH)  # it was not carried out
+            await self._after_failure(refused, attempt, connection, token, deadline)
+
+    async def _wait(self, step: Step, error: ZcprotoError) -> None:
+        """Wait before a retry, or raise the error without one."""
+        if step.then is Then.RAISE:
+            raise error
+        await asyncio.sleep(step.delay)
+
+    async def _present_token(
+        self, error: InvalidArgument, connection: ClientProtocol, token: bytes, deadline: float
+    ) -> None:
+        """Present the token in a small request, because connections without a session refuse large ones."""
+        if connection.conversation.has_session:
+            raise error
+        left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())
+        await self.call("session.info", Prepared(), timeout=left)
+
+    async def _ready_before(self, deadline: float) -> ClientProtocol:
+        """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
+                return await self._ready()
+        except TimeoutError:
+            cause = self._connections.last_error if self._connections.current is None else None
+            reason = "no answer" if cause is None else f"no connection ({cause})"
+            if self._sessions.is_fetching_login:
+                reason = "the function given as login has not returned: no session"
+            elif self._sessions.is_lost:
+                reason = "the server has lost the session: no other one"
+            elif self._sessions.expires_at_once:
+                reason = "the server opens only expired sessions; report it to its operator: no session"
+            raise DeadlineExceeded(f"{reason} within the call's timeout") from cause
+
+    async def _ready(self) -> ClientProtocol:
+        while True:
+            if self._closed:
+                raise ConnectionClosed("this client is closed", clean=True)
+            await self._sessions.ensure()
+            connection = await self._connections.wait_ready()
+            if connection.ready and self._loop.time() < self._sessions.valid_until:
+                return connection
+
+    # --- calls of the server ------------------------------------------------------------------------
+
+    def handler(self, name: str, *, in_thread: bool = False) -> Callable[[Function], Function]:
+        """Let the server call a function, before or after connecting. It stays registered after a reconnect.
+
+            @client.handler("approve")
+            async def approve(call: Call, tool: str) -> bool: ...
+
+        With `in_thread` it runs in a thread of its own, and may block. Parameters are passed by name and checked
+        against the annotations; one annotated `Call` receives the call.
+        Its exceptions are answered to the server: a CallError with its code, any other as INTERNAL. Raises
+        ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
+        """
+
+        def register(function: Function) -> Function:
+            handler = Handler(name, function, in_thread=in_thread)
+            if self._opened:
+                self._registrar.add(handler)
+            else:
+                self._handlers.add(handler)
+            return function
+
+        return register
+
+    # --- connections and events -------------------------------------------------------------------
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the server revoked or refused the session: only the application may open another one."""
+        return self._sessions.is_over
+
+    def _show_session(self, connection: ClientProtocol, *, is_extra: bool = False) -> None:
+        """Show the session on a new connection, and register its handlers there, before other requests."""
+        if not self._registrar.connected(connection, is_extra=is_extra):
+            self._sessions.present(connection)
+
+    def _owns(self, token: bytes) -> bool:
+        """Return whether an event with this token concerns this session."""
+        return self._sessions.owns(token)
+
+    def _receive_event(self, event: EventReceived) -> None:
+        """Process an event of the server about this session, or about the server itself."""
+        self._sessions.event_received(event, self._connections.current)
+        if self._options.on_event is not None:
+            call_back("on_event", self._options.on_event, Event(event.name, event.data))
+        else:
+            self.events.put(event.body)
+
+
+def _deadline_meta(left: float) -> dict[str, Any]:
+    """Return the metadata of a request with so many seconds until its deadline."""
+    return {"deadline_ms": deadline_ms(left)}
+
+
+def _meta(
+    meta: dict[str, Any] | None, idempotency_key: str | None, traceparent: str | None
+) -> dict[str, Any]:
+    more: dict[str, Any] = {} if meta is None else {**meta}
+    if idempotency_key is not None:
+        more["idempotency_key"] = idempotency_key
+    if traceparent is not None:
+        more["traceparent"] = traceparent
+    return more
+
+
+@cache
+def default_client() -> str:
+    """Return the product and version of this client."""
+    try:
+        return f"zcproto-python/{metadata.version('zcproto')}"
+    except metadata.PackageNotFoundError:
+        return "zcproto-python/0"
 
 
 class Client(SessionClient):
@@ -59,17 +554,13 @@ class Client(SessionClient):
         self.addresses = parse_addresses(address)
         check_connections(options)
         self.address = self.addresses[0]
-        super().__init__(options, MonotonicClock(clock), random)
+        service = ",".join(sorted(map(str, self.addresses)))
+        super().__init__(options, MonotonicClock(clock), random, service)
         self._resolve: Resolve = _host_itself
         if dial is None:
             dialer = Dialer(options, self._clock, clock)
             dial, self._resolve = dialer, dialer.resolve
         self._dial: Dial = dial
-        if options.session_file is not None:
-            if self._credentials is None:
-                raise ConfigError(["session_file: credentials are missing; give what opens a session"])
-            service = ",".join(sorted(map(str, self.addresses)))
-            self._session_file = SessionFile(options.session_file, service, self._credentials)
         self._users: dict[UserSession, None] = {}
         self._had_users = False
         self._showing: asyncio.Task[None] | None = None
@@ -78,13 +569,6 @@ class Client(SessionClient):
         return f"Client({', '.join(map(str, self.addresses))!r})"
 
     # --- opening and closing ----------------------------------------------------------------------
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self.__aenter__().__await__()
@@ -108,10 +592,10 @@ class Client(SessionClient):
             Endpoints(self.addresses, options.address_order == "random", self._random),
             on_event=self._event_received,
             on_connected=self._connected,
-            on_further=self._further_connected,
+            on_extra=self._extra_connected,
             shows_session=self._shows_session,
             is_wanted=lambda: not all(each._is_over for each in (self, *self._users)),
-            max_further=options.max_connections - 1,
+            max_extra=options.max_connections - 1,
             start_timeout=options.start_timeout,
             on_starting=lambda: report_wait(self.addresses, options.start_timeout),
         )
@@ -167,8 +651,7 @@ class Client(SessionClient):
     @property
     def endpoint(self) -> Endpoint | None:
         """Where this client is connected; None without a connection."""
-        connection = self._connections.current if self._opened else None
-        return None if connection is None else connection.endpoint
+        return self._endpoint() if self._opened else None
 
     # --- other users ------------------------------------------------------------------------------
 
@@ -230,9 +713,9 @@ class Client(SessionClient):
     async def _shows_session(self, connection: ClientProtocol) -> bool:
         return await self._sessions.is_accepted_on(connection)
 
-    def _further_connected(self, connection: ClientProtocol) -> None:
+    def _extra_connected(self, connection: ClientProtocol) -> None:
         for each in (self, *self._users):
-            each._show_session(connection, is_further=True)
+            each._show_session(connection, is_extra=True)
 
     async def _show_users(self, connection: ClientProtocol) -> None:
         """Show the sessions of all users, as many at once as the server allows requests."""
@@ -262,13 +745,6 @@ class UserSession(SessionClient):
 
     def __repr__(self) -> str:
         return f"UserSession({str(self._client.address)!r})"
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
 
     async def open(self) -> None:
         """Open the session. `async with` calls this. Raises like `Client.open_session`."""

@@ -1,8 +1,9 @@
-"""The client's connections: one for new calls, and older ones on which requests are still in flight.
+"""The client's connections: one for new calls, extra ones for calls that find no room on it (gRPC proposal A105),
+and older ones on which requests are still in flight.
 
     Endpoints -> Round -> dial, several at once -> the first one with WELCOME: current
 
-Decides: when to connect and reconnect.
+Decides: when to connect and reconnect, when an extra connection is made and closed, which call gets the next room.
 
 Rules:
 - Before the first connection, repeat a round only while nothing listens or the server goes away, for
@@ -15,22 +16,27 @@ Rules:
   not get handshakes on top.
 - After the server has ended the session, do not reconnect until the application asks for a session.
 - Concurrent callers share one round.
+- An extra connection is made, to where the main one is, while calls wait for room and all connections have as many
+  requests in flight as the server allows: one at a time. A failure does not fail a call. The next attempt after it,
+  or after a loss, is delayed. Calls are served in order of arrival, by whichever connection has room first.
+- An extra connection is closed when nothing was in flight on it for IDLE_AFTER. A lost one is not replaced until it
+  is needed.
+
+Must not know: sessions, except that `on_connected`, `on_extra` and `shows_session` show them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from math import inf
 from typing import Any, Final
 
-from zcproto.client.address import Address, Endpoint, is_ip
 from zcproto.client.dial import Resolve
-from zcproto.client.endpoints import Endpoints, GoingAway, Round
-from zcproto.client.further import FurtherConnections
-from zcproto.client.protocol import ClientProtocol
+from zcproto.client.endpoints import Address, Endpoint, Endpoints, GoingAway, Round, is_ip
+from zcproto.client.protocol import ClientProtocol, WaitingQueue, join
 from zcproto.client.retry import Backoff
 from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
 from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
@@ -44,13 +50,121 @@ SILENT: Final = "the server did not answer a PING, and another address took over
 _SESSION_EVENTS: Final = "session."
 """Events that a server sends on all connections of a session."""
 
+IDLE_AFTER: Final = 30.0
+"""Seconds."""
+
+
+@dataclass(eq=False, repr=False)
+class ExtraConnections:
+    """At most `limit` connections beside the main one. `on_opened` is called with each new one."""
+
+    _loop: asyncio.AbstractEventLoop
+    _dial: Callable[[Endpoint], Awaitable[ClientProtocol]]
+    _backoff: Backoff
+    limit: int
+    on_opened: Callable[[ClientProtocol], None]
+    _used_at: dict[ClientProtocol, float] = field(default_factory=dict, init=False)
+    _waiting: WaitingQueue = field(default_factory=WaitingQueue, init=False)
+    connecting: asyncio.Task[None] | None = field(default=None, init=False)
+    _not_before: float = field(default=0.0, init=False)
+    _idle_timer: asyncio.TimerHandle | None = field(default=None, init=False)
+
+    def __contains__(self, connection: ClientProtocol) -> bool:
+        return connection in self._used_at
+
+    def __iter__(self) -> Iterator[ClientProtocol]:
+        return iter([*self._used_at])
+
+    async def wait_ready(self, main: ClientProtocol) -> ClientProtocol:
+        """Return a connection that has room for a request, or the main one if it takes no more."""
+        was_woken = False
+        while True:
+            if main.draining or main.error is not None:
+                return main
+            for connection in (main, *self._used_at):
+                if connection.ready:
+                    if connection is not main:
+                        self._used_at[connection] = self._loop.time()
+                    self.wake(
+                        connection.free_streams - 1
+                    )  # there may be more room than when this one was woken
+                    return connection
+            if all(connection.free_streams <= 0 for connection in (main, *self._used_at)):
+                self._grow(main.endpoint)
+            await self._waiting.wait(was_woken=was_woken, pass_on=partial(self.wake, 1))
+            was_woken = True
+
+    def wake(self, requests: int) -> None:
+        """Wake the next callers, as many as there is room for."""
+        self._waiting.wake(requests)
+
+    def wake_all(self) -> None:
+        """Wake all callers: the main connection takes no more requests."""
+        self._waiting.wake_all()
+
+    # --- opening and closing ----------------------------------------------------------------------
+
+    def _grow(self, endpoint: Endpoint) -> None:
+        """Make another connection, unless that is under way, was refused lately, or there are too many."""
+        if (
+            self.connecting is None
+            and len(self._used_at) < self.limit
+            and self._loop.time() >= self._not_before
+        ):
+            self.connecting = self._loop.create_task(self._connect(endpoint))
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        try:
+            connection = await self._dial(endpoint)
+        except ZcprotoError:  # whatever it is, the main connection goes on
+            self._not_before = self._loop.time() + self._backoff.next()
+            return
+        finally:
+            self.connecting = None
+        if connection.draining or connection.error is not None:
+            self._not_before = self._loop.time() + self._backoff.next(connection.retry_after_ms)
+            return
+        self._used_at[connection] = self._loop.time()
+        self._close_later()
+        self.on_opened(connection)
+        self.wake(connection.free_streams)
+        if self._waiting:
+            self._grow(endpoint)
+
+    def _close_later(self) -> None:
+        if self._idle_timer is None:
+            self._idle_timer = self._loop.call_later(IDLE_AFTER, self._close_idle)
+
+    def _close_idle(self) -> None:
+        """Close the connections that were not used lately."""
+        self._idle_timer = None
+        idle_since = self._loop.time() - IDLE_AFTER
+        for connection, used_at in [*self._used_at.items()]:
+            if used_at <= idle_since and connection.is_idle:
+                self.discard(connection)
+                self._backoff.reset()
+                connection.close("no calls for an extra connection")
+        if self._used_at:
+            self._close_later()
+
+    def discard(self, connection: ClientProtocol) -> None:
+        """Stop using a connection: it was lost, or the server goes away."""
+        if self._used_at.pop(connection, None) is not None:
+            self._not_before = self._loop.time() + self._backoff.next()
+
+    def close(self) -> None:
+        """Make no more connections. The caller closes those that are open, and cancels `connecting`."""
+        self.limit = 0
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+
 
 @dataclass(eq=False, repr=False)
 class ConnectionManager:
     """Manages the connections of a client.
 
     `current` takes new calls; None without a connection. `on_event` is called with the server's events,
-    `on_connected` with each new connection, `on_further` with each one beside it, of which there are `max_further`.
+    `on_connected` with each new connection, `on_extra` with each one beside it, of which there are `max_extra`.
     `shows_session` shows the session on a connection that is not used yet, and returns whether that was accepted.
     `on_starting` is called once if nothing listens before the first connection. `is_wanted` returns whether to
     reconnect before the next call.
@@ -63,26 +177,28 @@ class ConnectionManager:
     _: KW_ONLY
     on_event: Callable[[EventReceived], None]
     on_connected: Callable[[ClientProtocol], None]
-    on_further: Callable[[ClientProtocol], None]
+    on_extra: Callable[[ClientProtocol], None]
     shows_session: Callable[[ClientProtocol], Awaitable[bool]]
     is_wanted: Callable[[], bool]
-    max_further: int = 0
+    max_extra: int = 0
     start_timeout: float = 0.0
     on_starting: Callable[[], None] = lambda: None
     current: ClientProtocol | None = field(default=None, init=False)
-    further: FurtherConnections = field(init=False)
+    extra: ExtraConnections = field(init=False)
     _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
     _connecting: asyncio.Task[None] | None = field(default=None, init=False)
-    _beside: asyncio.Task[None] | None = field(default=None, init=False)  # connects beside a silent server
+    _standby: asyncio.Task[None] | None = field(
+        default=None, init=False
+    )  # connects elsewhere while a server is silent
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.further = FurtherConnections(
+        self.extra = ExtraConnections(
             self._loop,
             lambda endpoint: self._dial(self, endpoint, lambda: None),
             Backoff(self._endpoints.random),
-            self.max_further,
-            self.on_further,
+            self.max_extra,
+            self.on_extra,
         )
 
     @property
@@ -94,7 +210,7 @@ class ConnectionManager:
     def open(self) -> list[ClientProtocol]:
         """All connections that have not ended, with those that take no more requests."""
         current = [] if self.current is None else [self.current]
-        return [*current, *self.further, *(each for each in self._older if each.error is None)]
+        return [*current, *self.extra, *(each for each in self._older if each.error is None)]
 
     async def get(self) -> ClientProtocol:
         """Return the connection for new calls; connect first if necessary, and retry transient failures.
@@ -111,8 +227,8 @@ class ConnectionManager:
     async def wait_ready(self) -> ClientProtocol:
         """Return a connection that has room for a request, or takes no more. Raises like `get`."""
         connection = await self.get()
-        if self.max_further:
-            return await self.further.wait_ready(connection)
+        if self.max_extra:
+            return await self.extra.wait_ready(connection)
         await connection.wait_ready()
         return connection
 
@@ -153,8 +269,8 @@ class ConnectionManager:
         endpoints.connected(connection.endpoint, loop.time())
         self.on_connected(connection)
 
-    async def _connect_beside(self, silent: ClientProtocol) -> None:
-        """Connect beside a silent server, and move there unless that has sent something meanwhile."""
+    async def _connect_standby(self, silent: ClientProtocol) -> None:
+        """Connect to another endpoint than a silent server's, and move there if it is silent until then."""
         connection = await self._try_all(self._endpoints.begin_round(silent.endpoint))
         if connection is None:
             return
@@ -175,23 +291,23 @@ class ConnectionManager:
     def _move(self, silent: ClientProtocol, connection: ClientProtocol) -> None:
         """Use another connection, and lose those on which the silent server has not answered."""
         asked = silent.conversation
-        lost = [each for each in self.further if not each.conversation.has_answered_since(asked)]
+        lost = [each for each in self.extra if not each.conversation.has_answered_since(asked)]
         now = self._loop.time()
         self._endpoints.failed(silent.endpoint, ConnectionClosed(SILENT), now)
         self._endpoints.connected(connection.endpoint, now)
         self.current = connection
         for each in (silent, *lost):
             each.lose(SILENT)
-        self.further.wake_all()
+        self.extra.wake_all()
         self.on_connected(connection)
 
-    def _leave_beside(self) -> None:
-        """Stop connecting beside a server: it is not silent any more, or not used."""
-        if self._beside is not None:
-            self._beside.cancel()
+    def _leave_standby(self) -> None:
+        """Stop connecting elsewhere: the server is not silent any more, or not used."""
+        if self._standby is not None:
+            self._standby.cancel()
 
-    def _beside_done(self, task: asyncio.Task[None]) -> None:
-        self._beside = None
+    def _standby_done(self, task: asyncio.Task[None]) -> None:
+        self._standby = None
         if not task.cancelled():
             task.exception()  # mark it as retrieved: the silent connection goes on
 
@@ -252,13 +368,13 @@ class ConnectionManager:
     # --- called by a connection -------------------------------------------------------------------
 
     def event_received(self, connection: ClientProtocol, event: EventReceived) -> None:
-        if connection in self.further and (event.token == NO_TOKEN or event.name.startswith(_SESSION_EVENTS)):
+        if connection in self.extra and (event.token == NO_TOKEN or event.name.startswith(_SESSION_EVENTS)):
             return  # it comes on the main connection, too
         # Later in this turn: callers that await an answer of the same read resume first.
         self._loop.call_soon(self.on_event, event)
 
     def connection_free(self, connection: ClientProtocol, requests: int) -> None:
-        self.further.wake(requests)
+        self.extra.wake(requests)
 
     @property
     def has_other_address(self) -> bool:
@@ -267,10 +383,10 @@ class ConnectionManager:
     def connection_silent(self, connection: ClientProtocol) -> None:
         main = self.current
         if connection is main:
-            if self._beside is None:
-                self._beside = self._loop.create_task(self._connect_beside(main))
-                self._beside.add_done_callback(self._beside_done)
-        elif connection in self.further and main is not None:
+            if self._standby is None:
+                self._standby = self._loop.create_task(self._connect_standby(main))
+                self._standby.add_done_callback(self._standby_done)
+        elif connection in self.extra and main is not None:
             if main.conversation.has_answered_since(connection.conversation):
                 connection.lose(SILENT)  # the process behind it hangs, but not that of the main connection
             else:
@@ -278,11 +394,11 @@ class ConnectionManager:
 
     def connection_heard(self, connection: ClientProtocol) -> None:
         if connection is self.current:
-            self._leave_beside()
+            self._leave_standby()
 
     def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None:
         self._older.add(connection)
-        self.further.discard(connection)
+        self.extra.discard(connection)
         if connection is not self.current:
             return
         self._leave()
@@ -291,8 +407,8 @@ class ConnectionManager:
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
         self._older.add(connection)
-        connection.gone.add_done_callback(lambda _: self._older.discard(connection))
-        self.further.discard(connection)
+        connection.closed.add_done_callback(lambda _: self._older.discard(connection))
+        self.extra.discard(connection)
         if connection is not self.current:
             return
         self._leave()
@@ -300,10 +416,10 @@ class ConnectionManager:
         self._reconnect(connection)
 
     def _leave(self) -> None:
-        """Use the current connection no more."""
+        """Stop using the current connection."""
         self.current = None
-        self._leave_beside()
-        self.further.wake_all()
+        self._leave_standby()
+        self.extra.wake_all()
 
     def _reconnect(self, lost: ClientProtocol) -> None:
         """Let the endpoint of a connection rest, and connect again now if that is wanted."""
@@ -316,13 +432,13 @@ class ConnectionManager:
     async def close(self) -> None:
         """Close all connections. Each ends within the time limit of a TLS close."""
         self._closed = True
-        self.further.close()
-        connections = {*self._older, *self.further} | ({self.current} if self.current is not None else set())
+        self.extra.close()
+        connections = {*self._older, *self.extra} | ({self.current} if self.current is not None else set())
         self._leave()
         for connection in connections:
             connection.close("closed by this client")
-        leaving: list[asyncio.Future[Any]] = [connection.gone for connection in connections]
-        for connecting in (self._connecting, self._beside, self.further.connecting):
+        leaving: list[asyncio.Future[Any]] = [connection.closed for connection in connections]
+        for connecting in (self._connecting, self._standby, self.extra.connecting):
             if connecting is not None:
                 connecting.cancel()
                 leaving.append(connecting)
@@ -337,11 +453,3 @@ class ConnectionManager:
 def _fault_of(connection: ClientProtocol) -> CannotConnect | ConnectionClosed | None:
     """Return why a new connection cannot be used."""
     return GoingAway("the server is going away") if connection.draining else connection.error
-
-
-async def join(task: asyncio.Task[None]) -> None:
-    """Await a task that is shared with other callers: cancelling one of them does not cancel it."""
-    await asyncio.wait([task])
-    if task.cancelled():
-        raise ConnectionClosed("this client is closed", clean=True)
-    task.result()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, ParamSpec, Protocol, TypedDict, TypeVar
 
-from zcproto.client.address import Endpoint
 from zcproto.client.credentials import (
     ApiKey,
     CertificateLogin,
@@ -20,9 +19,9 @@ from zcproto.client.credentials import (
     LoginSource,
     SchemeLogin,
 )
-from zcproto.client.events import Event
-from zcproto.client.handlers import Call
-from zcproto.client.middleware import OutgoingCall
+from zcproto.client.endpoints import Endpoint
+from zcproto.client.handlers import Call, Event
+from zcproto.client.streams import OutgoingCall
 from zcproto.common.middleware import Middleware
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError

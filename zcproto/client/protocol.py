@@ -12,15 +12,15 @@ Must not know: retries, sessions.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
-from zcproto.client.address import Endpoint
 from zcproto.client.credentials import DeviceKey
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.retry import MAX_RETRY_AFTER_MS
-from zcproto.client.waiting import WaitingQueue
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
@@ -56,6 +56,42 @@ MIN_READING_PAUSE: Final = 0.05
 REASON_SHOWN: Final = 200
 MESSAGE_SHOWN: Final = 1_000
 TIMED_OUT: Final = "no answer within the call's timeout"
+
+
+class WaitingQueue(deque[asyncio.Future[None]]):
+    """Callers that wait for their turn, first come, first served. It is true while one waits.
+
+    A caller that was woken keeps its place if another one was faster in this turn of the loop. A caller that is
+    cancelled after it was woken passes its turn on.
+    """
+
+    __slots__ = ()
+
+    async def wait(self, *, was_woken: bool, pass_on: Callable[[], object]) -> None:
+        """Wait to be woken. `pass_on` is called if this caller is cancelled after it was woken."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if was_woken:
+            self.appendleft(waiter)
+        else:
+            self.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                pass_on()
+            raise
+
+    def wake(self, count: int) -> int:
+        """Wake the next callers, at most `count` of them. Return how many turns are left."""
+        while self and count > 0:
+            waiter = self.popleft()
+            if not waiter.done():  # else it was cancelled
+                waiter.set_result(None)
+                count -= 1
+        return count
+
+    def wake_all(self) -> None:
+        self.wake(len(self))
 
 
 class ConnectionOwner(Protocol):
@@ -94,16 +130,16 @@ PendingCall = tuple[int, asyncio.Future[Any]]
 
 
 class PendingStream(asyncio.Future[Any]):
-    """The future answer to an OPEN, and the items that come before it. `half` is the stream on the wire."""
+    """The future answer to an OPEN, and the items that come before it. `stream` is its half of the conversation."""
 
-    __slots__ = ("_sender", "_waiter", "connection", "half")
+    __slots__ = ("_sender", "_waiter", "connection", "stream")
 
     def __init__(
-        self, connection: ClientProtocol, half: ClientStream, loop: asyncio.AbstractEventLoop
+        self, connection: ClientProtocol, stream: ClientStream, loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(loop=loop)
         self.connection = connection
-        self.half = half
+        self.stream = stream
         self._waiter: asyncio.Future[None] | None = None  # of the task that receives
         self._sender: asyncio.Future[None] | None = None
         self.add_done_callback(self._answered)
@@ -139,7 +175,7 @@ class PendingStream(asyncio.Future[Any]):
         while not self.done():
             if self.connection.is_paused:
                 await self.connection.wait_writable()
-            elif self.half.credit.may_send:
+            elif self.stream.credit.may_send:
                 return
             else:
                 self._sender = self.get_loop().create_future()
@@ -150,20 +186,20 @@ class PendingStream(asyncio.Future[Any]):
 
     def send_item(self, item: Any) -> None:
         """Send an item after `wait_to_send`. Raises InvalidArgument if it cannot be sent."""
-        self.connection.send_item(self.half, item)
+        self.connection.send_item(self.stream, item)
 
     def end_items(self) -> None:
         """Send no more items. Idempotent."""
-        self.connection.end_items(self.half)
+        self.connection.end_items(self.stream)
 
     def take_item(self) -> Any:
         """Return the next item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
-        return self.connection.take_item(self.half)
+        return self.connection.take_item(self.stream)
 
     def leave(self) -> None:
         """Cancel the stream on the server, unless it was answered, and drop its items."""
-        self.half.items.clear()
-        if self.connection.abandon(self.half.number):
+        self.stream.items.clear()
+        if self.connection.abandon(self.stream.number):
             self.cancel()
 
 
@@ -171,10 +207,10 @@ class PendingStream(asyncio.Future[Any]):
 class ClientProtocol(asyncio.Protocol):
     """One connection to a server.
 
-    `ready`: a request may be sent now; await `wait_ready` otherwise. `error`: why the connection ended. `proved`:
-    the devices that have proved their keys here. `unanswered_not_run`, after the end: requests without an answer
-    were certainly not run, because the server closed in order after GOAWAY. `retry_after_ms`: what the server asked
-    for when it began `draining`.
+    `ready`: a request may be sent now; await `wait_ready` otherwise. `is_paused`: the server reads too slowly to
+    send more now. `error`: why the connection ended. `proved`: the devices that have proved their keys here.
+    `unanswered_not_run`, after the end: requests without an answer certainly did not run, because the server closed
+    in order after GOAWAY. `retry_after_ms`: what the server asked for when it began `draining`.
     """
 
     _owner: ConnectionOwner | None
@@ -188,11 +224,11 @@ class ClientProtocol(asyncio.Protocol):
     _pending: dict[int, tuple[asyncio.Future[Any], float]] = field(default_factory=dict, init=False)
     _waiting: WaitingQueue | None = field(default=None, init=False)  # for a request, once a caller has waited
     _flush_planned: bool = field(default=False, init=False)
-    _paused: bool = field(default=False, init=False)
     _writable: asyncio.Future[None] | None = field(default=None, init=False)  # while answers wait
     _max_streams: int = field(default=0, init=False)
     _calls_due: float = field(default=NEVER, init=False)  # when a deadline of a pending call may have passed
     _had_one_answer: bool = field(default=False, init=False)  # in the last read
+    is_paused: bool = field(default=False, init=False)
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
     draining: bool = field(default=False, init=False)
@@ -201,7 +237,7 @@ class ClientProtocol(asyncio.Protocol):
     unanswered_not_run: bool = field(default=False, init=False)
     error: ConnectionClosed | None = field(default=None, init=False)
     welcomed: asyncio.Future[dict[str, Any]] = field(init=False)
-    gone: asyncio.Future[None] = field(init=False)
+    closed: asyncio.Future[None] = field(init=False)
     _now: Callable[[], float] = field(init=False)
     _create_future: Callable[[], asyncio.Future[Any]] = field(init=False)
 
@@ -209,7 +245,7 @@ class ClientProtocol(asyncio.Protocol):
         # CPython does not specialise the lookup of uvloop's methods.
         self._now, self._create_future = self._loop.time, self._loop.create_future
         self.welcomed = self._loop.create_future()
-        self.gone = self._loop.create_future()
+        self.closed = self._loop.create_future()
 
     @property
     def salt(self) -> bytes:
@@ -243,7 +279,7 @@ class ClientProtocol(asyncio.Protocol):
             return
         self._had_one_answer = len(answers) == 1
         if not self.ready or self._waiting:
-            self._update_ready()
+            self.update_ready()
             self._close_if_drained()
 
     def _receive_others(self, data: bytes, wall: int, now: float) -> bool:
@@ -290,7 +326,7 @@ class ClientProtocol(asyncio.Protocol):
         else:
             self._ended(self._closed_by_peer())
         self._transport = None
-        self.gone.set_result(None)
+        self.closed.set_result(None)
 
     def _closed_by_peer(self) -> ConnectionClosed:
         if self.error is None:
@@ -298,20 +334,20 @@ class ClientProtocol(asyncio.Protocol):
         return ConnectionClosed("the server closed the connection", clean=True)
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self.is_paused = True
         self.ready = False
         self.conversation.is_output_blocked = True
 
     def resume_writing(self) -> None:
-        self._paused = False
+        self.is_paused = False
         self.conversation.unblock_output(self._clock.wall())
         self._flush_soon()
-        self._update_ready()
+        self.update_ready()
         self._wake_answers()
 
     async def wait_writable(self) -> None:
         """Wait until the server reads, or the connection has ended."""
-        while self._paused and self.error is None:
+        while self.is_paused and self.error is None:
             if self._writable is None:
                 self._writable = self._loop.create_future()
             await asyncio.wait([self._writable])
@@ -343,7 +379,7 @@ class ClientProtocol(asyncio.Protocol):
             if self._owner is not None and self._owner.has_other_address:
                 self.conversation.watch_silence()
             self._set_deadline()
-            self._update_ready()
+            self.update_ready()
             if not self.welcomed.done():  # the attempt to connect may have been cancelled
                 self.welcomed.set_result(event.settings)
         elif isinstance(event, GoAwayReceived):
@@ -390,10 +426,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def show(self, token: bytes, deadline: float) -> PendingCall:
         """Show a token, also while the server allows no other requests. Raises like `ClientConnection.show`."""
-        stream = self.conversation.show(token, self._clock.wall())
-        call = self._create_future()
-        self._add_pending(call, stream, deadline)
-        return stream, call
+        return self._await_answer(self.conversation.show(token, self._clock.wall()), deadline)
 
     def open_stream(
         self,
@@ -405,43 +438,41 @@ class ClientProtocol(asyncio.Protocol):
         deadline: float,
     ) -> PendingStream:
         """Open a stream. Only while `ready`. Raises like `ClientConnection.open_stream`."""
-        half = self.conversation.open_stream(
+        stream = self.conversation.open_stream(
             method, params, token=token, meta=meta, window=window, wall=self._clock.wall()
         )
-        stream = PendingStream(self, half, self._loop)
-        self._add_pending(stream, half.number, deadline)
-        return stream
+        pending = PendingStream(self, stream, self._loop)
+        self._add_pending(pending, stream.number, deadline)
+        return pending
 
     def handle(
-        self, methods: frozenset[str], most: int, receiver: CallReceiver, token: bytes, deadline: float
+        self, methods: frozenset[str], limit: int, receiver: CallReceiver, token: bytes, deadline: float
     ) -> PendingCall:
         """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
-        stream = self.conversation.handle(methods, most, receiver, token=token, wall=self._clock.wall())
+        stream = self.conversation.handle(methods, limit, receiver, token=token, wall=self._clock.wall())
+        return self._await_answer(stream, deadline)
+
+    def _await_answer(self, stream: int, deadline: float) -> PendingCall:
         call = self._create_future()
         self._add_pending(call, stream, deadline)
         return stream, call
 
-    def take_item(self, half: ClientStream) -> Any:
+    def take_item(self, stream: ClientStream) -> Any:
         """Return the next item of a stream, and send the credit that is due."""
         try:
-            return self.conversation.take_item(half, self._clock.wall())
+            return self.conversation.take_item(stream, self._clock.wall())
         finally:
             if self.conversation.queued_bytes:
                 self._flush_soon()
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether the server reads too slowly to send more now."""
-        return self._paused
-
-    def send_item(self, half: ClientStream, item: Any) -> None:
+    def send_item(self, stream: ClientStream, item: Any) -> None:
         """Send an item. Raises InvalidArgument if it cannot be sent."""
-        self.conversation.send_item(half, item, self._clock.wall())
+        self.conversation.send_item(stream, item, self._clock.wall())
         self._flush_queued()
 
-    def end_items(self, half: ClientStream) -> None:
+    def end_items(self, stream: ClientStream) -> None:
         """Send the end of a stream's items."""
-        self.conversation.end_items(half, self._clock.wall())
+        self.conversation.end_items(stream, self._clock.wall())
         self._flush_queued()
 
     def _add_pending(self, call: asyncio.Future[Any], stream: int, deadline: float) -> None:
@@ -516,17 +547,14 @@ class ClientProtocol(asyncio.Protocol):
         while not self.ready and not self.draining and self.error is None:
             if self._waiting is None:
                 self._waiting = WaitingQueue()
-            await self._waiting.wait(was_woken=was_woken, pass_on=self._update_ready)
+            await self._waiting.wait(was_woken=was_woken, pass_on=self.update_ready)
             was_woken = True
 
-    def pass_on(self) -> None:
-        """Let the next caller of `wait_ready` go on: this one sends nothing."""
-        self._update_ready()
-
-    def _update_ready(self) -> None:
+    def update_ready(self) -> None:
+        """Let as many callers of `wait_ready` go on as there is room for."""
         conversation = self.conversation
         free = self.free_streams
-        if self._paused or conversation.state is not State.OPEN or free <= 0:
+        if self.is_paused or conversation.state is not State.OPEN or free <= 0:
             return
         self.ready = True
         if self._waiting:
@@ -665,3 +693,11 @@ class ClientProtocol(asyncio.Protocol):
 def _copy(error: ConnectionClosed) -> ConnectionClosed:
     """Return a copy to raise: every raise extends the traceback of an error."""
     return ConnectionClosed(error.reason, clean=error.clean, code=error.code)
+
+
+async def join(task: asyncio.Task[None]) -> None:
+    """Await a task that is shared with other callers: cancelling one of them does not cancel it."""
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise ConnectionClosed("this client is closed", clean=True)
+    task.result()

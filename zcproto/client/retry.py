@@ -33,6 +33,7 @@ class Then(Enum):
     REPLACE = "replace"  # the server has lost the session: open another after a delay, then retry once
     ATTACH = "attach"  # prove the session's key on this connection, then retry once
     CATCH_UP = "catch_up"  # retry at once with the present token, once
+    KEEP = "keep"  # of a renewal: go on with the present token, and renew it later
 
 
 class Shown(Enum):
@@ -53,6 +54,14 @@ _BY_CODE: Final = {
 SESSION_IS_OVER: Final = frozenset({Code.TOKEN_REVOKED, Code.SESSION_REPLACED})
 """After one of these a client neither opens a session nor reconnects automatically: two clients of one user would
 replace each other's sessions forever."""
+
+ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
+"""Answers to a session method after which the session cannot go on."""
+
+_MAYBE_RUN: Final = frozenset({Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
+
+MAX_LOST: Final = 3
+"""Maximum of lost answers to `session.open` in a row: each may leave a session that counts towards the limit."""
 
 _TRANSIENT: Final = frozenset(
     failure.value
@@ -199,6 +208,59 @@ class Attempt:
         """Return the step of a retry after a delay, which ends before the call's timeout."""
         delay = self.backoff.next(retry_after_ms)
         return Step(Then.LATER, delay) if delay < left else _REPORT
+
+
+class Renewal:
+    """The requests for another token so far (section 11.2).
+
+    `must`: the present token is not valid any more. Otherwise an error only delays the renewal.
+    """
+
+    __slots__ = ("_attempt", "_lost", "must")
+
+    def __init__(self, random: Random, *, must: bool) -> None:
+        self.must = must
+        self._attempt = Attempt(random)
+        self._lost = 0
+
+    def after_loss(self, *, may_be_spent: bool) -> Step:
+        """Return the next step after a lost answer. `may_be_spent`: the refresh token, and the token with it."""
+        self.must |= may_be_spent
+        self._lost += 1
+        return Step(Then.AT_ONCE) if self._lost <= MAX_LOST else _REPORT
+
+    def after_error(
+        self, error: CallError, *, is_refresh: bool, can_reopen: bool, is_restored: bool = False
+    ) -> Step:
+        """Return the next step after an error: REOPEN and REPLACE if another session is opened instead.
+
+        Args:
+            is_refresh: the request was `session.refresh`.
+            can_reopen: the credentials may open a session that is bound to another client certificate.
+            is_restored: the server has not accepted the session, which is from a file, yet.
+        """
+        then = what_next(error)
+        if then is Then.LATER and self.must:
+            return Step(then, self._attempt.backoff.next(retry_after_ms(error.details)))
+        if then in (Then.AT_ONCE, Then.ATTACH) and self._attempt.once(then):
+            return Step(then)
+        if is_refresh and (instead := self._instead(error, then, can_reopen, is_restored)) is not None:
+            self.must = True
+            return Step(instead)
+        if not self.must and error.code not in SESSION_IS_OVER:
+            return Step(Then.KEEP)
+        return _REPORT
+
+    def _instead(self, error: CallError, then: Then, can_reopen: bool, is_restored: bool) -> Then | None:
+        """Return how another session is opened: the refresh token has expired, may be spent, is unknown when the
+        token is no longer valid, or is bound to the previous certificate."""
+        if is_restored and error.code in ENDED_BY_REFUSAL:
+            return Then.REOPEN
+        if then is Then.REOPEN:
+            return then if can_reopen else None
+        if error.code is Code.UNAUTHENTICATED and then is not Then.ATTACH:
+            return Then.REPLACE if self.must else None
+        return Then.REOPEN if error.code is Code.TOKEN_EXPIRED or error.code in _MAYBE_RUN else None
 
 
 _REPORT: Final = Step(Then.RAISE)

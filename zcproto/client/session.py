@@ -1,4 +1,4 @@
-"""The client's session: its state, and when it is opened, refreshed and given up.
+"""The client's session: its state, and when it is opened, refreshed, given up, and continued after a restart.
 
 Decides: when a session is opened or refreshed. One attempt serves all calls that wait. After TOKEN_REVOKED or
 SESSION_REPLACED, or after a refused login, it tries nothing until the application asks for a session again: every
@@ -8,6 +8,10 @@ Rules:
 - No call is sent during a refresh: the server revokes the old token when it answers.
 - A refresh token works once. If the answer is lost, the same one is used again for a few seconds after the first
   attempt, and never later: repetitions do not extend the server's grace.
+- With a session file, the server is asked before the session of the file is used. If it refuses the token, the
+  session is refreshed, or another one is opened. The file is written before a session is used. While a refresh
+  token is being spent, the file has none: using it again after a crash would end the session. Closing the client
+  keeps the session, unless another client has the file.
 - The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has already
   expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
 """
@@ -21,16 +25,29 @@ from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
-from zcproto.client.connections import join
-from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin
-from zcproto.client.protocol import ClientProtocol, PendingCall
-from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Shown, Then, retry_after_ms, what_next
+from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin, SessionFile
+from zcproto.client.protocol import ClientProtocol, PendingCall, join
+from zcproto.client.retry import (
+    ENDED_BY_REFUSAL,
+    SESSION_IS_OVER,
+    Backoff,
+    Random,
+    Renewal,
+    Shown,
+    Step,
+    Then,
+    retry_after_ms,
+    what_next,
+)
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.secret import SecretBytes
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, ProtocolError, Unauthenticated, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
+
+OPEN: Final = "session.open"
+REFRESH: Final = "session.refresh"
 
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds for the answer to a session method."""
@@ -45,9 +62,6 @@ server's default grace."""
 STABLE_AFTER: Final = 5.0
 """Seconds after which the delays of sessions that the server loses start again."""
 
-MAX_LOST: Final = 3
-"""Maximum of lost answers to `session.open` in a row: each may leave a session that counts towards the limit."""
-
 MIN_REFRESH_INTERVAL: Final = 1.0
 """Minimum of seconds between attempts to refresh before the expiry, and from a session that is valid for less than
 that to the next one."""
@@ -57,11 +71,6 @@ NOTED_PER_IDLE_TIMEOUT: Final = 64
 
 REFRESH_AT: Final = 0.8
 """The fraction of a session's lifetime after which it is refreshed."""
-
-ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
-"""Answers to a session method after which the session cannot go on."""
-
-_MAYBE_RUN: Final = frozenset({Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
 
 
 class ClientSession:
@@ -150,7 +159,7 @@ def _check_result(result: Any) -> dict[str, Any]:
 
 @dataclass(eq=False, repr=False)
 class SessionManager:
-    """Manages the session of one client.
+    """Manages the session of one client, which is kept in `file`, if given.
 
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
     From `noted_until` on, pass the time of a call to `used`.
@@ -166,6 +175,7 @@ class SessionManager:
     credentials: Credentials | None
     client: str
     random: Random
+    file: SessionFile | None = None
     on_changed: Callable[[bytes, ClientProtocol], None] = field(
         default=lambda previous, connection: None, init=False
     )
@@ -189,6 +199,8 @@ class SessionManager:
     _backoff: Backoff = field(init=False)  # of sessions that expire at once
     _lost_backoff: Backoff = field(init=False)  # of sessions that the server has lost
     _checked_revocation: tuple[bytes, bytes] | None = field(default=None, init=False)  # salt and token
+    _was_loaded: bool = field(default=False, init=False)  # the file
+    _restored: ClientSession | None = field(default=None, init=False)  # from the file, until it is accepted
 
     def __post_init__(self) -> None:
         self._backoff, self._lost_backoff = Backoff(self.random), Backoff(self.random)
@@ -463,11 +475,21 @@ class SessionManager:
             task.exception()  # mark it as retrieved: without a waiter the next call retries and raises it
 
     async def _renew(self, must: bool) -> None:
-        """Get a new token. Unless it `must`, because the old one is still valid, give up at the first error."""
+        """Get another token, or restore the session of the file. `must`: the present token has become invalid."""
+        if self.file is None:
+            await self._obtain(must)
+            return
+        try:
+            if self._was_loaded or not await self._restore(self.file):
+                await asyncio.to_thread(self.file.save, None)
+                await self._obtain(must)
+        finally:
+            result = None if self.session is None else self.session.as_result()
+            await asyncio.to_thread(self.file.save, result)
+
+    async def _obtain(self, must: bool) -> None:
         await self._delayed()
-        backoff = Backoff(self.random)
-        stale_retried = attach_tried = False
-        lost = 0
+        renewal = Renewal(self.random, must=must)
         while True:
             connection = await self._get_connection()
             if (login := self._login_to_fetch(self._loop.time())) is not None:
@@ -478,47 +500,101 @@ class SessionManager:
             if not connection.ready or self._login_to_fetch(sent_at) is not None:
                 continue
             method, params = self._next_request(connection, sent_at)
+            is_refresh = session is not None and method == REFRESH
             try:
                 call = connection.request(method, params, self.token, None, sent_at + ANSWER_TIMEOUT)
                 result = await answer(connection, call)
             except (ConnectionClosed, asyncio.CancelledError) as error:
-                if method == "session.refresh" and session is not None and not connection.unanswered_not_run:
-                    must = True  # the old token may be dead by now
+                may_be_spent = is_refresh and not connection.unanswered_not_run
+                if session is not None and may_be_spent:
                     session.refresh_lost(sent_at)
-                if isinstance(error, asyncio.CancelledError):
-                    raise
-                lost += 1
-                if lost > MAX_LOST:
+                step = renewal.after_loss(may_be_spent=may_be_spent)
+                if step.then is Then.RAISE or isinstance(error, asyncio.CancelledError):
                     raise
             except CallError as error:
-                then = what_next(error)
-                if then is Then.LATER and must:
-                    await asyncio.sleep(backoff.next(retry_after_ms(error.details)))
-                elif then is Then.AT_ONCE and not stale_retried:
-                    stale_retried = True
-                elif then is Then.ATTACH and not attach_tried:
-                    attach_tried = True
-                    with contextlib.suppress(CallError):  # the next attempt gets the same error
-                        await self.attach(connection, self.token)
-                elif method == "session.refresh" and self._opens_instead(error, must=must):
-                    must = True
-                    await self._delayed()
-                elif not must and error.code not in SESSION_IS_OVER:
-                    self._wheel.set(self, self._next_refresh())
-                    return
-                else:
+                step = renewal.after_error(
+                    error,
+                    is_refresh=is_refresh,
+                    can_reopen=self._can_reopen,
+                    is_restored=session is not None and session is self._restored,
+                )
+                if step.then is Then.RAISE:
                     if error.code in ENDED_BY_REFUSAL:
                         self.ended(self.token, error)
                     raise
+                if step.then is Then.KEEP:
+                    self._wheel.set(self, self._next_refresh())
+                    return
+                await self._take(step, connection)
             else:
-                if method == "session.open":
-                    self._opened_at = self._loop.time()
                 self._adopt(result, connection)
-                if self._device is not None and method == "session.open":
-                    connection.proved.add(self._device)
+                if method == OPEN:
+                    self._opened_at = self._loop.time()
+                    if self._device is not None:
+                        connection.proved.add(self._device)
                 elif self._device is not None and self._device not in connection.proved:
                     self.present_now(connection)
                 return
+
+    async def _take(self, step: Step, connection: ClientProtocol) -> None:
+        """Do what a renewal requires before its next request."""
+        if step.then is Then.LATER:
+            await asyncio.sleep(step.delay)
+        elif step.then is Then.ATTACH:
+            with contextlib.suppress(CallError):  # the next attempt gets the same error
+                await self.attach(connection, self.token)
+        elif step.then in (Then.REOPEN, Then.REPLACE):
+            if step.then is Then.REPLACE:
+                self._delay_opening()
+            if self.session is self._restored:
+                self._drop_restored()
+            self._drop_refresh_token()
+            await self._delayed()
+
+    async def _restore(self, file: SessionFile) -> bool:
+        """Use the session of the file if the server accepts its token. Return False if it does not."""
+        result = await asyncio.to_thread(file.load)
+        self._was_loaded = True
+        if result is None:
+            return False
+        connection = await self._ready_connection()
+        try:
+            session = self._session_of(result, connection)
+        except ProtocolError:  # the file does not have a session
+            return False
+        self._restored = self.session = session
+        self.token = session.token_bytes
+        backoff = Backoff(self.random)
+        while self._loop.time() < session.valid_until:
+            try:
+                await answer(connection, self._show(connection))
+            except ConnectionClosed:
+                await asyncio.sleep(backoff.next())
+            except CallError as error:
+                if what_next(error) in (Then.LATER, Then.AT_ONCE):
+                    await asyncio.sleep(backoff.next(retry_after_ms(error.details)))
+                else:
+                    session.expire()
+                    if error.code is not Code.TOKEN_EXPIRED:  # else it may be refreshed
+                        self._drop_restored()
+            else:
+                self._restored = None
+                self._begin(session, connection)
+                return True
+            connection = await self._ready_connection()
+        return False
+
+    def _drop_restored(self) -> None:
+        """Forget the session of the file, which the server has refused."""
+        self._restored = self.session = None
+        self.token = NO_TOKEN
+
+    async def _ready_connection(self) -> ClientProtocol:
+        while True:
+            connection = await self._get_connection()
+            await connection.wait_ready()
+            if connection.ready:
+                return connection
 
     async def _delayed(self) -> None:
         """Wait until the next session may be opened."""
@@ -540,25 +616,9 @@ class SessionManager:
     def _next_request(self, connection: ClientProtocol, now: float) -> tuple[str, dict[str, Any]]:
         session = self.session
         if session is not None and session.can_refresh(now):
-            return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self.client}
+            return REFRESH, {"refresh_token": session.refresh_token_bytes, "client": self.client}
         assert self.credentials is not None  # checked by `require`
-        return "session.open", {**self.credentials.params(connection), "client": self.client}
-
-    def _opens_instead(self, error: CallError, *, must: bool) -> bool:
-        """Return whether to open a session, because the refresh token has expired, may be spent, is bound to the
-        previous certificate, or is unknown when the token is no longer valid."""
-        then = what_next(error)
-        if error.code is Code.UNAUTHENTICATED and then in (Then.RAISE, Then.REPLACE):
-            if not must:
-                return False
-            self._delay_opening()
-        elif then is Then.REOPEN:
-            if not self._can_reopen:
-                return False
-        elif error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:
-            return False
-        self._drop_refresh_token()
-        return True
+        return OPEN, {**self.credentials.params(connection), "client": self.client}
 
     def _drop_refresh_token(self) -> None:
         """Forget a refresh token that may be spent: a second use would revoke the whole family of tokens."""
@@ -598,20 +658,20 @@ class SessionManager:
     # --- the end ----------------------------------------------------------------------------------
 
     async def close(self, connection: ClientProtocol | None) -> None:
-        """End the session on the server if it is connected, because a user's sessions are limited."""
+        """Keep the session in the file, or end it on the server if connected: a user's sessions are limited."""
         renewing, token = self._renewing, self.token
+        is_kept = self.file is not None and self.file.is_held
         if renewing is not None:
             renewing.cancel()
             await asyncio.wait([renewing])
         self._wheel.discard(self)
-        if self.session is None or connection is None or not connection.ready:
-            return
-        self.session = None
-        call = connection.request("session.close", None, token, None, self._loop.time() + CLOSE_TIMEOUT)
-        try:
-            await answer(connection, call)
-        except ZcprotoError:
-            return  # the session will expire on the server
+        if self.session is not None and not is_kept and connection is not None and connection.ready:
+            self.session = None
+            call = connection.request("session.close", None, token, None, self._loop.time() + CLOSE_TIMEOUT)
+            with contextlib.suppress(ZcprotoError):  # the session will expire on the server
+                await answer(connection, call)
+        if self.file is not None:
+            self.file.close()
 
 
 async def answer(connection: ClientProtocol, pending: PendingCall) -> Any:

@@ -6,7 +6,7 @@
         print(stream.result)
 
 Decides: when an item is taken, and so when the server may send more; that leaving early cancels the stream; that it
-is opened again only while the server has certainly not begun it.
+is opened again only while the server has certainly not begun it; when the middleware of a stream runs.
 
 Must not know: when connections are made, which errors are retried.
 """
@@ -22,16 +22,102 @@ from collections.abc import (
     Callable,
     Iterable,
     Mapping,
+    Sequence,
 )
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self
 
-from zcproto.client.middleware import OutgoingCall, StreamMiddleware
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt
+from zcproto.common.middleware import Middleware, around
 from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded
 from zcproto.wire.message import Credit
+
+
+@dataclass(slots=True, kw_only=True)
+class OutgoingCall:
+    """A call or a stream of a client, as its middleware sees it. Changes apply to what is sent.
+
+    `timeout` is in seconds, None for none. A stream has no idempotency key. `endpoint` is where the client is
+    connected when the call begins; None without a connection.
+    """
+
+    method: str
+    params: Mapping[str, Any]
+    timeout: float | None = None
+    idempotency_key: str | None = None
+    traceparent: str | None = None
+    is_stream: bool = False
+    endpoint: Endpoint | None = field(default=None, compare=False)
+
+
+class Prepared(dict[str, Any]):
+    """Params of a call that has passed the middleware."""
+
+
+class StreamMiddleware:
+    """Runs the middleware of one stream in a task, from before its opening until after its end."""
+
+    __slots__ = ("_call", "_ended", "_error", "_middleware", "_task")
+
+    def __init__(self, middleware: Sequence[Middleware[OutgoingCall]], call: OutgoingCall) -> None:
+        self._middleware = middleware
+        self._call = call
+        self._error: BaseException | None = None  # of the stream, which its user has received
+        self._ended: asyncio.Future[Any] | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    async def enter(self, open_stream: Callable[[OutgoingCall], Awaitable[None]]) -> None:
+        """Run the middleware until it has opened the stream. Raises what it raises instead."""
+        loop = asyncio.get_running_loop()
+        opened, ended = asyncio.Event(), loop.create_future()
+
+        async def use(call: OutgoingCall) -> Any:
+            await open_stream(call)
+            opened.set()
+            return await ended
+
+        async def run() -> Any:
+            try:
+                return await around(self._middleware, use)(self._call)
+            finally:
+                opened.set()
+
+        self._ended = ended
+        self._task = loop.create_task(run(), name="zcproto-middleware")
+        try:
+            await opened.wait()
+        except asyncio.CancelledError:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            raise
+        if self._task.done():
+            self._task.result()
+            raise RuntimeError("a middleware has returned before the stream ended; await call_next(call)")
+
+    def end(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Let `call_next` return the result of the stream, or raise its error. Idempotent."""
+        if self._ended is None or self._ended.done():
+            return
+        self._error = error
+        if error is None:
+            self._ended.set_result(result)
+        else:
+            self._ended.set_exception(error)
+            self._ended.exception()  # mark it as retrieved: a middleware may have returned
+
+    async def leave(self) -> None:
+        """Wait for the end of the middleware. Raises an error that is its own."""
+        self.end()
+        if self._task is not None:
+            task, self._task = self._task, None
+            await asyncio.wait([task])
+            error = None if task.cancelled() else task.exception()
+            if error is not None and error is not self._error:
+                raise error
+
 
 DEFAULT_WINDOW: Final[Credit] = (64, 262_144)
 
@@ -56,19 +142,19 @@ class StreamRequest:
 
 
 class StreamOpener(Protocol):
-    """The client, as its streams use it.
+    """The client, as its streams use it."""
 
-    `after_stream_error` returns if a stream may be opened again. Its last argument: whether one may that has begun.
-    """
+    def _deadline(self, timeout: float | None) -> float: ...
 
-    @property
-    def deadline(self) -> Callable[[float | None], float]: ...
-    @property
-    def open_stream(self) -> Callable[[StreamRequest], Awaitable[PendingStream]]: ...
-    @property
-    def after_stream_error(
+    async def _open_stream(self, request: StreamRequest) -> PendingStream: ...
+
+    async def _after_stream_error(
         self,
-    ) -> Callable[[CallError | ConnectionClosed, StreamRequest, PendingStream, bool], Awaitable[None]]: ...
+        error: CallError | ConnectionClosed,
+        request: StreamRequest,
+        pending: PendingStream,
+        can_resume: bool,
+    ) -> None: ...
 
 
 class Stream:
@@ -79,7 +165,7 @@ class Stream:
 
     def __init__(
         self,
-        opener: StreamOpener,
+        client: StreamOpener,
         request: StreamRequest,
         item_timeout: float | None,
         items: SentItems | None = None,
@@ -90,7 +176,7 @@ class Stream:
             raise ValueError("a stream with items cannot be opened again; choose items or reopen")
         self._reopen = reopen
         self._last: tuple[Any, ...] = ()  # the last item, with `reopen`
-        self._opener = opener
+        self._client = client
         self._middleware = middleware
         self._request = request
         self._item_timeout = item_timeout
@@ -124,7 +210,7 @@ class Stream:
         if self._pending is not None:
             raise RuntimeError("this stream was opened before; create a new one")
         if self._middleware is None:
-            self._pending = await self._opener.open_stream(self._request)
+            self._pending = await self._client._open_stream(self._request)
         else:
             try:
                 await self._middleware.enter(self._open_within_middleware)
@@ -140,10 +226,10 @@ class Stream:
             self._request,
             method=call.method,
             params=call.params,
-            deadline=self._opener.deadline(call.timeout),
+            deadline=self._client._deadline(call.timeout),
             traceparent=call.traceparent,
         )
-        self._pending = await self._opener.open_stream(self._request)
+        self._pending = await self._client._open_stream(self._request)
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
@@ -201,7 +287,7 @@ class Stream:
     async def _receive(self) -> Any:
         while True:
             pending = self._opened()
-            if pending.half.items.held:
+            if pending.stream.items.held:
                 item = pending.take_item()
                 if self._reopen is not None:
                     self._last = (item,)
@@ -300,16 +386,16 @@ class Stream:
             self._result = pending.result()
         except (CallError, ConnectionClosed) as error:
             can_resume = self._reopen is not None
-            if pending.half.was_answered_to and not can_resume:
+            if pending.stream.was_answered_to and not can_resume:
                 self._stop_sending()
                 raise
             async with self._opening:
                 if self._pending is pending:
-                    await self._opener.after_stream_error(error, self._request, pending, can_resume)
+                    await self._client._after_stream_error(error, self._request, pending, can_resume)
                     if self._reopen is not None and self._last:
                         params = {**self._request.params, **self._reopen(*self._last)}
                         self._request = replace(self._request, params=params)
-                    self._pending = await self._opener.open_stream(self._request)
+                    self._pending = await self._client._open_stream(self._request)
                     if self._items_ended:
                         self._pending.end_items()
             return

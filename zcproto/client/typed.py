@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
-from zcproto.client.session_client import UNSET, SessionClient
+from zcproto.client.client import UNSET, SessionClient
 from zcproto.client.streams import SentItems, Stream
 
 if TYPE_CHECKING:

@@ -26,9 +26,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from zcproto.connection.client_calls import MAX_BLOCKED_REFUSALS, ClientCalls, Refused
-from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION, ClientOutput
-from zcproto.connection.client_streams import ClientStreams
+from zcproto.connection.client_calls import MAX_BLOCKED_REFUSALS, ClientCall, ClientCalls, Refused
+from zcproto.connection.client_streams import ClientStream, ClientStreams, ClientStreamState
 from zcproto.connection.events import (
     NEVER,
     CallReceived,
@@ -47,34 +46,53 @@ from zcproto.connection.silence import PING_AFTER, Silence
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import (
     Code,
+    ConnectionClosed,
+    InvalidArgument,
     ProtocolError,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
 )
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CALL,
+    CANCEL,
     CREDIT,
+    END,
     ERROR,
     EVENT,
+    FAILURE,
     GOAWAY,
     HEADER_SIZE,
     ITEM,
+    MAX_STREAM,
+    MIN_LENGTH,
     NO_TOKEN,
+    OPEN,
     PING,
+    PONG,
+    REQUEST,
     RESPONSE,
+    RESULT,
+    TOKEN_SIZE,
     WELCOME,
     WITHDRAW,
     RawFrame,
     Side,
     accepted_with_calls,
     accepted_with_streams,
+    encode_frame,
 )
 from zcproto.wire.message import (
     DEFAULT_MAX_DEPTH,
+    Credit,
     MessageError,
     decode_body,
     decode_error,
     decode_event,
     decode_map,
+    encode_body,
+    encode_error,
     unpack,
 )
 from zcproto.wire.usual import UsualFrame, cut_values
@@ -101,6 +119,13 @@ UNREQUESTED_BURST: Final = 8_000
 
 _UNREQUESTED_BYTES: Final = 2_048
 
+MAX_FRAME_BEFORE_SESSION: Final = 16_384
+"""Maximum `length` on a connection without a session, in both directions (zcp1.md, section 13)."""
+
+REFRESH: Final = "session.refresh"
+OPENING_METHODS: Final = frozenset({"session.open", REFRESH})
+"""Methods sent without a token, whose result contains one."""
+
 STALE_ANSWER: Final = "the answer was delayed for too long; check whether the request took effect"
 
 DEAD_TOKEN_CODES: Final = frozenset(
@@ -110,11 +135,13 @@ DEAD_TOKEN_CODES: Final = frozenset(
 _ANSWERS: Final = frozenset({RESPONSE, ERROR})
 _ON_STREAMS: Final = frozenset({ITEM, CREDIT})
 _ON_CALLS: Final = frozenset({CALL, WITHDRAW})  # their numbers are the server's own
+_OPENING: Final = b""  # in place of a token: the request has none and its result contains one
+_OPEN: Final = State.OPEN  # members of an enumeration are slow to look up
 _CLOSED: Final = State.CLOSED
 
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
-class ClientConnection(ClientOutput):
+class ClientConnection:
     """One connection to a server.
 
     Args:
@@ -156,9 +183,7 @@ class ClientConnection(ClientOutput):
     _last_token: bytes = field(default=NO_TOKEN, init=False)  # of the last request
     _out: list[bytes] = field(default_factory=list, init=False)
     _owes_pong: bytes | None = field(default=None, init=False)  # token of the latest unanswered PING
-    _unrequested: float = field(
-        default=0.0, init=False
-    )  # of UNREQUESTED_BURST, at the time of `_unrequested_at`
+    _unrequested: float = field(default=0.0, init=False)  # of UNREQUESTED_BURST, at `_unrequested_at`
     _unrequested_at: float = field(default=0.0, init=False)
     _last_heard: float = field(default=0.0, init=False)
     _sent_since_check: bool = field(default=False, init=False)
@@ -221,8 +246,6 @@ class ClientConnection(ClientOutput):
         if self.state is State.CLOSED:
             return
         decoder = self._decoder
-        next_frame = decoder.next_frame
-        in_flight = self.in_flight
         decoder.feed(data)
         judged_at = wall
         if self._partial is not None:
@@ -232,92 +255,41 @@ class ClientConnection(ClientOutput):
                 self._last_heard = now
                 return
             judged_at, self._partial = self._partial[0], None
-        while True:
-            try:
-                frame = next_frame()
-            except ProtocolError as error:
-                yield self._end_with(error.code, error.reason)
-                return
-            if frame is None:
-                if decoder.buffered >= HEADER_SIZE:
-                    self._partial = wall, now
-                    self._last_heard = now
-                if self._owes_pong is not None and not self.is_output_blocked:
-                    self._send_pong(wall)
-                return
-            _, head, stream, timestamp, salt, counter, token, body = frame
-            if salt != self.salt or counter <= self._last_counter:
-                # Includes WELCOME: before it no salt matches.
-                first = self._out_of_order(frame, wall, now)
-                yield first
-                if first.__class__ is ConnectionEnded:
-                    return
-                continue
-            self._last_counter = counter
-            tolerance = self.tolerance_ms
-            is_fresh = -tolerance <= judged_at + self.clock_offset_ms - timestamp <= tolerance
-            judged_at = wall
-            if not (is_fresh or self._corrects_clock(head, body)):
-                self._stale_in_a_row += 1
-                if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:
-                    yield self._end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row")
-                    return
-                if head in _ANSWERS and in_flight.pop(stream, None) is not None:
-                    if self._streams is not None:
-                        self._streams.end(stream, was_lost=True)
-                    if self._calls is not None:
-                        self._calls.refreshing.pop(stream, None)
-                    yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
-                elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
-                    self._streams[stream].was_lost = True
-                    self.cancel(stream, wall)  # a lost item or credit would go unnoticed
-                    yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
-                elif head in _ON_CALLS:
-                    try:
-                        late = self._received_call(head, stream, token, body, wall, is_fresh=False)
-                    except ProtocolError as error:
-                        yield self._end_with(error.code, error.reason)
-                        return
-                    if late is not None:
-                        yield late
-                else:
-                    self.dropped_stale += 1
-                continue
-            self._stale_in_a_row = 0
+        try:
+            while (frame := decoder.next_frame()) is not None:
+                event = self._receive(frame, judged_at, wall, now)
+                judged_at = wall
+                if event is not None:
+                    yield event
+        except ProtocolError as error:
+            yield self._end_with(error.code, error.reason)
+            return
+        if decoder.buffered >= HEADER_SIZE:
+            self._partial = wall, now
             self._last_heard = now
-            if head == RESPONSE:
-                sent_with = in_flight.pop(stream, None)
-                if sent_with is None:
-                    self._count_unrequested(body, now)
-                    self.dropped_unknown += 1
-                    continue
-                if self._streams is not None:
-                    self._streams.end(stream)
-                try:
-                    value = decode_body(body, self.max_depth)
-                except MessageError as error:
-                    yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
-                    continue
-                if sent_with not in self._tokens:
-                    self._add_token(stream, sent_with, value)
-                yield ResponseReceived(stream, value)
-                continue
-            if stream not in in_flight or head in _ON_CALLS:
-                self._count_unrequested(body, now)
-            try:
-                event = self._received_other(head, stream, token, body, wall)
-            except ProtocolError as error:
-                yield self._end_with(error.code, error.reason)
-                return
-            if event is not None:
-                yield event
-                if event.__class__ is ConnectionEnded:
-                    return
+        if self._owes_pong is not None and not self.is_output_blocked:
+            self._send_pong(wall)
 
-    def _received_other(
-        self, head: int, stream: int, token: bytes, body: bytes, wall: int
-    ) -> ClientEvent | None:
-        """Process a fresh frame other than RESPONSE. Raises ProtocolError if it ends the connection."""
+    def _receive(self, frame: RawFrame, judged_at: int, wall: int, now: float) -> ClientEvent | None:
+        """Process a frame, whose header arrived at `judged_at`. Raises ProtocolError if it ends the connection."""
+        _, head, stream, timestamp, salt, counter, token, body = frame
+        if salt != self.salt or counter <= self._last_counter:
+            if self.state is State.AWAITING_WELCOME:  # no salt matches before WELCOME
+                return self._received_welcome(frame, wall, now)
+            reason = (
+                "nonce belongs to another connection" if salt != self.salt else "nonce counter did not grow"
+            )
+            raise ProtocolError(Code.REPLAYED, reason)
+        self._last_counter = counter
+        is_fresh = abs(judged_at + self.clock_offset_ms - timestamp) <= self.tolerance_ms
+        if not (is_fresh or self._corrects_clock(head, body)):
+            return self._received_stale(head, stream, token, body, wall)
+        self._stale_in_a_row = 0
+        self._last_heard = now
+        if stream not in self.in_flight or head in _ON_CALLS:
+            self._count_unrequested(body, now)
+        if head == RESPONSE:
+            return self._received_response(stream, body)
         if head == ERROR:
             return self._received_error(stream, body, wall)
         if head in _ON_STREAMS:
@@ -348,6 +320,48 @@ class ClientConnection(ClientOutput):
         else:
             self._pong_deadline = NEVER
         return None
+
+    def _received_stale(
+        self, head: int, stream: int, token: bytes, body: bytes, wall: int
+    ) -> ClientEvent | None:
+        """Process a stale frame: what it should have answered fails. Raises ProtocolError like `_receive`."""
+        self._stale_in_a_row += 1
+        if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:
+            raise ProtocolError(Code.STALE_TIMESTAMP, "ten stale frames in a row")
+        if head in _ANSWERS and self._failed(stream, was_lost=True) is not None:
+            return ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+        if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
+            self._streams[stream].was_lost = True
+            self.cancel(stream, wall)  # a lost item or credit would go unnoticed
+            return ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+        if head in _ON_CALLS:
+            return self._received_call(head, stream, token, body, wall, is_fresh=False)
+        self.dropped_stale += 1
+        return None
+
+    def _answered(self, stream: int, *, was_lost: bool = False) -> bytes | None:
+        """Forget a request that has its answer, and return its token; None if it is unknown."""
+        if self._streams is not None:
+            self._streams.end(stream, was_lost=was_lost)
+        return self.in_flight.pop(stream, None)
+
+    def _failed(self, stream: int, *, was_lost: bool = False) -> bytes | None:
+        if self._calls is not None:
+            self._calls.refreshing.pop(stream, None)
+        return self._answered(stream, was_lost=was_lost)
+
+    def _received_response(self, stream: int, body: bytes) -> ClientEvent | None:
+        sent_with = self._answered(stream)
+        if sent_with is None:
+            self.dropped_unknown += 1
+            return None
+        try:
+            value = decode_body(body, self.max_depth)
+        except MessageError as error:
+            return ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
+        if sent_with not in self._tokens:
+            self._add_token(stream, sent_with, value)
+        return ResponseReceived(stream, value)
 
     def _received_call(
         self, head: int, number: int, token: bytes, body: bytes, wall: int, *, is_fresh: bool
@@ -401,16 +415,11 @@ class ClientConnection(ClientOutput):
         if code == Code.STALE_TIMESTAMP:
             self._correct_clock(details, wall)
         if not stream:
-            self.state = next_state(self.state, Input.FATAL)
-            return ConnectionEnded(_code_of(code), message)
-        sent_with = self.in_flight.pop(stream, None)
+            raise ProtocolError(_code_of(code), message)
+        sent_with = self._failed(stream)
         if sent_with is None:
             self.dropped_unknown += 1
             return None
-        if self._streams is not None:
-            self._streams.end(stream)
-        if self._calls is not None:
-            self._calls.refreshing.pop(stream, None)
         if code in DEAD_TOKEN_CODES:
             self._tokens.discard(sent_with)
         return ErrorReceived(stream, code, message, details)
@@ -427,26 +436,15 @@ class ClientConnection(ClientOutput):
         self.state = next_state(self.state, Input.GOAWAY)
         return GoAwayReceived(reason, retry_after_ms)
 
-    def _out_of_order(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
-        """Process WELCOME if it is the first frame; end the connection otherwise."""
-        if self.state is State.AWAITING_WELCOME:
-            return self._received_first(frame, wall, now)
-        if frame[4] != self.salt:
-            return self._end_with(Code.REPLAYED, "nonce belongs to another connection")
-        return self._end_with(Code.REPLAYED, "nonce counter did not grow")
-
-    def _received_first(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
+    def _received_welcome(self, frame: RawFrame, wall: int, now: float) -> Welcomed:
         _, head, _, timestamp, salt, counter, _, body = frame
         if head != WELCOME:
-            return self._end_with(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")
+            raise ProtocolError(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")
         if counter != 0:
-            return self._end_with(Code.PROTOCOL_ERROR, "WELCOME must have counter 0")
+            raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME must have counter 0")
         if timestamp > MAX_SERVER_TIME:
-            return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is out of range")
-        try:
-            self.welcome = read_welcome(body, self.max_depth)
-        except ProtocolError as error:
-            return self._end_with(error.code, error.reason)
+            raise ProtocolError(Code.PROTOCOL_ERROR, "the server's clock is out of range")
+        self.welcome = read_welcome(body, self.max_depth)
         self.salt = salt
         self.clock_offset_ms = timestamp - wall
         self._decoder.limit = self.max_frame
@@ -556,6 +554,295 @@ class ClientConnection(ClientOutput):
         ):
             self.ping(wall)
         return silence.check_at
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def request(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None,
+        wall: int,
+        token: bytes = NO_TOKEN,
+        meta: Mapping[str, Any] | None = None,
+        head: int = REQUEST,
+    ) -> int:
+        """Queue a REQUEST. Return its stream, which identifies the answer.
+
+        Methods that open a session are sent without a token; `session.refresh` replaces `token`.
+
+        Raises:
+            InvalidArgument: the request cannot be encoded, or is too large (details `size` and `limit`).
+            ResourceExhausted: the server's limit of requests in flight is reached.
+            Unavailable: before WELCOME or after GOAWAY.
+            ConnectionClosed: after the end.
+        """
+        in_flight = self.in_flight
+        if self.state is not _OPEN:
+            self._refuse_request()
+        if len(in_flight) >= self.welcome["max_streams"]:
+            raise ResourceExhausted("too many requests in flight on this connection")
+        try:
+            # `encode_request` inlined
+            body = encode_body([method, params, meta] if meta else [method, params])
+        except MessageError as error:
+            raise InvalidArgument(str(error)) from error
+        size = MIN_LENGTH + len(body)
+        if size > MAX_FRAME_BEFORE_SESSION or size > self.welcome["max_frame"]:
+            self._check_size(size)
+        stream = self._next_stream
+        while stream in in_flight:
+            stream = stream % MAX_STREAM + 1
+        self._next_stream = stream % MAX_STREAM + 1
+        if method in OPENING_METHODS:
+            in_flight[stream] = _OPENING
+            if self._calls is not None and method == REFRESH:
+                self._calls.refreshing[stream] = token
+            token = NO_TOKEN
+        else:
+            in_flight[stream] = self._last_token = token
+        self._send(head, stream, token, body, wall)
+        return stream
+
+    def show(self, token: bytes, wall: int) -> int:
+        """Queue a `session.info` with a token, and return its stream.
+
+        Also after GOAWAY and at the limit of requests in flight: a refused request shows the token, too.
+        Raises Unavailable before WELCOME, ConnectionClosed after the end.
+        """
+        if self.state not in (State.OPEN, State.DRAINING):
+            self._refuse_request()
+        stream = self._next_stream
+        while stream in self.in_flight:
+            stream = stream % MAX_STREAM + 1
+        self._next_stream = stream % MAX_STREAM + 1
+        self.in_flight[stream] = self._last_token = token
+        self._send(REQUEST, stream, token, encode_body(["session.info", None]), wall)
+        return stream
+
+    def open_stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None,
+        *,
+        token: bytes,
+        meta: Mapping[str, Any] | None = None,
+        window: Credit,
+        wall: int,
+    ) -> ClientStream:
+        """Queue an OPEN that grants `window` items and bytes. Raises as `request` does.
+
+        Raises also Unimplemented if the server has no streams, and ResourceExhausted at its `max_open`.
+        """
+        if self.state is State.OPEN:
+            announced = self.welcome.get("streams")
+            if announced is None:
+                raise Unimplemented("this server has no streams")
+            if self._streams is not None and len(self._streams) >= announced["max_open"]:
+                limit = announced["max_open"]
+                raise ResourceExhausted("too many streams on this connection; close some", {"limit": limit})
+        meta = {**(meta or {}), "credit": window}
+        number = self.request(method, params, token=token, meta=meta, wall=wall, head=OPEN)
+        if self._streams is None:
+            self._streams = ClientStreams()
+        stream = self._streams[number] = ClientStream(number, token, window)
+        return stream
+
+    def take_item(self, stream: ClientStream, wall: int) -> Any:
+        """Return the next item of a stream, and send the credit that is due then.
+
+        Raises IndexError if none waits, InternalError for one that cannot be decoded: cancel the stream then.
+        """
+        value = stream.read_item(self.max_depth)
+        granted = stream.items.next_grant()
+        if granted is not None and self.state is not State.CLOSED:
+            self._send(CREDIT, stream.number, stream.token, encode_body(granted), wall)
+        return value
+
+    def send_item(self, stream: ClientStream, value: Any, wall: int) -> None:
+        """Queue an ITEM, while `stream.credit.may_send`. Raises InvalidArgument for one that cannot be sent."""
+        try:
+            body = encode_body(value)
+        except MessageError as error:
+            raise InvalidArgument(str(error)) from error
+        length, limit = MIN_LENGTH + len(body), self.welcome["streams"]["max_item"]
+        if length > limit:
+            raise InvalidArgument(f"the item has {length} bytes; the server accepts at most {limit}")
+        stream.credit.count(length)
+        self._send(ITEM, stream.number, stream.token, body, wall)
+
+    def end_items(self, stream: ClientStream, wall: int) -> None:
+        """Queue an END: no more items follow."""
+        if stream.state is ClientStreamState.OPEN and self.state is not State.CLOSED:
+            stream.state = ClientStreamState.HALF
+            self._send(END, stream.number, stream.token, b"", wall)
+
+    def _refuse_request(self) -> None:
+        if self.state is State.DRAINING:
+            raise Unavailable("the server accepts no new requests on this connection; reconnect")
+        if self.state is State.CLOSED:
+            raise ConnectionClosed("the connection has ended")
+        raise Unavailable("the server has not sent its WELCOME yet")
+
+    def _check_size(self, size: int) -> None:
+        limit = self.send_limit
+        if size > limit:
+            raise InvalidArgument(
+                f"the request has {size} bytes; the server accepts at most {limit}",
+                {"size": size, "limit": limit},
+            )
+
+    @property
+    def send_limit(self) -> int:
+        """Return the maximum `length` that the server accepts now."""
+        max_frame: int = self.welcome["max_frame"]
+        return max_frame if self._tokens else min(max_frame, MAX_FRAME_BEFORE_SESSION)
+
+    @property
+    def has_session(self) -> bool:
+        """Return True if the server has accepted a token on this connection."""
+        return bool(self._tokens)
+
+    def _add_token(self, stream: int, token: bytes, value: Any) -> None:
+        """Record the token that a RESPONSE shows to be accepted, or contains."""
+        accepted = value.get("token") if token == _OPENING and value.__class__ is dict else token
+        if isinstance(accepted, bytes) and len(accepted) == TOKEN_SIZE and accepted != NO_TOKEN:
+            self._tokens.add(accepted)
+            if self._calls is not None:
+                self._calls.refreshed(stream, accepted)
+
+    def session_ended(self, token: bytes) -> None:
+        """Apply the limits of a connection without a session again, if this was its session."""
+        self._tokens.discard(token)
+
+    def cancel(self, stream: int, wall: int) -> None:
+        """Queue a CANCEL. The request stays in flight until its answer arrives."""
+        token = self.in_flight.get(stream)
+        if token is not None and self.state is not State.CLOSED:
+            if self._streams is not None:
+                self._streams.leave(stream)
+            self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)
+
+    def ping(self, wall: int) -> None:
+        if self.state in (State.OPEN, State.DRAINING):
+            self._send(PING, 0, NO_TOKEN, b"", wall)
+
+    # --- calls of the server --------------------------------------------------------------------
+
+    def handle(
+        self, methods: frozenset[str], limit: int, receiver: object, *, token: bytes, wall: int
+    ) -> int:
+        """Queue `session.handle`, which lets the server call these methods, `limit` at once. Return its stream.
+
+        Each call of them comes with the `receiver`. Raises as `request` does, and Unimplemented if the server
+        makes no calls.
+        """
+        if self.state is State.OPEN and "calls" not in self.welcome:
+            raise Unimplemented("this server makes no calls")
+        params = {"methods": sorted(methods), "max": limit}
+        stream = self.request("session.handle", params, token=token, wall=wall)
+        self._calls = self._calls or ClientCalls()
+        self._calls.register(token, methods, limit, receiver)
+        return stream
+
+    def handles(self, token: bytes) -> bool:
+        """Return whether methods were registered for the session of a token."""
+        return self._calls is not None and self._calls.handles(token)
+
+    @property
+    def running_calls(self) -> int:
+        """Return the number of calls of the server that await their answer."""
+        return 0 if self._calls is None else self._calls.running
+
+    def answer_call(self, call: ClientCall, value: Any, wall: int) -> None:
+        """Queue the RESULT of a call, unless it was withdrawn; a FAILURE if it cannot be sent."""
+        try:
+            body = encode_body(value)
+        except MessageError as error:
+            self.fail_call(call, Code.INTERNAL, f"the result of the handler: {error}", wall)
+            return
+        if MIN_LENGTH + len(body) > self.send_limit:
+            self.fail_call(call, Code.INTERNAL, "the result of the handler is too large", wall)
+        else:
+            self._answer_call(RESULT, call, body, wall)
+
+    def fail_call(
+        self,
+        call: ClientCall,
+        code: Code,
+        message: str,
+        wall: int,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Queue the FAILURE of a call, unless it was withdrawn. The protocol's own codes become UNKNOWN."""
+        if code > Code.UNAUTHENTICATED:
+            code = Code.UNKNOWN
+        try:
+            body = encode_error(code, message, details)
+        except MessageError:
+            body = b""
+        if not body or MIN_LENGTH + len(body) > self.send_limit:
+            body = encode_error(Code.INTERNAL, "the error of the handler cannot be sent")
+        self._answer_call(FAILURE, call, body, wall)
+
+    def _answer_call(self, head: int, call: ClientCall, body: bytes, wall: int) -> None:
+        assert self._calls is not None, "a call was received"
+        if self.state is not State.CLOSED and self._calls.answer(call):
+            self._send(head, call.number, call.token, body, wall)
+
+    def refuse_call(self, number: int, token: bytes, refused: Refused, wall: int) -> None:
+        """Queue the FAILURE of a CALL that is not run."""
+        self._send(FAILURE, number, token, encode_error(refused.code, refused.message), wall)
+
+    def release_call(self, call: ClientCall) -> None:
+        """Record that the handler of a call has ended: another one may run."""
+        call.session.running -= 1
+
+    def cancel_calls(self, token: bytes, wall: int) -> list[ClientCall]:
+        """End what is handled for a session. Answer its calls with CANCELLED, and return them."""
+        cancelled = [] if self._calls is None else self._calls.end_session(token)
+        for call in cancelled:
+            self.fail_call(call, Code.CANCELLED, "the session has ended", wall)
+        return cancelled
+
+    def end_calls(self) -> list[ClientCall]:
+        """End all calls of a connection that has ended; return them."""
+        return [] if self._calls is None else self._calls.end_all()
+
+    # --- output ---------------------------------------------------------------------------------
+
+    def unblock_output(self, wall: int) -> None:
+        """Send what waited for the transport. Call this when it can send again."""
+        self.is_output_blocked = False
+        if self._calls is not None:
+            self._calls.blocked_refusals = 0
+        if self._owes_pong is not None and self.state is not State.CLOSED:
+            self._send_pong(wall)
+
+    def _send_pong(self, wall: int) -> None:
+        assert self._owes_pong is not None
+        self._send(PONG, 0, self._owes_pong, b"", wall)
+        self._owes_pong = None
+
+    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        counter = self._counter + 1
+        self._counter = counter
+        self._sent_since_check = True
+        # Never negative, even if our clock goes back by more than the server's time.
+        timestamp = wall + self.clock_offset_ms
+        if timestamp < 0:  # noqa: PLR1730  less than half the cost of max()
+            timestamp = 0
+        self.queued_bytes += MIN_LENGTH + len(body)
+        self._out.append(encode_frame(head, stream, timestamp, self.salt, counter, token, body))
+
+    def data_to_send(self) -> bytes:
+        """Return and clear the queued output."""
+        data = b"".join(self._out)
+        self._out.clear()
+        self.queued_bytes = 0
+        if self.silence is not None:
+            self.silence.note_sending(self._last_heard, self.sent_bytes)
+        self.sent_bytes += len(data)
+        return data
 
     # --- the end --------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ It must not know: what a handler does, how it runs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -35,42 +36,28 @@ class ClientCallState(Enum):
     RUNNING = "running"
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class HandledSession:
-    """What this end handles for one session. `receiver` is the edge's: it is not read here."""
+    """What this end handles for one session. `running` handlers have not ended. `receiver` is passed on unread."""
 
-    __slots__ = ("max", "methods", "receiver", "running")
-
-    def __init__(self, receiver: Any) -> None:
-        self.receiver = receiver
-        self.methods: frozenset[str] = frozenset()
-        self.max = 0
-        self.running = 0
-        """Handlers that have not ended."""
+    receiver: Any
+    methods: frozenset[str] = frozenset()
+    max: int = 0
+    running: int = 0
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class ClientCall:
     """One CALL. `deadline_ms` counts from its arrival."""
 
-    __slots__ = ("deadline_ms", "method", "number", "params", "session", "state", "token", "traceparent")
-
-    def __init__(
-        self,
-        number: int,
-        token: bytes,
-        session: HandledSession,
-        method: str,
-        params: dict[str, Any],
-        deadline_ms: int,
-        traceparent: str | None,
-    ) -> None:
-        self.number = number
-        self.token = token
-        self.session = session
-        self.method = method
-        self.params = params
-        self.deadline_ms = deadline_ms
-        self.traceparent = traceparent
-        self.state = ClientCallState.RUNNING
+    number: int
+    token: bytes
+    session: HandledSession
+    method: str
+    params: dict[str, Any]
+    deadline_ms: int
+    traceparent: str | None
+    state: ClientCallState = ClientCallState.RUNNING
 
 
 class Refused(NamedTuple):
@@ -107,10 +94,10 @@ class ClientCalls:
 
     # --- registration -----------------------------------------------------------------------------
 
-    def register(self, token: bytes, methods: frozenset[str], most: int, receiver: Any) -> None:
+    def register(self, token: bytes, methods: frozenset[str], limit: int, receiver: Any) -> None:
         """Set what is handled for the session of a token."""
         session = self._by_token.setdefault(token, HandledSession(receiver))
-        session.methods, session.max = methods, most
+        session.methods, session.max = methods, limit
 
     def handles(self, token: bytes) -> bool:
         return token in self._by_token

@@ -33,7 +33,11 @@ class ClientStreamState(Enum):
 
 
 class ClientStream:
-    """A stream of the client: `items` are the server's, `credit` is what the server allows to send."""
+    """A stream of the client: `items` are the server's, `credit` is what the server allows to send.
+
+    `was_answered_to`: an ITEM or CREDIT came, so that the method has begun and the stream is not opened again.
+    `was_lost`: it failed because a frame of it was stale, and not by an ERROR of the server.
+    """
 
     __slots__ = ("credit", "items", "number", "state", "token", "was_answered_to", "was_lost")
 
@@ -43,10 +47,7 @@ class ClientStream:
         self.credit = SendCredit((0, 0))
         self.items = ItemQueue(window, window)
         self.state = ClientStreamState.OPEN
-        self.was_answered_to = False
-        """Whether an ITEM or CREDIT came: the method has begun, so the stream is not opened again."""
-        self.was_lost = False
-        """Whether it failed because a frame of it was stale, and not by an ERROR of the server."""
+        self.was_answered_to = self.was_lost = False
 
     def read_item(self, max_depth: int) -> Any:
         """Take an item. Raises IndexError if none waits, InternalError if it cannot be decoded."""

@@ -37,7 +37,7 @@ from opentelemetry.trace import (
 
 from zcproto.app.context import Context
 from zcproto.client.handlers import Call
-from zcproto.client.middleware import OutgoingCall
+from zcproto.client.streams import OutgoingCall
 from zcproto.common.middleware import CallNext, Middleware
 from zcproto.errors import CallError, Code, ZcprotoError
 from zcproto.observe.log import TRACE_ATTRIBUTE, shown_message, shown_stack

@@ -26,8 +26,8 @@ from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BUILT_IN_SCHEMES
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.client import Client
-from zcproto.client.address import Endpoint
 from zcproto.client.dial import LoopResources
+from zcproto.client.endpoints import Endpoint
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy

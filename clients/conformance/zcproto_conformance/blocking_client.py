@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 
 import zcproto.client
 from zcproto.client.blocking import BlockingClient, BlockingStream
+from zcproto.client.client import default_client
 from zcproto.client.handlers import Call
-from zcproto.client.session_client import default_client
 from zcproto.errors import CallError
 from zcproto_conformance.blocking import Api, BlockingConform, Failure, Hold, Step, Wait
 from zcproto_conformance.python_client import KNOWN, describe

@@ -17,10 +17,9 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.client import Client, UserSession, connect
+from zcproto.client.client import Client, UserSession, connect, default_client
 from zcproto.client.credentials import Device
 from zcproto.client.handlers import Call
-from zcproto.client.session_client import default_client
 from zcproto.client.streams import Stream
 from zcproto.errors import (
     CallError,

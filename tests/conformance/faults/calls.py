@@ -6,11 +6,13 @@ from typing import Final
 
 from tests.conformance.faults.mutation import Fault, fault
 
-_CLIENT: Final = "zcproto.client.session_client:SessionClient"
+_CLIENT: Final = "zcproto.client.client:SessionClient"
 _ATTEMPT: Final = "zcproto.client.retry:Attempt"
+_RENEWAL: Final = "zcproto.client.retry:Renewal"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
-_RECEIVE: Final = f"{_CONNECTION}.receive_data"
+_RESPONSE: Final = f"{_CONNECTION}._received_response"
+_RECEIVE: Final = f"{_CONNECTION}._receive"
 _ENDPOINTS: Final = "zcproto.client.endpoints:Endpoints"
 _MANAGER: Final = "zcproto.client.session:SessionManager"
 _CREDENTIALS: Final = "zcproto.client.credentials"
@@ -39,18 +41,17 @@ def more_than_once(then: str) -> tuple[str, str, str]:
 _INVALID_RESPONSE_IS_FATAL: Final = fault(
     "ends the connection after an invalid response",
     (
-        _RECEIVE,
-        'yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})\n'
-        "                    continue",
-        'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
+        _RESPONSE,
+        'return ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})',
+        'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault") from error',
     ),
 )
 _UNKNOWN_RESPONSE_IS_FATAL: Final = fault(
     "ends the connection after a response on an unknown stream",
     (
-        _RECEIVE,
-        "self.dropped_unknown += 1\n                    continue",
-        'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
+        _RESPONSE,
+        "self.dropped_unknown += 1",
+        'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
     ),
 )
 _NO_SEND_LIMIT: Final = fault(
@@ -144,7 +145,7 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-is-sent": fault(
         "does not send the deadline",
         (
-            "zcproto.client.session_client:_deadline_meta",
+            "zcproto.client.client:_deadline_meta",
             'return {"deadline_ms"',
             'return {} and {"deadline_ms"',
         ),
@@ -164,21 +165,21 @@ CALLS: Final[dict[str, Fault]] = {
     "cancelled-call-stays-in-flight": fault(
         "frees the stream of a cancelled request at once",
         (f"{_CONNECTION}.cancel", SEND_CANCEL, f"{SEND_CANCEL}; self.in_flight.pop(stream)"),
-        (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self._update_ready()"),
+        (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self.update_ready()"),
     ),
     "traceparent-is-sent": fault(
         "does not send traceparent",
-        ("zcproto.client.session_client:_meta", 'more["traceparent"] = traceparent', "pass"),
+        ("zcproto.client.client:_meta", 'more["traceparent"] = traceparent', "pass"),
     ),
     "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
         "does not answer PING",
-        (f"{_CONNECTION}._received_other", "self._owes_pong = token", "pass"),
+        (_RECEIVE, "self._owes_pong = token", "pass"),
     ),
     "ping-flood": fault(
         "answers each PING at once",
         (
-            f"{_CONNECTION}._received_other",
+            _RECEIVE,
             "self._owes_pong = token",
             'self._send(PONG, 0, token, b"", wall)',
         ),
@@ -191,22 +192,22 @@ CALLS: Final[dict[str, Fault]] = {
     "unknown-event": fault(
         "ends a connection for an event that it does not know",
         (
-            f"{_CONNECTION}._received_other",
+            _RECEIVE,
             "return EventReceived(name, data, token, body)",
-            'return self._end_with(Code.PROTOCOL_ERROR, "a fault")',
+            'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
         ),
     ),
     "events-are-delivered": fault(
         "loses the data of events",
         (
-            "zcproto.client.events:EventStream.__anext__",
+            "zcproto.client.handlers:EventStream.__anext__",
             "Event(*decode_event(body))",
             "Event(decode_event(body)[0], None)",
         ),
     ),
 }
 
-_LOST: Final = "is_repeatable = connection.unanswered_not_run or idempotency_key is not None"
+_LOST: Final = "is_repeatable = (connection.unanswered_not_run or is_idempotent)"
 
 GOAWAY: Final[dict[str, Fault]] = {
     "goaway-with-calls-in-flight": fault(
@@ -256,14 +257,18 @@ GOAWAY: Final[dict[str, Fault]] = {
     ),
     "goaway-then-truncated": fault(
         "treats a request that may have run like one that did not",
-        (f"{_CLIENT}.call", _LOST, _LOST.replace("connection.unanswered_not_run", "connection.draining")),
+        (
+            f"{_CLIENT}._after_failure",
+            _LOST,
+            _LOST.replace("connection.unanswered_not_run", "connection.draining"),
+        ),
     ),
     "lost-call-without-idempotency-key": fault(
-        "retries a lost call", (f"{_CLIENT}.call", _LOST, "is_repeatable = True")
+        "retries a lost call", (f"{_CLIENT}._after_failure", _LOST, "is_repeatable = True")
     ),
     "lost-call-with-idempotency-key": fault(
         "does not retry a lost call with an idempotency key",
-        (f"{_CLIENT}.call", _LOST, "is_repeatable = connection.unanswered_not_run"),
+        (f"{_CLIENT}._after_failure", _LOST, "is_repeatable = connection.unanswered_not_run"),
     ),
     "reconnect-after-network-failure": fault(
         "treats a truncation as a clean end",
@@ -289,7 +294,7 @@ GOAWAY: Final[dict[str, Fault]] = {
         "waits for a server that does not answer PING",
         (
             "zcproto.client.connections:ConnectionManager.connection_silent",
-            "if self._beside is None:",
+            "if self._standby is None:",
             "if False:",
         ),
     ),
@@ -343,8 +348,8 @@ SESSIONS: Final[dict[str, Fault]] = {
         "does not send its name",
         (
             f"{_MANAGER}._next_request",
-            'return "session.open", {**self.credentials.params(connection), "client": self.client}',
-            'return "session.open", self.credentials.params(connection)',
+            'return OPEN, {**self.credentials.params(connection), "client": self.client}',
+            "return OPEN, self.credentials.params(connection)",
         ),
     ),
     "own-scheme": fault(
@@ -375,9 +380,9 @@ SESSIONS: Final[dict[str, Fault]] = {
     "wrong-key": fault(
         "retries a refused key",
         (
-            f"{_MANAGER}._renew",
-            "if then is Then.LATER and must:",
-            "if then in (Then.LATER, Then.RAISE) and must:",
+            f"{_RENEWAL}.after_error",
+            "if then is Then.LATER and self.must:",
+            "if then in (Then.LATER, Then.RAISE) and self.must:",
         ),
     ),
     "too-many-sessions": LIMIT_IS_RETRIED,
@@ -399,7 +404,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     ),
     "refresh-shown-on-each-connection": fault(
         "shows a new token only where it takes new calls",
-        (f"{_CLIENT}._session_changed", "self._connections.open", "self._connections.further"),
+        (f"{_CLIENT}._session_changed", "self._connections.open", "self._connections.extra"),
     ),
     "concurrent-calls-share-one-refresh": fault(
         "refreshes once per call", (f"{_MANAGER}.ensure", "if self._renewing is None:", "if True:")
@@ -419,12 +424,14 @@ SESSIONS: Final[dict[str, Fault]] = {
     "expired-refresh-token": fault(
         "gives up when its refresh token has expired",
         (
-            f"{_MANAGER}._opens_instead",
-            "self._drop_refresh_token()\n        return True",
-            "return False",
+            f"{_RENEWAL}._instead",
+            "return Then.REOPEN if error.code is Code.TOKEN_EXPIRED or",
+            "return Then.REOPEN if",
         ),
     ),
-    "lost-refresh": fault("gives up after a lost refresh", (f"{_MANAGER}._renew", "lost += 1\n", "raise\n")),
+    "lost-refresh": fault(
+        "gives up after a lost refresh", (f"{_RENEWAL}.after_loss", "self._lost <= MAX_LOST", "False")
+    ),
     "refresh-lost-repeatedly": fault(
         "counts the grace of a lost refresh from its last attempt",
         (
@@ -436,9 +443,9 @@ SESSIONS: Final[dict[str, Fault]] = {
     "refresh-of-revoked-session": fault(
         "opens a session after a refused refresh",
         (
-            f"{_MANAGER}._opens_instead",
-            "elif error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:",
-            "elif False:",
+            f"{_RENEWAL}._instead",
+            "if error.code is Code.TOKEN_EXPIRED or error.code in _MAYBE_RUN else None",
+            "",
         ),
     ),
     "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", then("TOKEN_REVOKED", "RENEW")),

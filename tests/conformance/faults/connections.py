@@ -12,14 +12,15 @@ _JUDGE: Final = "zcproto.tls.client:TlsClientTransport._judge"
 _JUDGE_ALPN: Final = "if self._tls.selected_alpn_protocol() != ALPN:"
 _DIAL: Final = "zcproto.client.dial:Dialer.__call__"
 _POLICY: Final = "zcproto.client.dial:Dialer._require_verification"
-_HOSTS: Final = "zcproto.client.known_hosts:KnownHosts"
+_HOSTS: Final = "zcproto.client.dial:KnownHosts"
 _WELCOME: Final = "zcproto.connection.settings:read_welcome"
 _PARSE_PINS: Final = "zcproto.tls.pins:parse_pins"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
-_RECEIVE: Final = f"{_CONNECTION}.receive_data"
-_FIRST: Final = f"{_CONNECTION}._received_first"
-_OTHER: Final = f"{_CONNECTION}._received_other"
+_READ: Final = f"{_CONNECTION}.receive_data"
+_RECEIVE: Final = f"{_CONNECTION}._receive"
+_LATE: Final = f"{_CONNECTION}._received_stale"
+_FIRST: Final = f"{_CONNECTION}._received_welcome"
 _ERROR: Final = f"{_CONNECTION}._received_error"
 _DECODER: Final = "zcproto.wire.decoder:FrameDecoder"
 _CHECK_LENGTH: Final = "zcproto.wire.frame:check_length"
@@ -120,7 +121,7 @@ TRUST: Final[dict[str, Fault]] = {
     "pins-next-event": fault(
         "trusts the pins that a server announces",
         (
-            "zcproto.client.session_client:SessionClient._receive_event",
+            "zcproto.client.client:SessionClient._receive_event",
             "if self._options.on_event is not None:",
             "self._dial._trust.pins |= frozenset(event.data['pins'])\n"
             "        if self._options.on_event is not None:",
@@ -175,7 +176,11 @@ WELCOME: Final[dict[str, Fault]] = {
     ),
     "welcome-followed-by-frame": fault(
         "drops frames after WELCOME in the same read",
-        (_RECEIVE, "if first.__class__ is ConnectionEnded:", "if True:"),
+        (
+            _READ,
+            "if event is not None:\n                    yield event",
+            "yield event\n                return",
+        ),
     ),
     "welcome-without-version-1": fault(
         "does not check versions",
@@ -202,7 +207,7 @@ WELCOME: Final[dict[str, Fault]] = {
         "ignores frames before WELCOME",
         (
             _FIRST,
-            'return self._end_with(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")',
+            'raise ProtocolError(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")',
             'return EventReceived("ignored", None, b"", b"")',
         ),
     ),
@@ -211,7 +216,7 @@ WELCOME: Final[dict[str, Fault]] = {
     ),
     "welcome-twice": fault(
         "ignores a second WELCOME",
-        (_OTHER, 'raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME came twice")', "return None"),
+        (_RECEIVE, 'raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME came twice")', "return None"),
     ),
     "welcome-unparsable": fault(
         "uses defaults for an invalid WELCOME",
@@ -236,8 +241,6 @@ WELCOME: Final[dict[str, Fault]] = {
         (f"{_CONNECTION}.request", 'if len(in_flight) >= self.welcome["max_streams"]:', "if False:"),
     ),
 }
-
-_END_IT: Final = 'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                        return'
 
 
 def _reported_as_clean(how: str) -> Fault:
@@ -271,9 +274,9 @@ FRAMING: Final[dict[str, Fault]] = {
     "responses-in-one-read": fault(
         "handles one response per read",
         (
-            _RECEIVE,
-            "yield ResponseReceived(stream, value)\n                continue",
-            "yield ResponseReceived(stream, value)\n                return",
+            _READ,
+            "yield event",
+            "yield event\n                if event.__class__ is ResponseReceived:\n                    return",
         ),
     ),
     "response-of-a-megabyte": fault(
@@ -306,12 +309,12 @@ FRAMING: Final[dict[str, Fault]] = {
         (_CHECK_HEAD, _HEAD_STREAM, f"{_HEAD_STREAM[:-1]} and bare_head != EVENT:"),
     ),
     "ping-with-body": fault(
-        "ignores the body of PING", (_OTHER, "        if body:\n", "        if False:\n")
+        "ignores the body of PING", (_RECEIVE, "        if body:\n", "        if False:\n")
     ),
     "event-unparsable": fault(
         "ignores an invalid event",
         (
-            _OTHER,
+            _RECEIVE,
             'raise ProtocolError(Code.PROTOCOL_ERROR, f"EVENT cannot be read: {error}") from error',
             "return None",
         ),
@@ -326,8 +329,7 @@ FRAMING: Final[dict[str, Fault]] = {
     ),
     "fatal-error": fault(
         "continues after ERROR on stream 0",
-        (_ERROR, "return ConnectionEnded(_code_of(code), message)", "return None"),
-        (_ERROR, "self.state = next_state(self.state, Input.FATAL)", "pass"),
+        (_ERROR, "raise ProtocolError(_code_of(code), message)", "return None"),
     ),
     "fatal-error-unparsable": fault(
         "ignores an invalid ERROR on stream 0",
@@ -394,19 +396,19 @@ FRESHNESS: Final[dict[str, Fault]] = {
     "stale-response": fault("accepts stale frames", (_RECEIVE, _STALE, "if False:")),
     "stale-error": fault(
         "drops a stale ERROR, so that its call waits for the timeout",
-        (_RECEIVE, "if head in _ANSWERS and", "if head == RESPONSE and"),
+        (_LATE, "if head in _ANSWERS and", "if head == RESPONSE and"),
     ),
     "timestamps-of-any-value": fault(
         "compares timestamps as signed numbers",
         (
             _RECEIVE,
-            "is_fresh = -tolerance <= judged_at + self.clock_offset_ms - timestamp <= tolerance",
-            "is_fresh = abs(wall + self.clock_offset_ms - timestamp) <= tolerance or timestamp >= 2**63",
+            "is_fresh = abs(judged_at + self.clock_offset_ms - timestamp) <= self.tolerance_ms",
+            "is_fresh = abs(wall + self.clock_offset_ms - timestamp) <= self.tolerance_ms or timestamp >= 2**63",
         ),
     ),
     "ten-stale-frames": fault(
         "drops any number of stale frames",
-        (_RECEIVE, "if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:", "if False:"),
+        (_LATE, "if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:", "if False:"),
     ),
     "nine-stale-frames": fault(
         "does not reset the count of stale frames",
@@ -440,11 +442,11 @@ FRESHNESS: Final[dict[str, Fault]] = {
 ARRIVAL: Final[dict[str, Fault]] = {
     "response-with-a-slow-body": fault(
         "judges a frame when it is complete",
-        (_RECEIVE, "judged_at, self._partial = self._partial[0], None", "self._partial = None"),
+        (_READ, "judged_at, self._partial = self._partial[0], None", "self._partial = None"),
     ),
     "response-behind-a-slow-one": fault(
         "judges the frames behind a slow one by its clock",
-        (_RECEIVE, "judged_at = wall\n            if not", "if not"),
+        (_READ, "judged_at = wall\n                if", "if"),
     ),
 }
 """By the name of a vector."""

@@ -104,6 +104,8 @@ class Fault:
 
 _GENERAL_WAY: Final = {
     "zcproto.connection.client:ClientConnection.receive_data",
+    "zcproto.connection.client:ClientConnection._receive",
+    "zcproto.connection.client:ClientConnection._received_response",
     "zcproto.wire.message:decode_body",
 }
 _SHORT_WAY: Final = "zcproto.connection.client:ClientConnection.receive_answers"

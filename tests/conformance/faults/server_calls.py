@@ -7,11 +7,11 @@ from typing import Final
 from tests.conformance.faults.mutation import Fault, fault
 
 _PROTOCOL: Final = "zcproto.client.protocol:ClientProtocol"
-_REGISTRAR: Final = "zcproto.client.registration:Registrar"
+_REGISTRAR: Final = "zcproto.client.handlers:Registrar"
 _REGISTER: Final = f"{_REGISTRAR}._register"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVED: Final = f"{_CONNECTION}._received_call"
-_OUTPUT: Final = "zcproto.connection.client_output:ClientOutput"
+_OUTPUT: Final = "zcproto.connection.client:ClientConnection"
 _CALLS: Final = "zcproto.connection.client_calls:ClientCalls"
 _RECEIVE: Final = f"{_CALLS}.receive"
 
@@ -84,9 +84,9 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     "call-withdrawn-late": fault(
         "drops a stale WITHDRAW",
         (
-            f"{_CONNECTION}.receive_data",
-            "elif head in _ON_CALLS:",
-            "elif head in _ON_CALLS and not WITHDRAW:",
+            f"{_CONNECTION}._received_stale",
+            "if head in _ON_CALLS:",
+            "if head in _ON_CALLS and not WITHDRAW:",
         ),
     ),
     "call-answered-once": fault(
@@ -129,8 +129,8 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     "handle-on-further-connections": fault(
         "registers its methods on the main connection alone",
         (
-            "zcproto.client.client:Client._further_connected",
-            "each._show_session(connection, is_further=True)",
+            "zcproto.client.client:Client._extra_connected",
+            "each._show_session(connection, is_extra=True)",
             "each._sessions.present(connection)",
         ),
     ),

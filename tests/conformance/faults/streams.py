@@ -11,8 +11,8 @@ _CLIENT: Final = "zcproto.client.client:Client"
 _RECEIVE_ITEM: Final = "zcproto.client.streams:Stream._receive"
 _ANSWERED: Final = "zcproto.client.streams:Stream._answered"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
-_RECEIVE: Final = f"{_CONNECTION}.receive_data"
-_OUTPUT: Final = "zcproto.connection.client_output:ClientOutput"
+_RECEIVE: Final = f"{_CONNECTION}._received_stale"
+_OUTPUT: Final = "zcproto.connection.client:ClientConnection"
 _OPEN: Final = f"{_OUTPUT}.open_stream"
 _END_ITEMS: Final = f"{_OUTPUT}.end_items"
 _STREAMS: Final = "zcproto.connection.client_streams:ClientStreams"
@@ -22,10 +22,10 @@ _ALLOWED: Final = "return self.sent_items < self.items and self.sent_bytes < sel
 _WELCOME: Final = "zcproto.connection.settings:read_welcome"
 _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
-_STALE: Final = "elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
+_STALE: Final = "if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
 _OPENS_AGAIN: Final = (
-    (_ANSWERED, "if pending.half.was_answered_to and not can_resume:", "if False:"),
-    (f"{_CLIENT}._after_stream_error", "elif pending.half.was_answered_to:", "elif False:"),
+    (_ANSWERED, "if pending.stream.was_answered_to and not can_resume:", "if False:"),
+    (f"{_CLIENT}._after_stream_error", "elif pending.stream.was_answered_to:", "elif False:"),
 )
 
 
@@ -64,7 +64,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "stream": fault("ignores the window of the application", (_OPEN, '"credit": window', '"credit": (9, 9)')),
     "stream-of-a-unary-method": fault(
         "expects an item before the answer",
-        (_ANSWERED, "self._has_ended = True", "self._has_ended = pending.half.was_answered_to"),
+        (_ANSWERED, "self._has_ended = True", "self._has_ended = pending.stream.was_answered_to"),
     ),
     "request-of-a-stream": fault("repeats FAILED_PRECONDITION", then("FAILED_PRECONDITION", "AT_ONCE")),
     "stream-limit": LIMIT_IS_RETRIED,
@@ -130,8 +130,8 @@ STREAMS: Final[dict[str, Fault]] = {
         "raises the error of a stream before its items",
         (
             _RECEIVE_ITEM,
-            "if pending.half.items.held:",
-            "if pending.half.items.held and not (pending.done() and pending.exception()):",
+            "if pending.stream.items.held:",
+            "if pending.stream.items.held and not (pending.done() and pending.exception()):",
         ),
     ),
     "item-undecodable": fault(
@@ -161,24 +161,28 @@ STREAMS: Final[dict[str, Fault]] = {
     "item-on-unknown-stream": fault(
         "ends the connection after an item on an unknown stream",
         (
-            f"{_CONNECTION}._received_other",
+            f"{_CONNECTION}._receive",
             "self.dropped_unknown += 1\n                return None",
             'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
         ),
     ),
     "stale-open": fault("reports STALE_TIMESTAMP at once", then("STALE_TIMESTAMP", "RAISE")),
-    "stale-item": fault("drops stale items", (_RECEIVE, _STALE, "elif False:")),
+    "stale-item": fault("drops stale items", (_RECEIVE, _STALE, "if False:")),
     "stale-credit": fault(
         "drops stale CREDITs",
         (
             _RECEIVE,
             _STALE,
-            "elif head == ITEM and self._streams is not None and self._streams.is_read(stream):",
+            "if head == ITEM and self._streams is not None and self._streams.is_read(stream):",
         ),
     ),
     "slow-response-of-a-stream": fault(
         "judges frames when they are complete",
-        (_RECEIVE, "judged_at, self._partial = self._partial[0], None", "self._partial = None"),
+        (
+            f"{_CONNECTION}.receive_data",
+            "judged_at, self._partial = self._partial[0], None",
+            "self._partial = None",
+        ),
     ),
     "stream-of-a-revoked-session": fault(
         "opens a stream again that was cut", *_OPENS_AGAIN, then("CANCELLED", "AT_ONCE")
@@ -189,7 +193,7 @@ STREAMS: Final[dict[str, Fault]] = {
     ),
     "stream-of-a-replaced-session": fault(
         "goes on with a replaced session",
-        (f"{_CLIENT}._after_error", "sessions.ended(token, error)", "pass"),
+        (f"{_CLIENT}._after_failure", "sessions.ended(token, error)", "pass"),
     ),
     "stream-after-goaway": fault(
         "forgets its streams at GOAWAY",
@@ -212,8 +216,8 @@ STREAMS: Final[dict[str, Fault]] = {
         "opens a stream again after a loss",
         *_OPENS_AGAIN,
         (
-            f"{_CLIENT}._after_stream_error",
-            "is_repeatable = connection.unanswered_not_run",
+            f"{_CLIENT}._after_failure",
+            "is_repeatable = (connection.unanswered_not_run or is_idempotent)",
             "is_repeatable = True",
         ),
     ),

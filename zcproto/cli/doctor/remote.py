@@ -21,7 +21,7 @@ from zcproto.certs import pair
 from zcproto.cli import cert_report
 from zcproto.cli.connect import CURES, TrustChoice, read_key, run
 from zcproto.cli.output import utc
-from zcproto.client.address import Address, parse_address
+from zcproto.client.endpoints import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
