@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import SALT, WALL, ConnectionPair, FakeClock, small_registry
-from zcproto.connection import server_output
+from zcproto.connection import server
 from zcproto.connection.events import NEVER, ConnectionEnded, Request
 from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.connection.state import State
@@ -205,7 +205,7 @@ def test_connections_sharing_a_registry_have_separate_counters() -> None:
 def test_immediate_and_later_responses_are_the_same_frame(
     is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_output, "_IS_COMPILED", is_compiled)
+    monkeypatch.setattr(server, "_IS_COMPILED", is_compiled)
     frames = []
     for at_once in (True, False):
         pair = ConnectionPair()

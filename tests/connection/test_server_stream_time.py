@@ -6,7 +6,7 @@ import pytest
 
 from tests.connection.test_server_stream_states import LIMITS, StreamPair
 from tests.helpers import NOW, WALL
-from zcproto.connection import server_output
+from zcproto.connection import server
 from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Request, RequestEnded
 from zcproto.connection.refusals import (
     CUT_REASONS,
@@ -61,7 +61,7 @@ def test_credit_wakes_only_a_stream_that_waits_and_may_send() -> None:
 def test_item_has_the_stream_the_token_and_the_next_counter(
     is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_output, "_IS_COMPILED", is_compiled)
+    monkeypatch.setattr(server, "_IS_COMPILED", is_compiled)
     pair = StreamPair()
     stream, body = pair.open(7), encode_body({"n": 1})
     counter = pair.server._counter

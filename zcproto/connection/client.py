@@ -41,9 +41,8 @@ from zcproto.connection.events import (
     ResponseReceived,
     Welcomed,
 )
-from zcproto.connection.sent_ping import NO_PING, SentPing
 from zcproto.connection.settings import read_welcome
-from zcproto.connection.silence import PING_AFTER, Silence
+from zcproto.connection.silence import NO_PING, PING_AFTER, SentPing, Silence
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import (
     Code,

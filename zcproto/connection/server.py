@@ -16,9 +16,12 @@ It must not know: sockets, TLS, clocks, handlers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Final, Protocol
 
+from zcproto.accelerator import compiled
 from zcproto.connection import refusals
 from zcproto.connection.credit import SendCredit
 from zcproto.connection.events import (
@@ -30,36 +33,49 @@ from zcproto.connection.events import (
     GoAwayReason,
     KeyWanted,
     RawRequest,
+    Request,
+    RequestEnded,
     ServerEvent,
     ServerStream,
     SessionJoined,
+    SessionLeft,
     TokenUnknown,
 )
-from zcproto.connection.received_frames import REPORTED_FROM, ReceivedFrames
-from zcproto.connection.sent_ping import SentPing
-from zcproto.connection.server_calls import read_answer
-from zcproto.connection.server_output import ConnectionTotals
-from zcproto.connection.server_sessions import ALWAYS, NO_KEYS, Edge, ServerSessions
-from zcproto.connection.server_streams import PONG_TIMEOUT_S
+from zcproto.connection.joined_session import JoinedSession
+from zcproto.connection.server_calls import ServerCall, ServerCalls, read_answer
+from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
-from zcproto.connection.state import Input, State
-from zcproto.errors import Code, ProtocolError
+from zcproto.connection.silence import SentPing
+from zcproto.connection.state import Input, State, next_state
+from zcproto.errors import Code, DeadlineExceeded, ProtocolError, Unavailable
 from zcproto.sessions import Session, SessionRegistry
-from zcproto.sessions.session import DEVICE_KEY
+from zcproto.sessions.session import BOUND, DEVICE_KEY
+from zcproto.sessions.token import digest_of
+from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
+    CALL,
     CANCEL,
     CREDIT,
     ERROR,
+    EVENT,
     FAILURE,
+    GOAWAY,
+    HEADER,
     HEADER_SIZE,
     ITEM,
+    MIN_LENGTH,
     NO_TOKEN,
     OPEN,
     PING,
     PONG,
     REQUEST,
+    RESPONSE,
     RESULT,
+    TOKEN_SIZE,
     WELCOME,
+    WITHDRAW,
+    Accepted,
+    Side,
     encode_frame,
 )
 from zcproto.wire.message import (
@@ -68,11 +84,23 @@ from zcproto.wire.message import (
     code_in,
     decode_open,
     decode_request,
+    encode_body,
     encode_error,
 )
-from zcproto.wire.usual import RequestRules, UsualRequest, read_request
+from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, read_request
 
 MS: Final = 1000
+ALWAYS: Final = 2**64
+"""Milliseconds: later than any time."""
+
+TOUCH_INTERVAL_MS: Final = 1_000
+"""Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
+
+ROTATION_GRACE_S: Final = 60.0
+"""How long streams go on after a refresh elsewhere until the newest token is shown (zcp1.md, section 9.6)."""
+
+NO_KEYS: Final[frozenset[str]] = frozenset()
+
 PEER_SILENT: Final = "peer_silent"
 """Reason of the end of a connection with streams whose client does not answer a PING."""
 
@@ -83,6 +111,13 @@ FRAMES_READ: Final = FramesRead(SILENT_FRAMES)
 ATTACH: Final = "session.attach"
 """The only method allowed with a bound token whose key is not proved."""
 
+_COARSE_FROM_S: Final = 10.0
+_COARSE_BY_S: Final = 1.0
+"""Deadlines further away than the first may be handled later by the second; see `DeadlineWheel`."""
+
+_TOKEN_AT: Final = HEADER_SIZE - TOKEN_SIZE
+_IS_COMPILED: Final = compiled is not None
+_pack_header = HEADER.pack
 _WITH_BODY: Final = frozenset({REQUEST, OPEN, ITEM, CREDIT, RESULT, FAILURE})
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
@@ -90,7 +125,60 @@ _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
 
 
-class ServerConnection(ServerSessions):
+def _soon(at: float, now: float) -> float:
+    """Return when to look at a deadline that must not be missed by the coarseness of timers."""
+    return at - _COARSE_BY_S if at - now > _COARSE_FROM_S else at
+
+
+class Edge(Protocol):
+    """The owner of a connection."""
+
+    def admits(self, session: Session) -> bool:
+        """Return whether a session may be used here; False refuses its token like an unknown one."""
+
+
+@dataclass(slots=True)
+class ConnectionTotals:
+    """Counters of the connections that share them."""
+
+    refused: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Frames that reached no method, by cause and by the code of their answer."""
+    dropped_stale: int = 0
+    dropped_answers: int = 0
+    """Answers of clients to no call, or too late."""
+    streams: StreamTotals = field(default_factory=StreamTotals)
+
+
+# Smaller incomplete frames are part of the cost of a connection; a report for each read would cost a tenth of it.
+REPORTED_FROM: Final = 4_096
+REPORTED_STEP: Final = 65_536
+
+
+class ReceivedFrames(FrameDecoder):
+    """The frames of one client.
+
+    `header_at` is when the header of an incomplete frame arrived: wall time and monotonic time. `reported` are the
+    bytes of that frame that were reported to the edge.
+    """
+
+    __slots__ = ("header_at", "reported", "stale_in_a_row")
+
+    def __init__(self, limit: int, accepted: Accepted) -> None:
+        super().__init__(Side.SERVER, limit)
+        self.accepted = accepted
+        self.header_at: tuple[int, float] | None = None
+        self.reported = 0
+        self.stale_in_a_row = 0
+
+    def report(self) -> int:
+        """Return what the incomplete frame holds, in whole steps, and at most its size."""
+        buffered = self.buffered
+        in_steps = -(-buffered // REPORTED_STEP) * REPORTED_STEP
+        self.reported = min(in_steps, self.expected) if buffered >= REPORTED_FROM else 0
+        return self.reported
+
+
+class ServerConnection:
     """The connection of one client.
 
     Args:
@@ -102,7 +190,35 @@ class ServerConnection(ServerSessions):
     first deadline is `settings.first_timeout_s` after `now`.
     """
 
-    __slots__ = ("_last_frame", "wasted")
+    __slots__ = (
+        "_accepts_joined",
+        "_calls",
+        "_counter",
+        "_decoder",
+        "_held",
+        "_last_counter",
+        "_last_frame",
+        "_lingering",
+        "_others",
+        "_out",
+        "_proved",
+        "_recheck_at",
+        "_rules",
+        "_seen_generation",
+        "_session",
+        "_session_deadline",
+        "_streams",
+        "_token",
+        "deadline_moved",
+        "edge",
+        "registry",
+        "salt",
+        "sessions",
+        "settings",
+        "state",
+        "totals",
+        "wasted",
+    )
 
     def __init__(
         self,
@@ -122,24 +238,26 @@ class ServerConnection(ServerSessions):
         self.state = _OPEN
         self.deadline_moved = False
         self.wasted = 0  # PINGs, and frames that were refused or had no effect, until the edge resets it
-        self.sessions = {}
-        self._decoder = None  # once there was another than a usual frame
+        self.sessions: dict[str, JoinedSession] = {}
+        self._decoder: ReceivedFrames | None = None  # once there was another than a usual frame
         self._counter = 1  # of the next frame sent; WELCOME is frame 0
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
         self._token = NO_TOKEN  # last accepted: most checks are one comparison
-        self._session = None
-        self._rules = None  # of usual requests, until they change
-        self._others = None  # once there were several tokens
+        self._session: Session | None = None
+        self._rules: RequestRules | None = None  # of usual requests, until they change
+        self._others: dict[bytes, tuple[RequestRules, int, int]] | None = None
+        """Rules, next check and generation of the tokens accepted before the last one."""
         self._seen_generation = registry.generation
         self._accepts_joined = True  # no token became invalid since requests are held
         self._recheck_at = ALWAYS
         self._proved = NO_KEYS  # keys of bound sessions usable here
+        # Of opening a session; with sessions, not later than what is due next for one.
         self._session_deadline = now + settings.open_timeout_s
-        self._held = {}
+        self._held: dict[int, Request] = {}
         self._lingering = 0  # answered early, with their handlers still running
-        self._streams = None  # once there was an OPEN
-        self._calls = None  # once there was a session.handle
+        self._streams: ServerStreams | None = None  # once there was an OPEN
+        self._calls: ServerCalls | None = None  # once there was a session.handle
         self._out = [encode_frame(WELCOME, 0, wall, salt, 0, NO_TOKEN, settings.welcome_body)]
 
     # --- input ----------------------------------------------------------------------------------
@@ -449,6 +567,255 @@ class ServerConnection(ServerSessions):
         self._waste()
         self._send(ERROR, stream, token, body, wall)
 
+    # --- tokens ---------------------------------------------------------------------------------
+
+    def _new_rules(self) -> RequestRules:
+        """Return what makes a request with the last accepted token usual."""
+        settings, session = self.settings, self._session
+        return (
+            settings.max_frame_before_session if session is None else settings.max_frame,
+            REQUEST,
+            self.salt,
+            self._token,
+            settings.tolerance_ms,
+            settings.max_depth,
+            session,
+            DECODING,
+        )
+
+    def _is_accepted(self, wall: int) -> bool:
+        """Return whether the last accepted token is still valid. If it has not been used lately, it is now."""
+        session, registry = self._session, self.registry
+        if registry.generation != self._seen_generation:  # most often another token became invalid
+            if session is not None:
+                if not self._is_current(session, self._token, wall):
+                    return False
+                self._recheck_at = self._next_check(session, wall)
+            self._see_generation()
+        if wall < self._recheck_at:
+            return True
+        if session is None or wall >= registry.trusted_until or session.valid_until - wall <= 2 * MS:
+            return False
+        registry.touch(session, wall)
+        self._recheck_at = min(wall + TOUCH_INTERVAL_MS, registry.trusted_until)
+        return True
+
+    def _is_current(self, session: Session, token: bytes, wall: int) -> bool:
+        """Return whether a session accepted here is still used here, with the same valid token."""
+        known = self.sessions.get(session.id)
+        return known is not None and known.token == token and self.registry.check_again(session, wall)
+
+    def _next_check(self, session: Session, wall: int) -> int:
+        """Return until when frames with the token of a session, used now, are accepted."""
+        # Half of the remaining time, so that a session in use is touched before it would count as idle.
+        return min(wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, self.registry.trusted_until)
+
+    def _see_generation(self) -> None:
+        """Note that tokens may have become invalid, but not the one in question."""
+        generation = self.registry.generation
+        self._accepts_joined = (
+            self._accepts_joined and generation == self._seen_generation
+        ) or not self._held
+        self._seen_generation = generation
+
+    def _read_other(self, data: bytes, at: int, wall: int) -> UsualRequest | None:
+        """Return the usual request at `at` if its token was accepted earlier and still is: it becomes the last."""
+        others, registry = self._others, self.registry
+        token = data[at + _TOKEN_AT : at + HEADER_SIZE]
+        kept = None if others is None or self._rules is None else others.get(token)
+        if kept is None:
+            return None
+        rules, recheck_at, generation = kept
+        session = rules[6]
+        found = read_request(data, at, rules, self._last_counter, wall)
+        if found is None:
+            return None
+        if registry.generation != generation:
+            if not self._is_current(session, token, wall):
+                return None
+            recheck_at = self._next_check(session, wall)
+        self._set_aside()
+        self._see_generation()
+        self._token, self._session, self._rules, self._recheck_at = token, session, rules, recheck_at
+        return found if self._is_accepted(wall) else None
+
+    def _set_aside(self) -> None:
+        """Keep the last accepted token, as another one takes its place. Its session has it: `_forget_token_of`."""
+        if self._session is not None:
+            if self._others is None:
+                self._others = {}
+            rules = self._rules or self._new_rules()
+            self._others[self._token] = rules, self._recheck_at, self._seen_generation
+
+    def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
+        """Check a token that differs from the last one or must be checked again.
+
+        Return the body of an ERROR, KeyWanted if its key must be proved first, SessionJoined on its first use here,
+        or None.
+        """
+        registry = self.registry
+        if token != self._token:
+            self._set_aside()
+        self._see_generation()
+        self._forget_last_token()  # until this token is accepted
+        if token == NO_TOKEN:
+            self._recheck_at = ALWAYS
+            return None
+        session = registry.check(token, wall)
+        if isinstance(session, Code):
+            return refusals.of_token(session, is_closed=registry.closed)
+        known = self.sessions.get(session.id)
+        is_known = known is not None and known.token == token and known.cut_at == NEVER
+        if not is_known and self.edge is not None and not self.edge.admits(session):
+            return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
+        if session.bound:
+            key = registry.key_of(session)
+            if key not in self._proved:
+                return KeyWanted(session, key)
+            registry.use(session, wall)
+        self._accept(session, token, wall)
+        if is_known:
+            return None
+        self.join(session, token, wall, now)
+        return SessionJoined(session.id)
+
+    def _accept(self, session: Session, token: bytes, wall: int) -> None:
+        """Accept frames with this token for a while."""
+        if token != self._token:
+            self._set_aside()
+        self._token = token
+        self._session = session
+        self._rules = None
+        self._recheck_at = self._next_check(session, wall)
+
+    def prove(self, key: str) -> None:
+        """Record that the peer has proved this key: sessions bound to it may be used here."""
+        self._proved |= {key}
+
+    def has_proved(self, key: str) -> bool:
+        return key in self._proved
+
+    def disprove(self, key: str) -> None:
+        """Withdraw a proved key."""
+        if key in self._proved:
+            self._proved -= {key}
+            self._forget_last_token()
+            self._others = None
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
+        """Add a session used here: one that a request of this connection opened, refreshed or attached."""
+        due_at = now + max(0, session.expiring_at - wall) / MS
+        # Before the open deadline the edge need not look: `handle_timeout` comes then.
+        if due_at < self._session_deadline:
+            self.deadline_moved = True
+            self._session_deadline = due_at
+        elif not self.sessions:
+            self._session_deadline = due_at
+        known = self.sessions.get(session.id)
+        if known is None:
+            known = self.sessions[session.id] = JoinedSession(
+                token, session.user, session.expires_at, due_at, wall
+            )
+        else:  # refreshed
+            self._forget_token_of(session.id)
+            known.token, known.expires_at, known.due_at, known.cut_at = (
+                token,
+                session.expires_at,
+                due_at,
+                NEVER,
+            )
+        if self._decoder is not None:
+            self._decoder.limit = self.limit
+        # Its next frame needs no check if no token has become invalid since that request was accepted, whatever
+        # other frames came meanwhile.
+        registry = self.registry
+        is_unchanged = registry.generation == self._seen_generation and self._accepts_joined
+        if is_unchanged and not (registry.closed or session.flags & BOUND):
+            self._accept(session, token, wall)
+
+    def leave(self, session_id: str, now: float) -> None:
+        """Remove an ended session. Without any session, the limits of a new connection apply again."""
+        self._forget_token_of(session_id)
+        if self.sessions.pop(session_id, None) is not None and not self.sessions:
+            if self._decoder is not None:
+                self._decoder.limit = self.limit
+            self._session_deadline = now + self.settings.open_timeout_s
+            self.deadline_moved = True
+
+    def _forget_token_of(self, session_id: str) -> None:
+        """Drop what is kept of the token that a session had here: no other frame with it may be accepted."""
+        known = self.sessions.get(session_id)
+        if known is None:
+            return
+        if self._others is not None:
+            self._others.pop(known.token, None)
+        if known.token == self._token:
+            self._forget_last_token()
+
+    def _forget_last_token(self) -> None:
+        """Check the next frame whatever its token is."""
+        self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
+
+    def suspend(self, session_id: str, token_digest: bytes, wall: int, now: float) -> bool:
+        """Suspend a session that has a token with this digest now, unless it was shown here (zcp1.md, section 9.6).
+
+        Return True if it is suspended from now on: it gets neither events nor calls, and its streams have a limit.
+        """
+        known = self.sessions.get(session_id)
+        if known is None or known.cut_at != NEVER or digest_of(known.token) == token_digest:
+            return False
+        self._forget_token_of(session_id)  # if it becomes valid again it has to be shown again
+        known.due_at, known.cut_at = NEVER, now + min(ROTATION_GRACE_S, max(0, known.expires_at - wall) / MS)
+        self._session_deadline = min(self._session_deadline, _soon(known.cut_at, now))
+        self.deadline_moved = True
+        return True
+
+    def is_suspended(self, session_id: str) -> bool:
+        """Return whether a session is not used here, or not with its newest token."""
+        known = self.sessions.get(session_id)
+        return known is None or known.cut_at != NEVER
+
+    def _handle_sessions(self, wall: int, now: float) -> list[ServerEvent]:
+        """Do what is due for sessions used here: announce an expiry, let a token expire, end a suspension."""
+        events: list[ServerEvent] = []
+        for session_id, joined in [*self.sessions.items()]:
+            if joined.cut_at <= now:
+                events += self._lose(session_id, refusals.ROTATED, wall, now)
+            elif joined.due_at <= now:
+                if wall < joined.expires_at:
+                    self._send_expiring(joined, wall, now)
+                else:
+                    joined.due_at = NEVER
+                    self.registry.expire(session_id, wall)  # its observers may make this connection leave it
+                    if session_id in self.sessions:  # the registry has forgotten it
+                        body = refusals.SESSION_ENDED[Code.TOKEN_EXPIRED]
+                        events += self._lose(session_id, body, wall, now)
+        if self.sessions:
+            dues = [min(joined.due_at, joined.cut_at) for joined in self.sessions.values()]
+            self._session_deadline = _soon(min(dues), now)
+        return events
+
+    def _send_expiring(self, joined: JoinedSession, wall: int, now: float) -> None:
+        """Send `session.expiring`, once."""
+        joined.due_at = now + (joined.expires_at - wall) / MS
+        body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
+        self._send(EVENT, 0, joined.token, body, wall)
+
+    def _lose(self, session_id: str, body: bytes, wall: int, now: float) -> list[ServerEvent]:
+        """End the use of a session here; `body` cuts its streams."""
+        cut = self._cut_streams(session_id, body, wall)
+        self.leave(session_id, now)
+        return [*cut, SessionLeft(session_id)]
+
+    def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
+        """Send `session.revoked` for a session used here, and remove it."""
+        known = self.sessions.get(session_id)
+        if known is not None and self.state is not _CLOSED:
+            self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
+        self.leave(session_id, now)
+
     # --- time -----------------------------------------------------------------------------------
 
     def next_deadline(self) -> float:
@@ -515,3 +882,282 @@ class ServerConnection(ServerSessions):
             self._enter(Input.END)
             events.append(ConnectionEnded(None, reason))
         return events
+
+    # --- answers --------------------------------------------------------------------------------
+
+    def hold(self, request: Request, now: float) -> None:
+        """Keep a request in flight to answer it in a later turn."""
+        request.held = True
+        self._held[request.stream] = request
+        if isinstance(request, ServerStream):
+            self.streams(now).begin()
+            self.deadline_moved = True
+        if request.meta.deadline_ms is not None:
+            request.deadline = now + request.meta.deadline_ms / MS
+            self.deadline_moved = True
+
+    def respond_at_once(self, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        """Answer the last yielded request, which is not held, with an encoded result."""
+        if self.state is _CLOSED:
+            return
+        # `_send` inlined: half of all frames pass here. So is `encode_frame` where it is a function in Python.
+        counter = self._counter
+        self._counter = counter + 1
+        if _IS_COMPILED:
+            self._out.append(encode_frame(RESPONSE, stream, wall, self.salt, counter, token, body))
+        else:
+            header = _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token)
+            self._out.append(header + body)
+
+    def respond(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded result. Return False if it was already answered or the end came
+        first."""
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
+            return False
+        self._send(RESPONSE, request.stream, request.token, body, wall)
+        return True
+
+    def fail(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded error. Return False if it was already answered or the end came first."""
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
+            return False
+        self._send(ERROR, request.stream, request.token, body, wall)
+        return True
+
+    def _release(self, request: Request) -> bool:
+        if self.is_held(request):
+            self._remove(request, lingers=False)
+            return True
+        if request.lingers:
+            request.lingers = False
+            self._lingering -= 1
+            if isinstance(request, ServerStream) and self._streams is not None:
+                self._streams.lingering -= 1
+        return False
+
+    def _remove(self, request: Request, *, lingers: bool) -> None:
+        del self._held[request.stream]
+        if isinstance(request, ServerStream) and self._streams is not None:
+            self._streams.ended(request, lingers=lingers)
+
+    def _cut(self, request: Request, body: bytes, wall: int) -> RequestEnded:
+        """Answer a request in flight with an ERROR, although its method has not ended."""
+        self._remove(request, lingers=True)
+        # The handler may still run for a while; it counts against max_streams until it has ended.
+        request.lingers = True
+        self._lingering += 1
+        self._send(ERROR, request.stream, request.token, body, wall)
+        reason = refusals.reason_in(body) if isinstance(request, ServerStream) else ""
+        return RequestEnded(request, Code(code_in(body)), reason)
+
+    def is_held(self, request: Request) -> bool:
+        """Return True if a held request has not been answered."""
+        return self._held.get(request.stream) is request
+
+    @property
+    def in_flight(self) -> int:
+        """Return the number of unanswered requests."""
+        return len(self._held)
+
+    # --- streams --------------------------------------------------------------------------------
+
+    def streams(self, now: float) -> ServerStreams:
+        """Return what the streams of this connection share."""
+        if self._streams is None:
+            assert self.settings.streams is not None, "announced"
+            self._streams = ServerStreams(self.settings.streams, self.totals.streams, now)
+        return self._streams
+
+    def open_streams(self) -> list[ServerStream]:
+        """Return the streams in flight."""
+        if self._streams is None or not self._streams.in_flight:
+            return []
+        return [held for held in self._held.values() if isinstance(held, ServerStream)]
+
+    def cut_stream(self, stream: ServerStream, body: bytes, wall: int) -> RequestEnded:
+        """Cut a stream in flight, whatever its client sends, with an encoded error."""
+        return self._cut(stream, body, wall)
+
+    def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
+        """Cut the streams of a session that has ended."""
+        return self._cut_streams(session_id, refusals.SESSION_ENDED[code], wall)
+
+    def _cut_streams(self, session_id: str, body: bytes, wall: int) -> list[RequestEnded]:
+        return [
+            self._cut(stream, body, wall)
+            for stream in self.open_streams()
+            if stream.session is not None and stream.session.id == session_id
+        ]
+
+    def cut_denied(self, may_go_on: Callable[[ServerStream], bool], wall: int) -> list[RequestEnded]:
+        """Cut the streams whose sessions may no longer call their methods."""
+        denied = (stream for stream in self.open_streams() if not may_go_on(stream))
+        return [self._cut(stream, refusals.DENIED, wall) for stream in denied]
+
+    def send_item(self, stream: ServerStream, body: bytes, wall: int) -> None:
+        """Send an encoded item. Only while the stream is in flight and its credit allows it."""
+        length = MIN_LENGTH + len(body)
+        counter = self._counter
+        self._counter = counter + 1
+        credit, streams = stream.credit, self._streams
+        credit.sent_items += 1  # `SendCredit.count` inlined
+        credit.sent_bytes += length
+        assert streams is not None
+        streams.sent_bytes += length
+        totals = streams.totals
+        totals.items_sent += 1
+        totals.bytes_sent += length
+        if _IS_COMPILED:  # as in `respond_at_once`
+            self._out.append(encode_frame(ITEM, stream.stream, wall, self.salt, counter, stream.token, body))
+        else:
+            header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
+            self._out.append(header + body)
+
+    def grant(self, stream: ServerStream, wall: int) -> bool:
+        """Send the credit that is due: call this when the method asks for an item, and when it has taken one.
+
+        Return False if none is due.
+        """
+        if stream.items is None or stream.is_answered or self.state is _CLOSED:
+            return False
+        granted = stream.items.next_grant()
+        if granted is None:
+            return False
+        self._send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
+        return True
+
+    # --- calls to the client --------------------------------------------------------------------
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call waits for its answer."""
+        return self._calls is not None and self._calls.is_waiting
+
+    def register(self, session_id: str, methods: frozenset[str], most: int) -> None:
+        """Set the methods that the client handles for a session used here, and how many of them at once."""
+        if self._calls is None:
+            self._calls = ServerCalls(self.settings.max_calls)
+        self._calls.register(session_id, methods, most)
+
+    @property
+    def registered_sessions(self) -> list[str]:
+        """The sessions for which the client handles methods, expired ones included."""
+        return [] if self._calls is None else self._calls.registered_sessions
+
+    def call(
+        self, session_id: str, method: str, body: bytes, *, timeout_s: float, wall: int, now: float
+    ) -> ServerCall:
+        """Send a CALL with the newest token of the session, and a body of `encode_call`.
+
+        Raises Unavailable if the client does not handle the method here, ResourceExhausted at a limit.
+        """
+        known = self.sessions.get(session_id)
+        if known is None or known.cut_at != inf or self._calls is None or self.state is _CLOSED:
+            raise Unavailable("the client handles no methods on this connection")
+        call = self._calls.begin(session_id, known.token, method, now + timeout_s)
+        self._send(CALL, call.number, call.token, body, wall)
+        self.deadline_moved = True
+        return call
+
+    def withdraw(self, call: ServerCall, wall: int) -> bool:
+        """Stop waiting for an answer. Return False if the call did not wait."""
+        assert self._calls is not None, "a call was made"
+        if not self._calls.settle(call):
+            return False
+        if call.is_in_flight and self.state is not _CLOSED:
+            self._send(WITHDRAW, call.number, call.token, b"", wall)
+        return True
+
+    def withdraw_overdue(self, wall: int, now: float) -> list[CallEnded]:
+        """Withdraw the calls whose time is over."""
+        if self._calls is None:
+            return []
+        overdue = self._calls.overdue(now)
+        for call in overdue:
+            self.withdraw(call, wall)
+        late = DeadlineExceeded("the client has not answered in time")
+        return [CallEnded(call, None, late) for call in overdue]
+
+    def withdraw_session(self, session_id: str, wall: int, *, is_kept: bool = False) -> list[ServerCall]:
+        """Withdraw the calls of a session that has ended; return them.
+
+        `is_kept`: its registration holds again once it was refreshed and is used here.
+        """
+        ended = [] if self._calls is None else self._calls.end_session(session_id, is_kept=is_kept)
+        for call in ended:
+            self.withdraw(call, wall)
+        return ended
+
+    @property
+    def limit(self) -> int:
+        """The largest `length` of a frame that is accepted now."""
+        return self.settings.max_frame if self.sessions else self.settings.max_frame_before_session
+
+    @property
+    def buffered(self) -> int:
+        """Return the number of bytes held of an incomplete frame."""
+        return 0 if self._decoder is None else self._decoder.buffered
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
+        """Send an event of a session. Return False if its newest token was not shown on this connection.
+
+        Raises MessageError if the data cannot be encoded or is too large.
+        """
+        known = self.sessions.get(session_id)
+        if known is None or known.cut_at != inf or self.state is _CLOSED:
+            return False
+        body = encode_body([name, data])
+        if len(body) > self.settings.max_body:
+            raise MessageError(f"the event has {len(body)} bytes")
+        self._send(EVENT, 0, known.token, body, wall)
+        return True
+
+    def announce(self, body: bytes, wall: int) -> None:
+        """Send an event of the server itself (its encoded body), with a zero token."""
+        if self.state is not _CLOSED:
+            self._send(EVENT, 0, NO_TOKEN, body, wall)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
+        """Send GOAWAY: requests in flight are still answered, new ones get UNAVAILABLE."""
+        if self.state is State.OPEN:
+            self._enter(Input.GOAWAY)
+            self._send_go_away(reason, retry_after_ms, wall)
+
+    def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
+        body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
+        self._send(GOAWAY, 0, NO_TOKEN, body, wall)
+
+    def end_with(
+        self, code: Code, reason: str, wall: int, details: dict[str, Any] | None = None
+    ) -> ConnectionEnded:
+        """End the connection with a fatal error (zcp1.md, section 10.3)."""
+        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
+        self._enter(Input.FATAL)
+        return ConnectionEnded(code, reason)
+
+    def end(self) -> None:
+        """End the connection: the transport is gone, or will be closed after queued output."""
+        self._enter(Input.END)
+        if self._streams is not None:
+            self._streams.end(self._held)
+
+    def _enter(self, by: Input) -> None:
+        self.state = next_state(self.state, by)
+        self._rules = None
+
+    # --- frames ---------------------------------------------------------------------------------
+
+    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        counter = self._counter
+        self._counter = counter + 1
+        self._out.append(encode_frame(head, stream, wall, self.salt, counter, token, body))
+
+    def data_to_send(self) -> bytes:
+        """Return and clear the queued output."""
+        data = b"".join(self._out)
+        self._out.clear()
+        return data

@@ -32,8 +32,8 @@ from zcproto.connection import refusals
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import NEVER, CreditReceived, ItemsReceived, Request, ServerStream
 from zcproto.connection.joined_session import JoinedSession
-from zcproto.connection.sent_ping import NO_PING
 from zcproto.connection.settings import StreamLimits
+from zcproto.connection.silence import NO_PING
 from zcproto.errors import Code, InvalidArgument, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.wire.frame import CREDIT, END, ITEM, MIN_LENGTH

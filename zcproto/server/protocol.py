@@ -42,9 +42,8 @@ from zcproto.connection.events import (
     SessionLeft,
     TokenUnknown,
 )
-from zcproto.connection.received_frames import REPORTED_STEP
 from zcproto.connection.refusals import TOKEN_ERRORS
-from zcproto.connection.server import ServerConnection
+from zcproto.connection.server import REPORTED_STEP, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
