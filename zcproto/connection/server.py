@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, Protocol
 
-from zcproto.accelerator import compiled
 from zcproto.connection import refusals
 from zcproto.connection.credit import SendCredit
 from zcproto.connection.events import (
@@ -42,6 +41,7 @@ from zcproto.connection.events import (
     TokenUnknown,
 )
 from zcproto.connection.joined_session import JoinedSession
+from zcproto.connection.outbox import Outbox
 from zcproto.connection.server_calls import ServerCall, ServerCalls, read_answer
 from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
@@ -60,7 +60,6 @@ from zcproto.wire.frame import (
     EVENT,
     FAILURE,
     GOAWAY,
-    HEADER,
     HEADER_SIZE,
     ITEM,
     MIN_LENGTH,
@@ -76,7 +75,6 @@ from zcproto.wire.frame import (
     WITHDRAW,
     Accepted,
     Side,
-    encode_frame,
 )
 from zcproto.wire.message import (
     NO_META,
@@ -116,8 +114,6 @@ _COARSE_BY_S: Final = 1.0
 """Deadlines further away than the first may be handled later by the second; see `DeadlineWheel`."""
 
 _TOKEN_AT: Final = HEADER_SIZE - TOKEN_SIZE
-_IS_COMPILED: Final = compiled is not None
-_pack_header = HEADER.pack
 _WITH_BODY: Final = frozenset({REQUEST, OPEN, ITEM, CREDIT, RESULT, FAILURE})
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
@@ -193,14 +189,12 @@ class ServerConnection:
     __slots__ = (
         "_accepts_joined",
         "_calls",
-        "_counter",
         "_decoder",
         "_held",
         "_last_counter",
         "_last_frame",
         "_lingering",
         "_others",
-        "_out",
         "_proved",
         "_recheck_at",
         "_rules",
@@ -211,8 +205,8 @@ class ServerConnection:
         "_token",
         "deadline_moved",
         "edge",
+        "outbox",
         "registry",
-        "salt",
         "sessions",
         "settings",
         "state",
@@ -232,7 +226,8 @@ class ServerConnection:
     ) -> None:
         self.settings = settings
         self.registry = registry
-        self.salt = salt
+        self.outbox = Outbox(salt, 0)
+        self.outbox.send(WELCOME, 0, NO_TOKEN, settings.welcome_body, wall)
         self.totals = ConnectionTotals() if totals is None else totals
         self.edge = edge
         self.state = _OPEN
@@ -240,7 +235,6 @@ class ServerConnection:
         self.wasted = 0  # PINGs, and frames that were refused or had no effect, until the edge resets it
         self.sessions: dict[str, JoinedSession] = {}
         self._decoder: ReceivedFrames | None = None  # once there was another than a usual frame
-        self._counter = 1  # of the next frame sent; WELCOME is frame 0
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
         self._token = NO_TOKEN  # last accepted: most checks are one comparison
@@ -258,7 +252,10 @@ class ServerConnection:
         self._lingering = 0  # answered early, with their handlers still running
         self._streams: ServerStreams | None = None  # once there was an OPEN
         self._calls: ServerCalls | None = None  # once there was a session.handle
-        self._out = [encode_frame(WELCOME, 0, wall, salt, 0, NO_TOKEN, settings.welcome_body)]
+
+    @property
+    def salt(self) -> bytes:
+        return self.outbox.salt
 
     # --- input ----------------------------------------------------------------------------------
 
@@ -328,7 +325,7 @@ class ServerConnection:
         tolerance = self.settings.tolerance_ms
         max_depth = self.settings.max_depth
         looks_up = self.settings.looks_up
-        own_salt = self.salt
+        own_salt = self.outbox.salt
         decoder = self._decoder
         if decoder is None:
             decoder = self._decoder = ReceivedFrames(self.limit, self.settings.accepted)
@@ -373,7 +370,7 @@ class ServerConnection:
                         yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
                         return
                     if head == PING:
-                        self._send(PONG, 0, token, b"", wall)
+                        self.outbox.send(PONG, 0, token, b"", wall)
                         self._waste()
                     elif head == PONG:  # the server sends a PING after long silence
                         self._waste()
@@ -565,7 +562,7 @@ class ServerConnection:
         refused, cause = self.totals.refused, (reason, code_in(body))
         refused[cause] = refused.get(cause, 0) + 1
         self._waste()
-        self._send(ERROR, stream, token, body, wall)
+        self.outbox.send(ERROR, stream, token, body, wall)
 
     # --- tokens ---------------------------------------------------------------------------------
 
@@ -575,7 +572,7 @@ class ServerConnection:
         return (
             settings.max_frame_before_session if session is None else settings.max_frame,
             REQUEST,
-            self.salt,
+            self.outbox.salt,
             self._token,
             settings.tolerance_ms,
             settings.max_depth,
@@ -801,7 +798,7 @@ class ServerConnection:
         """Send `session.expiring`, once."""
         joined.due_at = now + (joined.expires_at - wall) / MS
         body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
-        self._send(EVENT, 0, joined.token, body, wall)
+        self.outbox.send(EVENT, 0, joined.token, body, wall)
 
     def _lose(self, session_id: str, body: bytes, wall: int, now: float) -> list[ServerEvent]:
         """End the use of a session here; `body` cuts its streams."""
@@ -812,8 +809,10 @@ class ServerConnection:
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
         """Send `session.revoked` for a session used here, and remove it."""
         known = self.sessions.get(session_id)
-        if known is not None and self.state is not _CLOSED:
-            self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
+        if known is not None:
+            self.outbox.send(
+                EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall
+            )
         self.leave(session_id, now)
 
     # --- time -----------------------------------------------------------------------------------
@@ -869,7 +868,7 @@ class ServerConnection:
                     return [*events, ConnectionEnded(None, PEER_SILENT)]
                 streams.pinged_at = now
             elif streams is not None and streams.in_flight:
-                self._send(PING, 0, NO_TOKEN, b"", wall)
+                self.outbox.send(PING, 0, NO_TOKEN, b"", wall)
                 streams.pinged_at = now
                 streams.ping = SentPing(streams.sent_bytes, streams.sent_bytes - unsent)
             elif self._held or self.has_calls:
@@ -896,32 +895,19 @@ class ServerConnection:
             request.deadline = now + request.meta.deadline_ms / MS
             self.deadline_moved = True
 
-    def respond_at_once(self, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        """Answer the last yielded request, which is not held, with an encoded result."""
-        if self.state is _CLOSED:
-            return
-        # `_send` inlined: half of all frames pass here. So is `encode_frame` where it is a function in Python.
-        counter = self._counter
-        self._counter = counter + 1
-        if _IS_COMPILED:
-            self._out.append(encode_frame(RESPONSE, stream, wall, self.salt, counter, token, body))
-        else:
-            header = _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token)
-            self._out.append(header + body)
-
     def respond(self, request: Request, body: bytes, wall: int) -> bool:
         """Answer a request with an encoded result. Return False if it was already answered or the end came
         first."""
         if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
-        self._send(RESPONSE, request.stream, request.token, body, wall)
+        self.outbox.send(RESPONSE, request.stream, request.token, body, wall)
         return True
 
     def fail(self, request: Request, body: bytes, wall: int) -> bool:
         """Answer a request with an encoded error. Return False if it was already answered or the end came first."""
         if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
-        self._send(ERROR, request.stream, request.token, body, wall)
+        self.outbox.send(ERROR, request.stream, request.token, body, wall)
         return True
 
     def _release(self, request: Request) -> bool:
@@ -946,7 +932,7 @@ class ServerConnection:
         # The handler may still run for a while; it counts against max_streams until it has ended.
         request.lingers = True
         self._lingering += 1
-        self._send(ERROR, request.stream, request.token, body, wall)
+        self.outbox.send(ERROR, request.stream, request.token, body, wall)
         reason = refusals.reason_in(body) if isinstance(request, ServerStream) else ""
         return RequestEnded(request, Code(code_in(body)), reason)
 
@@ -997,8 +983,6 @@ class ServerConnection:
     def send_item(self, stream: ServerStream, body: bytes, wall: int) -> None:
         """Send an encoded item. Only while the stream is in flight and its credit allows it."""
         length = MIN_LENGTH + len(body)
-        counter = self._counter
-        self._counter = counter + 1
         credit, streams = stream.credit, self._streams
         credit.sent_items += 1  # `SendCredit.count` inlined
         credit.sent_bytes += length
@@ -1007,11 +991,7 @@ class ServerConnection:
         totals = streams.totals
         totals.items_sent += 1
         totals.bytes_sent += length
-        if _IS_COMPILED:  # as in `respond_at_once`
-            self._out.append(encode_frame(ITEM, stream.stream, wall, self.salt, counter, stream.token, body))
-        else:
-            header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
-            self._out.append(header + body)
+        self.outbox.send(ITEM, stream.stream, stream.token, body, wall)
 
     def grant(self, stream: ServerStream, wall: int) -> bool:
         """Send the credit that is due: call this when the method asks for an item, and when it has taken one.
@@ -1023,7 +1003,7 @@ class ServerConnection:
         granted = stream.items.next_grant()
         if granted is None:
             return False
-        self._send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
+        self.outbox.send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
         return True
 
     # --- calls to the client --------------------------------------------------------------------
@@ -1055,7 +1035,7 @@ class ServerConnection:
         if known is None or known.cut_at != inf or self._calls is None or self.state is _CLOSED:
             raise Unavailable("the client handles no methods on this connection")
         call = self._calls.begin(session_id, known.token, method, now + timeout_s)
-        self._send(CALL, call.number, call.token, body, wall)
+        self.outbox.send(CALL, call.number, call.token, body, wall)
         self.deadline_moved = True
         return call
 
@@ -1064,8 +1044,8 @@ class ServerConnection:
         assert self._calls is not None, "a call was made"
         if not self._calls.settle(call):
             return False
-        if call.is_in_flight and self.state is not _CLOSED:
-            self._send(WITHDRAW, call.number, call.token, b"", wall)
+        if call.is_in_flight:
+            self.outbox.send(WITHDRAW, call.number, call.token, b"", wall)
         return True
 
     def withdraw_overdue(self, wall: int, now: float) -> list[CallEnded]:
@@ -1111,13 +1091,12 @@ class ServerConnection:
         body = encode_body([name, data])
         if len(body) > self.settings.max_body:
             raise MessageError(f"the event has {len(body)} bytes")
-        self._send(EVENT, 0, known.token, body, wall)
+        self.outbox.send(EVENT, 0, known.token, body, wall)
         return True
 
     def announce(self, body: bytes, wall: int) -> None:
         """Send an event of the server itself (its encoded body), with a zero token."""
-        if self.state is not _CLOSED:
-            self._send(EVENT, 0, NO_TOKEN, body, wall)
+        self.outbox.send(EVENT, 0, NO_TOKEN, body, wall)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -1129,13 +1108,13 @@ class ServerConnection:
 
     def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
         body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
-        self._send(GOAWAY, 0, NO_TOKEN, body, wall)
+        self.outbox.send(GOAWAY, 0, NO_TOKEN, body, wall)
 
     def end_with(
         self, code: Code, reason: str, wall: int, details: dict[str, Any] | None = None
     ) -> ConnectionEnded:
         """End the connection with a fatal error (zcp1.md, section 10.3)."""
-        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
+        self.outbox.send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
         self._enter(Input.FATAL)
         return ConnectionEnded(code, reason)
 
@@ -1147,17 +1126,10 @@ class ServerConnection:
 
     def _enter(self, by: Input) -> None:
         self.state = next_state(self.state, by)
+        if self.state is _CLOSED:
+            self.outbox.close()
         self._rules = None
-
-    # --- frames ---------------------------------------------------------------------------------
-
-    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        counter = self._counter
-        self._counter = counter + 1
-        self._out.append(encode_frame(head, stream, wall, self.salt, counter, token, body))
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""
-        data = b"".join(self._out)
-        self._out.clear()
-        return data
+        return self.outbox.take()

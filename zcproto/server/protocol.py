@@ -55,7 +55,7 @@ from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
 from zcproto.wire.decoder import LARGE
-from zcproto.wire.frame import SALT_SIZE
+from zcproto.wire.frame import RESPONSE, SALT_SIZE
 from zcproto.wire.message import NO_META, encode_error
 
 WRITE_BUFFER_HARD_FACTOR: Final = 4
@@ -256,7 +256,7 @@ class ServerProtocol(Dispatcher):
                         elif len(body) >= SENT_AT_ONCE:
                             self._answer_large(Request(*event), body)
                         else:
-                            connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
+                            connection.outbox.send(RESPONSE, stream, token, body, wall)  # type: ignore[union-attr]
             elif event.__class__ is ServerStream:
                 self._run(event, state.methods.get(event.method), wall)
             elif event.__class__ is FramesRead:
@@ -280,7 +280,7 @@ class ServerProtocol(Dispatcher):
         state.counters.requests += frames - others
         connection = self._connection
         if connection is not None:
-            data = connection.data_to_send()
+            data = connection.outbox.take()
             if data and self._transport is not None:
                 if self._paused_since is not None:
                     self._unread += len(data)
