@@ -86,7 +86,7 @@ def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
     key = "device:laptop"
     bound = pair.registry.open("ben", client="", address="", wall=WALL, key=key)
     ended = pair.registry.open("eve", client="", address="", wall=WALL)
-    pair.server.prove(key)
+    pair.server.tokens.prove(key)
     for number, opened in enumerate((pair.opened, bound, ended), 1):
         pair.server.join(opened.session, opened.token, WALL, NOW)
         pair.open(number).session = opened.session

@@ -509,7 +509,7 @@ class Node:
                     talk.joined_at = self.clock.now()
                     self.sync.leases.connection_changed(session_id)
                 case KeyWanted():
-                    talk.server.prove(event.key)
+                    talk.server.tokens.prove(event.key)
                 case tuple() if len(event) == 6:
                     on_accepted()
                     talk.server.outbox.send(RESPONSE, event[0], token, encode_body({}), self.clock.wall())

@@ -76,7 +76,7 @@ from zcproto.wire.message import (
     decode_map,
     unpack,
 )
-from zcproto.wire.usual import UsualFrame, cut_values
+from zcproto.wire.request_fast_path import FastAnswer, cut_values
 
 MS: Final = 1000
 MAX_STALE_IN_A_ROW: Final = 10
@@ -171,7 +171,7 @@ class ClientConnection(ClientOutput):
 
     # --- input ----------------------------------------------------------------------------------
 
-    def receive_answers(self, data: bytes, wall: int, now: float) -> tuple[list[UsualFrame], bytes]:
+    def receive_answers(self, data: bytes, wall: int, now: float) -> tuple[list[FastAnswer], bytes]:
         """Return the answers that bytes begin with, and the bytes that remain.
 
         The answers are those that `receive_data` yields for RESPONSE, at less cost. Pass it the remaining bytes.

@@ -1,12 +1,17 @@
 """Run the server end of a connection (sans-IO): bytes and time in; events, bytes and the next deadline out.
 
+    bytes -> requests that are read in C (wire/request_fast_path.py), as far as nothing is special
+          -> the general path: frame -> freshness -> `_RECEIVE`, by its kind -> events
+
 Decides freshness (salt, counter, timestamp), the session of a frame, the limits that apply, streams in flight,
-deadlines, cancellation, and the end of the connection. Checks run in the order of the protocol (zcp1.md, section
-8): header, freshness, stream in flight, token, body.
+deadlines, cancellation, and the end of the connection. `AcceptedTokens` decides which tokens need no check, `Outbox`
+numbers what is sent. Checks run in the order of the protocol (zcp1.md, section 8): header, freshness, stream in
+flight, token, body.
 
 Rules:
-- `receive_data` is lazy: each request is yielded before the next frame is parsed, so an answer that changes
-  permissions (a session opened, closed or revoked) applies to the next frame of the same read.
+- `receive_data` is lazy: each request is yielded before the next frame is judged, so an answer that changes
+  permissions (a session opened, closed or revoked) applies to the next frame of the same read, also if that was
+  read in C before.
 - The edge must take all events of one call before the next call, and may pause in between while the peer does not
   read.
 - A frame is judged by the clock at the arrival of its header, so a large one on a slow link is not stale.
@@ -16,12 +21,13 @@ It must not know: sockets, TLS, clocks, handlers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, Protocol
 
 from zcproto.connection import refusals
+from zcproto.connection.accepted_tokens import MS, AcceptedTokens
 from zcproto.connection.credit import SendCredit
 from zcproto.connection.events import (
     NEVER,
@@ -40,7 +46,6 @@ from zcproto.connection.events import (
     SessionLeft,
     TokenUnknown,
 )
-from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.outbox import Outbox
 from zcproto.connection.server_calls import ServerCall, ServerCalls, read_answer
 from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, StreamTotals
@@ -49,13 +54,14 @@ from zcproto.connection.silence import SentPing
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, ProtocolError, Unavailable
 from zcproto.sessions import Session, SessionRegistry
-from zcproto.sessions.session import BOUND, DEVICE_KEY
+from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import digest_of
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CALL,
     CANCEL,
     CREDIT,
+    END,
     ERROR,
     EVENT,
     FAILURE,
@@ -73,7 +79,9 @@ from zcproto.wire.frame import (
     TOKEN_SIZE,
     WELCOME,
     WITHDRAW,
+    WITHOUT_BODY,
     Accepted,
+    RawFrame,
     Side,
 )
 from zcproto.wire.message import (
@@ -85,19 +93,10 @@ from zcproto.wire.message import (
     encode_body,
     encode_error,
 )
-from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, read_request
-
-MS: Final = 1000
-ALWAYS: Final = 2**64
-"""Milliseconds: later than any time."""
-
-TOUCH_INTERVAL_MS: Final = 1_000
-"""Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
+from zcproto.wire.request_fast_path import ReadRequest, read_requests
 
 ROTATION_GRACE_S: Final = 60.0
 """How long streams go on after a refresh elsewhere until the newest token is shown (zcp1.md, section 9.6)."""
-
-NO_KEYS: Final[frozenset[str]] = frozenset()
 
 PEER_SILENT: Final = "peer_silent"
 """Reason of the end of a connection with streams whose client does not answer a PING."""
@@ -114,7 +113,6 @@ _COARSE_BY_S: Final = 1.0
 """Deadlines further away than the first may be handled later by the second; see `DeadlineWheel`."""
 
 _TOKEN_AT: Final = HEADER_SIZE - TOKEN_SIZE
-_WITH_BODY: Final = frozenset({REQUEST, OPEN, ITEM, CREDIT, RESULT, FAILURE})
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
@@ -143,6 +141,26 @@ class ConnectionTotals:
     dropped_answers: int = 0
     """Answers of clients to no call, or too late."""
     streams: StreamTotals = field(default_factory=StreamTotals)
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class JoinedSession:
+    """A live session used on a connection.
+
+    `token` is the one shown here last, and `expires_at` its expiry. `due_at` is monotonic seconds: of the event
+    `session.expiring`, then of the expiry. `since` is the wall time of the first use here. `cut_at` is set while a
+    newer token of the session was not shown here, which suspends it: monotonic seconds of its end here.
+    """
+
+    token: bytes
+    user: str
+    expires_at: int
+    due_at: float
+    since: int
+    cut_at: float = NEVER
+
+    def __repr__(self) -> str:
+        return f"JoinedSession(expires_at={self.expires_at})"
 
 
 # Smaller incomplete frames are part of the cost of a connection; a report for each read would cost a tenth of it.
@@ -187,22 +205,15 @@ class ServerConnection:
     """
 
     __slots__ = (
-        "_accepts_joined",
         "_calls",
         "_decoder",
         "_held",
+        "_is_fast",
         "_last_counter",
         "_last_frame",
         "_lingering",
-        "_others",
-        "_proved",
-        "_recheck_at",
-        "_rules",
-        "_seen_generation",
-        "_session",
         "_session_deadline",
         "_streams",
-        "_token",
         "deadline_moved",
         "edge",
         "outbox",
@@ -210,6 +221,7 @@ class ServerConnection:
         "sessions",
         "settings",
         "state",
+        "tokens",
         "totals",
         "wasted",
     )
@@ -234,21 +246,14 @@ class ServerConnection:
         self.deadline_moved = False
         self.wasted = 0  # PINGs, and frames that were refused or had no effect, until the edge resets it
         self.sessions: dict[str, JoinedSession] = {}
-        self._decoder: ReceivedFrames | None = None  # once there was another than a usual frame
+        self._decoder: ReceivedFrames | None = None  # once a frame was not read in C
+        self._is_fast = read_requests is not None  # reads may begin with requests that are read in C
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
-        self._token = NO_TOKEN  # last accepted: most checks are one comparison
-        self._session: Session | None = None
-        self._rules: RequestRules | None = None  # of usual requests, until they change
-        self._others: dict[bytes, tuple[RequestRules, int, int]] | None = None
-        """Rules, next check and generation of the tokens accepted before the last one."""
-        self._seen_generation = registry.generation
-        self._accepts_joined = True  # no token became invalid since requests are held
-        self._recheck_at = ALWAYS
-        self._proved = NO_KEYS  # keys of bound sessions usable here
         # Of opening a session; with sessions, not later than what is due next for one.
         self._session_deadline = now + settings.open_timeout_s
         self._held: dict[int, Request] = {}
+        self.tokens = AcceptedTokens(settings, registry, salt)
         self._lingering = 0  # answered early, with their handlers still running
         self._streams: ServerStreams | None = None  # once there was an OPEN
         self._calls: ServerCalls | None = None  # once there was a session.handle
@@ -261,76 +266,77 @@ class ServerConnection:
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent] | tuple[RawRequest]:
         """Process decrypted bytes and yield their events, one at a time; a single request may come in a tuple."""
-        # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
-        rules = self._rules
-        if rules is None:
-            decoder = self._decoder
-            if (
-                decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
-            ) and self.state is _OPEN:
-                self._rules = rules = self._new_rules()
-        if rules is not None:
-            found = read_request(data, 0, rules, self._last_counter, wall)
-            if found is None and self._others:
-                found, rules = self._read_other(data, 0, wall), self._rules or rules
-            if found is not None and (
-                (wall < self._recheck_at and self.registry.generation == self._seen_generation)
-                or self._is_accepted(wall)
-            ):
-                event, counter, following = found
-                if following:
-                    return self._usual_events(found, rules, data, wall, now)
-                if not (self._held or self._lingering) or self._has_room(event[0]):
-                    self._last_counter = counter
-                    self._last_frame = now
-                    return (event,)
-        return self._events(data, wall, now)
+        if not self._is_fast or read_requests is None:
+            return self._events(data, wall, now)
+        accepted = self.tokens.last
+        batch = read_requests(data, 0, accepted.rules, self._last_counter, wall)
+        if not batch or wall >= accepted.recheck_at or self.registry.generation != accepted.generation:
+            batch = self._read_again(batch, data, 0, wall)
+            if not batch:
+                return self._events(data, wall, now)
+        self._last_frame = now
+        event, counter, following = batch[0]
+        if following or ((self._held or self._lingering) and not self._has_room(event[0])):
+            return self._fast_events(batch, data, wall, now)
+        self._last_counter = counter
+        return (event,)
+
+    def _read_again(self, batch: list[ReadRequest], data: bytes, at: int, wall: int) -> list[ReadRequest]:
+        """Return the requests if their token is still accepted; those with an earlier token if there are none."""
+        accepted = self.tokens.last
+        if not batch:
+            earlier = self.tokens.earlier(data[at + _TOKEN_AT : at + HEADER_SIZE])
+            if earlier is None or read_requests is None:
+                return batch
+            accepted = earlier
+            batch = read_requests(data, at, accepted.rules, self._last_counter, wall)
+        return batch if batch and self.tokens.use(accepted, wall) else []
 
     def _has_room(self, stream: int) -> bool:
         """Return whether a request may run beside those in flight."""
         return stream not in self._held and len(self._held) + self._lingering < self.settings.max_streams
 
-    def _usual_events(
-        self, found: UsualRequest | None, rules: RequestRules, data: bytes, wall: int, now: float
+    def _fast_events(
+        self, batch: list[ReadRequest], data: bytes, wall: int, now: float
     ) -> Iterator[ServerEvent]:
-        """Yield the events of bytes that begin with a usual request, up to a special condition by `_events`."""
-        registry, held = self.registry, self._held
-        generation, at = self._seen_generation, 0
-        self._last_frame = now
-        while found is not None:
-            # An earlier request of this read may have changed each of these.
-            while (
-                found is not None
-                and rules is self._rules
-                and registry.generation == generation
-                and (not (held or self._lingering) or self._has_room(found[0][0]))
-            ):
-                event, self._last_counter, at = found
+        """Yield the requests that were read in C, and the events of what follows them.
+
+        An earlier request may change what a later one was read by: the general path decides about those then.
+        """
+        registry, held, at = self.registry, self._held, 0
+        while batch:
+            accepted, generation = self.tokens.last, registry.generation
+            for event, counter, following in batch:
+                if (
+                    accepted is not self.tokens.last
+                    or registry.generation != generation
+                    or not self._is_fast
+                    or ((held or self._lingering) and not self._has_room(event[0]))
+                ):
+                    batch = []
+                    break
+                self._last_counter, at = counter, following
                 yield event
-                if not at:
+                if not following:
                     return
-                found = read_request(data, at, rules, self._last_counter, wall)
-            if found is not None or not self._others:
-                break
-            found = self._read_other(data, at, wall)
-            rules, generation = self._rules or rules, self._seen_generation
-        yield from self._events(data[at:] if at else data, wall, now)
+            else:
+                if read_requests is None or accepted is not self.tokens.last or not self._is_fast:
+                    break
+                batch = read_requests(data, at, accepted.rules, self._last_counter, wall)
+                batch = self._read_again(batch, data, at, wall)
+        yield from self._events(data[at:], wall, now)
 
     def _events(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
-        """Yield the events of bytes outside the fast paths."""
+        """Yield the events of bytes by the general path."""
         if self.state not in _READING:
             return
-        self._rules = None
-        registry = self.registry
-        tolerance = self.settings.tolerance_ms
-        max_depth = self.settings.max_depth
-        looks_up = self.settings.looks_up
-        own_salt = self.outbox.salt
+        self._is_fast = False
+        tolerance, own_salt = self.settings.tolerance_ms, self.outbox.salt
         decoder = self._decoder
         if decoder is None:
             decoder = self._decoder = ReceivedFrames(self.limit, self.settings.accepted)
         judged_at = wall
-        silent = 0  # frames since the last FRAMES_READ that were not yielded
+        silent = 0
         decoder.feed(data)
         if decoder.header_at is not None:
             if decoder.expected:
@@ -339,121 +345,46 @@ class ServerConnection:
                 return
             judged_at, decoder.header_at = decoder.header_at[0], None
         try:
-            for length, head, stream, timestamp, salt, counter, token, body in decoder.frames():
+            for frame in decoder.frames():
+                _, head, _, timestamp, salt, counter, _, body = frame
                 if salt != own_salt or counter <= self._last_counter:
                     what = "belongs to another connection" if salt != own_salt else "counter did not grow"
                     yield self.end_with(Code.REPLAYED, f"nonce {what}", wall)
                     return
                 self._last_counter = counter
                 self._last_frame = now
-                silent += 1
-                if silent > SILENT_FRAMES:
-                    silent = 1
+                is_fresh = -tolerance <= judged_at - timestamp <= tolerance
+                judged_at = wall
+                decoder.stale_in_a_row = 0 if is_fresh else decoder.stale_in_a_row + 1
+                events: Iterable[ServerEvent] | None
+                if not is_fresh and (
+                    head != CANCEL or decoder.stale_in_a_row >= self.settings.max_stale_in_a_row
+                ):
+                    events = self._refuse_stale(frame, decoder.stale_in_a_row, wall)
+                elif body and head in WITHOUT_BODY:
+                    events = (self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall),)
+                else:
+                    events = _RECEIVE[head](self, frame, wall, now)
+                is_silent = True
+                for event in events or ():
+                    is_silent = False
+                    yield event
+                    if self.state is _CLOSED:
+                        return
+                silent += is_silent
+                if silent == SILENT_FRAMES:
+                    silent = 0
                     yield FRAMES_READ
                     if self.state is _CLOSED:
                         return
-                if not -tolerance <= judged_at - timestamp <= tolerance:
-                    decoder.stale_in_a_row += 1
-                    ended = self._refuse_stale(decoder.stale_in_a_row, head, stream, token, wall)
-                    if ended is not None:
-                        yield ended
-                        if self.state is _CLOSED:
-                            return
-                    if head != CANCEL:  # not a replay, because its counter is new; cancelling is safe
-                        judged_at = wall
-                        continue
-                else:
-                    decoder.stale_in_a_row = 0
-                judged_at = wall
-                if head not in (REQUEST, OPEN):
-                    if body and head not in _WITH_BODY:
-                        yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
-                        return
-                    if head == PING:
-                        self.outbox.send(PONG, 0, token, b"", wall)
-                        self._waste()
-                    elif head == PONG:  # the server sends a PING after long silence
-                        self._waste()
-                    elif head == CANCEL:
-                        held = self._held.get(stream)
-                        if held is not None and held.token == token:
-                            is_stream = isinstance(held, ServerStream)
-                            silent -= 1
-                            yield self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall)
-                        else:
-                            self._waste()
-                    else:
-                        if head >= RESULT:
-                            event: ServerEvent | None = self._receive_answer(head, stream, token, body)
-                        else:
-                            event = self._receive_on_stream(head, stream, token, body, wall, now)
-                        if event is not None:
-                            silent -= 1
-                            yield event
-                    continue
-                if self._held and stream in self._held:
-                    yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
-                    return
-                if token != self._token or not self._is_accepted(wall):
-                    joined = self._session_of(token, wall, now)
-                    if looks_up and isinstance(joined, bytes) and joined in refusals.LOOKED_UP:
-                        unknown = TokenUnknown(token, refusals.LOOKED_UP[joined])
-                        yield unknown
-                        if self.state is _CLOSED:
-                            return
-                        joined = unknown.refusal or self._session_of(token, wall, now)
-                    if joined is not None:  # None: valid, and used here before
-                        if isinstance(joined, KeyWanted):
-                            yield joined  # the edge may be able to verify the key at once
-                            joined = self._session_of(token, wall, now)
-                        if isinstance(joined, SessionJoined):
-                            yield joined
-                            if registry.generation != self._seen_generation:  # the session may have ended
-                                joined = self._session_of(token, wall, now)
-                        if isinstance(joined, KeyWanted):
-                            request = self._attaching(joined, head, length, stream, token, body, wall)
-                            if request is not None:
-                                silent -= 1
-                                yield request
-                                if self.state is _CLOSED:  # ended by the edge
-                                    return
-                            continue
-                        if isinstance(joined, bytes):
-                            self._refuse("token", stream, token, joined, wall)
-                            continue
-                session = self._session
-                if (
-                    self._held or self._lingering or session is None or self.state is _DRAINING
-                ) and self._is_refused(head, length, stream, token, session, wall):
-                    continue
-                credit = None
-                try:
-                    if head == REQUEST:
-                        method, params, meta = decode_request(body, max_depth)
-                    else:
-                        method, params, meta, credit = decode_open(body, max_depth)
-                except MessageError as error:
-                    malformed = encode_error(Code.INVALID_ARGUMENT, str(error))
-                    self._refuse("malformed", stream, token, malformed, wall)
-                    continue
-                if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
-                    self._refuse("deadline", stream, token, refusals.DEADLINE_EXCEEDED, wall)
-                    continue
-                silent -= 1
-                if credit is None:
-                    yield stream, token, session, method, params, meta
-                else:
-                    opened = ServerStream(stream, token, session, method, params, meta)
-                    opened.credit = SendCredit(credit)
-                    yield opened
-                if self.state is _CLOSED:  # ended by the edge
-                    return
             buffered = decoder.buffered
             if buffered >= HEADER_SIZE:
                 decoder.header_at = wall, now
                 self.deadline_moved = True
             if decoder.reported or buffered >= REPORTED_FROM:
                 yield self._frame_buffered(decoder, now)
+            is_idle = decoder.partial is None and not decoder.stale_in_a_row
+            self._is_fast = read_requests is not None and is_idle and self.state is _OPEN
         except ProtocolError as error:
             yield self.end_with(error.code, error.reason, wall)
 
@@ -462,26 +393,24 @@ class ServerConnection:
         user = next((joined.user for joined in self.sessions.values()), "")
         return FrameBuffered(decoder.report(), decoder.header_at[1] if decoder.header_at else now, user)
 
-    def _refuse_stale(
-        self, in_a_row: int, head: int, stream: int, token: bytes, wall: int
-    ) -> ServerEvent | None:
+    def _refuse_stale(self, frame: RawFrame, in_a_row: int, wall: int) -> Iterable[ServerEvent] | None:
         """Refuse a stale frame. Return what ends: the connection at the limit of consecutive ones, or a stream."""
+        _, head, stream, _, _, _, token, _ = frame
         if in_a_row >= self.settings.max_stale_in_a_row:
-            return self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall)
+            return (self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall),)
+        held = self._held.get(stream) if ITEM <= head < RESULT else None
+        if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
+            return (self._cut(held, refusals.stale_on_stream(wall), wall),)
+        if head in (REQUEST, OPEN):
+            self._refuse("stale", stream, token, refusals.stale(wall), wall)
+            return None
         if head >= RESULT:  # the deadline of the call ends the waiting
             if self._calls is not None:
                 self._calls.free(stream, token)
             self.totals.dropped_answers += 1
-            self._waste()
-            return None
-        held = self._held.get(stream) if head >= ITEM else None
-        if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
-            return self._cut(held, refusals.stale_on_stream(wall), wall)
-        if head in (REQUEST, OPEN):
-            self._refuse("stale", stream, token, refusals.stale(wall), wall)
-        elif head != CANCEL:
+        else:
             self.totals.dropped_stale += 1
-            self._waste()
+        self._waste()
         return None
 
     def _waste(self) -> None:
@@ -489,38 +418,70 @@ class ServerConnection:
         self.wasted += 1
         self.deadline_moved = True
 
-    def _receive_on_stream(
-        self, head: int, stream: int, token: bytes, body: bytes, wall: int, now: float
-    ) -> ServerEvent | None:
-        """Process an ITEM, END or CREDIT. Raises ProtocolError if it ends the connection."""
-        held = self._held.get(stream)
-        outcome = self.streams(now).receive(head, held, token, body)
-        if isinstance(outcome, bool):
-            if not outcome:
-                self._waste()
-            return None
-        if not isinstance(outcome, bytes):
-            return outcome
-        assert held is not None, "only a stream in flight can be cut"
-        return self._cut(held, outcome, wall)
+    # --- frames by kind: each returns its events ------------------------------------------------
 
-    def _receive_answer(self, head: int, number: int, token: bytes, body: bytes) -> CallEnded | None:
-        """Process a RESULT or FAILURE; None if it is dropped."""
-        call = None if self._calls is None else self._calls.free(number, token)
-        if call is None:
-            self._waste()
-        elif self._calls is not None and self._calls.settle(call):
-            return CallEnded(call, *read_answer(head, body, self.settings.max_depth))
-        self.totals.dropped_answers += 1
-        return None
+    def _receive_request(self, frame: RawFrame, wall: int, now: float) -> Iterator[ServerEvent]:
+        """Process a REQUEST or OPEN: its stream, its token, limits, then its body."""
+        length, head, stream, _, _, _, token, body = frame
+        if stream in self._held:
+            yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
+            return
+        tokens = self.tokens
+        if not tokens.accepts(token, wall) and not (yield from self._check_token(frame, wall, now)):
+            return
+        session = tokens.last.session
+        if (self._held or self._lingering or session is None or self.state is _DRAINING) and self._is_refused(
+            head, length, stream, token, session, wall
+        ):
+            return
+        credit = None
+        try:
+            if head == REQUEST:
+                method, params, meta = decode_request(body, self.settings.max_depth)
+            else:
+                method, params, meta, credit = decode_open(body, self.settings.max_depth)
+        except MessageError as error:
+            self._refuse("malformed", stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
+            return
+        if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
+            self._refuse("deadline", stream, token, refusals.DEADLINE_EXCEEDED, wall)
+        elif credit is None:
+            yield stream, token, session, method, params, meta
+        else:
+            opened = ServerStream(stream, token, session, method, params, meta)
+            opened.credit = SendCredit(credit)
+            yield opened
 
-    def _attaching(
-        self, wanted: KeyWanted, head: int, length: int, stream: int, token: bytes, body: bytes, wall: int
-    ) -> RawRequest | None:
+    def _check_token(self, frame: RawFrame, wall: int, now: float) -> Generator[ServerEvent, None, bool]:
+        """Check the token of a request, with the help of the edge. Return whether it is accepted."""
+        stream, token = frame[2], frame[6]
+        found = self._session_of(token, wall, now)
+        if self.settings.looks_up and isinstance(found, bytes) and found in refusals.LOOKED_UP:
+            unknown = TokenUnknown(token, refusals.LOOKED_UP[found])
+            yield unknown
+            found = unknown.refusal or self._session_of(token, wall, now)
+        if isinstance(found, KeyWanted):
+            yield found  # the edge may be able to verify the key at once
+            found = self._session_of(token, wall, now)
+        if isinstance(found, SessionJoined):
+            yield found
+            found = None if self.tokens.accepts(token, wall) else self._session_of(token, wall, now)
+        if isinstance(found, KeyWanted):
+            request = self._attaching(found, frame, wall)
+            if request is not None:
+                yield request
+            return False
+        if isinstance(found, bytes):
+            self._refuse("token", stream, token, found, wall)
+            return False
+        return True  # also a session that has left this connection since and was used again at once
+
+    def _attaching(self, wanted: KeyWanted, frame: RawFrame, wall: int) -> RawRequest | None:
         """Return a `session.attach` request for a token whose key is not proved; refuse any other.
 
         A body too large for a connection without a session is not decoded.
         """
+        length, head, stream, _, _, _, token, body = frame
         refusal = refusals.NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else refusals.NEEDS_CERTIFICATE
         is_small = head == REQUEST and length <= self.settings.max_frame_before_session
         if refusal is refusals.NEEDS_ATTACH and is_small:
@@ -536,6 +497,47 @@ class ServerConnection:
                 refusal = refusals.DEADLINE_EXCEEDED
         self._refuse("key_not_proved", stream, token, refusal, wall)
         return None
+
+    def _receive_cancel(self, frame: RawFrame, wall: int, now: float) -> Iterable[ServerEvent] | None:
+        held = self._held.get(frame[2])
+        if held is None or held.token != frame[6]:
+            self._waste()
+            return None
+        is_stream = isinstance(held, ServerStream)
+        return (self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall),)
+
+    def _receive_ping(self, frame: RawFrame, wall: int, now: float) -> None:
+        self.outbox.send(PONG, 0, frame[6], b"", wall)
+        self._waste()
+
+    def _receive_pong(self, frame: RawFrame, wall: int, now: float) -> None:
+        self._waste()  # the server sends a PING after long silence
+
+    def _receive_on_stream(self, frame: RawFrame, wall: int, now: float) -> Iterable[ServerEvent] | None:
+        """Process an ITEM, END or CREDIT. Raises ProtocolError if it ends the connection."""
+        _, head, stream, _, _, _, token, body = frame
+        held = self._held.get(stream)
+        outcome = self.streams(now).receive(head, held, token, body)
+        if isinstance(outcome, bool):
+            if not outcome:
+                self._waste()
+            return None
+        if not isinstance(outcome, bytes):
+            return (outcome,)
+        assert held is not None, "only a stream in flight can be cut"
+        return (self._cut(held, outcome, wall),)
+
+    def _receive_answer(self, frame: RawFrame, wall: int, now: float) -> Iterable[ServerEvent] | None:
+        """Process a RESULT or FAILURE, unless it is dropped."""
+        call = None if self._calls is None else self._calls.free(frame[2], frame[6])
+        if call is None:
+            self._waste()
+        elif self._calls is not None and self._calls.settle(call):
+            return (CallEnded(call, *read_answer(frame[1], frame[7], self.settings.max_depth)),)
+        self.totals.dropped_answers += 1
+        return None
+
+    # --- refusals -------------------------------------------------------------------------------
 
     def _is_refused(
         self, head: int, length: int, stream: int, token: bytes, session: Session | None, wall: int
@@ -564,99 +566,18 @@ class ServerConnection:
         self._waste()
         self.outbox.send(ERROR, stream, token, body, wall)
 
-    # --- tokens ---------------------------------------------------------------------------------
-
-    def _new_rules(self) -> RequestRules:
-        """Return what makes a request with the last accepted token usual."""
-        settings, session = self.settings, self._session
-        return (
-            settings.max_frame_before_session if session is None else settings.max_frame,
-            REQUEST,
-            self.outbox.salt,
-            self._token,
-            settings.tolerance_ms,
-            settings.max_depth,
-            session,
-            DECODING,
-        )
-
-    def _is_accepted(self, wall: int) -> bool:
-        """Return whether the last accepted token is still valid. If it has not been used lately, it is now."""
-        session, registry = self._session, self.registry
-        if registry.generation != self._seen_generation:  # most often another token became invalid
-            if session is not None:
-                if not self._is_current(session, self._token, wall):
-                    return False
-                self._recheck_at = self._next_check(session, wall)
-            self._see_generation()
-        if wall < self._recheck_at:
-            return True
-        if session is None or wall >= registry.trusted_until or session.valid_until - wall <= 2 * MS:
-            return False
-        registry.touch(session, wall)
-        self._recheck_at = min(wall + TOUCH_INTERVAL_MS, registry.trusted_until)
-        return True
-
-    def _is_current(self, session: Session, token: bytes, wall: int) -> bool:
-        """Return whether a session accepted here is still used here, with the same valid token."""
-        known = self.sessions.get(session.id)
-        return known is not None and known.token == token and self.registry.check_again(session, wall)
-
-    def _next_check(self, session: Session, wall: int) -> int:
-        """Return until when frames with the token of a session, used now, are accepted."""
-        # Half of the remaining time, so that a session in use is touched before it would count as idle.
-        return min(wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, self.registry.trusted_until)
-
-    def _see_generation(self) -> None:
-        """Note that tokens may have become invalid, but not the one in question."""
-        generation = self.registry.generation
-        self._accepts_joined = (
-            self._accepts_joined and generation == self._seen_generation
-        ) or not self._held
-        self._seen_generation = generation
-
-    def _read_other(self, data: bytes, at: int, wall: int) -> UsualRequest | None:
-        """Return the usual request at `at` if its token was accepted earlier and still is: it becomes the last."""
-        others, registry = self._others, self.registry
-        token = data[at + _TOKEN_AT : at + HEADER_SIZE]
-        kept = None if others is None or self._rules is None else others.get(token)
-        if kept is None:
-            return None
-        rules, recheck_at, generation = kept
-        session = rules[6]
-        found = read_request(data, at, rules, self._last_counter, wall)
-        if found is None:
-            return None
-        if registry.generation != generation:
-            if not self._is_current(session, token, wall):
-                return None
-            recheck_at = self._next_check(session, wall)
-        self._set_aside()
-        self._see_generation()
-        self._token, self._session, self._rules, self._recheck_at = token, session, rules, recheck_at
-        return found if self._is_accepted(wall) else None
-
-    def _set_aside(self) -> None:
-        """Keep the last accepted token, as another one takes its place. Its session has it: `_forget_token_of`."""
-        if self._session is not None:
-            if self._others is None:
-                self._others = {}
-            rules = self._rules or self._new_rules()
-            self._others[self._token] = rules, self._recheck_at, self._seen_generation
+    # --- sessions -------------------------------------------------------------------------------
 
     def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
-        """Check a token that differs from the last one or must be checked again.
+        """Check a token that was not accepted here, or must be checked again.
 
         Return the body of an ERROR, KeyWanted if its key must be proved first, SessionJoined on its first use here,
         or None.
         """
-        registry = self.registry
-        if token != self._token:
-            self._set_aside()
-        self._see_generation()
-        self._forget_last_token()  # until this token is accepted
+        registry, tokens = self.registry, self.tokens
+        tokens.forget(token)  # until it is accepted
         if token == NO_TOKEN:
-            self._recheck_at = ALWAYS
+            tokens.accept(None, token, wall)
             return None
         session = registry.check(token, wall)
         if isinstance(session, Code):
@@ -667,42 +588,24 @@ class ServerConnection:
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
             key = registry.key_of(session)
-            if key not in self._proved:
+            if not tokens.has_proved(key):
                 return KeyWanted(session, key)
             registry.use(session, wall)
-        self._accept(session, token, wall)
-        if is_known:
-            return None
-        self.join(session, token, wall, now)
-        return SessionJoined(session.id)
-
-    def _accept(self, session: Session, token: bytes, wall: int) -> None:
-        """Accept frames with this token for a while."""
-        if token != self._token:
-            self._set_aside()
-        self._token = token
-        self._session = session
-        self._rules = None
-        self._recheck_at = self._next_check(session, wall)
-
-    def prove(self, key: str) -> None:
-        """Record that the peer has proved this key: sessions bound to it may be used here."""
-        self._proved |= {key}
-
-    def has_proved(self, key: str) -> bool:
-        return key in self._proved
-
-    def disprove(self, key: str) -> None:
-        """Withdraw a proved key."""
-        if key in self._proved:
-            self._proved -= {key}
-            self._forget_last_token()
-            self._others = None
-
-    # --- sessions -------------------------------------------------------------------------------
+        if not is_known:
+            self._add_session(session, token, wall, now)
+        tokens.accept(session, token, wall)
+        return None if is_known else SessionJoined(session.id)
 
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """Add a session used here: one that a request of this connection opened, refreshed or attached."""
+        """Add a session that a request of this connection opened, refreshed or attached."""
+        self._add_session(session, token, wall, now)
+        # A request that is not in flight was accepted in this turn, with the last token.
+        is_unchanged = self.registry.generation == self.tokens.last.generation
+        self.tokens.accept_opened(
+            session, token, wall, is_checked=is_unchanged and not (self._held or self._lingering)
+        )
+
+    def _add_session(self, session: Session, token: bytes, wall: int, now: float) -> None:
         due_at = now + max(0, session.expiring_at - wall) / MS
         # Before the open deadline the edge need not look: `handle_timeout` comes then.
         if due_at < self._session_deadline:
@@ -716,7 +619,7 @@ class ServerConnection:
                 token, session.user, session.expires_at, due_at, wall
             )
         else:  # refreshed
-            self._forget_token_of(session.id)
+            self.tokens.forget(known.token)
             known.token, known.expires_at, known.due_at, known.cut_at = (
                 token,
                 session.expires_at,
@@ -725,35 +628,18 @@ class ServerConnection:
             )
         if self._decoder is not None:
             self._decoder.limit = self.limit
-        # Its next frame needs no check if no token has become invalid since that request was accepted, whatever
-        # other frames came meanwhile.
-        registry = self.registry
-        is_unchanged = registry.generation == self._seen_generation and self._accepts_joined
-        if is_unchanged and not (registry.closed or session.flags & BOUND):
-            self._accept(session, token, wall)
 
     def leave(self, session_id: str, now: float) -> None:
         """Remove an ended session. Without any session, the limits of a new connection apply again."""
-        self._forget_token_of(session_id)
-        if self.sessions.pop(session_id, None) is not None and not self.sessions:
+        left = self.sessions.pop(session_id, None)
+        if left is None:
+            return
+        self.tokens.forget(left.token)
+        if not self.sessions:
             if self._decoder is not None:
                 self._decoder.limit = self.limit
             self._session_deadline = now + self.settings.open_timeout_s
             self.deadline_moved = True
-
-    def _forget_token_of(self, session_id: str) -> None:
-        """Drop what is kept of the token that a session had here: no other frame with it may be accepted."""
-        known = self.sessions.get(session_id)
-        if known is None:
-            return
-        if self._others is not None:
-            self._others.pop(known.token, None)
-        if known.token == self._token:
-            self._forget_last_token()
-
-    def _forget_last_token(self) -> None:
-        """Check the next frame whatever its token is."""
-        self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
 
     def suspend(self, session_id: str, token_digest: bytes, wall: int, now: float) -> bool:
         """Suspend a session that has a token with this digest now, unless it was shown here (zcp1.md, section 9.6).
@@ -763,7 +649,7 @@ class ServerConnection:
         known = self.sessions.get(session_id)
         if known is None or known.cut_at != NEVER or digest_of(known.token) == token_digest:
             return False
-        self._forget_token_of(session_id)  # if it becomes valid again it has to be shown again
+        self.tokens.forget(known.token)  # if it becomes valid again it has to be shown again
         known.due_at, known.cut_at = NEVER, now + min(ROTATION_GRACE_S, max(0, known.expires_at - wall) / MS)
         self._session_deadline = min(self._session_deadline, _soon(known.cut_at, now))
         self.deadline_moved = True
@@ -848,7 +734,10 @@ class ServerConnection:
         if streams is not None and streams.in_flight:
             slow = streams.take_slow(self._held, now)
             events += [self._cut(stream, refusals.SLOW, wall) for stream in slow]
-            streams.touch(self._held, self.sessions, self.registry, wall, now)
+            for session_id in streams.take_used(self._held, now) & self.sessions.keys():
+                session = self.registry.check(self.sessions[session_id].token, wall)
+                if isinstance(session, Session) and session.bound:
+                    self.registry.use(session, wall)
         reason = None
         if self._session_deadline <= now and self.sessions:
             events += self._handle_sessions(wall, now)
@@ -980,8 +869,8 @@ class ServerConnection:
         denied = (stream for stream in self.open_streams() if not may_go_on(stream))
         return [self._cut(stream, refusals.DENIED, wall) for stream in denied]
 
-    def send_item(self, stream: ServerStream, body: bytes, wall: int) -> None:
-        """Send an encoded item. Only while the stream is in flight and its credit allows it."""
+    def send_item(self, stream: ServerStream, body: bytes, wall: int) -> int:
+        """Send an encoded item, and return its `length`. Only in flight, and while the credit allows it."""
         length = MIN_LENGTH + len(body)
         credit, streams = stream.credit, self._streams
         credit.sent_items += 1  # `SendCredit.count` inlined
@@ -992,6 +881,7 @@ class ServerConnection:
         totals.items_sent += 1
         totals.bytes_sent += length
         self.outbox.send(ITEM, stream.stream, stream.token, body, wall)
+        return length
 
     def grant(self, stream: ServerStream, wall: int) -> bool:
         """Send the credit that is due: call this when the method asks for an item, and when it has taken one.
@@ -1126,10 +1016,27 @@ class ServerConnection:
 
     def _enter(self, by: Input) -> None:
         self.state = next_state(self.state, by)
+        self._is_fast = False
         if self.state is _CLOSED:
             self.outbox.close()
-        self._rules = None
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""
         return self.outbox.take()
+
+
+_RECEIVE: Final[
+    dict[int, Callable[[ServerConnection, RawFrame, int, float], Iterable[ServerEvent] | None]]
+] = {
+    REQUEST: ServerConnection._receive_request,
+    OPEN: ServerConnection._receive_request,
+    CANCEL: ServerConnection._receive_cancel,
+    PING: ServerConnection._receive_ping,
+    PONG: ServerConnection._receive_pong,
+    ITEM: ServerConnection._receive_on_stream,
+    END: ServerConnection._receive_on_stream,
+    CREDIT: ServerConnection._receive_on_stream,
+    RESULT: ServerConnection._receive_answer,
+    FAILURE: ServerConnection._receive_answer,
+}
+"""What processes a fresh frame, by its head."""

@@ -139,7 +139,7 @@ class ServerProtocol(Dispatcher):
         if state.draining:
             self.go_away(GoAwayReason.DRAINING)
             return
-        transport.write(connection.data_to_send())
+        transport.write(connection.outbox.take())
         state.wheel.set(self, now + settings.first_timeout_s)
 
     def data_received(self, data: bytes) -> None:
@@ -382,17 +382,17 @@ class ServerProtocol(Dispatcher):
     def has_proved(self, key: str) -> bool:
         """Return whether the peer has proved a key, by its certificate or otherwise."""
         self._prove_by_certificate(key)
-        return self._connection is not None and self._connection.has_proved(key)
+        return self._connection is not None and self._connection.tokens.has_proved(key)
 
     def prove(self, key: str) -> None:
         """Record that the peer proved a key: this connection may use the sessions bound to it."""
         if self._connection is not None:
-            self._connection.prove(key)
+            self._connection.tokens.prove(key)
 
     def disprove(self, key: str) -> None:
         """Discard the proof of a key."""
         if self._connection is not None:
-            self._connection.disprove(key)
+            self._connection.tokens.disprove(key)
 
     def _look_up(self, unknown: TokenUnknown) -> bool:
         """Start a token lookup. Return True if it is pending; this connection waits for it."""
@@ -469,7 +469,7 @@ class ServerProtocol(Dispatcher):
 
     def _flush(self) -> None:
         if self._connection is not None:
-            data = self._connection.data_to_send()
+            data = self._connection.outbox.take()
             if data:
                 self._write(data)
 

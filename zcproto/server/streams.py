@@ -276,8 +276,7 @@ class StreamRunner:
                     await self._wait_for_room()
                     turn, room = self._turn, self._part
                     self.owner.flush_soon()  # which ends this turn
-                connection.send_item(stream, body, clock.wall())
-                room -= MIN_LENGTH + size
+                room -= connection.send_item(stream, body, clock.wall())
         finally:
             await items.aclose()  # an item that was refused, or a cut, leaves it at its `yield`
         return getattr(context, "result", None)
