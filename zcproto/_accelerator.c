@@ -1,7 +1,8 @@
-/* The functions of requests and logins in C: read_request, cut_values, encode_frame, scan_body, fits, wall_ms.
+/* The functions of requests and logins in C: read_requests, cut_values, encode_frame, scan_body, fits, wall_ms.
  *
- * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
- * bodies with anything unusual, are passed on to them, so that results and errors are the same by construction.
+ * encode_frame, scan_body, fits and wall_ms have Python functions of the same names, to which they pass on calls with
+ * other than the usual types and ranges, so that results and errors are the same by construction. read_requests and
+ * cut_values read what is common, and leave the rest to the general path of a connection.
  *
  * Compiled for the stable ABI of Python 3.11 where there is one (setup.py). There is no state: several interpreters
  * and threads may use the module at once. */
@@ -124,13 +125,13 @@ tuple_of(PyObject **parts, Py_ssize_t count)
     return result;
 }
 
-/* What makes a frame usual (zcproto/wire/usual.py). */
+/* What a frame must have to be read here. */
 typedef struct {
     uint64_t limit, head, counter, wall, tolerance;
     Bytes salt, token;
 } Rules;
 
-/* Read the first arguments of cut_values. Return 0 if they are for the twin. */
+/* Read the first arguments of cut_values. Return 0 if they are of other types or ranges. */
 static int
 read_rules(PyObject *const *args, Py_ssize_t nargs, Bytes *data, Rules *rules)
 {
@@ -141,9 +142,9 @@ read_rules(PyObject *const *args, Py_ssize_t nargs, Bytes *data, Rules *rules)
            is_uint(args[6], UINT64_MAX, &rules->wall) && is_uint(args[7], UINT64_MAX, &rules->tolerance);
 }
 
-/* Return the size of the usual frame at the start of `left` bytes, or 0. */
+/* Return the size of the frame at the start of `left` bytes, or 0 if it does not meet the rules. */
 static size_t
-usual_size(const Rules *rules, Bytes frame, size_t left)
+fitting_size(const Rules *rules, Bytes frame, size_t left)
 {
     if (left < BODY)
         return 0;
@@ -287,10 +288,10 @@ cut_values(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     Rules rules;
     uint64_t max_depth;
     if (nargs != 10 || !read_rules(args, 8, &data, &rules) || !is_uint(args[8], DEEPEST, &max_depth))
-        return call_twin("cut_values", args, nargs);
+        return PyList_New(0);
     PyObject *frames = PyList_New(0);
     size_t at = 0, end = (size_t)PyBytes_Size(args[0]), size;
-    while (frames != NULL && (size = usual_size(&rules, data + at, end - at)) != 0) {
+    while (frames != NULL && (size = fitting_size(&rules, data + at, end - at)) != 0) {
         Bytes start = data + at;
         PyObject *value = decode(args[9], start + BODY, start + size, max_depth);
         if (value == NULL && !is_out_of_memory())
@@ -339,9 +340,12 @@ fits(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return PyBool_FromLong(found == PySet_Size(args[3]));
 }
 
-/* What read_request goes by (zcproto/wire/usual.py). */
+/* What read_requests goes by (zcproto/wire/request_fast_path.py). */
 enum { LIMIT, KIND, ITS_SALT, ITS_TOKEN, TOLERANCE, MAX_DEPTH, SESSION, DECODING, RULES };
-enum { UNPACK, KNOWN, NO_META, MAKE_META, DECODE_META, TWIN, DECODERS };
+enum { UNPACK, KNOWN, NO_META, MAKE_META, DECODE_META, DECODERS };
+
+/* Requests of one batch, and the bytes from which on none is added: the batch may have to wait. */
+enum { MOST_REQUESTS = 16, MOST_BYTES = 4096 };
 
 /* Store borrowed references to the items of a tuple. Return whether it has so many. */
 static int
@@ -376,14 +380,15 @@ read_meta(PyObject *map, PyObject **by)
     return meta;
 }
 
-/* Decode a usual body. Return [method, params] or [method, params, meta], and the RequestMeta; otherwise NULL. */
+/* Decode the body of a request. Return [method, params] or [method, params, meta] and the RequestMeta, or NULL. */
 static PyObject *
-usual_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject **meta)
+request_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject **meta)
 {
     PyObject *value = decode(by[UNPACK], body, end, max_depth);
     Py_ssize_t size = value != NULL && PyList_CheckExact(value) ? PyList_Size(value) : 0;
     if ((size == 2 || size == 3) && PyUnicode_CheckExact(PyList_GetItem(value, 0)) &&
-        PySet_Contains(by[KNOWN], PyList_GetItem(value, 0)) == 1 && PyDict_CheckExact(PyList_GetItem(value, 1))) {
+        PySet_Contains(by[KNOWN], PyList_GetItem(value, 0)) == 1 &&
+        (PyList_GetItem(value, 1) == Py_None || PyDict_CheckExact(PyList_GetItem(value, 1)))) {
         *meta = size == 2 ? by[NO_META] : read_meta(PyList_GetItem(value, 2), by);
         if (size == 2)
             Py_INCREF(*meta);
@@ -394,41 +399,62 @@ usual_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject
     return NULL;
 }
 
-/* read_request(data, at, rules, counter, wall) */
+/* Return the request in a frame: its event, its counter and where the next frame begins, 0 if nothing follows.
+ * NULL without an exception: the body is not one that is read here. */
 static PyObject *
-read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+request_in(Bytes frame, size_t size, size_t end, PyObject **its, PyObject **by, uint64_t max_depth)
 {
-    PyObject *its[RULES], *by[DECODERS], *meta = NULL;
+    PyObject *meta = NULL, *value = request_message(frame + BODY, frame + size, by, max_depth, &meta);
+    if (value == NULL) {
+        is_out_of_memory();
+        return NULL;
+    }
+    PyObject *params = PyList_GetItem(value, 1);
+    PyObject *event[] = {PyLong_FromUnsignedLong(get32(frame + STREAM)), its[ITS_TOKEN], its[SESSION],
+                         PyList_GetItem(value, 0), params == Py_None ? PyDict_New() : params, meta};
+    for (Py_ssize_t i = 1; i < 5; i++) {
+        if (i < 4 || params != Py_None)
+            Py_INCREF(event[i]);
+    }
+    Py_DECREF(value);
+    PyObject *parts[] = {tuple_of(event, 6), PyLong_FromUnsignedLongLong(get64(frame + COUNTER)),
+                         PyLong_FromSize_t(end)};
+    return tuple_of(parts, 3);
+}
+
+/* read_requests(data, at, rules, counter, wall) */
+static PyObject *
+read_requests(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *its[RULES], *by[DECODERS];
     Bytes data;
     Rules rules;
     uint64_t at, max_depth;
-    int is_usual = nargs == 5 && unpack_tuple(args[2], RULES, its) && unpack_tuple(its[DECODING], DECODERS, by);
-    if (is_usual) {
+    int is_valid = nargs == 5 && unpack_tuple(args[2], RULES, its) && unpack_tuple(its[DECODING], DECODERS, by);
+    if (is_valid) {
         PyObject *const frame_rules[] = {args[0], its[LIMIT],     its[KIND], its[ITS_SALT],
                                          args[3], its[ITS_TOKEN], args[4],   its[TOLERANCE]};
-        is_usual = read_rules(frame_rules, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
+        is_valid = read_rules(frame_rules, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
                    is_uint(args[1], (uint64_t)PyBytes_Size(args[0]), &at);
     }
-    if (!is_usual)
-        return call_twin("read_request", args, nargs);
-    Bytes frame = data + at;
-    size_t left = (size_t)PyBytes_Size(args[0]) - (size_t)at, size = usual_size(&rules, frame, left);
-    if (size == 0)
-        Py_RETURN_NONE;
-    PyObject *value = usual_message(frame + BODY, frame + size, by, max_depth, &meta);
-    if (value == NULL) {
-        if (is_out_of_memory())
-            return NULL;
-        return call(by[TWIN], args, nargs);
+    if (!is_valid)
+        return PyList_New(0);
+    size_t total = (size_t)PyBytes_Size(args[0]), start = (size_t)at, here = start, size;
+    PyObject *requests = PyList_New(0);
+    for (int count = 0; requests != NULL && count < MOST_REQUESTS && here - start < MOST_BYTES; count++) {
+        if ((size = fitting_size(&rules, data + here, total - here)) == 0)
+            break;
+        size_t end = here + size;
+        PyObject *request = request_in(data + here, size, end < total ? end : 0, its, by, max_depth);
+        if (request == NULL && !PyErr_Occurred())
+            break;
+        if (request == NULL || PyList_Append(requests, request) < 0)
+            Py_CLEAR(requests);
+        Py_XDECREF(request);
+        rules.counter = get64(data + here + COUNTER);
+        here = end;
     }
-    PyObject *event[] = {PyLong_FromUnsignedLong(get32(frame + STREAM)), its[ITS_TOKEN], its[SESSION],
-                         PyList_GetItem(value, 0), PyList_GetItem(value, 1), meta};
-    for (Py_ssize_t i = 1; i < 5; i++)
-        Py_INCREF(event[i]);
-    Py_DECREF(value);
-    PyObject *parts[] = {tuple_of(event, 6), PyLong_FromUnsignedLongLong(get64(frame + COUNTER)),
-                         PyLong_FromSize_t(size < left ? (size_t)at + size : 0)};
-    return tuple_of(parts, 3);
+    return requests;
 }
 
 /* wall_ms() */
@@ -444,7 +470,7 @@ wall_ms(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef METHODS[] = {
-    FUNCTION(read_request),
+    FUNCTION(read_requests),
     FUNCTION(encode_frame),
     FUNCTION(scan_body),
     FUNCTION(cut_values),

@@ -32,7 +32,7 @@ from zcproto.common.clock import system_clock
 from zcproto.load.demo import temporary_home
 from zcproto.server.protocol import ServerProtocol
 from zcproto.tls.context import client_context, server_context
-from zcproto.wire.frame import HEADER_SIZE, REQUEST, encode_frame
+from zcproto.wire.frame import HEADER_SIZE, REQUEST, RESPONSE, encode_frame
 from zcproto.wire.message import decode_request, encode_body
 
 ROUND: Final = 500
@@ -100,7 +100,7 @@ async def zcproto_steps(requests: int, tls: Tls) -> dict[str, float]:
 
     def answered(some: list[bytes]) -> None:
         for body in some:
-            connection.respond_at_once(1, peer.token, body, wall)
+            connection.outbox.send(RESPONSE, 1, peer.token, body, wall)
             connection.data_to_send()
 
     found = {"whole": least(requests, frames, whole)}

@@ -39,16 +39,16 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 
 SLOWER_READ = """
-from zcproto.connection import server
+from zcproto.connection.server import ServerConnection
 
-usual = server.read_request
+usual = ServerConnection.receive_data
 
 def slower_read(*args):
     for _ in range(10):
         pass
     return usual(*args)
 
-server.read_request = slower_read
+ServerConnection.receive_data = slower_read
 """
 
 SLOWER_CALL = """

@@ -29,6 +29,7 @@ from zcproto.connection.server_calls import ServerCall, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.sessions import OpenedSession
+from zcproto.wire.frame import RESPONSE
 from zcproto.wire.message import encode_body
 
 METHODS = frozenset({"ask", "tell"})
@@ -109,14 +110,14 @@ class Ends:
     ) -> None:
         if method == "session.handle":
             self.server.register(session.id, frozenset(params["methods"]), params["max"])
-            self.server.respond_at_once(stream, token, encode_body({}), WALL)
+            self.server.outbox.send(RESPONSE, stream, token, encode_body({}), WALL)
         else:
             assert method == "session.refresh"
             opened = self.registry.refresh(params["refresh_token"], client="", address="", wall=WALL)
             assert isinstance(opened, OpenedSession)
             self.server.join(opened.session, opened.token, WALL, self.now)
             self.refreshing[stream] = opened
-            self.server.respond_at_once(stream, token, encode_body({"token": opened.token}), WALL)
+            self.server.outbox.send(RESPONSE, stream, token, encode_body({"token": opened.token}), WALL)
 
     # --- the server -------------------------------------------------------------------------------
 

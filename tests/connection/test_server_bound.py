@@ -36,7 +36,7 @@ def prove(pair: ConnectionPair, data: bytes, key: str) -> list[Any]:
     for event in pair.receive_data(data):
         if isinstance(event, KeyWanted):
             assert event.key == key
-            pair.server.prove(key)
+            pair.server.tokens.prove(key)
         else:
             events.append(event)
     return events
@@ -162,7 +162,7 @@ def test_key_proved_by_attach_applies_to_next_frame(pair: ConnectionPair) -> Non
     pair.respond(request)
     pair.answer()
     refused(pair, pair.request(1, token=opened.token))  # the edge has not verified the signature
-    pair.server.prove(LAPTOP)
+    pair.server.tokens.prove(LAPTOP)
     joined, request = pair.send(pair.request(1, token=opened.token))
     assert joined == SessionJoined(opened.session.id)
     assert isinstance(request, Request)
@@ -178,14 +178,14 @@ def test_attach_and_next_request_in_one_read_are_accepted(pair: ConnectionPair) 
     for event in pair.receive_data(data):
         seen.append(type(event).__name__)
         if isinstance(event, Request) and event.method == "session.attach":
-            pair.server.prove(LAPTOP)
+            pair.server.tokens.prove(LAPTOP)
             pair.respond(event)
     assert seen == ["KeyWanted", "Request", "SessionJoined", "Request"]
 
 
 def test_key_proof_applies_to_all_sessions_of_that_key_only(pair: ConnectionPair) -> None:
     first, second, other = bound(pair), bound(pair), bound(pair, "device:phone")
-    pair.server.prove(LAPTOP)
+    pair.server.tokens.prove(LAPTOP)
     for opened in (first, second, first):
         assert isinstance(pair.send(pair.request(1, token=opened.token))[-1], Request)
     assert refused(pair, pair.request(1, token=other.token)).details == {"attach": True}
@@ -193,7 +193,7 @@ def test_key_proof_applies_to_all_sessions_of_that_key_only(pair: ConnectionPair
 
 def test_refreshed_token_is_accepted_where_key_was_proved(pair: ConnectionPair) -> None:
     opened = bound(pair)
-    pair.server.prove(LAPTOP)
+    pair.server.tokens.prove(LAPTOP)
     pair.send(pair.request(1, token=opened.token))
     assert opened.refresh_token is not None
     refreshed = pair.registry.refresh(opened.refresh_token, client="", address="", wall=pair.clock.wall())
@@ -203,7 +203,7 @@ def test_refreshed_token_is_accepted_where_key_was_proved(pair: ConnectionPair) 
 
 def test_use_of_proved_session_extends_idle_limit(pair: ConnectionPair) -> None:
     opened = bound(pair)
-    pair.server.prove(LAPTOP)
+    pair.server.tokens.prove(LAPTOP)
     for _ in range(5):
         pair.clock.advance(50 * MINUTE)
         assert isinstance(pair.send(pair.request(1, token=opened.token))[-1], Request)
@@ -229,13 +229,13 @@ def test_session_revoked_during_key_lookup_is_refused(pair: ConnectionPair) -> N
 
 def test_withdrawn_key_proof_is_wanted_again(pair: ConnectionPair) -> None:
     opened = bound(pair)
-    pair.server.prove(LAPTOP), pair.server.prove("device:phone")
-    assert pair.server.has_proved(LAPTOP)
+    pair.server.tokens.prove(LAPTOP), pair.server.tokens.prove("device:phone")
+    assert pair.server.tokens.has_proved(LAPTOP)
     pair.send(pair.request(1, token=opened.token))
-    pair.server.disprove("device:nothing")
+    pair.server.tokens.disprove("device:nothing")
     assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
-    pair.server.disprove(LAPTOP)
-    assert not pair.server.has_proved(LAPTOP)
+    pair.server.tokens.disprove(LAPTOP)
+    assert not pair.server.tokens.has_proved(LAPTOP)
     refused(pair, pair.request(1, token=opened.token))
     other = bound(pair, "device:phone")
     assert isinstance(pair.send(pair.request(1, token=other.token))[-1], Request)
@@ -243,13 +243,13 @@ def test_withdrawn_key_proof_is_wanted_again(pair: ConnectionPair) -> None:
 
 def test_withdrawn_key_proof_is_wanted_for_earlier_tokens_too(pair: ConnectionPair) -> None:
     opened = bound(pair)
-    pair.server.prove(LAPTOP)
+    pair.server.tokens.prove(LAPTOP)
     pair.send(pair.request(1, token=opened.token))
     pair.login("eve")
     pair.get(pair.request(1))
     assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
     pair.get(pair.request(1))
-    pair.server.disprove(LAPTOP)
+    pair.server.tokens.disprove(LAPTOP)
     assert isinstance(pair.get(pair.request(1)), Request)
     refused(pair, pair.request(1, token=opened.token))
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import SALT, WALL, ConnectionPair, FakeClock, small_registry
-from zcproto.connection import server_output
 from zcproto.connection.events import NEVER, ConnectionEnded, Request
 from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.connection.state import State
 from zcproto.errors import Code
-from zcproto.wire.frame import NO_TOKEN, Kind
+from zcproto.wire.frame import NO_TOKEN, RESPONSE, Kind
 from zcproto.wire.message import decode_body
 
 # --- WELCOME --------------------------------------------------------------------------------------------
@@ -201,31 +200,11 @@ def test_connections_sharing_a_registry_have_separate_counters() -> None:
             pair.get(pair.request(stream))
 
 
-@pytest.mark.parametrize("is_compiled", [True, False])
-def test_immediate_and_later_responses_are_the_same_frame(
-    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_output, "_IS_COMPILED", is_compiled)
-    frames = []
-    for at_once in (True, False):
-        pair = ConnectionPair()
-        pair.login()
-        pair.answers()
-        request = pair.get(pair.request(1))
-        if at_once:
-            pair.server.respond_at_once(request.stream, request.token, b"\x01", pair.clock.wall())
-        else:
-            assert pair.respond(request, b"\x01")
-        pair.send(pair.ping())  # the answer has the next counter
-        frames.append(pair.server.data_to_send())
-    assert frames[0] == frames[1] != b""
-
-
 def test_immediate_response_on_closed_connection_is_dropped() -> None:
     pair = ConnectionPair()
     pair.login()
     pair.answers()
     request = pair.get(pair.request(1))
     pair.server.end()
-    pair.server.respond_at_once(request.stream, request.token, b"\x01", pair.clock.wall())
+    pair.server.outbox.send(RESPONSE, request.stream, request.token, b"\x01", pair.clock.wall())
     assert pair.server.data_to_send() == b""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tests.helpers import SALT, ConnectionPair
-from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_output import ConnectionTotals
+from zcproto.connection.server import ConnectionTotals, ServerConnection
 from zcproto.errors import Code
 from zcproto.wire.frame import NO_TOKEN, REQUEST
 from zcproto.wire.message import encode_request

@@ -7,8 +7,8 @@ import pytest
 from tests.helpers import NOW, ConnectionPair, small_registry
 from zcproto.connection import refusals
 from zcproto.connection.events import RequestEnded, ServerEvent, ServerStream, SessionJoined, SessionLeft
+from zcproto.connection.server import ROTATION_GRACE_S
 from zcproto.connection.server_calls import encode_call
-from zcproto.connection.server_sessions import ROTATION_GRACE_S
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import Code, Unavailable
 from zcproto.sessions import OpenedSession

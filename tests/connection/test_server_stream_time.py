@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.connection.test_server_stream_states import LIMITS, StreamPair
 from tests.helpers import NOW, WALL
-from zcproto.connection import server_output
 from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Request, RequestEnded
 from zcproto.connection.refusals import (
     CUT_REASONS,
@@ -57,14 +54,10 @@ def test_credit_wakes_only_a_stream_that_waits_and_may_send() -> None:
     assert stream.waits_until == NEVER
 
 
-@pytest.mark.parametrize("is_compiled", [True, False])
-def test_item_has_the_stream_the_token_and_the_next_counter(
-    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_output, "_IS_COMPILED", is_compiled)
+def test_item_has_the_stream_the_token_and_the_next_counter() -> None:
     pair = StreamPair()
     stream, body = pair.open(7), encode_body({"n": 1})
-    counter = pair.server._counter
+    counter = pair.server.outbox.counter
     pair.server.send_item(stream, body, WALL)
     frame = encode_frame(ITEM, 7, WALL, pair.server.salt, counter, pair.opened.token, body)
     assert pair.server.data_to_send() == frame
@@ -93,7 +86,7 @@ def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
     key = "device:laptop"
     bound = pair.registry.open("ben", client="", address="", wall=WALL, key=key)
     ended = pair.registry.open("eve", client="", address="", wall=WALL)
-    pair.server.prove(key)
+    pair.server.tokens.prove(key)
     for number, opened in enumerate((pair.opened, bound, ended), 1):
         pair.server.join(opened.session, opened.token, WALL, NOW)
         pair.open(number).session = opened.session

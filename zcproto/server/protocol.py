@@ -42,9 +42,8 @@ from zcproto.connection.events import (
     SessionLeft,
     TokenUnknown,
 )
-from zcproto.connection.received_frames import REPORTED_STEP
 from zcproto.connection.refusals import TOKEN_ERRORS
-from zcproto.connection.server import ServerConnection
+from zcproto.connection.server import REPORTED_STEP, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
@@ -56,7 +55,7 @@ from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
 from zcproto.wire.decoder import LARGE
-from zcproto.wire.frame import SALT_SIZE
+from zcproto.wire.frame import RESPONSE, SALT_SIZE
 from zcproto.wire.message import NO_META, encode_error
 
 WRITE_BUFFER_HARD_FACTOR: Final = 4
@@ -140,7 +139,7 @@ class ServerProtocol(Dispatcher):
         if state.draining:
             self.go_away(GoAwayReason.DRAINING)
             return
-        transport.write(connection.data_to_send())
+        transport.write(connection.outbox.take())
         state.wheel.set(self, now + settings.first_timeout_s)
 
     def data_received(self, data: bytes) -> None:
@@ -257,7 +256,7 @@ class ServerProtocol(Dispatcher):
                         elif len(body) >= SENT_AT_ONCE:
                             self._answer_large(Request(*event), body)
                         else:
-                            connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
+                            connection.outbox.send(RESPONSE, stream, token, body, wall)  # type: ignore[union-attr]
             elif event.__class__ is ServerStream:
                 self._run(event, state.methods.get(event.method), wall)
             elif event.__class__ is FramesRead:
@@ -281,7 +280,7 @@ class ServerProtocol(Dispatcher):
         state.counters.requests += frames - others
         connection = self._connection
         if connection is not None:
-            data = connection.data_to_send()
+            data = connection.outbox.take()
             if data and self._transport is not None:
                 if self._paused_since is not None:
                     self._unread += len(data)
@@ -383,17 +382,17 @@ class ServerProtocol(Dispatcher):
     def has_proved(self, key: str) -> bool:
         """Return whether the peer has proved a key, by its certificate or otherwise."""
         self._prove_by_certificate(key)
-        return self._connection is not None and self._connection.has_proved(key)
+        return self._connection is not None and self._connection.tokens.has_proved(key)
 
     def prove(self, key: str) -> None:
         """Record that the peer proved a key: this connection may use the sessions bound to it."""
         if self._connection is not None:
-            self._connection.prove(key)
+            self._connection.tokens.prove(key)
 
     def disprove(self, key: str) -> None:
         """Discard the proof of a key."""
         if self._connection is not None:
-            self._connection.disprove(key)
+            self._connection.tokens.disprove(key)
 
     def _look_up(self, unknown: TokenUnknown) -> bool:
         """Start a token lookup. Return True if it is pending; this connection waits for it."""
@@ -470,7 +469,7 @@ class ServerProtocol(Dispatcher):
 
     def _flush(self) -> None:
         if self._connection is not None:
-            data = self._connection.data_to_send()
+            data = self._connection.outbox.take()
             if data:
                 self._write(data)
 

@@ -19,7 +19,7 @@ from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
-from zcproto.connection.server_output import ConnectionTotals
+from zcproto.connection.server import ConnectionTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger

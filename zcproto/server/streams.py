@@ -275,9 +275,8 @@ class StreamRunner:
                 if room <= 0 or turn != self._turn or self.is_blocked:
                     await self._wait_for_room()
                     turn, room = self._turn, self._part
-                connection.send_item(stream, body, clock.wall())
-                room -= MIN_LENGTH + size
-                self.owner.flush_soon()
+                    self.owner.flush_soon()  # which ends this turn
+                room -= connection.send_item(stream, body, clock.wall())
         finally:
             await items.aclose()  # an item that was refused, or a cut, leaves it at its `yield`
         return getattr(context, "result", None)

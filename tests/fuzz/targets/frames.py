@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.fuzz.target import Target, divisions
+from tests.wire.fast_path import check_cut, check_requests, compiled
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
@@ -16,8 +17,7 @@ from zcproto.wire.frame import (
     check_head,
     encode_frame,
 )
-from zcproto.wire.message import MessageError, decode_body, decode_request, unpack
-from zcproto.wire.usual import DECODING, cut_values, read_request
+from zcproto.wire.request_fast_path import DECODING
 
 SIDES = (Side.SERVER, Side.CLIENT)
 LIMITS = (300, 16_384)
@@ -70,55 +70,17 @@ def check(data: bytes) -> None:
         found, rest = decode(FrameDecoder(side, limit), pieces)
         assert found == frames
         assert rest == (decoder.buffered if fault is None else fault)
-    check_usual(side, limit, stream, frames)
+    if compiled is not None and frames:
+        check_fast_path(REQUEST if side is Side.SERVER else RESPONSE, limit, stream, frames[0])
 
 
-def check_usual(side: Side, limit: int, stream: bytes, frames: list[RawFrame]) -> None:
-    """The usual frames, by the header of the first frame, are the first frames until one differs from it."""
-    if not frames:
-        return
-    head = REQUEST if side is Side.SERVER else RESPONSE
-    _, _, _, wall, salt, counter, token, _ = frames[0]
-    last = max(counter, 1) - 1
-    rules = limit, head, salt, last, token, wall, 0
-    usual: list[tuple[int, int, bytes, int]] = []
-    end = 0
-    for length, its_head, number, timestamp, its_salt, counter, its_token, body in frames:
-        same = (its_head, timestamp, its_salt, its_token) == (head, wall, salt, token)
-        if not same or counter <= last:
-            break
-        end += LENGTH_SIZE + length
-        last = counter
-        usual.append((number, counter, body, end))
-    values = []
-    for number, counter, body, end in usual:
-        try:
-            values.append((number, counter, decode_body(body, 32), end))
-        except MessageError:
-            break
-    assert repr(cut_values(stream, *rules, 32, unpack)) == repr(values)  # NaN equals nothing
-    if head == REQUEST:
-        check_requests(limit, stream, frames[0], usual)
-
-
-def check_requests(
-    limit: int, stream: bytes, first: RawFrame, usual: list[tuple[int, int, bytes, int]]
-) -> None:
-    """A usual request is a usual frame with a well-formed body and no past deadline."""
+def check_fast_path(head: int, limit: int, stream: bytes, first: RawFrame) -> None:
+    """What is read in C, by the header of the first frame, is what the decoder reads."""
     _, _, _, wall, salt, counter, token, _ = first
-    rules = limit, REQUEST, salt, token, 0, 32, None, DECODING
-    at, last = 0, max(counter, 1) - 1
-    for number, counter, body, end in usual:
-        try:
-            message = decode_request(body, 32)
-        except MessageError:
-            expected = None
-        else:
-            is_late = message[2].deadline_ms is not None and message[2].deadline_ms <= 0
-            expected = None if is_late else ((number, token, None, *message), counter, end % len(stream))
-        assert repr(read_request(stream, at, rules, last, wall)) == repr(expected)  # NaN equals nothing
-        at, last = end, counter
-    assert read_request(stream, at, rules, last, wall) is None
+    last = max(counter, 1) - 1
+    check_cut(stream, limit, head, salt, last, token, wall, 0, 32)
+    if head == REQUEST:
+        check_requests(stream, 0, (limit, REQUEST, salt, token, 0, 32, None, DECODING), last, wall)
 
 
 TARGET = Target("frames", run, check)

@@ -1,10 +1,16 @@
+"""Test which requests and answers are read in C. `test_accelerator.py` compares them with the decoder."""
+
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from tests.wire.fast_path import needs_compiled
+from zcproto import accelerator
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, PING, REQUEST, encode_frame
-from zcproto.wire.message import NO_META, RequestMeta, encode_body, unpack
-from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, cut_values, read_request
+from zcproto.wire.message import NO_META, RequestMeta, encode_body, unpack, well_formed_methods
+from zcproto.wire.request_fast_path import DECODING, ReadRequest, RequestRules, cut_values, read_requests
 
 SALT = b"saltsalt"
 TOKEN = bytes(range(32))
@@ -38,15 +44,16 @@ REQUEST_RULES = (LIMIT, REQUEST, SALT, TOKEN, TOLERANCE, 3, SESSION, DECODING)
 BODY = encode_body(["m", {"a": 1}])
 
 
-def read_from(data: bytes, at: int = 0, rules: RequestRules = REQUEST_RULES) -> UsualRequest | None:
-    return read_request(data, at, rules, 5, WALL)
+def read_from(data: bytes, at: int = 0, rules: RequestRules = REQUEST_RULES) -> list[ReadRequest]:
+    assert read_requests is not None
+    return read_requests(data, at, rules, 5, WALL)
 
 
 def cut_from(data: bytes) -> list[tuple[int, int, Any, int]]:
     return cut_values(data, LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE, 2, unpack)
 
 
-UNUSUAL = {
+OTHERS = {
     "nothing": b"",
     "half a header": frame()[:30],
     "a frame without its end": frame()[:-1],
@@ -63,53 +70,73 @@ UNUSUAL = {
 }
 
 
-def test_usual_frame_is_recognised() -> None:
+@needs_compiled
+def test_frame_within_the_rules_is_read() -> None:
+    well_formed_methods.add("m")
     for size, value in ((1, 0), (2, b""), (10, bytes(8))):
         data = frame(size=size, counter=2**64 - 1)
         assert cut_from(data) == [(7, 2**64 - 1, value, len(data))]
     for edge in (WALL - TOLERANCE, WALL + TOLERANCE):
         assert len(cut_from(frame(timestamp=edge))) == 1
-        assert read_from(frame(timestamp=edge, body=BODY)) is not None
+        assert len(read_from(frame(timestamp=edge, body=BODY))) == 1
 
 
-def test_unusual_frame_is_left_to_the_decoder() -> None:
-    for what, data in UNUSUAL.items():
-        assert read_from(data) is None, what
-        assert cut_from(data) == [], what
-
-
-def test_several_frames_are_cut_up_to_the_first_unusual_one() -> None:
+@needs_compiled
+def test_several_frames_are_cut_up_to_the_first_other_one() -> None:
     first, second = frame(counter=6), frame(counter=8, stream=9, size=1)
     size = len(first)
     expected = [(7, 6, bytes(8), size), (9, 8, 0, size + len(second))]
     assert cut_from(first + second) == expected
-    for what, data in UNUSUAL.items():
+    for what, data in OTHERS.items():
+        assert cut_from(data) == [], what
         assert cut_from(first + second + data) == expected, what
     assert cut_from(first + first) == expected[:1]  # the counter must grow
     for body in (b"", b"\xc0\xc0", b"\xd4\x05\x00", b"\xa1\xff", b"\x91\x91\x90", b"\x81\x01\x01"):
         assert cut_from(first + second + frame(counter=9, body=body)) == expected, body
 
 
-def test_usual_request_is_decoded_where_it_begins() -> None:
-    data = frame(counter=8, body=BODY)
-    event = (7, TOKEN, SESSION, "m", {"a": 1}, NO_META)
-    assert read_from(data) == (event, 8, 0)
-    assert read_from(data + frame()) == (event, 8, len(data))
-    assert read_from(frame() + data, len(frame())) == (event, 8, 0)
-    assert read_from(frame() + data + b"x", len(frame())) == (event, 8, len(frame() + data))
-    assert read_from(data, len(data)) is None
-    assert read_request(data, 0, REQUEST_RULES, 8, WALL) is None  # the counter must grow
-    for what in ("another token", "too old", "stream 0"):
-        start, end = UNUSUAL[what][:HEADER_SIZE], len(BODY) - 10
-        assert read_from(bytes((*start[:3], start[3] + end)) + start[4:] + BODY) is None, what
+@needs_compiled
+def test_requests_are_read_up_to_the_first_other_frame() -> None:
+    well_formed_methods.add("m")
+    data, next_ = frame(counter=8, body=BODY), frame(counter=9, stream=8, body=BODY)
+    event, size = (7, TOKEN, SESSION, "m", {"a": 1}, NO_META), len(data)
+    assert read_from(data) == [(event, 8, 0)]
+    assert read_from(data + next_) == [(event, 8, size), ((8, *event[1:]), 9, 0)]
+    assert read_from(frame() + data, len(frame())) == [(event, 8, 0)]
+    assert read_from(data, len(data)) == []
+    assert read_from(data + data) == [(event, 8, size)]  # the counter must grow
+    for what, other in OTHERS.items():
+        assert read_from(other) == [], what
+        assert read_from(data + other + b"x") == [(event, 8, size)], what
 
 
-def test_every_well_formed_request_without_a_past_deadline_is_usual() -> None:
+@needs_compiled
+def test_batch_of_requests_is_bounded() -> None:
+    rules = (100_000, *REQUEST_RULES[1:])
+    small = [frame(counter=6 + number, body=BODY) for number in range(40)]
+    assert len(read_from(b"".join(small))) == 16
+    large = [frame(counter=6 + number, body=encode_body(["m", {"a": bytes(1_500)}])) for number in range(9)]
+    assert len(read_from(b"".join(large), rules=rules)) == 3
+    assert len(read_from(frame(counter=6, body=encode_body(["m", {"a": bytes(9_000)}])), rules=rules)) == 1
+
+
+@needs_compiled
+def test_request_of_a_method_whose_name_is_not_known_is_left() -> None:
+    well_formed_methods.discard("new.method")
+    data, rules = frame(body=encode_body(["new.method", {}])), (1_000, *REQUEST_RULES[1:])
+    assert read_from(data, rules=rules) == []
+    well_formed_methods.add("new.method")
+    assert len(read_from(data, rules=rules)) == 1
+
+
+@needs_compiled
+def test_requests_with_metadata_are_read_unless_their_deadline_has_passed() -> None:
     rules = (1_000, *REQUEST_RULES[1:])
+    well_formed_methods.update(("m", "a.method"))
 
     def decoded(value: Any) -> tuple[Any, ...] | None:
         found = read_from(frame(body=encode_body(value)), rules=rules)
-        return found and found[0][3:]
+        return found[0][0][3:] if found else None
 
     for meta, expected in (
         ({"deadline_ms": 1}, RequestMeta(1)),
@@ -120,10 +147,9 @@ def test_every_well_formed_request_without_a_past_deadline_is_usual() -> None:
         ({"other": 1}, NO_META),
         ({}, NO_META),
     ):
-        for _ in range(2):  # a method becomes known with its first request
-            found = decoded(["a.method", {"x": [1]}, meta])
-            assert found == ("a.method", {"x": [1]}, expected)
-            assert type(found[2]) is RequestMeta
+        found = decoded(["a.method", {"x": [1]}, meta])
+        assert found == ("a.method", {"x": [1]}, expected)
+        assert type(found[2]) is RequestMeta
     assert decoded(["m", None]) == ("m", {}, NO_META)
     for value in (
         *({"m": {}}, [], ["m"], ["m", {}, {}, {}], ["m", []], ["M", {}], [5, {}], [["m"], {}]),
@@ -132,4 +158,10 @@ def test_every_well_formed_request_without_a_past_deadline_is_usual() -> None:
     ):
         assert decoded(value) is None, value
     for body in (b"", BODY + b"\xc0", b"\x92\xa1m\x81\x05\xc0", b"\x92\xa1m\x81\xa1\xff\xc0"):
-        assert read_from(frame(body=body), rules=rules) is None, body
+        assert read_from(frame(body=body), rules=rules) == [], body
+
+
+@pytest.mark.skipif(accelerator.compiled is not None, reason="the accelerator is in use")
+def test_nothing_is_read_without_the_accelerator() -> None:
+    assert read_requests is None
+    assert cut_from(frame()) == []

@@ -1,4 +1,4 @@
-"""Test the short way for usual answers: it gives the same events as the general way, or leaves them to it."""
+"""Test the answers that are read in C: the same events as by the general path, or left to it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness
+from tests.wire.fast_path import needs_compiled
 from zcproto.connection.events import ClientEvent, ResponseReceived
 from zcproto.wire.frame import ERROR, NO_TOKEN, PING, RESPONSE
 from zcproto.wire.message import encode_body, encode_error
@@ -83,7 +84,8 @@ def test_short_way_has_the_events_of_the_general_way(reads: Reads) -> None:
     assert conversation(reads, short_way) == conversation(reads, general_way)
 
 
-def test_usual_answers_take_the_short_way() -> None:
+@needs_compiled
+def test_answers_are_read_in_c() -> None:
     harness = ClientHarness(WELCOME_MAP)
     first, second, third = [harness.request(token=TOKEN) for _ in range(3)]
 
@@ -110,7 +112,8 @@ def test_partial_frame_and_ended_connection_take_the_general_way() -> None:
     assert received(harness, data) == ([], data)
 
 
-def test_answer_of_a_stream_ends_it_on_the_short_way() -> None:
+@needs_compiled
+def test_answer_of_a_stream_that_is_read_in_c_ends_it() -> None:
     harness = ClientHarness({**WELCOME_MAP, "streams": {"max_open": 2, "max_item": 1_000}})
     first = harness.request(token=TOKEN)
     harness.receive_data(answer(harness, first))

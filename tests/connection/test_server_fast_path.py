@@ -1,4 +1,4 @@
-"""Test reads of usual requests against the same bytes in two pieces, which take the general path."""
+"""Test the reads of requests in C against the general path, which takes the same bytes in two pieces, too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from tests.connection.helpers import count_checks
 from tests.helpers import ConnectionPair
+from tests.wire.fast_path import needs_compiled
+from zcproto.connection import server
 from zcproto.connection.events import GoAwayReason, Request, ServerEvent
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
@@ -42,8 +44,8 @@ def end_session(pair: ConnectionPair, request: Request) -> None:
 
 
 def forget_key(pair: ConnectionPair, request: Request) -> None:
-    pair.server.prove("device:d")
-    pair.server.disprove("device:d")
+    pair.server.tokens.prove("device:d")
+    pair.server.tokens.disprove("device:d")
     pair.respond(request)
 
 
@@ -120,8 +122,13 @@ def shown(event: ServerEvent | Request) -> object:
 
 @pytest.mark.parametrize("edge", [respond, hold, end, go_away, end_session, forget_key])
 @pytest.mark.parametrize("reads", READS.values(), ids=READS)
-def test_division_of_a_read_changes_nothing(reads: Reads, edge: Edge) -> None:
-    assert conversation(reads, edge, in_pieces=False) == conversation(reads, edge, in_pieces=True)
+def test_fast_path_and_division_of_a_read_change_nothing(
+    reads: Reads, edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [conversation(reads, edge, in_pieces=in_pieces) for in_pieces in (False, True)]
+    monkeypatch.setattr(server, "read_requests", None)
+    found.append(conversation(reads, edge, in_pieces=False))
+    assert found[0] == found[1] == found[2]
 
 
 def test_requests_beside_a_held_one_are_refused_at_the_limit() -> None:
@@ -135,7 +142,9 @@ def test_requests_beside_a_held_one_are_refused_at_the_limit() -> None:
     assert codes[-1] == Code.RESOURCE_EXHAUSTED
 
 
-def test_decoder_is_made_for_the_first_unusual_frame(pair: ConnectionPair) -> None:
+@needs_compiled
+def test_decoder_is_made_for_the_first_frame_of_another_kind(pair: ConnectionPair) -> None:
+    ConnectionPair().get(pair.request())  # the name of its method is known from now on
     pair.get(pair.request())
     assert pair.server._decoder is None
     assert pair.server.buffered == 0
@@ -146,7 +155,6 @@ def test_decoder_is_made_for_the_first_unusual_frame(pair: ConnectionPair) -> No
 def test_decoder_made_after_the_session_accepts_large_frames(pair: ConnectionPair) -> None:
     opened = pair.open_session("ada")
     pair.server.join(opened.session, opened.token, pair.clock.wall(), pair.clock.now())
-    assert pair.server._decoder is None
     pair.token = opened.token
     large = pair.request(params={"data": bytes(20_000)})
     pair.send(large[:100])
@@ -183,7 +191,7 @@ def test_session_opened_here_is_checked_after_a_revocation(pair: ConnectionPair,
     def revoke() -> None:
         if which == "all refused":
             pair.registry.refuse_all()
-            pair.server._session_of(NO_TOKEN, pair.clock.wall(), pair.clock.now())
+            pair.get(pair.request(9, token=NO_TOKEN))
         elif which == "it":
             pair.registry.revoke_user("ada", EndReason.BY_USER)
         else:
@@ -191,7 +199,7 @@ def test_session_opened_here_is_checked_after_a_revocation(pair: ConnectionPair,
 
     checked = open_here(pair, revoke)
     pair.send(pair.request(3))
-    assert checked == [pair.token]
+    assert checked == ([] if which == "another" else [pair.token])
     refused = {"it": [Code.TOKEN_REVOKED], "another": [], "all refused": [Code.UNAVAILABLE]}
     assert [answer.code for answer in pair.answers() if answer.kind is Kind.ERROR] == refused[which]
 
