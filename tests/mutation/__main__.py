@@ -29,13 +29,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from tests.mutation import children
 from tests.mutation.forks import OPTIONS, SOCKET, Result
 from tests.mutation.mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).parent.parent.parent
 EQUIVALENT = Path(__file__).parent / "equivalent.toml"
 
-ROOMS = ("wire", "connection", "http", "tls", "sessions", "auth", "certs", "server", "stores", "client")
+ROOMS = tuple(sorted(path.parent.name for path in (ROOT / "zcproto").glob("*/__init__.py")))
 ALSO = {
     "wire": ("properties/test_wire.py",),
     "connection": (
@@ -44,6 +45,11 @@ ALSO = {
         "properties/test_client_conversation.py",
     ),
     "server": ("runtime/test_server_log.py",),
+    "workers": (
+        *("runtime/test_workers.py", "runtime/test_workers_once.py", "runtime/test_upgrade.py"),
+        *("runtime/test_figures_of_workers.py", "runtime/test_joined_connections.py"),
+        "runtime/test_worker_role.py",
+    ),
     "sessions": (
         "properties/test_session_registry.py",
         "properties/test_session_tables.py",
@@ -60,15 +66,30 @@ BAR = 98.0
 class Equivalent(NamedTuple):
     """A mutant that changes nothing that a test could detect."""
 
-    module: str
-    line: str
+    place: str
     change: str
     reason: str
+    number: int = 1
 
 
 def read_equivalent() -> list[Equivalent]:
     entries = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8"))["equivalent"]
     return [Equivalent(**entry) for entry in entries]
+
+
+def find_equivalent() -> list[tuple[Equivalent, list[Mutant]]]:
+    """Return each entry with its mutant. An entry with none or several is wrong."""
+    found: list[tuple[Equivalent, list[Mutant]]] = [(entry, []) for entry in read_equivalent()]
+    names = {entry.place.rpartition(".")[2].encode() for entry, _ in found}
+    for module in modules_of(ROOMS):
+        source = source_of(module)
+        if any(name in source for name in names):
+            mutants = {(each.place, each.change, each.number): each for each in mutants_of(module, source)}
+            for entry, matching in found:
+                mutant = mutants.get((entry.place, entry.change, entry.number))
+                if mutant is not None:
+                    matching.append(mutant)
+    return found
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
@@ -103,16 +124,21 @@ class Room:
             if (ROOT / file).is_file():
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / file, folder / file)
+        (folder / ".site").mkdir()
+        (folder / ".site" / "sitecustomize.py").write_text(children.SITE, encoding="utf-8")
         self._version = int(time.time())
         ours, theirs = socket.socketpair()
         with theirs:
-            tests = [f"tests/{path}" for path in (name, *ALSO.get(name, ()))]
+            paths = [f"tests/{path}" for path in (name, *ALSO.get(name, ()))]
+            tests = [path for path in paths if (folder / path).exists()]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *OPTIONS, f"--basetemp={folder}/.tmp", *tests],
                 cwd=folder,
                 env={
                     **{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"},
-                    "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'clients' / 'conformance'}",
+                    "PYTHONPATH": os.pathsep.join(
+                        str(folder / path) for path in (".site", "", "clients/conformance")
+                    ),
                     "PYTHONPYCACHEPREFIX": str(folder / ".bytecode"),
                     SOCKET: str(theirs.fileno()),
                 },
@@ -158,11 +184,11 @@ def key_of(mutant: Mutant) -> str:
 
 
 def choose(mutants: Iterable[Mutant], seed: int, size: int) -> list[Mutant]:
-    """Return a sample that hardly changes while modules are edited."""
+    """Return a sample that hardly changes while functions are edited and moved."""
     order: dict[Mutant, bytes] = {}
-    seen: Counter[tuple[str, str, str]] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for mutant in mutants:
-        name = (mutant.module, mutant.text, mutant.change)
+        name = (mutant.place, mutant.change)
         order[mutant] = hashlib.sha256(f"{seed} {seen[name]} {' '.join(name)}".encode()).digest()
         seen[name] += 1
     compiling = (
@@ -207,13 +233,13 @@ def main(arguments: list[str]) -> int:
     )
     chosen = parser.parse_args(arguments)
 
-    equivalent = {each[:3] for each in read_equivalent()}
+    equivalent = {mutant for _, found in find_equivalent() for mutant in found}
     mutants = choose(
         (
             mutant
             for module in modules_of(chosen.names)
             for mutant in mutants_of(module, source_of(module))
-            if (module, mutant.text, mutant.change) not in equivalent
+            if mutant not in equivalent
         ),
         chosen.seed,
         chosen.sample,

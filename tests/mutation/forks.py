@@ -1,8 +1,9 @@
 """A pytest plugin that imports the tests once and runs those that concern a mutant in a fork.
 
-It first runs all collected tests and records the lines of `zcproto` that each executes. It then reads mutants from
-a socket and answers which test fails. In the fork, the mutant replaces the code of a function. A fresh interpreter
-runs the tests if the import of a module executes the changed code.
+It first runs all collected tests and records the lines of `zcproto` that each executes, in its own process and in
+the processes that it starts (see children.py). It then reads mutants from a socket and answers which test fails. In
+the fork, the mutant replaces the code of a function. A fresh interpreter runs the tests if the import of a module
+executes the changed code.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
-import coverage
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.limits import busyness
+from tests.mutation import children
 
-PACKAGE = Path(__file__).parent.parent.parent / "zcproto"
+PACKAGE = children.PACKAGE
 OPTIONS = (
     *("-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutation.forks", "-m", "not slow", "--no-header"),
     *("--hypothesis-profile=mutation", "--hypothesis-seed=0"),
@@ -52,7 +53,7 @@ settings.register_profile(
     phases=(Phase.explicit, Phase.generate),  # do not shrink: one failure is enough
     suppress_health_check=[HealthCheck.too_slow],
 )
-_recorder = coverage.Coverage(data_file=None, config_file=False, include=[f"{PACKAGE}/*"])
+_recorder = children.new_recorder()
 if SOCKET in os.environ:
     _recorder.start()  # for the lines that an import executes
 
@@ -115,11 +116,12 @@ class Forks:
 
     def measure(self) -> Result:
         """Run all tests and record what they execute. Those that fail while they are recorded run again."""
-        with tempfile.NamedTemporaryFile() as file:
-            result = self.fork(list(self.items), [], file.name)
+        with tempfile.TemporaryDirectory() as folder:
+            result = self.fork(list(self.items), [], folder)
             if result.outcome != "passed":
                 return result
-            contexts, self.durations, failed = pickle.load(file)
+            contexts = children.load(Path(folder))
+            self.durations, failed = pickle.loads((Path(folder) / "tests").read_bytes())
         users: dict[str, set[str]] = defaultdict(set)
         for test, item in self.items.items():
             users[test].add(test)
@@ -127,7 +129,8 @@ class Forks:
                 users[name].add(test)
         for path, lines in contexts.items():
             self.lines[path] = {
-                line: set().union(*(users[context] for context in found)) for line, found in lines.items()
+                line: set().union(*(users.get(context, ()) for context in found))
+                for line, found in lines.items()
             }
         return self.fork(failed, []) if failed else result
 
@@ -205,7 +208,7 @@ class Forks:
     def _run_tests(self, tests: list[str], writer: int, report: str) -> None:
         Forks.is_recording = bool(report)
         if report:
-            _recorder.start()
+            children.record(_recorder, Path(report))
         else:
             resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
         durations: dict[str, float] = {}
@@ -215,7 +218,7 @@ class Forks:
             os.write(writer, b"%8d" % number)
             began = time.monotonic()
             if report:
-                _recorder.switch_context(item.nodeid)
+                children.switch_context(_recorder, item.nodeid)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             durations[item.nodeid] = time.monotonic() - began
             if self.session.testsfailed and not report:
@@ -225,10 +228,8 @@ class Forks:
                 failed.append(item.nodeid)
                 self.session.testsfailed = 0
         if report:
-            _recorder.stop()
-            data = _recorder.get_data()
-            lines = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
-            Path(report).write_bytes(pickle.dumps((lines, durations, failed)))
+            children.save(_recorder, Path(report))
+            (Path(report) / "tests").write_bytes(pickle.dumps((durations, failed)))
         os.write(writer, b"passed  ")
 
     def run_fresh(self, tests: list[str]) -> Result:
@@ -266,12 +267,12 @@ def pytest_fixture_setup(
 ) -> Iterator[None]:
     """Attribute what a shared fixture executes to all tests that use it."""
     if Forks.is_recording and fixturedef.scope != "function":
-        _recorder.switch_context(fixturedef.argname)
+        children.switch_context(_recorder, fixturedef.argname)
     try:
         return (yield)
     finally:
         if Forks.is_recording and fixturedef.scope != "function":
-            _recorder.switch_context(os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0])
+            children.switch_context(_recorder, os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0])
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import bisect
+from collections import Counter
 from typing import NamedTuple
 
 _COMPARE: dict[type[ast.cmpop], str] = {
@@ -44,9 +45,12 @@ class Mutant(NamedTuple):
 
     module: str
     line: int
-    text: str
-    """The line, stripped: with `change` it identifies a mutant while other lines are edited."""
+    place: str
+    """The function, or what is assigned outside of one: `Class.method`, `Class.field`, `CONSTANT`."""
     change: str
+    number: int
+    """1, 2, ...: this change, counted within its place. The three identify a mutant while code moves."""
+    text: str
     start: int
     end: int
     replacement: bytes
@@ -62,14 +66,20 @@ class Mutant(NamedTuple):
         return True
 
     def __str__(self) -> str:
-        return f"{self.module}:{self.line}: {self.change}   in: {self.text}"
+        number = f" ({self.number})" if self.number > 1 else ""
+        return f"{self.module}:{self.line}: {self.place}: {self.change}{number}   in: {self.text}"
 
 
 def mutants_of(module: str, source: bytes) -> list[Mutant]:
     """Return all mutants of a module in the order of their position. A few do not compile."""
     finder = _Finder(module, source)
     finder.visit(ast.parse(source))
-    return sorted(set(finder.found), key=lambda each: each[1:])
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for each in sorted(set(finder.found), key=lambda each: (each.start, each.end, each.change)):
+        seen[each.place, each.change] += 1
+        found.append(each._replace(number=seen[each.place, each.change]))
+    return found
 
 
 class _Finder(ast.NodeVisitor):
@@ -80,13 +90,23 @@ class _Finder(ast.NodeVisitor):
         for line in self.lines:
             self.starts.append(self.starts[-1] + len(line))
         self.found: list[Mutant] = []
+        self.places: list[str] = []
+        self.is_in_function = False
 
     def add(self, start: int, end: int, replacement: bytes) -> None:
         line = bisect.bisect_right(self.starts, start)
         old = " ".join(self.source[start:end].decode().split())
         change = f"{old} -> {' '.join(replacement.decode().split())}"
         text = self.lines[line - 1].decode().strip()
-        self.found.append(Mutant(self.module, line, text, change, start, end, replacement))
+        place = ".".join(self.places)
+        self.found.append(Mutant(self.module, line, place, change, 0, text, start, end, replacement))
+
+    def visit_in(self, place: str, *nodes: ast.AST) -> None:
+        """Visit what belongs to a name of a module or a class."""
+        self.places.append(place)
+        for node in nodes:
+            self.visit(node)
+        self.places.pop()
 
     def span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
         assert node.end_lineno is not None
@@ -137,7 +157,7 @@ class _Finder(ast.NodeVisitor):
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         if type(node.op) in _ARITHMETIC:
             self.replace_operator(node.target, node.value, "=", f"{_ARITHMETIC[type(node.op)]}=")
-            start, end, new = self.found.pop()[4:]
+            *_, start, end, new = self.found.pop()
             self.add(self.source.rfind(b" ", 0, start) + 1, end, new)
         self.generic_visit(node)
 
@@ -189,9 +209,16 @@ class _Finder(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        if isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+        target, value = node.targets[0], node.value
+        if isinstance(target, ast.Attribute | ast.Subscript):
             self.replace(node, "pass")
-        self.generic_visit(node)
+        if self.is_in_function:
+            self.generic_visit(node)
+        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for name, part in zip(target.elts, value.elts, strict=True):
+                self.visit_in(ast.unparse(name), part)
+        else:
+            self.visit_in(ast.unparse(target), value)
 
     def visit_Break(self, node: ast.Break) -> None:
         self.replace(node, "continue")
@@ -201,7 +228,10 @@ class _Finder(ast.NodeVisitor):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
-            self.visit(node.value)
+            if self.is_in_function:
+                self.visit(node.value)
+            else:
+                self.visit_in(ast.unparse(node.target), node.value)
 
     def visit_arguments(self, node: ast.arguments) -> None:
         for default in (*node.defaults, *node.kw_defaults):
@@ -213,14 +243,19 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        for statement in node.body:
-            self.visit(statement)
+        self.visit_in(node.name, *node.body)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        if node.name != "__repr__":
+        if node.name == "__repr__":
+            return
+        outer, self.is_in_function = self.is_in_function, True
+        if outer:  # a function inside a function has the place of the outer one
             self.visit(node.args)
             for statement in node.body:
                 self.visit(statement)
+        else:
+            self.visit_in(node.name, node.args, *node.body)
+        self.is_in_function = outer
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
         self.visit_FunctionDef(node)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import CodeType
 
 import pytest
 
-from tests.mutation.__main__ import ROOT, choose, modules_of, read_equivalent, run
+from tests.limits import TIMEOUT
+from tests.mutation import children
+from tests.mutation.__main__ import ROOT, choose, find_equivalent, run
 from tests.mutation.forks import Result, changed_functions, statement_lines
 from tests.mutation.mutants import Mutant, mutants_of
 
@@ -70,11 +76,57 @@ def test_mutants_are_the_same_each_time() -> None:
 
 
 def test_equivalent_mutants_exist_and_have_a_reason() -> None:
-    for each in read_equivalent():
-        (module,) = modules_of([each.module.removesuffix(".py")])
-        mutants = mutants_of(module, (ROOT / "zcproto" / module).read_bytes())
-        assert (each.line, each.change) in {(mutant.text, mutant.change) for mutant in mutants}, each
-        assert each.reason.endswith(".")
+    for entry, mutants in find_equivalent():
+        assert len(mutants) == 1, f"{entry}: name one mutant of `python -m tests.mutation --list`: {mutants}"
+        assert entry.reason.endswith(".")
+
+
+def test_mutants_have_the_place_that_code_is_moved_by() -> None:
+    source = """
+SIZE, _COUNT = 1, 2
+class Table:
+    limit: int = 3
+    def find(self, key=4):
+        def inner():
+            return key < 5 or key < 5
+        return [each for each in key if each > 6]
+"""
+    places = {mutant.change: mutant.place for mutant in mutants_of("module.py", source.encode())}
+    assert places["1 -> 2"] == "SIZE"
+    assert places["2 -> 3"] == "_COUNT"
+    assert places["3 -> 4"] == "Table.limit"
+    assert places["4 -> 5"] == places["5 -> 6"] == places["6 -> 7"] == "Table.find"
+    twice = [each for each in mutants_of("module.py", source.encode()) if each.change == "< -> <="]
+    assert [each.number for each in twice] == [1, 2]
+
+
+def test_lines_of_children_are_recorded(tmp_path: Path) -> None:
+    """The child forks, and both end by `os._exit`, as workers do."""
+    (tmp_path / "sitecustomize.py").write_text(children.SITE)
+    program = """
+import os
+from zcproto.common import text
+if not os.fork():
+    text.counted(1, "fork")
+    os._exit(0)
+os.wait()
+os._exit(0)
+"""
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    paths = [tmp_path, ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {
+        **os.environ,
+        children.FOLDER: str(folder),
+        children.CONTEXT: "this test",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=TIMEOUT)
+    lines = children.load(folder)[str(ROOT / "zcproto/common/text.py")]
+    source = (ROOT / "zcproto/common/text.py").read_text().splitlines()
+    function = next(number for number, line in enumerate(source, 1) if line.startswith("def counted"))
+    assert lines[function] == {"this test"}
+    assert lines[function + 2] == {"this test"}
 
 
 def test_most_of_a_sample_remains_when_a_module_changes() -> None:
@@ -132,7 +184,7 @@ def test_undetected_mutants_are_reported() -> None:
     source = (ROOT / "zcproto" / module).read_bytes()
     good = next(each for each in mutants_of(module, source) if each.change == "length > limit -> True")
     constant = next(each for each in mutants_of(module, source) if each.change == "4 -> 5")
-    same = Mutant(module, 1, "", "none", 0, 1, source[:1])
+    same = Mutant(module, 1, "", "none", 1, "", 0, 1, source[:1])
     results: list[tuple[Mutant, Result]] = []
     run([good, constant, same], 1, lambda *result: results.append(result))
     assert [mutant for mutant, _ in results] == [good, constant, same]
