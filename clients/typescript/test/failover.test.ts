@@ -5,9 +5,9 @@ import { afterEach, beforeEach, describe, test } from "node:test";
 import type { Endpoint } from "../src/client/address.js";
 import type { Client } from "../src/client/client.js";
 import { ATTEMPT_DELAY_MS, HANDSHAKE_DELAY_MS } from "../src/client/endpoints.js";
-import { IDLE_AFTER_MS } from "../src/client/further_connections.js";
+import { IDLE_AFTER_MS } from "../src/client/extra_connections.js";
 import { DeviceKey } from "../src/client/session.js";
-import type { ClientSettings } from "../src/client/settings.js";
+import type { ClientSettings } from "../src/client/types.js";
 import { CannotConnect, Code, ConnectionClosed, TlsError } from "../src/errors.js";
 import { decodeBody } from "../src/wire/body.js";
 import { Kind, NO_TOKEN, type Token } from "../src/wire/frame.js";
@@ -15,6 +15,7 @@ import {
   Failure,
   type FakeConnection,
   FakeServer,
+  type FakeSettings,
   NO_RESPONSE,
   opened,
   type Request,
@@ -48,7 +49,7 @@ beforeEach(() => {
 afterEach(() => server.closed(client));
 
 /** Return the settings of a client that prefers A to B. */
-function fleet(more: Partial<ClientSettings> = {}): Partial<ClientSettings> {
+function fleet(more: FakeSettings = {}): FakeSettings {
   return {
     addresses: [
       { host: A, port: 7443 },
@@ -240,7 +241,7 @@ describe("server that hangs", () => {
   const pings = (connection: FakeConnection | undefined) => connection?.take(Kind.PING).length;
   let frozen: FakeConnection;
 
-  async function connectAndFreeze(more: Partial<ClientSettings> = {}): Promise<void> {
+  async function connectAndFreeze(more: FakeSettings = {}): Promise<void> {
     client = await server.connect(fleet(more));
     frozen = server.last;
     frozen.isFrozen = true;
@@ -605,7 +606,7 @@ describe("further connections", () => {
     });
 
     /** Connect, with a further connection on which a call is in flight. */
-    async function connectTwice(more: Partial<ClientSettings> = {}): Promise<Promise<unknown>[]> {
+    async function connectTwice(more: FakeSettings = {}): Promise<Promise<unknown>[]> {
       client = await server.connect(fleet({ maxConnections: 2, ...more }));
       await client.handle("approve", ({ where }) => where);
       const calls = Array.from({ length: 3 }, () => client.call("hold"));

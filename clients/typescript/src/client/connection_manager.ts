@@ -19,10 +19,9 @@ import { NO_TOKEN } from "../wire/frame.js";
 import { type Address, type Endpoint, endpointText } from "./address.js";
 import { Backoff, type Random } from "./backoff.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
-import type { ConnectionDriver } from "./connection_driver.js";
+import type { ConnectionDriver, ConnectionListener } from "./connection_driver.js";
 import { Endpoints, GoingAway, type Round } from "./endpoints.js";
-import { FurtherConnections } from "./further_connections.js";
-import type { ConnectionListener } from "./pending.js";
+import { ExtraConnections } from "./extra_connections.js";
 
 /** Why a silent connection ends. */
 const SILENT = "the server does not respond, and another address does";
@@ -77,7 +76,7 @@ interface Beside {
 export class ConnectionManager implements ConnectionListener {
   /** The connection for new calls. */
   current: ConnectionDriver | undefined;
-  readonly further: FurtherConnections;
+  readonly further: ExtraConnections;
   readonly #options: ConnectionManagerOptions;
   readonly #endpoints: Endpoints;
   readonly #draining = new Set<ConnectionDriver>();
@@ -92,7 +91,7 @@ export class ConnectionManager implements ConnectionListener {
     const { addresses, isRandom, random, clock, maxConnections, dial, onFurther } = options;
     this.#options = options;
     this.#endpoints = new Endpoints({ addresses, isRandom, random });
-    this.further = new FurtherConnections({
+    this.further = new ExtraConnections({
       clock,
       backoff: new Backoff(random),
       max: maxConnections - 1,

@@ -11,7 +11,7 @@ import type { Token } from "../wire/frame.js";
 import { addressText, type Endpoint } from "./address.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { ConnectionManager } from "./connection_manager.js";
-import type { ClientSettings } from "./settings.js";
+import type { ClientSettings } from "./types.js";
 
 /** A session, as seen by its connection. */
 export interface ConnectedSession {

@@ -17,7 +17,7 @@ import { WaitingQueue } from "./waiting_queue.js";
 
 export const IDLE_AFTER_MS = 30_000;
 
-export interface FurtherConnectionsOptions {
+export interface ExtraConnectionsOptions {
   readonly clock: Clock;
   readonly backoff: Backoff;
   /** The most connections beside the main one. */
@@ -26,10 +26,10 @@ export interface FurtherConnectionsOptions {
   readonly onOpened: (connection: ConnectionDriver) => void;
 }
 
-export class FurtherConnections {
+export class ExtraConnections {
   /** The attempt under way. */
   connecting: Promise<void> | undefined;
-  readonly #options: FurtherConnectionsOptions;
+  readonly #options: ExtraConnectionsOptions;
   /** When each connection was used last. */
   readonly #usedAt = new Map<ConnectionDriver, number>();
   /** Callers that were given a connection, and have not sent their request. */
@@ -39,7 +39,7 @@ export class FurtherConnections {
   #idleTimer: Timer | undefined;
   #isClosed = false;
 
-  constructor(options: FurtherConnectionsOptions) {
+  constructor(options: ExtraConnectionsOptions) {
     this.#options = options;
   }
 
