@@ -192,8 +192,8 @@ func (c *connections) hasOther() bool {
 	return len(c.endpoints.known) > 1 || len(c.endpoints.addresses) > 1
 }
 
-// silent handles a connection whose server hangs: beside the main one the client connects to another. Any other is lost once the
-// main one has answered, which may be to the same server.
+// silent handles a connection whose server hangs: beside the main one the client connects to another. Any other is lost if the main
+// one leads elsewhere, or once it has answered.
 func (c *connections) silent(connection *connection) {
 	switch {
 	case c.isClosed || c.current == nil:
@@ -203,7 +203,8 @@ func (c *connections) silent(connection *connection) {
 		c.late.Add(1)
 		go c.connectBeside(ctx, c.beside)
 	case connection == c.current:
-	case c.current.conv.HasAnsweredSince(connection.conv):
+	case c.current.endpoint != connection.endpoint && !c.current.conv.IsSilent(),
+		c.current.conv.HasAnsweredSince(connection.conv):
 		c.lose(connection)
 	default:
 		main := c.current

@@ -93,7 +93,7 @@ export interface ConnectOptions extends TrustedServerOptions {
    */
   readonly onConnected?: OnConnected | undefined;
   /**
-   * Connections to a server at once: 1 (the default) to 64. With more than 1, a further one is made when calls wait because
+   * Connections to a server at once: 1 (the default) to 64. With more than 1, an extra one is made when calls wait because
    * the server's `max_streams` are in flight on all others, and closed after 30 s without a call.
    */
   readonly maxConnections?: number | undefined;

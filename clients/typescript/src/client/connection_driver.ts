@@ -18,7 +18,7 @@ import type {
   GoAwayReceived,
 } from "../connection/events.js";
 import type { ItemStream } from "../connection/item_streams.js";
-import { QUIET_MS, Silence } from "../connection/silence.js";
+import { PROBE_MS, QUIET_MS, Silence } from "../connection/silence.js";
 import type { Welcome } from "../connection/welcome.js";
 import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
 import type { Token } from "../wire/frame.js";
@@ -59,7 +59,7 @@ export interface ConnectionListener {
   callWithdrawn(connection: ConnectionDriver, number: number): void;
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void;
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void;
-  /** The server has stopped answering requests in flight; `connectionHeard` follows if a byte arrives after all. */
+  /** The server answers no requests in flight. Called again while that lasts; `connectionHeard` follows once a byte arrives. */
   connectionSilent(connection: ConnectionDriver): void;
   connectionHeard(connection: ConnectionDriver): void;
   /** More requests can be sent, for which none of the connection's own callers waits. */
@@ -170,7 +170,7 @@ export class ConnectionDriver {
   #maxStreams = 0;
   #timer: Timer | undefined;
   #readingTimer: Timer | undefined;
-  #silence: Silence | undefined; // with `watchSilence`
+  protected silence: Silence | undefined; // with `watchSilence`
   #silenceTimer: Timer | undefined;
   #welcomeResolve!: (welcome: Welcome) => void;
   #welcomeReject!: (error: Error) => void;
@@ -226,7 +226,7 @@ export class ConnectionDriver {
 
   dataReceived(data: Buffer): void {
     const now = this.#clock.now();
-    if (this.#silence?.heard(now) === true) {
+    if (this.silence?.heard(now) === true) {
       this.#listener?.connectionHeard(this);
     }
     for (const event of this.#connection.receiveData(data, this.#wall(), now)) {
@@ -410,7 +410,7 @@ export class ConnectionDriver {
     if (deadline !== Number.POSITIVE_INFINITY) {
       call.timer = this.#clock.after(deadline - this.#clock.now(), () => {
         this.abandon(call, new DeadlineExceeded("no response within the call's timeout"));
-        if (this.#silence?.callTimedOut(this.#clock.now()) === true) {
+        if (this.silence?.callTimedOut(this.#clock.now()) === true) {
           this.probe();
         }
       });
@@ -540,7 +540,7 @@ export class ConnectionDriver {
   #flush(): void {
     const data = this.#connection.dataToSend();
     if (data !== undefined) {
-      this.#silence?.sent(data.length);
+      this.silence?.sent(data.length);
       this.#transport?.write(data);
     }
   }
@@ -574,17 +574,22 @@ export class ConnectionDriver {
 
   /** Report to the listener from now on when the server stops answering requests. */
   watchSilence(): void {
-    this.#silence ??= new Silence(this.#clock.now());
+    this.silence ??= new Silence(this.#clock.now());
     this.#checkSilenceLater();
   }
 
   /** Whether the server has stopped answering requests in flight. */
   get isSilent(): boolean {
-    return this.#silence?.isSilent === true;
+    return this.silence?.isSilent === true;
+  }
+
+  /** Whether a byte has arrived here since the PING to another server, which is silent. */
+  hasAnsweredSince({ silence }: ConnectionDriver): boolean {
+    return this.silence !== undefined && silence !== undefined && this.silence.heardAt > silence.probedAt;
   }
 
   #checkSilenceLater(): void {
-    const isChecked = this.#silence !== undefined && this.#silenceTimer === undefined && !this.#silence.isSilent;
+    const isChecked = this.silence !== undefined && this.#silenceTimer === undefined && !this.silence.isSilent;
     if (isChecked && this.#connection.inFlight > 0 && this.error === undefined) {
       this.#checkSilenceIn(QUIET_MS);
     }
@@ -594,7 +599,7 @@ export class ConnectionDriver {
     this.#silenceTimer?.cancel();
     this.#silenceTimer = this.#clock.after(ms, () => {
       this.#silenceTimer = undefined;
-      if (this.#connection.inFlight > 0 || this.#silence?.isProbed === true) {
+      if (this.#connection.inFlight > 0 || this.silence?.isProbed === true) {
         this.#checkSilence();
       }
     });
@@ -602,10 +607,11 @@ export class ConnectionDriver {
 
   #checkSilence(): void {
     const now = this.#clock.now();
-    const due = this.#silence?.check(now, this.#transport?.unsentBytes ?? 0);
+    const due = this.silence?.check(now, this.#transport?.unsentBytes ?? 0);
     if (due === "ping") {
       this.probe();
     } else if (due === "silent") {
+      this.#checkSilenceIn(PROBE_MS);
       this.#listener?.connectionSilent(this);
     } else if (due !== undefined) {
       this.#checkSilenceIn(due - now);
@@ -614,11 +620,11 @@ export class ConnectionDriver {
 
   /** Find out by a PING whether the server answers, if its silence is watched. */
   probe(): void {
-    if (this.#silence !== undefined && !this.#silence.isProbed && this.error === undefined) {
+    if (this.silence !== undefined && !this.silence.isProbed && this.error === undefined) {
       const unsentBytes = this.#transport?.unsentBytes ?? 0; // before the PING
       this.#connection.ping(this.#wall());
       this.#flush();
-      this.#silence.probe(this.#clock.now(), unsentBytes);
+      this.silence.probe(this.#clock.now(), unsentBytes);
       this.#checkSilence();
     }
   }

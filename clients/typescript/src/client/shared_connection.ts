@@ -48,7 +48,7 @@ export class SharedConnection {
       isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
       onConnection: (connection) => void this.#present(connection),
       onBeside: (connection) => this.#canMoveTo(connection),
-      onFurther: (connection) => this.#forAll((session) => void session.present(connection)),
+      onExtra: (connection) => this.#showOn(connection),
       onEvent: (event) => this.#sessionOf(event.token)?.eventReceived(event),
       onCall: (connection, event) => this.#callReceived(connection, event),
       onWithdraw: (connection, number) => this.#forAll((session) => session.callWithdrawn(connection, number)),
@@ -97,8 +97,12 @@ export class SharedConnection {
     return known.includes(true) || !known.includes(false);
   }
 
-  async #present(connection: ConnectionDriver): Promise<void> {
+  async #showOn(connection: ConnectionDriver): Promise<void> {
     await Promise.all([...this.#sessions].map((session) => session.present(connection)));
+  }
+
+  async #present(connection: ConnectionDriver): Promise<void> {
+    await this.#showOn(connection);
     if (this.manager.current === connection) {
       this.onConnected(connection.endpoint);
     }
