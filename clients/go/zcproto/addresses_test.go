@@ -148,7 +148,7 @@ func TestSilentEndpointIsFollowedByTheNextOneSoon(t *testing.T) {
 func TestLossConnectsToAnotherEndpointAtOnce(t *testing.T) {
 	server := newFakeServer(t)
 	endpoints := make(chan Endpoint, 10)
-	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder, OnConnected: func(_ *Client, at Endpoint) { endpoints <- at }})
+	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder, OnConnected: func(_ *Client, at Endpoint) { endpoints <- at }}, sessionResult(1, nil))
 	peer.isAt(serverA)
 	lost := begin(t, client.Session, "lost", nil)
 	peer.request("lost")
@@ -170,7 +170,7 @@ func TestLossConnectsToAnotherEndpointAtOnce(t *testing.T) {
 
 func TestServerThatGoesAwayIsLeftForAsLongAsItAsks(t *testing.T) {
 	server := newFakeServer(t)
-	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder})
+	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder}, sessionResult(1, nil))
 	call := begin(t, client.Session, "work", nil)
 	request := peer.request("work")
 	peer.goAway("draining", 10*time.Second)
@@ -192,7 +192,7 @@ func TestServerThatGoesAwayIsLeftForAsLongAsItAsks(t *testing.T) {
 
 func TestCallRefusedByADrainingServerIsSentToAnotherOneSoon(t *testing.T) {
 	server := newFakeServer(t)
-	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder})
+	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder}, sessionResult(1, nil))
 	call := begin(t, client.Session, "work", nil)
 	request := peer.request("work")
 	peer.goAway("draining", time.Minute)
@@ -206,7 +206,7 @@ func TestCallRefusedByADrainingServerIsSentToAnotherOneSoon(t *testing.T) {
 func TestIdleConnectionIsMadeAgainToTheSameEndpoint(t *testing.T) {
 	server := newFakeServer(t)
 	server.set(serverA, refused)
-	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder})
+	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder}, sessionResult(1, nil))
 	server.set(serverA, 0)
 	peer.isAt(serverB).goAway("idle", 0)
 	peer.finish(io.EOF)
@@ -217,7 +217,7 @@ func TestIdleConnectionIsMadeAgainToTheSameEndpoint(t *testing.T) {
 
 func TestEachEndpointHasItsOwnDelays(t *testing.T) {
 	server := newFakeServer(t)
-	_, peer := server.openedAt(both, Options{AddressOrder: ListedOrder})
+	_, peer := server.openedAt(both, Options{AddressOrder: ListedOrder}, sessionResult(1, nil))
 	server.set(serverA, refused)
 	server.set(serverB, refused)
 	server.tries(serverA)
@@ -241,7 +241,7 @@ func TestEachEndpointHasItsOwnDelays(t *testing.T) {
 
 func TestPermanentFailureOfAllEndpointsIsReported(t *testing.T) {
 	server := newFakeServer(t)
-	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder, Timeout: NoTimeout})
+	client, peer := server.openedAt(both, Options{AddressOrder: ListedOrder, Timeout: NoTimeout}, sessionResult(1, nil))
 	server.set(serverA, untrusted)
 	server.set(serverB, refused)
 	peer.finish(newTLSError(TLSTruncated, nil))
@@ -307,7 +307,7 @@ func TestNameWithoutAddressesIsSkipped(t *testing.T) {
 func TestNamesAreResolvedAgainInEachRound(t *testing.T) {
 	server := newFakeServer(t)
 	server.ips["name"] = []string{serverA}
-	_, peer := server.openedAt("name", Options{})
+	_, peer := server.openedAt("name", Options{}, sessionResult(1, nil))
 	server.mu.Lock()
 	server.ips["name"] = []string{serverB}
 	server.mu.Unlock()

@@ -104,8 +104,8 @@ func newClient(addresses []address, options Options, clock clock, random func() 
 		s.options.warn(fmt.Sprintf("%s: nothing listens there yet; waiting up to %s for the server to start",
 			joinAddresses(addresses), options.StartTimeout))
 	}
-	c.further = newFurther(c, options.MaxConnections-1, random)
-	c.further.onOpened = s.show
+	c.extra = newExtraConnections(c, options.MaxConnections-1, random)
+	c.extra.onOpened = s.show
 	c.onConnected = s.connected
 	c.onCall = s.callReceived
 	c.onEvent = s.eventReceived
@@ -279,15 +279,20 @@ func (s *shared) remove(session *Session) {
 	}
 }
 
-// show shows all sessions on a further connection. The function that it returns waits for the answers, and returns whether the server
-// has accepted a session, or the client has no valid one.
-func (s *shared) show(c *connection) (await func() bool) {
-	var waits []func()
+// present shows all sessions on a connection. The functions that it returns wait for the answers.
+func (s *shared) present(c *connection) (waits []func()) {
 	for _, each := range s.all {
-		if each.sessions.renewing == nil {
+		if each.sessions.renewing == nil { // otherwise a session is opened or refreshed anyway
 			waits = append(waits, each.sessions.present(c))
 		}
 	}
+	return waits
+}
+
+// show shows all sessions on an extra connection. The function that it returns waits for the answers, and returns whether the server
+// has accepted a session, or the client has no valid one.
+func (s *shared) show(c *connection) (await func() bool) {
+	waits := s.present(c)
 	return func() bool {
 		for _, wait := range waits {
 			wait()
@@ -302,17 +307,7 @@ func (s *shared) show(c *connection) (await func() bool) {
 // connected shows all sessions on a new connection, and then notifies the application.
 func (s *shared) connected(c *connection) {
 	onConnected := s.onConnected // nil on the first connection, which open reports
-	var waits []func()
-	var late []*sessions // which wait until the server allows a request
-	for _, each := range s.all {
-		switch shown := each.sessions; {
-		case shown.session == nil || shown.renewing != nil: // a session is opened or refreshed here anyway
-		case c.ready():
-			waits = append(waits, shown.present(c)) // before other requests
-		default:
-			late = append(late, shown)
-		}
-	}
+	waits := s.present(c)
 	go func() {
 		s.mu.Lock()
 		c.flush()
@@ -326,13 +321,6 @@ func (s *shared) connected(c *connection) {
 				defer s.mu.Unlock()
 				wait()
 			}()
-		}
-		for _, shown := range late {
-			showing.Add(1)
-			shown.inBackground(func() {
-				defer showing.Done()
-				shown.presentWhenReady(c)
-			})
 		}
 		showing.Wait()
 		s.mu.Lock()
@@ -355,7 +343,7 @@ func (s *shared) owner(token wire.Token) *Session {
 }
 
 func (s *shared) eventReceived(c *connection, event *conversation.Event) {
-	if c.isFurther && (event.Token == (wire.Token{}) || strings.HasPrefix(event.Name, "session.")) {
+	if c.isExtra && (event.Token == (wire.Token{}) || strings.HasPrefix(event.Name, "session.")) {
 		return // it comes on the current connection, too
 	}
 	owner := s.owner(event.Token)

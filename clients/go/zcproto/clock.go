@@ -2,6 +2,7 @@ package zcproto
 
 import (
 	"context"
+	"sync"
 	"time"
 )
 
@@ -40,18 +41,29 @@ func (c *systemClock) afterFunc(d time.Duration, then func()) timer { return tim
 // forever is a time that never comes.
 const forever = time.Duration(1<<63 - 1)
 
-// sleep waits for d, or until ctx is done, whose cause it returns.
-func sleep(ctx context.Context, clock clock, d time.Duration) error {
-	if d <= 0 {
-		return context.Cause(ctx)
+// pause waits for d, or until ctx is done: then it returns its contextError. It releases the mutex meanwhile.
+func pause(ctx context.Context, mu *sync.Mutex, clock clock, d time.Duration) error {
+	if d > 0 {
+		over := make(chan struct{})
+		defer clock.afterFunc(d, func() { close(over) }).Stop()
+		mu.Unlock()
+		defer mu.Lock()
+		select {
+		case <-over:
+		case <-ctx.Done():
+		}
 	}
-	over := make(chan struct{})
-	timer := clock.afterFunc(d, func() { close(over) })
-	defer timer.Stop()
-	select {
-	case <-over:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if ctx.Err() != nil {
+		return contextError(ctx)
 	}
+	return nil
+}
+
+// inBackground runs a step in a goroutine, with the mutex.
+func inBackground(mu *sync.Mutex, step func()) {
+	go func() {
+		mu.Lock()
+		defer mu.Unlock()
+		step()
+	}()
 }

@@ -17,6 +17,22 @@ const (
 	minReadingPause = 50 * time.Millisecond
 )
 
+// listener gets what concerns more than the calls of one connection. Its methods are called with the mutex, and must not release it.
+type listener interface {
+	eventReceived(c *connection, event *conversation.Event)
+	callReceived(c *connection, event *conversation.Event)
+	// hasRoom is called when a request can be sent after all, takesNoMore when none can be sent any more.
+	hasRoom(c *connection)
+	takesNoMore(c *connection)
+	connectionDrains(c *connection, reason string)
+	connectionEnded(c *connection, failure *ClosedError)
+	released(c *connection) // its socket is closed
+	// hasOther returns whether there is another server to go to, in place of one that hangs.
+	hasOther() bool
+	silent(c *connection) // called again while that lasts
+	heard(c *connection)
+}
+
 // connection drives one connection: byteStream <-> conversation <-> pending calls.
 //
 // It decides which call gets which answer, when a call can be sent, how a call is abandoned without affecting others, and the
@@ -25,26 +41,25 @@ const (
 // The mutex of the client guards it, and the conversation. A caller appends its frame under the mutex. The first one that
 // finds frames to write writes them, without the mutex; those of other callers that come meanwhile are in its next record.
 type connection struct {
-	owner *connections
+	owner listener
 	mu    *sync.Mutex // of the client
 	clock clock
 	conv  *conversation.Conversation
 	link  byteStream
 	leaf  [32]byte
 	// endpoint is where it leads; stableAt is when it counts as a success, once it is used.
-	endpoint  Endpoint
-	stableAt  time.Duration
-	isFurther bool // beside the current one, for calls alone
+	endpoint Endpoint
+	stableAt time.Duration
+	isExtra  bool          // beside the main one, for calls alone
+	usedAt   time.Duration // when an extra one got its last request
 
-	pending map[uint32]*pendingCall
-	waiters []*waiter
-	handled map[uint32]*runningCall // calls of the server, by number
-	// registered has the session, by the count of those that were opened, in which the server has accepted handlers.
-	registered map[*sessions]int
+	pending    map[uint32]*pendingCall
+	handled    map[uint32]*runningCall // calls of the server, by number
 	isWriting  bool
 	spare      []byte // written, for the next frames
 	isPaused   bool   // the network takes no more bytes
 	draining   bool
+	retryAfter time.Duration // what the server has asked to wait before the next connection
 	// Whether requests without an answer certainly did not run: the server sent GOAWAY and then closed cleanly.
 	unansweredDidNotRun bool
 	failure             *ClosedError // why it ended
@@ -73,28 +88,21 @@ type pendingCall struct {
 	// onResponse processes the result before what the server has sent behind it, with the mutex, which it must not release.
 	onResponse func(body []byte) error
 	stream     *conversation.ItemStream // if it is a stream of items
-	owner      *Stream                  // of stream
-}
-
-// waiter is a caller that waits until a request can be sent.
-type waiter struct {
-	wake          chan struct{}
-	allowsFurther bool // a further connection will do
+	onChange   func()                   // of stream
 }
 
 func newConnection(
-	owner *connections, clock clock, conv *conversation.Conversation, link byteStream, endpoint Endpoint,
+	owner listener, mu *sync.Mutex, clock clock, conv *conversation.Conversation, link byteStream, endpoint Endpoint,
 ) *connection {
 	c := &connection{
-		owner: owner, mu: owner.mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(), endpoint: endpoint, stableAt: forever,
-		pending:    map[uint32]*pendingCall{},
-		handled:    map[uint32]*runningCall{},
-		registered: map[*sessions]int{},
-		writable:   make(chan struct{}),
-		welcomed:   make(chan struct{}),
-		ended:      make(chan struct{}),
-		released:   make(chan struct{}),
-		timerAt:    forever, deadlineAt: forever, silenceAt: forever,
+		owner: owner, mu: mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(), endpoint: endpoint, stableAt: forever,
+		pending:  map[uint32]*pendingCall{},
+		handled:  map[uint32]*runningCall{},
+		writable: make(chan struct{}),
+		welcomed: make(chan struct{}),
+		ended:    make(chan struct{}),
+		released: make(chan struct{}),
+		timerAt:  forever, deadlineAt: forever, silenceAt: forever,
 	}
 	link.onSent(c.sent)
 	return c
@@ -113,6 +121,9 @@ func (c *connection) ready() bool {
 
 // isFull returns whether as many requests are in flight as the server allows.
 func (c *connection) isFull() bool { return c.conv.InFlight() >= c.conv.Welcome().MaxStreams }
+
+// isIdle returns whether no request and no call of the server is in flight.
+func (c *connection) isIdle() bool { return len(c.pending) == 0 && c.conv.CallsInFlight() == 0 }
 
 // isOpen returns whether requests can be sent on this connection, now or later.
 func (c *connection) isOpen() bool {
@@ -177,7 +188,7 @@ func (c *connection) received(data []byte) {
 		c.watch()
 		c.owner.heard(c)
 	}
-	c.wakeWaiters()
+	c.owner.hasRoom(c)
 	c.settle()
 }
 
@@ -224,16 +235,17 @@ func (c *connection) goAway(reason string, retryAfter time.Duration) {
 		return
 	}
 	c.draining = true
-	c.wakeAll()
+	c.retryAfter = min(retryAfter, maxRetryAfter)
+	c.owner.takesNoMore(c)
 	for _, call := range c.pending {
 		call.change()
 	}
-	c.owner.connectionDrains(c, reason, retryAfter)
+	c.owner.connectionDrains(c, reason)
 }
 
 // closeIfDrained closes the connection after GOAWAY, once all requests and calls are answered.
 func (c *connection) closeIfDrained() {
-	if c.failure == nil && c.draining && len(c.pending) == 0 && c.conv.CallsInFlight() == 0 {
+	if c.failure == nil && c.draining && c.isIdle() {
 		c.close("the server is going away")
 	}
 }
@@ -305,7 +317,7 @@ func (c *connection) sent() {
 		close(c.writable)
 		c.writable = make(chan struct{})
 		c.flush()
-		c.wakeWaiters()
+		c.owner.hasRoom(c)
 	}
 	for _, call := range c.pending {
 		call.change()
@@ -372,11 +384,7 @@ func (c *connection) deadlinePassed() {
 	next := forever
 	for _, call := range c.pending {
 		if call.deadline <= now {
-			if c.owner.hasOther() {
-				c.conv.DoubtServer(c.instant())
-				c.silenceAt = forever // look again, maybe earlier
-				c.watch()
-			}
+			c.probe()
 			c.abandon(call, errDeadline())
 		} else {
 			next = min(next, call.deadline)
@@ -388,14 +396,22 @@ func (c *connection) deadlinePassed() {
 	}
 }
 
+// probe finds out by a PING whether the server hangs, unless a byte came a moment ago.
+func (c *connection) probe() {
+	if c.owner.hasOther() && c.failure == nil {
+		c.conv.DoubtServer(c.instant())
+		c.silenceAt = forever // look again, maybe earlier
+		c.watch()
+	}
+}
+
 // watch looks from time to time whether the server hangs with requests in flight, if there is another one to go to.
 func (c *connection) watch() {
 	if c.silenceAt != forever || c.failure != nil || !c.owner.hasOther() {
 		return
 	}
 	at, isWatched := c.conv.CheckSilence(c.link.unsent(), c.instant())
-	switch {
-	case isWatched:
+	if isWatched {
 		c.silenceAt = at
 		if c.silenceTimer != nil {
 			c.silenceTimer.Stop()
@@ -409,7 +425,8 @@ func (c *connection) watch() {
 				c.flush()
 			}
 		})
-	case c.conv.IsSilent():
+	}
+	if c.conv.IsSilent() {
 		c.owner.silent(c)
 	}
 }
@@ -464,7 +481,7 @@ func (c *connection) end(failure *ClosedError) {
 		delete(c.pending, number)
 		call.finish(failure)
 	}
-	c.wakeAll()
+	c.owner.takesNoMore(c)
 	close(c.ended)
 	for _, running := range c.handled {
 		running.cancel(failure)

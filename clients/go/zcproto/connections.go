@@ -42,8 +42,8 @@ type connections struct {
 	onEvent     func(*connection, *conversation.Event)
 	isWanted    func() bool // whether to reconnect before the next call
 
-	current      *connection // for new calls
-	further      *further
+	current      *connection // the main one
+	extra        *extraConnections
 	beside       *besideAttempt
 	lastError    error // of the last attempt
 	all          []*connection
@@ -101,13 +101,11 @@ func (c *connections) start() *task {
 	if c.connecting == nil {
 		attempt := &task{done: make(chan struct{})}
 		c.connecting = attempt
-		go func() {
-			c.mu.Lock()
-			defer c.mu.Unlock()
+		inBackground(c.mu, func() {
 			attempt.err = c.connect()
 			c.connecting = nil
 			close(attempt.done)
-		}()
+		})
 	}
 	return c.connecting
 }
@@ -116,8 +114,8 @@ func (c *connections) connect() error {
 	startsUntil := c.clock.now() + c.startTimeout
 	isStarting := false
 	for {
-		if err := c.pause(c.closing, c.endpoints.firstDue(Endpoint{})-c.clock.now()); err != nil {
-			return err
+		if pause(c.closing, c.mu, c.clock, c.endpoints.firstDue(Endpoint{})-c.clock.now()) != nil {
+			return errClientClosed()
 		}
 		connection, err := c.round(c.closing, Endpoint{})
 		switch {
@@ -172,19 +170,6 @@ func isOwnFault(err error) bool {
 	return errors.As(err, &config) || errors.As(err, &certificate)
 }
 
-// pause waits without the mutex, unless the client is closed.
-func (c *connections) pause(ctx context.Context, delay time.Duration) error {
-	if delay > 0 {
-		c.mu.Unlock()
-		err := sleep(ctx, c.clock, delay)
-		c.mu.Lock()
-		if err != nil {
-			return errClientClosed()
-		}
-	}
-	return nil
-}
-
 // rest lets an endpoint rest after a failure, for a random time in addition to what its server has asked for.
 func (c *connections) rest(state *endpointState, retryAfter time.Duration) {
 	delay := state.backoff.next(0)
@@ -207,18 +192,24 @@ func (c *connections) hasOther() bool {
 	return len(c.endpoints.known) > 1 || len(c.endpoints.addresses) > 1
 }
 
-// silent handles a connection whose server hangs: the client connects to another one. A connection that only finishes its calls is
-// lost, if that for new calls leads to another server.
+// silent handles a connection whose server hangs: beside the main one the client connects to another. Any other is lost if the main
+// one leads elsewhere, or once it has answered.
 func (c *connections) silent(connection *connection) {
 	switch {
-	case c.isClosed || c.beside != nil:
-	case connection == c.current:
+	case c.isClosed || c.current == nil:
+	case connection == c.current && c.beside == nil:
 		ctx, cancel := context.WithCancel(c.closing)
 		c.beside = &besideAttempt{old: connection, cancel: cancel}
 		c.late.Add(1)
 		go c.connectBeside(ctx, c.beside)
-	case c.current != nil && c.current.endpoint != connection.endpoint && !c.current.conv.IsSilent():
+	case connection == c.current:
+	case c.current.endpoint != connection.endpoint && !c.current.conv.IsSilent(),
+		c.current.conv.HasAnsweredSince(connection.conv):
 		c.lose(connection)
+	default:
+		main := c.current
+		main.probe()
+		inBackground(c.mu, main.flush)
 	}
 }
 
@@ -238,7 +229,7 @@ func (c *connections) connectBeside(ctx context.Context, attempt *besideAttempt)
 		c.beside = nil
 	}()
 	old := attempt.old
-	for c.pause(ctx, c.endpoints.firstDue(old.endpoint)-c.clock.now()) == nil {
+	for pause(ctx, c.mu, c.clock, c.endpoints.firstDue(old.endpoint)-c.clock.now()) == nil {
 		connection, err := c.round(ctx, old.endpoint)
 		if err != nil {
 			if ctx.Err() != nil || isOwnFault(err) || c.endpoints.count((*endpointState).isPermanent) >= len(c.endpoints.known)-1 {
@@ -246,8 +237,8 @@ func (c *connections) connectBeside(ctx context.Context, attempt *besideAttempt)
 			}
 			continue
 		}
-		connection.isFurther = true // until it is that for new calls
-		show := c.further.onOpened(connection)
+		connection.isExtra = true // until it is the main one
+		show := c.extra.onOpened(connection)
 		connection.flush()
 		isShown := show()
 		switch {
@@ -263,15 +254,16 @@ func (c *connections) connectBeside(ctx context.Context, attempt *besideAttempt)
 	}
 }
 
-// move uses another connection in place of one whose server hangs. All connections to that server which are silent count as lost.
+// move uses another connection in place of one whose server hangs. Extra ones on which it has not answered either count as lost.
 func (c *connections) move(old, other *connection) {
-	c.leave(old, errSilent(old.endpoint), 0)
-	other.isFurther = false
+	c.leave(old, errSilent(old.endpoint))
+	other.isExtra = false
+	lost := slices.DeleteFunc(slices.Clone(c.extra.all), func(each *connection) bool {
+		return each.conv.HasAnsweredSince(old.conv)
+	})
 	c.adopt(other)
-	for _, connection := range slices.Clone(c.all) {
-		if connection.endpoint == old.endpoint && connection.conv.IsSilent() {
-			c.lose(connection)
-		}
+	for _, connection := range append(lost, old) {
+		c.lose(connection)
 	}
 }
 
@@ -296,19 +288,9 @@ func (c *connections) callReceived(connection *connection, event *conversation.E
 	c.onCall(connection, event)
 }
 
-// wakeWaiters wakes callers that wait for room on the connection for new calls, or a further one.
-func (c *connections) wakeWaiters() {
-	if c.current != nil {
-		c.current.wakeWaiters()
-	}
-	for connection := range c.further.usedAt {
-		connection.wakeWaiters()
-	}
-}
-
-func (c *connections) connectionDrains(connection *connection, reason string, retryAfter time.Duration) {
-	c.further.discard(connection)
-	if connection.isFurther {
+func (c *connections) connectionDrains(connection *connection, reason string) {
+	c.extra.discard(connection)
+	if connection.isExtra {
 		return
 	}
 	wasCurrent := connection == c.current
@@ -316,7 +298,7 @@ func (c *connections) connectionDrains(connection *connection, reason string, re
 		c.current = nil
 	}
 	if reason != "idle" && reason != "no_session" { // another unused connection would be closed for the same reason
-		c.leave(connection, errGoingAway(connection.endpoint), min(retryAfter, maxRetryAfter))
+		c.leave(connection, errGoingAway(connection.endpoint))
 		c.reconnect(wasCurrent)
 	}
 }
@@ -327,24 +309,24 @@ func errGoingAway(endpoint Endpoint) *ConnectError {
 }
 
 func (c *connections) connectionEnded(connection *connection, failure *ClosedError) {
-	c.further.discard(connection)
+	c.extra.discard(connection)
 	c.heard(connection) // no call waits for it
 	if connection == c.current {
 		c.current = nil
 		c.lastError = failure
-		c.leave(connection, failure, 0)
+		c.leave(connection, failure)
 		c.reconnect(true)
 	}
 }
 
 // leave lets the endpoint of a connection rest. Its delays start again if the connection has lasted.
-func (c *connections) leave(connection *connection, reason error, retryAfter time.Duration) {
+func (c *connections) leave(connection *connection, reason error) {
 	state := c.endpoints.of(connection.endpoint)
 	if c.clock.now() >= connection.stableAt {
 		state.backoff.reset()
 	}
 	state.err = reason
-	c.rest(state, retryAfter)
+	c.rest(state, connection.retryAfter)
 }
 
 // reconnect connects now if it is wanted. wasCurrent is whether the connection for new calls is gone.
@@ -383,8 +365,8 @@ func (c *connections) close() {
 		<-connection.released
 	}
 	c.mu.Lock()
-	if c.further.idleTimer != nil {
-		c.further.idleTimer.Stop()
+	if c.extra.idleTimer != nil {
+		c.extra.idleTimer.Stop()
 	}
 }
 

@@ -112,7 +112,7 @@ func (d *dialer) connect(ctx context.Context, endpoint Endpoint, serverName stri
 		return nil, err
 	}
 	conv := conversation.New(conversation.Settings{MaxFrame: uint32(d.options.MaxFrame)})
-	connection := newConnection(d.owner, d.clock, conv, link, endpoint)
+	connection := newConnection(d.owner, d.owner.mu, d.clock, conv, link, endpoint)
 	d.owner.mu.Lock()
 	d.owner.opened(connection)
 	d.owner.mu.Unlock()

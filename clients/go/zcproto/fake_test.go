@@ -49,14 +49,14 @@ type fakeServer struct {
 	goAways  []time.Duration          // delays of GOAWAYs, with the WELCOMEs of the next connections
 	dials    int
 	accepted chan *fakeConnection
-	further  chan *fakeConnection
+	extra    chan *fakeConnection
 	salt     uint64
 }
 
 func newFakeServer(t *testing.T) *fakeServer {
 	return &fakeServer{
 		t: t, clock: newManualClock(), welcome: welcomeBody(), accepted: make(chan *fakeConnection, 100),
-		further: make(chan *fakeConnection, 100), salt: 100,
+		extra: make(chan *fakeConnection, 100), salt: 100,
 		ips: map[string][]string{}, gates: map[string]chan struct{}{}, states: map[string]endpointFault{},
 		tried: make(chan string, 1_000),
 	}
@@ -154,7 +154,7 @@ func (s *fakeServer) dial(
 	s.mu.Unlock()
 	peer.cond.L = &peer.mu
 	peer.decoder = wire.Decoder{Receiver: wire.Server, Limit: math.MaxInt32, Extensions: wire.Streams | wire.Calls}
-	connection := newConnection(owner, s.clock, conversation.New(conversation.Settings{}), peer, endpoint)
+	connection := newConnection(owner, owner.mu, s.clock, conversation.New(conversation.Settings{}), peer, endpoint)
 	peer.connection = connection
 	owner.mu.Lock()
 	owner.opened(connection)
@@ -211,9 +211,9 @@ func (s *fakeServer) clientOf(text string, options Options) *Client {
 	owner.dial = func(ctx context.Context, endpoint Endpoint, onTCP func()) (*connection, error) {
 		return s.dial(ctx, owner, endpoint, onTCP)
 	}
-	opened := owner.further.onOpened
-	owner.further.onOpened = func(connection *connection) func() bool {
-		s.further <- connection.link.(*fakeConnection)
+	opened := owner.extra.onOpened
+	owner.extra.onOpened = func(connection *connection) func() bool {
+		s.extra <- connection.link.(*fakeConnection)
 		return opened(connection)
 	}
 	adopted := owner.onConnected
@@ -233,11 +233,11 @@ func (s *fakeServer) clientOf(text string, options Options) *Client {
 // opened returns a client with an open session, whose token consists of ones.
 func (s *fakeServer) opened(options Options) (*Client, *fakeConnection) {
 	s.t.Helper()
-	return s.openedAt("fake", options)
+	return s.openedAt("fake", options, sessionResult(1, nil))
 }
 
-// openedAt returns a client of several addresses with an open session.
-func (s *fakeServer) openedAt(text string, options Options) (*Client, *fakeConnection) {
+// openedAt returns a client of an address, or several, whose session.open had this result.
+func (s *fakeServer) openedAt(text string, options Options, result map[string]any) (*Client, *fakeConnection) {
 	s.t.Helper()
 	if options.Credentials == nil {
 		options.Credentials = APIKey("ada", testKey)
@@ -247,7 +247,7 @@ func (s *fakeServer) openedAt(text string, options Options) (*Client, *fakeConne
 	go func() { done <- client.open(context.Background()) }()
 	peer := s.accept()
 	request := peer.request("session.open")
-	peer.respond(request, sessionResult(1, nil))
+	peer.respond(request, result)
 	if err := <-done; err != nil {
 		s.t.Fatal(err)
 	}

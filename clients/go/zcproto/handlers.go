@@ -49,13 +49,6 @@ type handlers struct {
 	running map[*runningCall]struct{}
 }
 
-type runningCall struct {
-	conn      *connection
-	number    uint32
-	cancelled bool
-	stop      context.CancelCauseFunc
-}
-
 func newHandlers(most int, warn func(string)) *handlers {
 	return &handlers{most: most, warn: warn, byName: map[string]Handler{}, running: map[*runningCall]struct{}{}}
 }
@@ -146,21 +139,6 @@ func (h *handlers) failureOf(err error, running *runningCall) *Error {
 		h.warn("a handler of calls failed: " + err.Error())
 	}
 	return &Error{Code: Internal, Message: "the handler failed"}
-}
-
-// withdraw cancels the handler of a call that the server has withdrawn, and which the conversation has answered.
-func (r *runningCall) withdraw() {
-	r.cancelled = true
-	r.stop(&Error{Code: Cancelled, Message: "the server has withdrawn the call"})
-}
-
-// cancel answers a call with CANCELLED, and cancels its handler.
-func (r *runningCall) cancel(cause error) {
-	if !r.cancelled {
-		r.cancelled = true
-		r.conn.failCall(r.number, &Error{Code: Cancelled, Message: "the session or the connection has ended"})
-		r.stop(cause)
-	}
 }
 
 // cancelAll cancels all handlers of the session.

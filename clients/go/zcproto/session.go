@@ -32,7 +32,7 @@ func newSession(shared *shared, credentials Credentials, onEvent func(Event)) *S
 		handlers: newHandlers(shared.options.MaxCalls, shared.options.warn),
 		events:   newEventQueue(),
 	}
-	s.sessions.getConnection = shared.connections.get
+	s.sessions.connections = shared.connections
 	s.sessions.handlers = s.handlers
 	shared.add(s)
 	if onEvent != nil {
@@ -64,7 +64,7 @@ func (s *Session) waitOpen(ctx context.Context) error {
 	deadline := s.deadlineOf(ctx)
 	c, err := s.waitReady(ctx, deadline)
 	if err == nil {
-		c.wakeWaiters() // this one sends nothing
+		s.shared.connections.hasRoom(c) // this one sends nothing
 	}
 	return err
 }
@@ -244,7 +244,7 @@ func (s *Session) run(r *request) (*pendingCall, error) {
 		}
 		now := s.clock.now()
 		if r.ctx.Err() != nil || now >= r.deadline {
-			c.wakeWaiters() // this one sends nothing
+			s.shared.connections.hasRoom(c) // this one sends nothing
 			if r.ctx.Err() != nil {
 				return nil, contextError(r.ctx)
 			}
@@ -285,7 +285,7 @@ func (s *Session) send(r *request, c *connection, token wire.Token, now time.Dur
 	if r.stream == nil {
 		return c.request(r.method, r.params, token, meta, r.deadline)
 	}
-	call, err := c.openStream(r.method, r.params, token, meta, r.stream, r.deadline)
+	call, err := c.openStream(r.method, r.params, token, meta, r.stream.window, r.stream.change, r.deadline)
 	if err == nil {
 		r.stream.opened(call)
 	}
@@ -295,7 +295,8 @@ func (s *Session) send(r *request, c *connection, token wire.Token, now time.Dur
 // readyConnection returns the connection if a call can be sent at once.
 func (s *Session) readyConnection() *connection {
 	c := s.shared.connections.current
-	if c != nil && c.ready() && len(c.waiters) == 0 && s.clock.now() < s.sessions.usableUntil && s.closing == nil {
+	if c != nil && c.ready() && len(s.shared.connections.extra.waiters) == 0 && s.clock.now() < s.sessions.usableUntil &&
+		s.sessions.preparing(c) == nil && s.closing == nil {
 		return c
 	}
 	return nil
@@ -304,17 +305,12 @@ func (s *Session) readyConnection() *connection {
 // waitReady returns a connection that is ready for a request, with a session if one is required. It releases the mutex
 // meanwhile.
 func (s *Session) waitReady(ctx context.Context, deadline time.Duration) (*connection, error) {
-	if deadline != forever {
-		limited, cancel := context.WithCancelCause(ctx)
-		timer := s.clock.afterFunc(deadline-s.clock.now(), func() {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			cancel(s.slowError())
-		})
-		defer timer.Stop()
-		defer cancel(nil)
-		ctx = limited
-	}
+	ctx, cancel := s.limited(ctx, deadline, func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.slowError()
+	})
+	defer cancel()
 	for {
 		if s.closing != nil {
 			return nil, errClientClosed()
@@ -326,8 +322,15 @@ func (s *Session) waitReady(ctx context.Context, deadline time.Duration) (*conne
 		if err != nil {
 			return nil, err
 		}
-		if c, err = c.waitRoom(ctx, true); err != nil {
+		if c, err = s.shared.connections.waitAnyReady(ctx, c); err != nil {
 			return nil, err
+		}
+		if preparing := s.sessions.preparing(c); preparing != nil {
+			s.shared.connections.hasRoom(c) // for another session
+			if err := preparing.await(ctx, s.mu); err != nil {
+				return nil, err
+			}
+			continue
 		}
 		if c.ready() && s.clock.now() < s.sessions.usableUntil && s.closing == nil {
 			return c, nil
@@ -419,7 +422,7 @@ func (s *Session) afterError(err *Error, r *request, c *connection, token wire.T
 
 // attach proves the session's key on the connection.
 func (s *Session) attach(r *request, c *connection, token wire.Token) error {
-	ctx, cancel := s.limited(r)
+	ctx, cancel := s.limited(r.ctx, r.deadline, func() error { return errDeadline() })
 	defer cancel()
 	err := s.sessions.attachFor(ctx, c, token)
 	var refused *Error
@@ -444,13 +447,13 @@ func (s *Session) showFirst(r *request, c *connection) error {
 	return err
 }
 
-// limited returns a context with the deadline of a request.
-func (s *Session) limited(r *request) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(r.ctx)
-	if r.deadline == forever {
+// limited returns a context with a deadline, and the error that is its cause then.
+func (s *Session) limited(ctx context.Context, deadline time.Duration, late func() error) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if deadline == forever {
 		return ctx, func() { cancel(nil) }
 	}
-	timer := s.clock.afterFunc(r.deadline-s.clock.now(), func() { cancel(errDeadline()) })
+	timer := s.clock.afterFunc(deadline-s.clock.now(), func() { cancel(late()) })
 	return ctx, func() {
 		timer.Stop()
 		cancel(nil)
@@ -462,10 +465,5 @@ func (s *Session) pause(delay time.Duration, err error, r *request) error {
 	if addTime(s.clock.now(), delay) >= r.deadline {
 		return err
 	}
-	s.mu.Unlock()
-	defer s.mu.Lock()
-	if sleep(r.ctx, s.clock, delay) != nil {
-		return contextError(r.ctx)
-	}
-	return nil
+	return pause(r.ctx, s.mu, s.clock, delay)
 }

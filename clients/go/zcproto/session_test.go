@@ -26,18 +26,7 @@ func openedWith(t *testing.T, options Options, result map[string]any) (*Client, 
 
 func (s *fakeServer) openedWith(options Options, result map[string]any) (*Client, *fakeConnection) {
 	s.t.Helper()
-	if options.Credentials == nil {
-		options.Credentials = APIKey("ada", testKey)
-	}
-	client := s.client(options)
-	done := make(chan error, 1)
-	go func() { done <- client.open(context.Background()) }()
-	peer := s.accept()
-	peer.respond(peer.request("session.open"), result)
-	if err := <-done; err != nil {
-		s.t.Fatal(err)
-	}
-	return client, peer
+	return s.openedAt("fake", options, result)
 }
 
 func TestSessionOpenHasNoTokenButTheCredentials(t *testing.T) {
@@ -290,6 +279,24 @@ func TestDeviceSignsSessionOpenAndAttachesOnReconnect(t *testing.T) {
 		t.Error("the signature is invalid")
 	}
 	peer.respond(request, map[string]any{})
+}
+
+func TestDeviceRegistersItsHandlersBeforeOtherRequests(t *testing.T) {
+	server := newFakeServer(t)
+	options := Options{Credentials: DeviceKey(testDevice(t), "laptop")}
+	client, peer := server.openedWith(options, sessionResult(1, map[string]any{"bound": true}))
+	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return true, nil })
+	peer.finish(newTLSError(TLSTruncated, nil))
+	peer = server.reconnected()
+	attaching := peer.request("session.attach")
+	call := begin(t, client.Session, "work", nil)
+	peer.none()
+	peer.respond(attaching, map[string]any{})
+	registering := peer.request("session.handle")
+	peer.none()
+	peer.respond(registering, map[string]any{})
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
 }
 
 func TestRefusedCallsShareOneAttach(t *testing.T) {

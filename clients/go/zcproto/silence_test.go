@@ -10,7 +10,7 @@ import (
 // hung returns a client of two servers, with two calls in flight on the first, which has not answered the PING after 5 s.
 func hung(t *testing.T) (server *fakeServer, client *Client, first *fakeConnection, repeated, other *call) {
 	server = newFakeServer(t)
-	client, first = server.openedAt(both, Options{AddressOrder: ListedOrder})
+	client, first = server.openedAt(both, Options{AddressOrder: ListedOrder}, sessionResult(1, nil))
 	server.clock.advance(time.Minute) // of silence without requests, which does not matter
 	first.none()
 	repeated = begin(t, client.Session, "repeated", nil, IdempotencyKey("key"))
@@ -33,7 +33,7 @@ const silenceOfTests = 5 * time.Second
 func TestClientMovesFromAServerThatHangs(t *testing.T) {
 	server, client, first, repeated, other := hung(t)
 	server.clock.advance(time.Millisecond)
-	second := (<-server.further).isAt(serverB)
+	second := (<-server.extra).isAt(serverB)
 	shown := second.request("session.info")
 	if shown.token != tokenOf(1) {
 		t.Error("the session was not shown")
@@ -56,7 +56,7 @@ func TestClientMovesFromAServerThatHangs(t *testing.T) {
 func TestClientStaysIfTheServerAnswersAgain(t *testing.T) {
 	server, client, first, repeated, _ := hung(t)
 	server.clock.advance(time.Millisecond)
-	second := <-server.further
+	second := <-server.extra
 	shown := second.request("session.info")
 	first.send(wire.Pong, 0, nil)
 	eventually(t, func() bool {
@@ -78,10 +78,10 @@ func TestClientStaysIfTheServerAnswersAgain(t *testing.T) {
 func TestClientStaysIfTheOtherServerRefusesTheSession(t *testing.T) {
 	server, _, first, repeated, _ := hung(t)
 	server.clock.advance(time.Millisecond)
-	second := <-server.further
+	second := <-server.extra
 	second.fail(second.request("session.info"), Unavailable, nil)
 	<-second.connection.ended
-	second = advanceUntil(server, server.further) // after a delay
+	second = advanceUntil(server, server.extra) // after a delay
 	second.respond(second.request("session.info"), map[string]any{})
 	second = server.accept().isAt(serverB)
 	second.respond(second.request("session.info"), map[string]any{})
@@ -92,7 +92,7 @@ func TestClientStaysIfTheOtherServerRefusesTheSession(t *testing.T) {
 
 func TestCallThatTimesOutSendsPing(t *testing.T) {
 	server := newFakeServer(t)
-	client, first := server.openedAt(both, Options{AddressOrder: ListedOrder, Timeout: 3 * time.Second})
+	client, first := server.openedAt(both, Options{AddressOrder: ListedOrder, Timeout: 3 * time.Second}, sessionResult(1, nil))
 	late := begin(t, client.Session, "late", nil)
 	first.request("late")
 	server.clock.awaitTimer(t, 3*time.Second)
@@ -101,7 +101,7 @@ func TestCallThatTimesOutSendsPing(t *testing.T) {
 	first.next(wire.Ping)
 	first.next(wire.Cancel)
 	server.clock.advance(2 * time.Second)
-	(<-server.further).isAt(serverB)
+	(<-server.extra).isAt(serverB)
 }
 
 func TestServerWithoutAnotherIsNotAskedWhetherItHangs(t *testing.T) {

@@ -29,8 +29,8 @@ mod text;
 mod trust;
 
 pub use client::{
-    AddressOrder, Call, Client, ConnectOptions, Credentials, DEFAULT_PORT, DEFAULT_WINDOW, Endpoint, Login, Request,
-    ServerEvent, SessionInfo, Stream, StreamBuilder, enroll,
+    AddressOrder, Call, Client, ConnectOptions, Credentials, DEFAULT_PORT, DEFAULT_WINDOW, Endpoint, Items, Login,
+    Request, ServerEvent, SessionInfo, Stream, StreamBuilder, enroll,
 };
 pub use codec::Value;
 pub use error::{CallError, Closed, Code, Error, ProtocolError, Result, TlsError, TlsFailure};

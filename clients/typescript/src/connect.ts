@@ -2,14 +2,13 @@
 
 import { homedir } from "node:os";
 import { join } from "node:path";
-import { type Endpoint, parseAddress, parseAddresses } from "./client/address.js";
-import { Client } from "./client/client.js";
+import { parseAddress, parseAddresses } from "./client/address.js";
+import { Client, type OnConnected } from "./client/client.js";
 import { MonotonicClock, systemClock } from "./client/clock.js";
 import type { ServerEvent } from "./client/event_stream.js";
 import { DEFAULT_MAX_CALLS } from "./client/handlers.js";
 import { type Credentials, chooseCredentials, type LoginSource } from "./client/session.js";
-import type { ClientSettings, SessionOptions } from "./client/settings.js";
-import type { Tracing } from "./client/tracing.js";
+import type { ClientSettings, SessionOptions, Tracing } from "./client/types.js";
 import { DEFAULT_TIMEOUT_MS } from "./client/user_client.js";
 import { Device } from "./edge/device.js";
 import { Dialer } from "./edge/dial.js";
@@ -92,9 +91,9 @@ export interface ConnectOptions extends TrustedServerOptions {
    * Called with the client and where it is connected: once it has connected and opened its session, and again after each
    * reconnect. It is not awaited, and its errors become warnings of the process.
    */
-  readonly onConnected?: ((client: Client, endpoint: Endpoint) => unknown) | undefined;
+  readonly onConnected?: OnConnected | undefined;
   /**
-   * Connections to a server at once: 1 (the default) to 64. With more than 1, a further one is made when calls wait because
+   * Connections to a server at once: 1 (the default) to 64. With more than 1, an extra one is made when calls wait because
    * the server's `max_streams` are in flight on all others, and closed after 30 s without a call.
    */
   readonly maxConnections?: number | undefined;
@@ -120,7 +119,7 @@ export interface ConnectOptions extends TrustedServerOptions {
  * TlsError, ConnectionClosed, or a CallError of `session.open`.
  */
 export async function connect(address: string | readonly string[], options: ConnectOptions = {}): Promise<Client> {
-  const client = new Client(await settingsOf(address, options));
+  const client = new Client(await settingsOf(address, options), options.onConnected);
   await client.open();
   return client;
 }
@@ -199,7 +198,6 @@ async function settingsOf(address: string | readonly string[], options: ConnectO
     maxCalls,
     tracing: options.tracing,
     onEvent: options.onEvent,
-    onConnected: options.onConnected,
     onWarning: warnOnce,
     clock,
     random: Math.random,

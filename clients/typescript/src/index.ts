@@ -3,11 +3,9 @@
 export type { Address, Endpoint } from "./client/address.js";
 export type { Client } from "./client/client.js";
 export { EventStream, type ServerEvent } from "./client/event_stream.js";
-export type { Handler, ServerCall } from "./client/handlers.js";
 export type { ClientSession, LoginParams, LoginSource } from "./client/session.js";
-export type { SessionOptions } from "./client/settings.js";
 export type { Stream, StreamOptions } from "./client/stream.js";
-export type { OutgoingCall, Tracing } from "./client/tracing.js";
+export type { Handler, OutgoingCall, ServerCall, SessionOptions, Tracing } from "./client/types.js";
 export type { CallOptions, UserClient } from "./client/user_client.js";
 export { type ConnectOptions, connect, enroll, type TrustedServerOptions } from "./connect.js";
 export type { CallLimits, StreamLimits, StsPolicy, Welcome } from "./connection/welcome.js";

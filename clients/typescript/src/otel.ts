@@ -19,8 +19,7 @@ import {
   type TracerProvider,
   trace,
 } from "@opentelemetry/api";
-import type { ServerCall } from "./client/handlers.js";
-import type { OutgoingCall, Tracing } from "./client/tracing.js";
+import type { OutgoingCall, ServerCall, Tracing } from "./client/types.js";
 import { CallError, type CodeName } from "./errors.js";
 import { VERSION } from "./version.js";
 

@@ -5,9 +5,9 @@ import { afterEach, beforeEach, describe, test } from "node:test";
 import type { Endpoint } from "../src/client/address.js";
 import type { Client } from "../src/client/client.js";
 import { ATTEMPT_DELAY_MS, HANDSHAKE_DELAY_MS } from "../src/client/endpoints.js";
-import { IDLE_AFTER_MS } from "../src/client/further_connections.js";
+import { IDLE_AFTER_MS } from "../src/client/extra_connections.js";
 import { DeviceKey } from "../src/client/session.js";
-import type { ClientSettings } from "../src/client/settings.js";
+import type { ClientSettings } from "../src/client/types.js";
 import { CannotConnect, Code, ConnectionClosed, TlsError } from "../src/errors.js";
 import { decodeBody } from "../src/wire/body.js";
 import { Kind, NO_TOKEN, type Token } from "../src/wire/frame.js";
@@ -15,6 +15,7 @@ import {
   Failure,
   type FakeConnection,
   FakeServer,
+  type FakeSettings,
   NO_RESPONSE,
   opened,
   type Request,
@@ -48,7 +49,7 @@ beforeEach(() => {
 afterEach(() => server.closed(client));
 
 /** Return the settings of a client that prefers A to B. */
-function fleet(more: Partial<ClientSettings> = {}): Partial<ClientSettings> {
+function fleet(more: FakeSettings = {}): FakeSettings {
   return {
     addresses: [
       { host: A, port: 7443 },
@@ -240,7 +241,7 @@ describe("server that hangs", () => {
   const pings = (connection: FakeConnection | undefined) => connection?.take(Kind.PING).length;
   let frozen: FakeConnection;
 
-  async function connectAndFreeze(more: Partial<ClientSettings> = {}): Promise<void> {
+  async function connectAndFreeze(more: FakeSettings = {}): Promise<void> {
     client = await server.connect(fleet(more));
     frozen = server.last;
     frozen.isFrozen = true;
@@ -430,7 +431,7 @@ describe("server that hangs", () => {
     assert.deepEqual(where("session.handle"), [A, B]);
   });
 
-  test("its further connections are left as well, even if only they have calls", async () => {
+  test("its extra connections are left as well, even if only they have calls", async () => {
     const held: Request[] = [];
     server.welcome = { ...WELCOME, max_streams: 2 };
     server.on("hold", (request) => {
@@ -443,14 +444,14 @@ describe("server that hangs", () => {
     for (const request of held.splice(0, 2)) {
       request.connection.respond(request, {});
     }
-    const [main, further] = server.connections as [FakeConnection, FakeConnection];
-    for (const connection of [main, further]) {
+    const [main, extra] = server.connections as [FakeConnection, FakeConnection];
+    for (const connection of [main, extra]) {
       connection.isFrozen = true;
     }
     await server.clock.advance(8_999); // 5 + 2 s there, then 2 s on the main connection, which is asked
     assert.deepEqual(dialled, [A, A]);
     await server.clock.advance(100);
-    assert.deepEqual([main.isAborted, further.isAborted], [true, true]);
+    assert.deepEqual([main.isAborted, extra.isAborted], [true, true]);
     assert.ok(calls[2]?.error instanceof ConnectionClosed);
     assert.equal(client.endpoint?.ip, B);
   });
@@ -479,7 +480,7 @@ describe("server that hangs", () => {
   });
 });
 
-describe("further connections", () => {
+describe("extra connections", () => {
   const held: Request[] = [];
   const respondAll = () => {
     for (const request of held.splice(0)) {
@@ -510,8 +511,55 @@ describe("further connections", () => {
       await Promise.all(calls),
       Array.from({ length: 9 }, (_, n) => ({ n })),
     );
-    const [, further] = server.connections;
-    assert.equal(further?.frames.find(({ kind }) => kind === Kind.REQUEST)?.token, tokenText(1));
+    const [, extra] = server.connections;
+    assert.equal(extra?.frames.find(({ kind }) => kind === Kind.REQUEST)?.token, tokenText(1));
+  });
+
+  test("one takes calls once the sessions were shown there, and another waits as its GOAWAY asks", async () => {
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    const shown: Request[] = [];
+    server.on("session.info", (request) => {
+      shown.push(request);
+      return NO_RESPONSE;
+    });
+    const calls = Array.from({ length: 3 }, () => client.call("hold"));
+    await settled();
+    assert.deepEqual([held.length, shown.length], [2, 1]);
+    shown[0]?.connection.respond(shown[0], {});
+    await settled();
+    assert.equal(held.length, 3);
+    server.last.goAway("draining", 3_000);
+    calls.push(client.call("hold"));
+    await server.clock.advance(2_900);
+    calls.push(client.call("hold"));
+    await settled();
+    assert.equal(dialled.length, 2);
+    await server.clock.advance(200);
+    server.on("session.info", () => ({}));
+    calls.push(client.call("hold"));
+    await settled();
+    assert.equal(dialled.length, 3);
+    while (held.length > 0) {
+      respondAll();
+      await settled();
+    }
+    await Promise.all(calls);
+  });
+
+  test("one that hangs is lost alone if the main connection answers", async () => {
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    const calls = Array.from({ length: 3 }, () => watch(client.call("hold", {}, { timeoutMs: 60_000 })));
+    await settled();
+    server.last.isFrozen = true;
+    await server.clock.advance(9_100); // 5 + 2 s there; the main connection is asked at once
+    assert.ok(server.last.isAborted);
+    assert.deepEqual(
+      calls.map(({ error }) => error instanceof ConnectionClosed),
+      [false, false, true],
+    );
+    assert.equal(client.endpoint?.ip, A);
+    respondAll();
+    await settled();
   });
 
   test("calls wait without one by default", async () => {
@@ -604,8 +652,8 @@ describe("further connections", () => {
       server.on("session.refresh", () => opened(2, refreshable));
     });
 
-    /** Connect, with a further connection on which a call is in flight. */
-    async function connectTwice(more: Partial<ClientSettings> = {}): Promise<Promise<unknown>[]> {
+    /** Connect, with an extra connection on which a call is in flight. */
+    async function connectTwice(more: FakeSettings = {}): Promise<Promise<unknown>[]> {
       client = await server.connect(fleet({ maxConnections: 2, ...more }));
       await client.handle("approve", ({ where }) => where);
       const calls = Array.from({ length: 3 }, () => client.call("hold"));
@@ -671,7 +719,7 @@ describe("further connections", () => {
       await Promise.all(calls);
     });
 
-    test("handlers are registered on a further connection before its first request, and after a refresh still", async () => {
+    test("handlers are registered on an extra connection before its first request, and after a refresh still", async () => {
       const answered = async (connection: FakeConnection | undefined, token: Token) => {
         connection?.send(Kind.CALL, 1, ["approve", { where: "here" }, { deadline_ms: 1_000 }], { token });
         await settled();
@@ -686,20 +734,20 @@ describe("further connections", () => {
       });
       const calls = Array.from({ length: 3 }, () => client.call("hold"));
       await settled();
-      const [, further] = server.connections;
+      const [, extra] = server.connections;
       assert.deepEqual(
-        further?.frames.filter(({ kind }) => kind === Kind.REQUEST).map(({ body }) => decodeBody(body)),
+        extra?.frames.filter(({ kind }) => kind === Kind.REQUEST).map(({ body }) => decodeBody(body)),
         [["session.handle", { methods: ["approve"], max: 32 }]],
       );
       for (const request of registering.splice(0)) {
         request.connection.respond(request, {});
       }
       await settled();
-      assert.equal(held.filter(({ connection }) => connection === further).length, 1);
-      assert.deepEqual(await answered(further, tokenText(1)), ["here"]);
+      assert.equal(held.filter(({ connection }) => connection === extra).length, 1);
+      assert.deepEqual(await answered(extra, tokenText(1)), ["here"]);
       requested(0);
       await refresh();
-      assert.deepEqual(await answered(further, tokenText(2)), ["here"]);
+      assert.deepEqual(await answered(extra, tokenText(2)), ["here"]);
       respondAll();
       await Promise.all(calls);
     });

@@ -41,6 +41,26 @@ function* sources(folder = ""): Generator<string> {
   }
 }
 
+/** Return the modules that a module imports, types included. */
+function importsOf(path: string): string[] {
+  const text = readFileSync(join(SOURCE, path), "utf8");
+  const relative = [...text.matchAll(/\bfrom "(\.[^"]+)\.js"/g)];
+  return relative.map(([, module = ""]) => `${normalize(join(path, "..", module))}.ts`);
+}
+
+test("no module imports itself through others", () => {
+  const graph = new Map([...sources()].map((path) => [path, importsOf(path)]));
+  for (let size = -1; size !== graph.size; ) {
+    size = graph.size;
+    for (const [path, imports] of graph) {
+      if (!imports.some((module) => graph.has(module))) {
+        graph.delete(path);
+      }
+    }
+  }
+  assert.deepEqual([...graph.keys()], [], "each of these is in a circle, or imports one that is");
+});
+
 for (const path of sources()) {
   test(`${path} imports only lower layers and reads no time`, () => {
     const text = readFileSync(join(SOURCE, path), "utf8");

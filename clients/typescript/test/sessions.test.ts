@@ -3,8 +3,8 @@
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, test } from "node:test";
 import type { Client } from "../src/client/client.js";
-import type { ServerCall } from "../src/client/handlers.js";
 import { DeviceKey } from "../src/client/session.js";
+import type { ServerCall } from "../src/client/types.js";
 import {
   Cancelled,
   Code,

@@ -137,9 +137,9 @@ CALLS: Final[dict[str, Fault]] = {
     "call-without-params": fault(
         "sends an empty array instead of no params",
         (
-            f"{_MESSAGE}:encode_request",
-            "return encode_body([method, params, meta] if meta else [method, params])",
-            "return encode_body([method, params or [], meta or {}])",
+            "zcproto.connection.client:ClientConnection.request",
+            "encode_body([method, params, meta] if meta else [method, params])",
+            "encode_body([method, params or [], meta or {}])",
         ),
     ),
     "deadline-is-sent": fault(

@@ -15,6 +15,7 @@ const (
 
 // silence decides whether the server hangs with requests in flight (zcp1.md, section 6.6). It does not end the connection.
 type silence struct {
+	lastByte time.Duration // of the server
 	heardAt  time.Duration // the last byte, or when the first of the requests in flight was sent
 	pingAt   time.Duration // of the PING that has no answer yet; never without
 	sent     int           // bytes since the last byte of the server
@@ -23,18 +24,23 @@ type silence struct {
 }
 
 func (s *silence) heard(now time.Duration) {
-	s.heardAt, s.pingAt, s.sent, s.isSilent = now, never, 0, false
+	s.lastByte, s.heardAt, s.pingAt, s.sent, s.isSilent = now, now, never, 0, false
 }
 
 // IsSilent reports whether the server hangs, as far as CheckSilence has found out.
 func (c *Conversation) IsSilent() bool { return c.silence.isSilent }
 
+// HasAnsweredSince reports whether a byte has come here since the last PING to another server, which is silent.
+func (c *Conversation) HasAnsweredSince(other *Conversation) bool {
+	return c.silence.lastByte > other.silence.pingAt
+}
+
 // CheckSilence sends a PING if requests wait and nothing has come from the server for a while, and notes that the connection is
-// silent if that had no effect. unsent are the bytes that wait in the transport. It returns when to check again; false if there is
-// nothing to wait for before the next request.
+// silent if that had no effect. unsent are the bytes that wait in the transport. It returns when to check again, a silent connection
+// too; false if there is nothing to wait for before the next request.
 func (c *Conversation) CheckSilence(unsent int, now Instant) (time.Duration, bool) {
 	s := &c.silence
-	if c.state == Closed || len(c.requests.inFlight) == 0 || s.isSilent {
+	if c.state == Closed || len(c.requests.inFlight) == 0 && s.pingAt == never {
 		return never, false
 	}
 	if unsent < s.unsent && s.pingAt != never {
@@ -48,11 +54,11 @@ func (c *Conversation) CheckSilence(unsent int, now Instant) (time.Duration, boo
 		c.pingForSilence(now)
 	}
 	at := s.pingAt + silenceAfterPing + time.Duration(s.sent/bytesPerSecond)*time.Second
-	if now.Mono < at {
-		return at, true
+	if now.Mono >= at {
+		s.isSilent = true
+		at = now.Mono + silenceAfterPing
 	}
-	s.isSilent = true
-	return never, false
+	return at, true
 }
 
 // DoubtServer sends a PING because a call has timed out, unless a byte came a moment ago; then call CheckSilence.

@@ -5,9 +5,11 @@
 //! Must not know: retries and sessions.
 
 mod driving;
+mod items;
+
+pub(crate) use items::{ItemQueue, Taken};
 
 use super::address::Endpoint;
-use super::stream::Items;
 use super::transport::Transport;
 use crate::core::{Conversation, Event, Settings, State as Phase};
 use crate::error::{CallError, Closed, Error, Result};
@@ -40,7 +42,7 @@ type OnResult = Box<dyn FnOnce(&[u8]) + Send>;
 
 struct Waiter {
     sender: oneshot::Sender<Result<Vec<u8>>>,
-    items: Option<Arc<Items>>,
+    items: Option<Arc<ItemQueue>>,
     /// Called with the result before anything else of the same read is processed.
     on_result: Option<OnResult>,
 }
@@ -303,7 +305,7 @@ impl Connection {
     pub(crate) fn send(
         self: &Arc<Self>,
         slot: Slot,
-        items: Option<Arc<Items>>,
+        items: Option<Arc<ItemQueue>>,
         on_result: Option<OnResult>,
         send: impl FnOnce(&mut Conversation, i64) -> Result<u32>,
     ) -> Result<PendingCall> {
@@ -337,21 +339,11 @@ impl Connection {
     }
 
     /// Run a step of the conversation and send its frames.
-    pub(crate) fn with<T>(&self, step: impl FnOnce(&mut Conversation, i64) -> T) -> T {
+    fn with<T>(&self, step: impl FnOnce(&mut Conversation, i64) -> T) -> T {
         let mut state = self.lock();
         let result = step(&mut state.conversation, wall());
         wake(state);
         result
-    }
-
-    /// Return whether an item can be sent on a stream now. Its items are notified when that changes.
-    pub(crate) fn may_send_item(&self, number: u32) -> bool {
-        let mut state = self.lock();
-        if state.is_blocked || state.conversation.queued_bytes() >= MAX_QUEUED_ITEMS {
-            state.has_waiting_items = true;
-            return false;
-        }
-        state.conversation.may_send_item(number)
     }
 
     /// Answer a call from the server. Does nothing if it was answered before.

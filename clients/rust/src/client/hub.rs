@@ -14,12 +14,11 @@ mod connecting;
 mod further;
 
 use super::address::Address;
+use super::attempt::Attempt;
 use super::connection::{Connection, Listener};
 use super::dial::Dialer;
 use super::endpoints::{Endpoints, Place};
 use super::options::{ConnectOptions, OnConnected, Warn};
-use super::renewal::CLOSE_TIMEOUT;
-use super::shared::Attempt;
 use super::user::User;
 use crate::core::{Event, ServerCall};
 use crate::error::{CallError, Closed, Code, Error, Result};
@@ -32,6 +31,8 @@ use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
+/// Timeout of `session.close`, and of all those that end with a client.
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a connection must last to count as a success.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 

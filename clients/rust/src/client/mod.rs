@@ -2,6 +2,7 @@
 
 mod address;
 mod api;
+mod attempt;
 mod backoff;
 mod connection;
 mod dial;
@@ -10,10 +11,8 @@ mod events;
 mod handlers;
 mod hub;
 mod options;
-mod renewal;
 mod retry;
 mod session;
-mod shared;
 mod stream;
 mod transport;
 mod user;
@@ -25,4 +24,4 @@ pub use events::ServerEvent;
 pub use handlers::Call;
 pub use options::{ConnectOptions, Credentials, Login};
 pub use session::SessionInfo;
-pub use stream::{DEFAULT_WINDOW, Stream, StreamBuilder};
+pub use stream::{DEFAULT_WINDOW, Items, Stream, StreamBuilder};

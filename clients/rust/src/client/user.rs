@@ -1,20 +1,21 @@
 //! Calls, streams and handlers of one user, over the connection that the sessions of a client share.
 //!
 //! Decides: whether a call or a stream is retried after an error, by the table of zcp1.md, section 11.1 (`retry.rs`).
-//! Must not know: when connections are made (`hub.rs`) and how sessions are renewed (`renewal.rs`).
+//! Must not know: when connections are made (`hub.rs`).
 
-use super::connection::{Connection, PendingCall, Slot};
+mod renewal;
+
+use super::connection::{Connection, ItemQueue, PendingCall, Slot};
 use super::events::EventQueue;
 use super::handlers::Handlers;
 use super::hub::Hub;
 use super::options::{ConnectOptions, Credentials};
-use super::renewal::Sessions;
 use super::retry::{self, Action, Failed, Once, Outcome, Retries, Shown, Step};
-use super::stream::Items;
 use crate::core::ServerCall;
 use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::message::Meta;
 use crate::secret::Token;
+use renewal::Sessions;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -53,7 +54,7 @@ pub(crate) struct Attempts<'a> {
     /// Whether it belongs to the connection for new calls, and not to a further one.
     pub(crate) is_registration: bool,
     /// The items of a stream, which is not opened again once it has begun, unless the application can continue it.
-    pub(crate) items: Option<&'a Items>,
+    pub(crate) items: Option<&'a ItemQueue>,
 }
 
 /// Return when a timeout ends. `None` for one of centuries.

@@ -154,6 +154,7 @@ async fn a_server_with_an_application() {
 
     streams::items_arrive_in_order_and_then_the_result(&client).await;
     streams::items_that_have_arrived_come_before_the_error(&client).await;
+    streams::items_are_a_stream_of_futures_which_ends_after_an_error(&client).await;
     streams::a_dropped_stream_is_cancelled(&client).await;
     streams::items_are_sent_when_the_server_wants_them(&client).await;
     streams::a_stream_that_cannot_be_opened_reports_why(&client).await;

@@ -1,7 +1,10 @@
 //! Streams of items.
 
 use super::{MS, code, map};
+use futures_core::Stream as _;
 use serde::Serialize;
+use std::future::poll_fn;
+use std::pin::Pin;
 use zcproto::{Client, Code, Error, Value};
 
 #[derive(Serialize)]
@@ -29,6 +32,22 @@ pub async fn items_that_have_arrived_come_before_the_error(client: &Client) {
         assert_eq!(stream.next::<i32>().await.unwrap(), Some(number));
     }
     assert_eq!(code(stream.next::<i32>().await), Code::NotFound);
+}
+
+pub async fn items_are_a_stream_of_futures_which_ends_after_an_error(client: &Client) {
+    let stream = client.stream("fail", &()).open();
+    let mut items = stream.items::<i32>();
+    let mut next = async || poll_fn(|cx| Pin::new(&mut items).poll_next(cx)).await;
+    for number in 0..3 {
+        assert_eq!(next().await.unwrap().unwrap(), number);
+    }
+    assert_eq!(code(next().await.unwrap()), Code::NotFound);
+    assert!(next().await.is_none());
+    let stream = client.stream("count", &Count { n: 1, size: 0 }).open();
+    let mut items = stream.items::<i32>();
+    let mut next = async || poll_fn(|cx| Pin::new(&mut items).poll_next(cx)).await;
+    assert!(matches!(next().await, Some(Err(Error::Type(_)))));
+    assert!(next().await.is_none());
 }
 
 /// Wait until the server runs no `forever`.

@@ -3,9 +3,12 @@
 import type { Welcome } from "../connection/welcome.js";
 import { addressText, type Endpoint } from "./address.js";
 import { callBack } from "./handlers.js";
-import type { ClientSettings, SessionOptions } from "./settings.js";
 import { SharedConnection } from "./shared_connection.js";
+import type { ClientSettings, SessionOptions } from "./types.js";
 import { UserClient } from "./user_client.js";
+
+/** Called with the client and where it is connected. */
+export type OnConnected = (client: Client, endpoint: Endpoint) => unknown;
 
 /** A client of one server, or of several that share their sessions, made by `connect`. */
 export class Client extends UserClient {
@@ -14,15 +17,17 @@ export class Client extends UserClient {
   /** The addresses that `connect` was given. */
   readonly addresses: readonly string[];
   readonly #settings: ClientSettings;
+  readonly #onConnected: OnConnected | undefined;
   readonly #shared: SharedConnection;
 
   /** @internal */
-  constructor(settings: ClientSettings) {
+  constructor(settings: ClientSettings, onConnected?: OnConnected) {
     const shared = new SharedConnection(settings);
     super(settings, settings.credentials, shared);
     this.address = addressText(settings.addresses[0]);
     this.addresses = settings.addresses.map(addressText);
     this.#settings = settings;
+    this.#onConnected = onConnected;
     this.#shared = shared;
   }
 
@@ -35,9 +40,10 @@ export class Client extends UserClient {
       throw error;
     }
     await super.open();
-    const { onConnected, onWarning } = this.#settings;
+    const onConnected = this.#onConnected;
     if (onConnected !== undefined) {
-      const call = (endpoint: Endpoint) => void callBack("onConnected", () => onConnected(this, endpoint), onWarning);
+      const call = (endpoint: Endpoint) =>
+        void callBack("onConnected", () => onConnected(this, endpoint), this.#settings.onWarning);
       if (this.endpoint !== undefined) {
         call(this.endpoint);
       }

@@ -10,15 +10,21 @@
  */
 
 import type { ClientConnection } from "../connection/connection.js";
-import type { ClientEvent, ConnectionEnded, GoAwayReceived } from "../connection/events.js";
-import { QUIET_MS, Silence } from "../connection/silence.js";
+import type {
+  CallReceived,
+  ClientEvent,
+  ConnectionEnded,
+  EventReceived,
+  GoAwayReceived,
+} from "../connection/events.js";
+import type { ItemStream } from "../connection/item_streams.js";
+import { PROBE_MS, QUIET_MS, Silence } from "../connection/silence.js";
 import type { Welcome } from "../connection/welcome.js";
 import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
 import type { Token } from "../wire/frame.js";
 import type { Credit, Meta, Params } from "../wire/message.js";
 import type { Endpoint } from "./address.js";
 import type { Clock, Timer } from "./clock.js";
-import { type ConnectionListener, PendingCall, PendingStream, type Transport } from "./pending.js";
 import { MAX_RETRY_AFTER_MS } from "./retry.js";
 import { escapeText } from "./text.js";
 import { WaitingQueue } from "./waiting_queue.js";
@@ -30,6 +36,109 @@ const FLUSH_BYTES = 65_536;
 const MIN_READING_PAUSE_MS = 50;
 
 const MAX_MESSAGE = 1_000;
+
+/** The transport of a connection. `close` and `abort` are followed by `connectionLost`. */
+export interface Transport {
+  /** SHA-256 of the server's certificate (DER). */
+  readonly leaf: Buffer;
+  /** Bytes that are written but not sent. `resumeWriting` follows once all are sent. */
+  readonly unsentBytes: number;
+  write(data: Buffer): void;
+  pauseReading(): void;
+  resumeReading(): void;
+  /** Send written data and close_notify, then end. */
+  close(): void;
+  /** Reset the connection. */
+  abort(): void;
+}
+
+/** Receives the events of a connection as a whole. */
+export interface ConnectionListener {
+  eventReceived(connection: ConnectionDriver, event: EventReceived): void;
+  callReceived(connection: ConnectionDriver, event: CallReceived): void;
+  callWithdrawn(connection: ConnectionDriver, number: number): void;
+  connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void;
+  connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void;
+  /** The server answers no requests in flight. Called again while that lasts; `connectionHeard` follows once a byte arrives. */
+  connectionSilent(connection: ConnectionDriver): void;
+  connectionHeard(connection: ConnectionDriver): void;
+  /** More requests can be sent, for which none of the connection's own callers waits. */
+  connectionFree(requests: number): void;
+}
+
+/** A request in flight. `response` settles once. */
+export class PendingCall {
+  readonly response: Promise<unknown>;
+  isDone = false;
+  timer: Timer | undefined;
+  #resolve!: (value: unknown) => void;
+  #reject!: (error: Error) => void;
+
+  constructor(
+    readonly connection: ConnectionDriver,
+    readonly stream: number,
+  ) {
+    this.response = new Promise((resolve, reject) => {
+      this.#resolve = resolve;
+      this.#reject = reject;
+    });
+  }
+
+  succeed(value: unknown): void {
+    this.isDone = true;
+    this.timer?.cancel();
+    this.#resolve(value);
+  }
+
+  fail(error: Error): void {
+    this.isDone = true;
+    this.timer?.cancel();
+    this.#reject(error);
+  }
+}
+
+/** A stream of items in flight. `response` settles at its end; items that have arrived can still be taken then. */
+export class PendingStream extends PendingCall {
+  /** Called after an ITEM or CREDIT, and when the connection can send again. */
+  onChange: () => void = () => undefined;
+
+  constructor(
+    connection: ConnectionDriver,
+    readonly items: ItemStream,
+  ) {
+    super(connection, items.number);
+  }
+
+  /** Whether the server may have begun the stream: it must not be opened again. */
+  get hasBegun(): boolean {
+    return this.items.hasBegun;
+  }
+
+  get hasItem(): boolean {
+    return this.items.items.held > 0;
+  }
+
+  /** Whether an item can be sent now. */
+  get maySend(): boolean {
+    return this.items.maySend && this.connection.canWrite;
+  }
+
+  /** Return an item, one of which waits. Throws InternalError for an invalid one: abandon the stream then. */
+  takeItem(): unknown {
+    return this.connection.withStreams((streams, wall) => streams.takeItem(this.items, wall));
+  }
+
+  /** Send an item if the stream is still in flight. Throws InvalidArgument for a value that cannot be sent. */
+  sendItem(item: unknown): void {
+    if (this.items.state === "open") {
+      this.connection.withStreams((streams, wall) => streams.sendItem(this.items, item, wall));
+    }
+  }
+
+  endItems(): void {
+    this.connection.withStreams((streams, wall) => streams.endItems(this.items, wall));
+  }
+}
 
 /** One connection to a server. */
 export class ConnectionDriver {
@@ -61,7 +170,7 @@ export class ConnectionDriver {
   #maxStreams = 0;
   #timer: Timer | undefined;
   #readingTimer: Timer | undefined;
-  #silence: Silence | undefined; // with `watchSilence`
+  protected silence: Silence | undefined; // with `watchSilence`
   #silenceTimer: Timer | undefined;
   #welcomeResolve!: (welcome: Welcome) => void;
   #welcomeReject!: (error: Error) => void;
@@ -117,7 +226,7 @@ export class ConnectionDriver {
 
   dataReceived(data: Buffer): void {
     const now = this.#clock.now();
-    if (this.#silence?.heard(now) === true) {
+    if (this.silence?.heard(now) === true) {
       this.#listener?.connectionHeard(this);
     }
     for (const event of this.#connection.receiveData(data, this.#wall(), now)) {
@@ -301,7 +410,7 @@ export class ConnectionDriver {
     if (deadline !== Number.POSITIVE_INFINITY) {
       call.timer = this.#clock.after(deadline - this.#clock.now(), () => {
         this.abandon(call, new DeadlineExceeded("no response within the call's timeout"));
-        if (this.#silence?.callTimedOut(this.#clock.now()) === true) {
+        if (this.silence?.callTimedOut(this.#clock.now()) === true) {
           this.probe();
         }
       });
@@ -431,7 +540,7 @@ export class ConnectionDriver {
   #flush(): void {
     const data = this.#connection.dataToSend();
     if (data !== undefined) {
-      this.#silence?.sent(data.length);
+      this.silence?.sent(data.length);
       this.#transport?.write(data);
     }
   }
@@ -465,17 +574,22 @@ export class ConnectionDriver {
 
   /** Report to the listener from now on when the server stops answering requests. */
   watchSilence(): void {
-    this.#silence ??= new Silence(this.#clock.now());
+    this.silence ??= new Silence(this.#clock.now());
     this.#checkSilenceLater();
   }
 
   /** Whether the server has stopped answering requests in flight. */
   get isSilent(): boolean {
-    return this.#silence?.isSilent === true;
+    return this.silence?.isSilent === true;
+  }
+
+  /** Whether a byte has arrived here since the PING to another server, which is silent. */
+  hasAnsweredSince({ silence }: ConnectionDriver): boolean {
+    return this.silence !== undefined && silence !== undefined && this.silence.heardAt > silence.probedAt;
   }
 
   #checkSilenceLater(): void {
-    const isChecked = this.#silence !== undefined && this.#silenceTimer === undefined && !this.#silence.isSilent;
+    const isChecked = this.silence !== undefined && this.#silenceTimer === undefined && !this.silence.isSilent;
     if (isChecked && this.#connection.inFlight > 0 && this.error === undefined) {
       this.#checkSilenceIn(QUIET_MS);
     }
@@ -485,7 +599,7 @@ export class ConnectionDriver {
     this.#silenceTimer?.cancel();
     this.#silenceTimer = this.#clock.after(ms, () => {
       this.#silenceTimer = undefined;
-      if (this.#connection.inFlight > 0 || this.#silence?.isProbed === true) {
+      if (this.#connection.inFlight > 0 || this.silence?.isProbed === true) {
         this.#checkSilence();
       }
     });
@@ -493,10 +607,11 @@ export class ConnectionDriver {
 
   #checkSilence(): void {
     const now = this.#clock.now();
-    const due = this.#silence?.check(now, this.#transport?.unsentBytes ?? 0);
+    const due = this.silence?.check(now, this.#transport?.unsentBytes ?? 0);
     if (due === "ping") {
       this.probe();
     } else if (due === "silent") {
+      this.#checkSilenceIn(PROBE_MS);
       this.#listener?.connectionSilent(this);
     } else if (due !== undefined) {
       this.#checkSilenceIn(due - now);
@@ -505,11 +620,11 @@ export class ConnectionDriver {
 
   /** Find out by a PING whether the server answers, if its silence is watched. */
   probe(): void {
-    if (this.#silence !== undefined && !this.#silence.isProbed && this.error === undefined) {
+    if (this.silence !== undefined && !this.silence.isProbed && this.error === undefined) {
       const unsentBytes = this.#transport?.unsentBytes ?? 0; // before the PING
       this.#connection.ping(this.#wall());
       this.#flush();
-      this.#silence.probe(this.#clock.now(), unsentBytes);
+      this.silence.probe(this.#clock.now(), unsentBytes);
       this.#checkSilence();
     }
   }

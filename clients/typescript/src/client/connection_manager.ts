@@ -19,10 +19,9 @@ import { NO_TOKEN } from "../wire/frame.js";
 import { type Address, type Endpoint, endpointText } from "./address.js";
 import { Backoff, type Random } from "./backoff.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
-import type { ConnectionDriver } from "./connection_driver.js";
+import type { ConnectionDriver, ConnectionListener } from "./connection_driver.js";
 import { Endpoints, GoingAway, type Round } from "./endpoints.js";
-import { FurtherConnections } from "./further_connections.js";
-import type { ConnectionListener } from "./pending.js";
+import { ExtraConnections } from "./extra_connections.js";
 
 /** Why a silent connection ends. */
 const SILENT = "the server does not respond, and another address does";
@@ -58,8 +57,8 @@ export interface ConnectionManagerOptions {
   readonly onConnection: (connection: ConnectionDriver) => void;
   /** Shows the sessions on a connection beside the current one. Resolves with whether that can be moved to. */
   readonly onBeside: (connection: ConnectionDriver) => Promise<boolean>;
-  /** Called with each connection beside the main one. */
-  readonly onFurther: (connection: ConnectionDriver) => void;
+  /** Shows the sessions on each extra connection. */
+  readonly onExtra: (connection: ConnectionDriver) => Promise<void>;
   readonly onCall: (connection: ConnectionDriver, event: CallReceived) => void;
   readonly onWithdraw: (connection: ConnectionDriver, number: number) => void;
   readonly onEnded: (connection: ConnectionDriver, error: ConnectionClosed) => void;
@@ -77,7 +76,7 @@ interface Beside {
 export class ConnectionManager implements ConnectionListener {
   /** The connection for new calls. */
   current: ConnectionDriver | undefined;
-  readonly further: FurtherConnections;
+  readonly extra: ExtraConnections;
   readonly #options: ConnectionManagerOptions;
   readonly #endpoints: Endpoints;
   readonly #draining = new Set<ConnectionDriver>();
@@ -89,17 +88,17 @@ export class ConnectionManager implements ConnectionListener {
   #besideEnded: Promise<void> | undefined;
 
   constructor(options: ConnectionManagerOptions) {
-    const { addresses, isRandom, random, clock, maxConnections, dial, onFurther } = options;
+    const { addresses, isRandom, random, clock, maxConnections, dial, onExtra } = options;
     this.#options = options;
     this.#endpoints = new Endpoints({ addresses, isRandom, random });
-    this.further = new FurtherConnections({
+    this.extra = new ExtraConnections({
       clock,
       backoff: new Backoff(random),
       max: maxConnections - 1,
       dial: (endpoint) => dial(this, endpoint, () => undefined, this.#closing.signal),
       onOpened: (connection) => {
         this.#watch(connection);
-        onFurther(connection);
+        return onExtra(connection);
       },
     });
   }
@@ -112,7 +111,7 @@ export class ConnectionManager implements ConnectionListener {
   /** All open connections, those that drain included. */
   get all(): ConnectionDriver[] {
     const { current } = this;
-    return [...this.#draining, ...this.further.all, ...(current === undefined ? [] : [current])];
+    return [...this.#draining, ...this.extra.all, ...(current === undefined ? [] : [current])];
   }
 
   /**
@@ -133,7 +132,7 @@ export class ConnectionManager implements ConnectionListener {
   async waitReady(signal?: AbortSignal): Promise<ConnectionDriver> {
     const connection = await this.get(signal);
     if (this.#options.maxConnections > 1) {
-      return await this.further.waitReady(connection, signal);
+      return await this.extra.waitReady(connection, signal);
     }
     await connection.waitReady(signal);
     return connection;
@@ -187,7 +186,11 @@ export class ConnectionManager implements ConnectionListener {
     this.current = connection;
     this.#endpoints.connected(connection.endpoint, this.#options.clock.now());
     this.#watch(connection);
-    this.#loseSilent();
+    for (const draining of this.#draining) {
+      if (draining.isSilent) {
+        this.connectionSilent(draining);
+      }
+    }
     this.#options.onConnection(connection);
   }
 
@@ -275,10 +278,13 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   connectionSilent(connection: ConnectionDriver): void {
-    if (this.further.has(connection)) {
-      this.current?.probe(); // it is to the same server
-    } else if (connection !== this.current) {
-      this.#loseSilent();
+    const { current } = this;
+    if (connection !== current) {
+      if (current !== undefined && answersInPlaceOf(current, connection)) {
+        connection.lose(SILENT);
+      } else {
+        current?.probe();
+      }
     } else if (this.#beside === undefined && this.#options.isWanted()) {
       const beside: Beside = { stop: new AbortController(), connection: undefined };
       this.#beside = beside;
@@ -293,16 +299,6 @@ export class ConnectionManager implements ConnectionListener {
   connectionHeard(connection: ConnectionDriver): void {
     if (connection === this.current) {
       this.#beside?.stop.abort(new ConnectionClosed("the server has responded", { clean: true }));
-    }
-  }
-
-  /** Give up the connections that drain and are silent, once there is one to another server. */
-  #loseSilent(): void {
-    const { current } = this;
-    for (const connection of this.#draining) {
-      if (current?.isSilent === false && connection.isSilent && !isSame(connection.endpoint, current.endpoint)) {
-        connection.lose(SILENT);
-      }
     }
   }
 
@@ -341,10 +337,10 @@ export class ConnectionManager implements ConnectionListener {
   /** Use another connection in place of a silent one, which counts as lost. */
   #move(silent: ConnectionDriver, connection: ConnectionDriver): void {
     this.#endpoints.lost(silent.endpoint, this.#options.clock.now(), 0);
-    const lost = [silent, ...this.further.all];
+    const lost = this.extra.all.filter((each) => !each.hasAnsweredSince(silent));
     this.#leave();
     this.#use(connection);
-    for (const each of lost) {
+    for (const each of [silent, ...lost]) {
       each.lose(SILENT);
     }
   }
@@ -352,7 +348,7 @@ export class ConnectionManager implements ConnectionListener {
   // --- notifications of connections --------------------------------------------------------------
 
   eventReceived(connection: ConnectionDriver, event: EventReceived): void {
-    const isOther = this.further.has(connection) || connection === this.#beside?.connection;
+    const isOther = this.extra.has(connection) || connection === this.#beside?.connection;
     if (isOther && (event.token === NO_TOKEN || event.name.startsWith("session."))) {
       return; // it arrives on the main connection, too
     }
@@ -373,12 +369,12 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   connectionFree(requests: number): void {
-    this.further.wake(requests);
+    this.extra.wake(requests);
   }
 
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void {
     this.#draining.add(connection);
-    this.further.discard(connection);
+    this.extra.discard(connection);
     if (connection !== this.current) {
       return;
     }
@@ -392,7 +388,7 @@ export class ConnectionManager implements ConnectionListener {
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void {
     this.#options.onEnded(connection, error);
     this.#draining.delete(connection);
-    this.further.discard(connection);
+    this.extra.discard(connection);
     this.#ending.add(connection);
     void connection.closed.then(() => this.#ending.delete(connection));
     if (connection !== this.current) {
@@ -407,7 +403,7 @@ export class ConnectionManager implements ConnectionListener {
   /** Stop using the current connection. */
   #leave(): void {
     this.current = undefined;
-    this.further.wake(Number.POSITIVE_INFINITY);
+    this.extra.wake(Number.POSITIVE_INFINITY);
   }
 
   /** Let the endpoint of a connection rest, and connect again now if that is wanted. */
@@ -426,10 +422,10 @@ export class ConnectionManager implements ConnectionListener {
    */
   async close(): Promise<void> {
     this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
-    this.further.close();
+    this.extra.close();
     await this.#connecting?.catch(() => undefined); // reported to its waiters
     await this.#besideEnded;
-    await this.further.connecting;
+    await this.extra.connecting;
     const connections = this.all;
     this.#leave();
     for (const connection of connections) {
@@ -446,8 +442,10 @@ export class ConnectionManager implements ConnectionListener {
   }
 }
 
-function isSame(one: Endpoint, other: Endpoint): boolean {
-  return endpointText(one) === endpointText(other);
+/** Return whether a silent connection counts as lost, because the main one answers or leads to another server. */
+function answersInPlaceOf(main: ConnectionDriver, silent: ConnectionDriver): boolean {
+  const isElsewhere = endpointText(main.endpoint) !== endpointText(silent.endpoint);
+  return (isElsewhere && !main.isSilent) || main.hasAnsweredSince(silent);
 }
 
 /** An attempt that was stopped, or that no retry helps: the silent connection stays. */

@@ -9,26 +9,10 @@
 import type { CallReceived } from "../connection/events.js";
 import { CallError, Cancelled, InternalError, ResourceExhausted, Unimplemented } from "../errors.js";
 import type { ConnectionDriver } from "./connection_driver.js";
-import type { Tracing } from "./tracing.js";
+import type { Handler, Tracing } from "./types.js";
 
 /** Calls of the server that run at once, unless `maxCalls` is given. */
 export const DEFAULT_MAX_CALLS = 16;
-
-/** A call of the server. */
-export interface ServerCall {
-  readonly method: string;
-  /** The user of the called session. */
-  readonly user: string;
-  /** How long the server waits for the answer, in milliseconds from its arrival. */
-  readonly deadlineMs: number;
-  /** The `traceparent` of W3C Trace Context. */
-  readonly traceparent: string | undefined;
-  /** Aborted when the server withdraws the call, and when the session or the connection ends. */
-  readonly signal: AbortSignal;
-}
-
-/** Handles calls of one method. Its result is the answer; a CallError is answered with its code, other errors with INTERNAL. */
-export type Handler = (params: Record<string, unknown>, call: ServerCall) => unknown;
 
 interface Running {
   readonly connection: ConnectionDriver;

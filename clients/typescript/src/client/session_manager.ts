@@ -14,10 +14,10 @@ import type { EventReceived } from "../connection/events.js";
 import { CallError, Cancelled, Code, ConnectionClosed, Unauthenticated, ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Params } from "../wire/message.js";
-import { Backoff } from "./backoff.js";
-import { sleep, type Timer, unlessAborted } from "./clock.js";
-import type { ConnectionDriver } from "./connection_driver.js";
-import type { PendingCall } from "./pending.js";
+import { Backoff, type Random } from "./backoff.js";
+import { type Clock, sleep, type Timer, unlessAborted } from "./clock.js";
+import type { ConnectionDriver, PendingCall } from "./connection_driver.js";
+import type { Handlers } from "./handlers.js";
 import {
   MAY_HAVE_RUN_CODES,
   REFUSING_CODES,
@@ -26,9 +26,8 @@ import {
   SESSION_ENDED_CODES,
   type Shown,
 } from "./retry.js";
-import { ClientSession, DeviceKey, SchemeLogin } from "./session.js";
+import { ClientSession, type Credentials, DeviceKey, SchemeLogin } from "./session.js";
 import { SessionKeeper } from "./session_keeper.js";
-import type { SessionManagerOptions } from "./settings.js";
 
 /** Timeout of requests of `session.*`. */
 const REQUEST_TIMEOUT_MS = 10_000;
@@ -43,6 +42,20 @@ const MIN_REFRESH_INTERVAL_MS = 1_000;
 const STABLE_AFTER_MS = 5_000;
 
 const FOREVER = Number.POSITIVE_INFINITY;
+
+export interface SessionManagerOptions {
+  readonly clock: Clock;
+  readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
+  /** Return a connection that has room for a request, or takes no more. */
+  readonly waitReady: (signal: AbortSignal) => Promise<ConnectionDriver>;
+  /** All open connections, those that drain included. */
+  readonly connections: () => readonly ConnectionDriver[];
+  readonly credentials: Credentials | undefined;
+  /** The client as `product/version`, listed by the server. */
+  readonly client: string;
+  readonly handlers: Handlers;
+  readonly random: Random;
+}
 
 /**
  * Manages the session of one client. Calls carry `token` and can be sent until `usableUntil`; after that, await

@@ -11,7 +11,7 @@ import type { Token } from "../wire/frame.js";
 import { addressText, type Endpoint } from "./address.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { ConnectionManager } from "./connection_manager.js";
-import type { ClientSettings } from "./settings.js";
+import type { ClientSettings } from "./types.js";
 
 /** A session, as seen by its connection. */
 export interface ConnectedSession {
@@ -48,7 +48,7 @@ export class SharedConnection {
       isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
       onConnection: (connection) => void this.#present(connection),
       onBeside: (connection) => this.#canMoveTo(connection),
-      onFurther: (connection) => this.#forAll((session) => void session.present(connection)),
+      onExtra: (connection) => this.#showOn(connection),
       onEvent: (event) => this.#sessionOf(event.token)?.eventReceived(event),
       onCall: (connection, event) => this.#callReceived(connection, event),
       onWithdraw: (connection, number) => this.#forAll((session) => session.callWithdrawn(connection, number)),
@@ -97,8 +97,12 @@ export class SharedConnection {
     return known.includes(true) || !known.includes(false);
   }
 
-  async #present(connection: ConnectionDriver): Promise<void> {
+  async #showOn(connection: ConnectionDriver): Promise<void> {
     await Promise.all([...this.#sessions].map((session) => session.present(connection)));
+  }
+
+  async #present(connection: ConnectionDriver): Promise<void> {
+    await this.#showOn(connection);
     if (this.manager.current === connection) {
       this.onConnected(connection.endpoint);
     }

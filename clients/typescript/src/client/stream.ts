@@ -9,8 +9,8 @@
 import { Cancelled, ConfigError, DeadlineExceeded } from "../errors.js";
 import type { Credit, Params } from "../wire/message.js";
 import type { Clock } from "./clock.js";
+import type { PendingStream } from "./connection_driver.js";
 import { Deadline } from "./deadline.js";
-import type { PendingStream } from "./pending.js";
 
 /** Items and bytes that the server may send ahead. */
 export const DEFAULT_WINDOW: Credit = [64, 262_144];

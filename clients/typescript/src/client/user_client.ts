@@ -10,18 +10,16 @@ import { CallError, Code, ConnectionClosed, InvalidArgument, type ZcprotoError }
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Meta, Params } from "../wire/message.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
-import type { ConnectionDriver } from "./connection_driver.js";
+import type { ConnectionDriver, PendingCall, PendingStream } from "./connection_driver.js";
 import { Deadline } from "./deadline.js";
 import { EventStream } from "./event_stream.js";
-import { callBack, type Handler, Handlers } from "./handlers.js";
-import type { PendingCall, PendingStream } from "./pending.js";
+import { callBack, Handlers } from "./handlers.js";
 import { Attempt, isInterruption, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import type { ClientSession, Credentials } from "./session.js";
 import { SessionManager } from "./session_manager.js";
-import type { ClientSettings } from "./settings.js";
 import type { ConnectedSession, SharedConnection } from "./shared_connection.js";
 import { type Resume, Stream, type StreamOptions, type StreamRequest, type StreamRunner } from "./stream.js";
-import type { OutgoingCall } from "./tracing.js";
+import type { ClientSettings, Handler, OutgoingCall } from "./types.js";
 
 /** Timeout of a call, including all retries. */
 export const DEFAULT_TIMEOUT_MS = 30_000;

@@ -19,13 +19,16 @@ export const BYTES_PER_SECOND = 65_536;
 export class Silence {
   /** Whether the server counts as silent now. */
   isSilent = false;
-  #heardAt: number;
+  /** When the last byte arrived. */
+  heardAt: number;
+  /** When the last PING was sent that asks for a byte. */
+  probedAt = Number.NEGATIVE_INFINITY;
   #silentAt: number | undefined; // after a PING
   #sentBytes = 0; // since a byte arrived
   #unsentBytes = 0;
 
   constructor(now: number) {
-    this.#heardAt = now;
+    this.heardAt = now;
   }
 
   /** Count bytes that are written. */
@@ -41,7 +44,7 @@ export class Silence {
   /** Record that a byte arrived. Return whether the connection was silent. */
   heard(now: number): boolean {
     const wasSilent = this.isSilent;
-    this.#heardAt = now;
+    this.heardAt = now;
     this.#silentAt = undefined;
     this.#sentBytes = 0;
     this.isSilent = false;
@@ -50,11 +53,12 @@ export class Silence {
 
   /** Return whether a PING is due because a call has timed out. */
   callTimedOut(now: number): boolean {
-    return !this.isProbed && now - this.#heardAt >= RECENT_MS;
+    return !this.isProbed && now - this.heardAt >= RECENT_MS;
   }
 
   /** Record that a PING is sent, behind bytes that the transport has not sent yet. */
   probe(now: number, unsentBytes: number): void {
+    this.probedAt = now;
     this.#unsentBytes = unsentBytes;
     this.#silentAt = now + this.#patience;
   }
@@ -65,8 +69,11 @@ export class Silence {
 
   /** Return what is due: a PING, or the silence of the connection; otherwise when to ask again. */
   check(now: number, unsentBytes: number): "ping" | "silent" | number {
+    if (this.isSilent) {
+      return "silent";
+    }
     if (this.#silentAt === undefined) {
-      const pingAt = this.#heardAt + QUIET_MS;
+      const pingAt = this.heardAt + QUIET_MS;
       return pingAt <= now ? "ping" : pingAt;
     }
     if (this.#silentAt > now) {

@@ -2,18 +2,20 @@
 
 import assert from "node:assert/strict";
 import type { Endpoint } from "../../src/client/address.js";
-import { Client } from "../../src/client/client.js";
+import { Client, type OnConnected } from "../../src/client/client.js";
 import type { Clock, Timer } from "../../src/client/clock.js";
-import { ConnectionDriver } from "../../src/client/connection_driver.js";
-import type { ConnectionListener, Transport } from "../../src/client/pending.js";
+import { ConnectionDriver, type ConnectionListener, type Transport } from "../../src/client/connection_driver.js";
 import { ApiKey } from "../../src/client/session.js";
-import type { ClientSettings } from "../../src/client/settings.js";
+import type { ClientSettings } from "../../src/client/types.js";
 import { ClientConnection } from "../../src/connection/connection.js";
 import { Code, type TlsError } from "../../src/errors.js";
 import { decodeBody, encodeBody } from "../../src/wire/body.js";
 import { FrameDecoder } from "../../src/wire/decoder.js";
 import { acceptedBy, encodeFrame, type Frame, Kind, NO_TOKEN, type Token } from "../../src/wire/frame.js";
 import type { Meta } from "../../src/wire/message.js";
+
+/** Settings of a client of a FakeServer that differ from the usual ones. */
+export type FakeSettings = Partial<ClientSettings> & { readonly onConnected?: OnConnected };
 
 /** 2026-01-01T00:00:00Z. */
 export const WALL = 1_767_225_600_000;
@@ -341,8 +343,8 @@ export class FakeServer {
     return connection.driver;
   };
 
-  client(more: Partial<ClientSettings> = {}): Client {
-    return new Client({
+  client({ onConnected, ...more }: FakeSettings = {}): Client {
+    const settings: ClientSettings = {
       addresses: [{ host: "fake", port: 7443 }],
       resolve: () => Promise.resolve(["192.0.2.1"]),
       dial: this.dial,
@@ -357,16 +359,16 @@ export class FakeServer {
       tracing: undefined,
       credentialsOf: ({ user = "", key = "" }) => Promise.resolve(new ApiKey(user, key)),
       onEvent: undefined,
-      onConnected: undefined,
       onWarning: (message) => this.warnings.push(message),
       clock: this.clock,
       random: () => 0.5,
       ...more,
-    });
+    };
+    return new Client(settings, onConnected);
   }
 
   /** Return a connected client. */
-  async connect(more: Partial<ClientSettings> = {}): Promise<Client> {
+  async connect(more: FakeSettings = {}): Promise<Client> {
     const client = this.client(more);
     await client.open();
     await settled();

@@ -1,8 +1,7 @@
 //! The task of a connection: it reads, decrypts, hands out what has happened, encrypts and writes, until the end.
 
-use super::super::stream::Items;
 use super::super::transport::{End, Transport, reset};
-use super::{Closing, Connection, Listener, State, Waiter, wall};
+use super::{Closing, Connection, ItemQueue, Listener, State, Waiter, wall};
 use crate::core::Event;
 use crate::error::{Closed, Result};
 use crate::text;
@@ -202,7 +201,7 @@ impl Connection {
                         state.answered(stream, Err(error.into()), lost);
                     }
                     Event::Item { stream, body } => state.with_items(stream, |items| items.received(body)),
-                    Event::Credit { stream } => state.with_items(stream, Items::credited),
+                    Event::Credit { stream } => state.with_items(stream, ItemQueue::credited),
                     Event::Welcomed => {
                         let max = state.conversation.welcome().map_or(0, |welcome| welcome.max_streams);
                         self.slots.add_permits((max as usize).min(Semaphore::MAX_PERMITS));
@@ -261,7 +260,7 @@ impl State {
         let _ = waiter.sender.send(outcome);
     }
 
-    fn with_items(&mut self, number: u32, step: impl FnOnce(&Items)) {
+    fn with_items(&mut self, number: u32, step: impl FnOnce(&ItemQueue)) {
         if let Some(Waiter { items: Some(items), .. }) =
             self.pending.get(&number).and_then(|entry| entry.waiter.as_ref())
         {

@@ -1,10 +1,10 @@
 //! How a client gets a connection: rounds of attempts at its servers, until one of them sends WELCOME.
 
 use super::super::address::{Address, Endpoint};
+use super::super::attempt::Attempt;
 use super::super::connection::Connection;
 use super::super::dial::Attempted;
 use super::super::endpoints::{Place, Step};
-use super::super::shared::Attempt;
 use super::{Hub, STABLE_AFTER, State};
 use crate::error::{Closed, Error, Result};
 use std::net::IpAddr;

@@ -1,12 +1,11 @@
 //! A session on connections: it is shown on each new one, with the application's handlers, and kept in use while only the server
 //! calls.
 
-use super::super::backoff::Backoff;
-use super::super::connection::{Connection, PendingCall, Slot};
-use super::super::options::Credentials;
-use super::super::retry::{self, Action};
-use super::super::user::User;
-use super::{MIN_REFRESH_INTERVAL, REQUEST_TIMEOUT, in_time};
+use super::super::super::backoff::Backoff;
+use super::super::super::connection::{Connection, PendingCall, Slot};
+use super::super::super::options::Credentials;
+use super::super::super::retry::{self, Action};
+use super::{MIN_REFRESH_INTERVAL, REQUEST_TIMEOUT, User, in_time};
 use crate::codec;
 use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::message::Meta;

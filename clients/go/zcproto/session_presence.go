@@ -3,6 +3,7 @@ package zcproto
 import (
 	"context"
 	"errors"
+	"maps"
 	"time"
 
 	"github.com/zcproto/zcproto/clients/go/internal/wire"
@@ -10,13 +11,67 @@ import (
 
 // How a session is shown on connections, so that the server sends its events and calls there.
 
-// present shows the token on a new connection that is ready, so that events and calls of the session arrive there, and attaches a
-// session that is bound to a device. The request is small: a large one is refused on a connection without a session. It does not
-// release the mutex; the function that it returns waits for the answer and does; then flush.
+// on returns what a connection has of the session.
+func (s *sessions) on(c *connection) *presence {
+	found := s.presences[c]
+	if found == nil {
+		maps.DeleteFunc(s.presences, func(c *connection, _ *presence) bool { return c.failure != nil })
+		found = &presence{}
+		s.presences[c] = found
+	}
+	return found
+}
+
+// preparing returns what other requests of the session wait for on a connection; nil if they need not.
+func (s *sessions) preparing(c *connection) *task {
+	if found := s.presences[c]; found != nil {
+		return found.preparing
+	}
+	return nil
+}
+
+// present shows the token on a connection, so that events and calls of the session arrive there: at once if it is ready, otherwise
+// when it is. A session that is bound to a device is attached. Handlers are registered before other requests of the session are
+// sent there: methods call back where they were called. The request is small: a large one is refused on a connection without a
+// session. It does not release the mutex; the function that it returns waits for the answers and does.
 func (s *sessions) present(c *connection) (await func()) {
-	if s.session == nil || !c.ready() {
+	if s.session == nil || !c.isOpen() {
 		return func() {}
 	}
+	prepared := func() {}
+	if !c.ready() || s.needsAttach(c) {
+		prepared = s.prepare(c)
+	}
+	var answered func()
+	if c.ready() {
+		answered = s.show(c)
+	}
+	return func() {
+		if answered == nil && s.connections.waitReady(s.closing, c) == nil && s.session != nil && s.renewing == nil && c.ready() {
+			answered = s.show(c)
+		}
+		if answered != nil {
+			answered()
+		}
+		prepared()
+	}
+}
+
+// prepare holds other requests of the session back on a connection that lacks the handlers, until the function that it returns.
+func (s *sessions) prepare(c *connection) (prepared func()) {
+	on := s.on(c)
+	if !s.lacksHandlers(c) || on.preparing != nil {
+		return func() {}
+	}
+	preparing := &task{done: make(chan struct{})}
+	on.preparing = preparing
+	return func() {
+		on.preparing = nil
+		close(preparing.done)
+	}
+}
+
+func (s *sessions) show(c *connection) (answered func()) {
 	token := s.token
 	refused := func(err error) {
 		var refused *Error
@@ -51,17 +106,20 @@ func (s *sessions) present(c *connection) (await func()) {
 	}
 }
 
-// presentWhenReady waits for a free request, and for the answer. It releases the mutex meanwhile.
-func (s *sessions) presentWhenReady(c *connection) {
-	if s.renewing == nil && c.waitReady(s.closing) == nil {
-		await := s.present(c)
-		c.flush()
-		await()
-	}
+// presentAfterRenewal shows the token in the background, once no renewal runs.
+func (s *sessions) presentAfterRenewal(c *connection) {
+	prepared := s.prepare(c)
+	inBackground(s.mu, func() {
+		if s.renewing != nil {
+			_ = s.renewing.await(s.closing, s.mu)
+		}
+		s.present(c)()
+		prepared()
+	})
 }
 
 func (s *sessions) needsAttach(c *connection) bool {
-	return s.session != nil && s.session.info.Bound && s.device() != nil && s.attachedTo != c
+	return s.session != nil && s.session.info.Bound && s.device() != nil && !s.on(c).isAttached
 }
 
 func (s *sessions) device() *deviceKey {
@@ -80,9 +138,9 @@ func (s *sessions) sendRegistration(c *connection, token wire.Token, deadline ti
 	s.keep()
 	call, err := c.register(token, s.handlers.methods(), s.handlers.most, deadline)
 	if err == nil {
-		opened := s.opened
+		on := s.on(c)
 		call.onResponse = func([]byte) error {
-			c.registered[s] = opened
+			on.isRegistered = true
 			return nil
 		}
 	}
@@ -91,9 +149,9 @@ func (s *sessions) sendRegistration(c *connection, token wire.Token, deadline ti
 
 // registerBeside registers the handlers on all connections but one.
 func (s *sessions) registerBeside(c *connection) {
-	for _, other := range c.owner.all {
+	for _, other := range s.connections.all {
 		if other != c && other.isOpen() {
-			s.inBackground(func() { _ = s.registerIfAny(other) })
+			inBackground(s.mu, func() { _ = s.registerIfAny(other) })
 		}
 	}
 }
@@ -101,19 +159,19 @@ func (s *sessions) registerBeside(c *connection) {
 // refreshedBeside shows the token that was refreshed on one connection on all others, too, also on those that drain: streams of the
 // session may go on there. It does not release the mutex.
 func (s *sessions) refreshedBeside(c *connection, old wire.Token) {
-	for _, other := range c.owner.all {
+	for _, other := range s.connections.all {
 		if other != c && other.failure == nil {
 			other.showRenewed(old, s.token, s.clock.now()+requestTimeout)
-			s.inBackground(other.flush)
+			inBackground(s.mu, other.flush)
 		}
 	}
 }
 
 // openedBeside shows a session that was opened on one connection on all others, too.
 func (s *sessions) openedBeside(c *connection) {
-	for _, other := range c.owner.all {
+	for _, other := range s.connections.all {
 		if other != c && other.isOpen() {
-			s.inBackground(func() { s.presentWhenReady(other) })
+			s.presentAfterRenewal(other)
 		}
 	}
 }
@@ -122,7 +180,7 @@ func (s *sessions) registerIfAny(c *connection) error {
 	if !s.canRegister(c) {
 		return nil
 	}
-	if err := c.waitReady(s.closing); err != nil || !c.ready() || !s.canRegister(c) {
+	if err := s.connections.waitReady(s.closing, c); err != nil || !c.ready() || !s.canRegister(c) {
 		return err
 	}
 	call, err := s.beginRegister(c)
@@ -134,6 +192,10 @@ func (s *sessions) registerIfAny(c *connection) error {
 
 func (s *sessions) canRegister(c *connection) bool {
 	return s.session != nil && s.handlers.any() && c.conv.Welcome().Calls != nil
+}
+
+func (s *sessions) lacksHandlers(c *connection) bool {
+	return s.canRegister(c) && !s.on(c).isRegistered
 }
 
 // beginAttach proves the key of a session on a connection that is ready. Concurrent callers share one request. It does not
@@ -151,11 +213,11 @@ func (s *sessions) beginAttach(c *connection, token wire.Token) (*attachment, er
 		return nil, err
 	}
 	attaching := &attachment{task: task{done: make(chan struct{})}, token: token, to: c}
-	s.attaching, s.attachedTo = attaching, nil
-	s.inBackground(func() {
-		if attaching.err = c.await(s.closing, call, nil); attaching.err == nil {
-			s.attachedTo = c
-		}
+	on := s.on(c)
+	s.attaching, on.isAttached = attaching, false
+	inBackground(s.mu, func() {
+		attaching.err = c.await(s.closing, call, nil)
+		on.isAttached = attaching.err == nil
 		if s.attaching == attaching {
 			s.attaching = nil
 		}
@@ -227,27 +289,11 @@ func (s *sessions) eventReceived(name string, token wire.Token, c *connection) {
 		s.handlers.cancelAll(&Error{Code: Cancelled, Message: "the session has ended"})
 		if c != nil && s.checkedRevocation != (revocation{c.conv.Salt(), token}) {
 			s.checkedRevocation = revocation{c.conv.Salt(), token}
-			s.inBackground(func() {
-				if s.renewing != nil {
-					_ = s.renewing.await(s.closing, s.mu)
-				}
-				if s.token == token {
-					s.presentWhenReady(c) // the answer has the code: revoked or replaced
-				}
-			})
+			s.presentAfterRenewal(c) // the answer has the code: revoked or replaced
 		}
 	case "session.expiring":
 		s.refreshEarly()
 	}
-}
-
-// inBackground runs a step in a goroutine, with the mutex.
-func (s *sessions) inBackground(step func()) {
-	go func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		step()
-	}()
 }
 
 // --- keeping a session that only waits for calls of the server ------------------------------------------------------------
@@ -266,7 +312,7 @@ func (s *sessions) keep() {
 		s.keepInterval = minRefreshInterval
 	}
 	s.keepTimer = s.clock.afterFunc(max(left/2, s.keepInterval), func() {
-		s.inBackground(func() {
+		inBackground(s.mu, func() {
 			if s.session == kept && s.closing.Err() == nil {
 				s.keepNow(kept)
 			}
@@ -283,9 +329,9 @@ func (s *sessions) keepNow(kept *openSession) {
 			s.start(true)
 		}
 	case kept.idle != forever && left < kept.idle/2:
-		if c, err := s.getConnection(s.closing); err == nil {
+		if c, err := s.connections.get(s.closing); err == nil {
 			s.touch(s.clock.now())
-			s.presentWhenReady(c)
+			s.present(c)()
 		}
 		s.keep()
 	default:

@@ -18,12 +18,12 @@ func crowded(t *testing.T, most int) (*fakeServer, *Client, *fakeConnection) {
 	return server, client, peer
 }
 
-func TestFurtherConnectionTakesTheCallsThatTheServerAllowsNoMoreOf(t *testing.T) {
+func TestExtraConnectionTakesTheCallsThatTheServerAllowsNoMoreOf(t *testing.T) {
 	server, client, peer := crowded(t, 2)
 	first := begin(t, client.Session, "first", nil)
 	one := peer.request("first")
 	second := begin(t, client.Session, "second", nil)
-	other := <-server.further
+	other := <-server.extra
 	shown := other.request("session.info")
 	if shown.token != tokenOf(1) {
 		t.Error("the session was not shown")
@@ -41,12 +41,12 @@ func TestFurtherConnectionTakesTheCallsThatTheServerAllowsNoMoreOf(t *testing.T)
 	fourth := begin(t, client.Session, "fourth", nil)
 	peer.respond(peer.request("fourth"), 4)
 	fourth.succeeds(int64(4))
-	if len(server.further) > 0 {
+	if len(server.extra) > 0 {
 		t.Error("there are more connections than allowed")
 	}
 }
 
-func TestFurtherConnectionIsOffByDefault(t *testing.T) {
+func TestExtraConnectionIsOffByDefault(t *testing.T) {
 	server, client, peer := crowded(t, 0)
 	first := begin(t, client.Session, "first", nil)
 	one := peer.request("first")
@@ -60,7 +60,7 @@ func TestFurtherConnectionIsOffByDefault(t *testing.T) {
 	}
 }
 
-func TestFailureOfAFurtherConnectionFailsNoCall(t *testing.T) {
+func TestFailureOfAnExtraConnectionFailsNoCall(t *testing.T) {
 	server, client, peer := crowded(t, 2)
 	first := begin(t, client.Session, "first", nil)
 	one := peer.request("first")
@@ -69,7 +69,7 @@ func TestFailureOfAFurtherConnectionFailsNoCall(t *testing.T) {
 	eventually(t, func() bool {
 		client.shared.mu.Lock()
 		defer client.shared.mu.Unlock()
-		return client.shared.connections.further.notBefore == server.clock.now()+50*time.Millisecond
+		return client.shared.connections.extra.notBefore == server.clock.now()+50*time.Millisecond
 	})
 	peer.respond(one, 1)
 	first.succeeds(int64(1))
@@ -77,13 +77,13 @@ func TestFailureOfAFurtherConnectionFailsNoCall(t *testing.T) {
 	second.succeeds(int64(2))
 }
 
-// withFurther returns a client with a further connection, on which a call is in flight.
-func withFurther(t *testing.T) (server *fakeServer, client *Client, peer, other *fakeConnection, call *call) {
+// withExtra returns a client with a extra connection, on which a call is in flight.
+func withExtra(t *testing.T) (server *fakeServer, client *Client, peer, other *fakeConnection, call *call) {
 	server, client, peer = crowded(t, 2)
 	first := begin(t, client.Session, "first", nil)
 	one := peer.request("first")
 	call = begin(t, client.Session, "second", nil)
-	other = <-server.further
+	other = <-server.extra
 	other.respond(other.request("session.info"), map[string]any{})
 	other.next(wire.Request)
 	peer.respond(one, 1)
@@ -91,12 +91,12 @@ func withFurther(t *testing.T) (server *fakeServer, client *Client, peer, other 
 	return server, client, peer, other, call
 }
 
-func TestFurtherConnectionIsClosedWhenItIsIdle(t *testing.T) {
-	server, client, _, other, call := withFurther(t)
-	server.clock.awaitTimer(t, furtherIdle)
+func TestExtraConnectionIsClosedWhenItIsIdle(t *testing.T) {
+	server, client, _, other, call := withExtra(t)
+	server.clock.awaitTimer(t, extraIdle)
 	call.cancel()
 	call.fails(Cancelled)
-	server.clock.advance(furtherIdle)
+	server.clock.advance(extraIdle)
 	<-other.connection.ended
 	if !other.isShut {
 		t.Error("no close_notify was sent")
@@ -106,8 +106,8 @@ func TestFurtherConnectionIsClosedWhenItIsIdle(t *testing.T) {
 	}
 }
 
-func TestLossOfAFurtherConnectionLosesItsCallsAlone(t *testing.T) {
-	server, client, peer, other, call := withFurther(t)
+func TestLossOfAnExtraConnectionLosesItsCallsAlone(t *testing.T) {
+	server, client, peer, other, call := withExtra(t)
 	other.finish(newTLSError(TLSTruncated, nil))
 	call.isClosed(false)
 	third := begin(t, client.Session, "third", nil)
@@ -118,8 +118,8 @@ func TestLossOfAFurtherConnectionLosesItsCallsAlone(t *testing.T) {
 	}
 }
 
-func TestGoAwayOnAFurtherConnectionLetsItsCallsFinish(t *testing.T) {
-	server, client, _, other, call := withFurther(t)
+func TestGoAwayOnAnExtraConnectionLetsItsCallsFinish(t *testing.T) {
+	server, client, _, other, call := withExtra(t)
 	other.goAway("draining", time.Second)
 	other.finish(io.EOF)
 	server.clock.awaitTimer(t, 50*time.Millisecond) // the call was certainly not run
@@ -130,7 +130,7 @@ func TestGoAwayOnAFurtherConnectionLetsItsCallsFinish(t *testing.T) {
 	}
 }
 
-// beside returns a client with a session that can be refreshed, and its further connection, where a call waits for room.
+// beside returns a client with a session that can be refreshed, and its extra connection, where a call waits for room.
 func beside(t *testing.T, prepare func(*Client, *fakeConnection)) (client *Client, peer, other *fakeConnection) {
 	server := newFakeServer(t)
 	server.welcome["max_streams"] = 1
@@ -139,7 +139,7 @@ func beside(t *testing.T, prepare func(*Client, *fakeConnection)) (client *Clien
 	begin(t, client.Session, "first", nil)
 	one := peer.request("first")
 	begin(t, client.Session, "second", nil)
-	other = <-server.further
+	other = <-server.extra
 	peer.respond(one, 1)
 	return client, peer, other
 }
@@ -165,7 +165,22 @@ func TestRefreshedTokenIsShownOnEachConnectionAlsoOneThatDrainsOrIsFull(t *testi
 	}
 }
 
-func TestHandlersAreRegisteredOnAFurtherConnectionBeforeItIsUsed(t *testing.T) {
+func TestSessionIsRefreshedWhereThereIsRoom(t *testing.T) {
+	client, peer, other := beside(t, func(*Client, *fakeConnection) {})
+	second := peer.request("second")
+	other.respond(other.request("session.info"), map[string]any{})
+	peer.sendWith(wire.Event, 0, []any{"session.expiring", nil}, tokenOf(1), 0)
+	other.respond(other.request("session.refresh"), refreshable(2))
+	if shown := peer.request("session.info"); shown.token != tokenOf(2) {
+		t.Errorf("the token %v was shown", shown.token)
+	}
+	peer.respond(second, 2)
+	if info, _ := client.Info(); info.ID == "" {
+		t.Error("there is no session")
+	}
+}
+
+func TestHandlersAreRegisteredOnAnExtraConnectionBeforeItIsUsed(t *testing.T) {
 	client, peer, other := beside(t, func(client *Client, peer *fakeConnection) {
 		handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return true, nil })
 	})
@@ -189,8 +204,37 @@ func TestHandlerAddedLaterIsRegisteredOnEachConnection(t *testing.T) {
 	}
 }
 
+func TestExtraConnectionThatHangsIsLostOnceTheMainOneAnswers(t *testing.T) {
+	server := newFakeServer(t)
+	server.welcome["max_streams"] = 1
+	client, peer := server.openedAt(both, Options{MaxConnections: 2, AddressOrder: ListedOrder}, sessionResult(1, nil))
+	first := begin(t, client.Session, "first", nil)
+	one := peer.request("first")
+	second := begin(t, client.Session, "second", nil)
+	other := <-server.extra
+	other.respond(other.request("session.info"), map[string]any{})
+	other.request("second")
+	peer.respond(one, 1)
+	first.succeeds(int64(1))
+	server.clock.advance(silenceOfTests)
+	other.next(wire.Ping)
+	server.clock.advance(2 * time.Second)
+	peer.next(wire.Ping) // the server may hang
+	peer.send(wire.Pong, 0, nil)
+	eventually(t, func() bool {
+		client.shared.mu.Lock()
+		defer client.shared.mu.Unlock()
+		return peer.connection.conv.HasAnsweredSince(other.connection.conv)
+	})
+	server.clock.advance(2 * time.Second)
+	second.isClosed(false)
+	if endpoint, _ := client.Endpoint(); endpoint.IP.String() != serverA || server.dialed() != 2 {
+		t.Error("it has left a server that answers")
+	}
+}
+
 func TestEventsOfTheSessionComeFromOneConnection(t *testing.T) {
-	_, client, peer, other, _ := withFurther(t)
+	_, client, peer, other, _ := withExtra(t)
 	for _, connection := range []*fakeConnection{other, peer} {
 		connection.sendWith(wire.Event, 0, []any{"session.expiring", map[string]any{"expires_at": 1}}, tokenOf(1), 0)
 		connection.send(wire.Event, 0, []any{"pins.next", nil})

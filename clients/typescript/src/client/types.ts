@@ -1,15 +1,45 @@
-/** Settings that `connect` derives from its options. */
+/** Types that several modules of the client share. */
 
 import type { Address, Endpoint } from "./address.js";
 import type { Random } from "./backoff.js";
-import type { Client } from "./client.js";
 import type { Clock } from "./clock.js";
-import type { ConnectionDriver } from "./connection_driver.js";
 import type { Dial, Resolve } from "./connection_manager.js";
 import type { ServerEvent } from "./event_stream.js";
-import type { Handlers } from "./handlers.js";
 import type { Credentials, LoginSource, Signer } from "./session.js";
-import type { Tracing } from "./tracing.js";
+
+/** A call of the server. */
+export interface ServerCall {
+  readonly method: string;
+  /** The user of the called session. */
+  readonly user: string;
+  /** How long the server waits for the answer, in milliseconds from its arrival. */
+  readonly deadlineMs: number;
+  /** The `traceparent` of W3C Trace Context. */
+  readonly traceparent: string | undefined;
+  /** Aborted when the server withdraws the call, and when the session or the connection ends. */
+  readonly signal: AbortSignal;
+}
+
+/** Handles calls of one method. Its result is the answer; a CallError is answered with its code, other errors with INTERNAL. */
+export type Handler = (params: Record<string, unknown>, call: ServerCall) => unknown;
+
+/** A call or a stream that begins. */
+export interface OutgoingCall {
+  readonly method: string;
+  /** The `traceparent` that the application has given. */
+  readonly traceparent: string | undefined;
+  /** Where the client is connected. */
+  readonly endpoint: Endpoint | undefined;
+  readonly isStream: boolean;
+}
+
+/** Follows traces. Each function settles as the call that it runs does. */
+export interface Tracing {
+  /** Run a call with all its attempts, or a stream to its end; `send` gets the `traceparent` that the server gets. */
+  call<Result>(call: OutgoingCall, send: (traceparent: string | undefined) => Promise<Result>): Promise<Result>;
+  /** Run the handler of a call of the server. */
+  handle<Result>(call: ServerCall, run: () => Promise<Result>): Promise<Result>;
+}
 
 /** Credentials of another user on the connection of a client: user and key, device and deviceName, or a login. */
 export interface SessionOptions {
@@ -25,6 +55,7 @@ export interface SessionOptions {
   readonly onEvent?: ((event: ServerEvent) => unknown) | undefined;
 }
 
+/** Settings that `connect` derives from its options. */
 export interface ClientSettings {
   readonly addresses: readonly [Address, ...Address[]];
   readonly resolve: Resolve;
@@ -41,23 +72,7 @@ export interface ClientSettings {
   readonly maxCalls: number;
   readonly tracing: Tracing | undefined;
   readonly onEvent: ((event: ServerEvent) => unknown) | undefined;
-  readonly onConnected: ((client: Client, endpoint: Endpoint) => unknown) | undefined;
   readonly onWarning: (message: string) => void;
   readonly clock: Clock;
-  readonly random: Random;
-}
-
-/** What the manager of a session uses. */
-export interface SessionManagerOptions {
-  readonly clock: Clock;
-  readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
-  /** Return a connection that has room for a request, or takes no more. */
-  readonly waitReady: (signal: AbortSignal) => Promise<ConnectionDriver>;
-  /** All open connections, those that drain included. */
-  readonly connections: () => readonly ConnectionDriver[];
-  readonly credentials: Credentials | undefined;
-  /** The client as `product/version`, listed by the server. */
-  readonly client: string;
-  readonly handlers: Handlers;
   readonly random: Random;
 }

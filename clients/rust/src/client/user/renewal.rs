@@ -6,17 +6,17 @@
 //! for a new session. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that
 //! has already expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
 
-mod opening;
 mod presence;
 
-use super::backoff::Backoff;
-use super::connection::{Connection, PendingCall};
-use super::options::Credentials;
-use super::retry::{self, Action};
-use super::session::{Session, SessionInfo};
-use super::shared::Attempt;
-use super::user::User;
-use crate::codec::Value;
+use super::super::attempt::Attempt;
+use super::super::backoff::Backoff;
+use super::super::connection::{Connection, PendingCall};
+use super::super::hub::CLOSE_TIMEOUT;
+use super::super::options::{Credentials, login_fault};
+use super::super::retry::{self, Action};
+use super::super::session::{Session, SessionInfo};
+use super::User;
+use crate::codec::{self, Value};
 use crate::core::issued_token;
 use crate::error::{CallError, Code, Error, Result};
 use crate::message::Meta;
@@ -27,11 +27,10 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use zeroize::Zeroizing;
 
 /// Timeout of requests of `session.*`.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout of `session.close`, and of all those that end with a client.
-pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Consecutive lost answers to `session.open`. Each may have left a session that counts against the limit.
 const MAX_LOST: u32 = 3;
 /// Minimum interval between early refreshes, and from a session that is usable for less than that to the next one.
@@ -39,6 +38,8 @@ const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a session must last until the delay after it was lost starts again.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
+/// How long a login that a function has returned can wait for a connection: it may be short-lived.
+const LOGIN_HOLDS: Duration = Duration::from_secs(10);
 
 /// The state of the session of one user.
 #[derive(Default)]
@@ -371,6 +372,87 @@ impl User {
         if let Some(time) = not_before {
             sleep_until(time).await;
         }
+    }
+
+    /// Return whether a login must be fetched before the next request.
+    fn needs_login(&self, now: Instant) -> bool {
+        let sessions = self.lock();
+        let is_fetched = sessions.login.as_ref().is_some_and(|(_, until)| now < *until);
+        matches!(self.credentials, Some(Credentials::Login(_))) && !sessions.has_refresh_token(now) && !is_fetched
+    }
+
+    /// Call the function that returns a login.
+    async fn fetch_login(&self) -> Result<()> {
+        let Some(Credentials::Login(login)) = &self.credentials else {
+            return Ok(());
+        };
+        self.lock().is_fetching_login = true;
+        let result = (login.0)().await;
+        let mut sessions = self.lock();
+        sessions.is_fetching_login = false;
+        let login = result.map_err(|error| Error::Login(Arc::from(error)))?;
+        if let Some(fault) = login_fault(&login) {
+            return Err(Error::Login(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(format!(
+                "it returned what cannot be sent: {fault}"
+            )))));
+        }
+        sessions.login = Some((login, Instant::now() + LOGIN_HOLDS));
+        Ok(())
+    }
+
+    /// Return the method and the params of the next request.
+    fn next_request(&self, connection: &Connection, now: Instant) -> Result<(&'static str, Zeroizing<Vec<u8>>)> {
+        let mut sessions = self.lock();
+        let mut params = Zeroizing::new(Vec::with_capacity(512)); // not moved while it grows, as a rule
+        let text = |params: &mut Vec<u8>, key: &str, value: &str| {
+            codec::write_str(params, key);
+            codec::write_str(params, value);
+        };
+        if let Some(token) = sessions.session.as_ref().and_then(|session| session.refresh_token(now)) {
+            codec::write_map(&mut params, 2);
+            codec::write_str(&mut params, "refresh_token");
+            codec::write_bin(&mut params, token.as_bytes());
+            text(&mut params, "client", &self.client);
+            return Ok(("session.refresh", params));
+        }
+        match &self.credentials {
+            None => codec::write_map(&mut params, 1),
+            Some(Credentials::ApiKey { user, key }) => {
+                codec::write_map(&mut params, 4);
+                text(&mut params, "scheme", "api_key");
+                text(&mut params, "user", user);
+                text(&mut params, "key", key.expose());
+            }
+            Some(Credentials::Device { device, name }) => {
+                codec::write_map(&mut params, 4);
+                text(&mut params, "scheme", "ed25519");
+                text(&mut params, "device", name);
+                codec::write_str(&mut params, "signature");
+                codec::write_bin(&mut params, &device.sign(&connection.channel().open_message(name)));
+            }
+            Some(Credentials::Certificate { user }) => {
+                codec::write_map(&mut params, 2 + usize::from(user.is_some()));
+                text(&mut params, "scheme", "tls");
+                if let Some(user) = user {
+                    text(&mut params, "user", user);
+                }
+            }
+            Some(Credentials::Login(_)) => {
+                // Each login is sent once.
+                let login = sessions.login.take().map_or(Value::Nil, |(login, _)| login);
+                let Value::Map(fields) = login else {
+                    return Err(Error::call(Code::Internal, "the login is missing"));
+                };
+                codec::write_map(&mut params, fields.len() + 1);
+                for (key, value) in &fields {
+                    codec::write_str(&mut params, key);
+                    codec::write_value(&mut params, value)
+                        .map_err(|fault| Error::call(Code::InvalidArgument, fault.phrase()))?;
+                }
+            }
+        }
+        text(&mut params, "client", &self.client);
+        Ok(("session.open", params))
     }
 
     fn drop_refresh_token(&self) {

@@ -35,13 +35,13 @@ const (
 // minimum interval, a session that has already expired is renewed with growing delays, and one session.revoked for each token
 // and connection is checked.
 type sessions struct {
-	mu            *sync.Mutex // of the client
-	clock         clock
-	random        func() float64
-	getConnection func(ctx context.Context) (*connection, error)
-	credentials   Credentials // nil without
-	clientName    string
-	handlers      *handlers
+	mu          *sync.Mutex // of the client
+	clock       clock
+	random      func() float64
+	connections *connections
+	credentials Credentials // nil without
+	clientName  string
+	handlers    *handlers
 
 	session     *openSession // nil without
 	token       wire.Token
@@ -51,8 +51,8 @@ type sessions struct {
 	refusedToken      wire.Token // was refused with UNAUTHENTICATED
 	endedBy           *Error
 	renewing          *task
-	previousToken     wire.Token  // before the last refresh
-	attachedTo        *connection // where the session of a device was attached last
+	previousToken     wire.Token // before the last refresh
+	presences         map[*connection]*presence
 	attaching         *attachment
 	timer             timer // of the next refresh
 	refreshedEarlyAt  time.Duration
@@ -61,12 +61,18 @@ type sessions struct {
 	backoff           *backoff // of sessions that expire at once
 	reopenings        *backoff // of sessions that replace unknown ones
 	openedAt          time.Duration
-	opened            int // sessions so far
 	checkedRevocation revocation
 	keepTimer         timer // of a session with handlers
 	keepInterval      time.Duration
 	closing           context.Context
 	cancel            context.CancelCauseFunc
+}
+
+// presence is what a connection has of the session that was opened last.
+type presence struct {
+	isAttached   bool  // with the key of its device
+	isRegistered bool  // the handlers are
+	preparing    *task // they are being registered, and other requests wait for it; nil if they need not
 }
 
 type attachment struct {
@@ -84,7 +90,7 @@ func newSessions(mu *sync.Mutex, clock clock, random func() float64, credentials
 	s := &sessions{
 		mu: mu, clock: clock, random: random, credentials: credentials, clientName: clientName,
 		usableUntil: forever, refreshedEarlyAt: never, notBefore: never, backoff: newBackoff(random),
-		reopenings: newBackoff(random), openedAt: never,
+		reopenings: newBackoff(random), openedAt: never, presences: map[*connection]*presence{},
 		keepInterval: minRefreshInterval,
 	}
 	s.closing, s.cancel = context.WithCancelCause(context.Background())

@@ -3,7 +3,6 @@ package zcproto
 import (
 	"context"
 	"errors"
-	"slices"
 	"sync"
 	"time"
 
@@ -29,13 +28,13 @@ func (c *connection) request(
 
 // openStream opens a stream of items like a request.
 func (c *connection) openStream(
-	method string, params any, token wire.Token, meta wire.Meta, owner *Stream, deadline time.Duration,
+	method string, params any, token wire.Token, meta wire.Meta, window wire.Grant, onChange func(), deadline time.Duration,
 ) (*pendingCall, error) {
-	stream, err := c.conv.Open(method, params, token, meta, owner.window, c.instant())
+	stream, err := c.conv.Open(method, params, token, meta, window, c.instant())
 	if err != nil {
 		return nil, c.refusal(err)
 	}
-	call := &pendingCall{done: make(chan struct{}, 1), stream: stream, owner: owner}
+	call := &pendingCall{done: make(chan struct{}, 1), stream: stream, onChange: onChange}
 	c.sentRequest(call, stream.Number, deadline)
 	return call, nil
 }
@@ -96,8 +95,8 @@ func (call *pendingCall) finish(err error) {
 
 // change wakes the reader or the sender of a stream.
 func (call *pendingCall) change() {
-	if call.owner != nil {
-		call.owner.change()
+	if call.onChange != nil {
+		call.onChange()
 	}
 }
 
@@ -141,75 +140,6 @@ func (c *connection) abandon(call *pendingCall, err error) {
 	call.finish(err)
 }
 
-// waitReady waits until a request can be sent, or no more can be sent on this connection. First come, first served. It
-// releases the mutex meanwhile.
-func (c *connection) waitReady(ctx context.Context) error {
-	_, err := c.waitRoom(ctx, false)
-	return err
-}
-
-// waitRoom is waitReady, with allowFurther for this connection and the further ones. It returns the one that is ready, or else
-// this one.
-func (c *connection) waitRoom(ctx context.Context, allowFurther bool) (*connection, error) {
-	var own *waiter
-	for !c.ready() && c.isOpen() {
-		if allowFurther {
-			if other := c.owner.further.ready(); other != nil {
-				return other, nil
-			}
-			c.owner.further.grow()
-		}
-		waits := &waiter{wake: make(chan struct{}), allowsFurther: allowFurther}
-		if own == nil {
-			c.waiters = append(c.waiters, waits)
-		} else {
-			c.waiters = slices.Insert(c.waiters, 0, waits) // another caller sent first: keep the place in the queue
-		}
-		own = waits
-		c.mu.Unlock()
-		select {
-		case <-waits.wake:
-			c.mu.Lock()
-		case <-ctx.Done():
-			c.mu.Lock()
-			if index := slices.Index(c.waiters, waits); index >= 0 {
-				c.waiters = slices.Delete(c.waiters, index, index+1)
-			} else {
-				c.owner.wakeWaiters() // it was woken and sends nothing: the next one is due
-			}
-			return c, contextError(ctx)
-		}
-	}
-	return c, nil
-}
-
-// wakeWaiters wakes as many callers as can send here. Those of a further connection wait at the current one.
-func (c *connection) wakeWaiters() {
-	queue := c
-	if c.isFurther {
-		queue = c.owner.current
-	}
-	if queue == nil || len(queue.waiters) == 0 || c.isPaused || !c.isOpen() {
-		return
-	}
-	free := c.conv.Welcome().MaxStreams - c.conv.InFlight()
-	queue.waiters = slices.DeleteFunc(queue.waiters, func(waits *waiter) bool {
-		if free <= 0 || c.isFurther && !waits.allowsFurther {
-			return false
-		}
-		free--
-		close(waits.wake)
-		return true
-	})
-}
-
-func (c *connection) wakeAll() {
-	for _, waits := range c.waiters {
-		close(waits.wake)
-	}
-	c.waiters = nil
-}
-
 // await waits for the answer of a call, and decodes the result. It releases the mutex meanwhile.
 func (c *connection) await(ctx context.Context, call *pendingCall, result any) error {
 	c.flush()
@@ -236,6 +166,29 @@ func (c *connection) answerCall(number uint32, value any) {
 func (c *connection) failCall(number uint32, err *Error) {
 	if c.failure == nil {
 		c.conv.Fail(number, toCore(err), c.instant())
+	}
+}
+
+// runningCall is a call of the server whose handler runs.
+type runningCall struct {
+	conn      *connection
+	number    uint32
+	cancelled bool
+	stop      context.CancelCauseFunc
+}
+
+// withdraw cancels the handler of a call that the server has withdrawn, and which the conversation has answered.
+func (r *runningCall) withdraw() {
+	r.cancelled = true
+	r.stop(&Error{Code: Cancelled, Message: "the server has withdrawn the call"})
+}
+
+// cancel answers a call with CANCELLED, and cancels its handler.
+func (r *runningCall) cancel(cause error) {
+	if !r.cancelled {
+		r.cancelled = true
+		r.conn.failCall(r.number, &Error{Code: Cancelled, Message: "the session or the connection has ended"})
+		r.stop(cause)
 	}
 }
 

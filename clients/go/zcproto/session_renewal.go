@@ -26,7 +26,7 @@ func (s *sessions) start(must bool) {
 	renewing := &task{done: make(chan struct{})}
 	s.renewing = renewing
 	s.updateUsableUntil()
-	s.inBackground(func() {
+	inBackground(s.mu, func() {
 		renewing.err = s.renew(must)
 		s.renewing = nil
 		s.updateUsableUntil()
@@ -45,14 +45,12 @@ type renewal struct {
 }
 
 func (s *sessions) renew(must bool) error {
-	if delay := s.notBefore - s.clock.now(); s.notBefore != never && delay > 0 {
-		if err := s.pause(delay); err != nil {
-			return err
-		}
+	if err := s.pauseUntilAllowed(); err != nil {
+		return err
 	}
 	renewal := &renewal{must: must, backoff: newBackoff(s.random)}
 	for {
-		c, err := s.getConnection(s.closing)
+		c, err := s.connections.get(s.closing)
 		if err != nil {
 			return err
 		}
@@ -62,7 +60,7 @@ func (s *sessions) renew(must bool) error {
 			}
 			continue // with the connection that is current now
 		}
-		if err := c.waitReady(s.closing); err != nil {
+		if c, err = s.connections.waitAnyReady(s.closing, c); err != nil {
 			return err
 		}
 		sentAt := s.clock.now()
@@ -85,15 +83,8 @@ func (s *sessions) renew(must bool) error {
 			if method == "session.open" {
 				s.openedBeside(c)
 			}
-			if s.needsAttach(c) && method == "session.refresh" {
-				s.inBackground(func() {
-					if s.renewing != nil {
-						_ = s.renewing.await(s.closing, s.mu)
-					}
-					s.presentWhenReady(c)
-				})
-			} else if c.registered[s] != s.opened && s.canRegister(c) {
-				s.inBackground(func() { _ = s.registerIfAny(c) }) // the next connection registers them, if this one fails
+			if s.needsAttach(c) || s.lacksHandlers(c) {
+				s.presentAfterRenewal(c)
 			}
 			return nil
 		case s.closing.Err() != nil:
@@ -126,7 +117,7 @@ func (s *sessions) afterRefusal(err *Error, method string, c *connection, renewa
 	renewal.done[step] = true
 	switch {
 	case step == later && renewal.must:
-		if err := s.pause(renewal.backoff.next(retryAfter(err.Details))); err != nil {
+		if err := pause(s.closing, s.mu, s.clock, renewal.backoff.next(retryAfter(err.Details))); err != nil {
 			return false, err
 		}
 		return true, nil
@@ -137,7 +128,7 @@ func (s *sessions) afterRefusal(err *Error, method string, c *connection, renewa
 		return true, nil
 	case method == "session.refresh" && s.opensInstead(err, renewal.must):
 		renewal.must = true
-		return true, s.pause(max(0, s.notBefore-s.clock.now()))
+		return true, s.pauseUntilAllowed()
 	case !renewal.must && !endsSession(err.Code):
 		s.setTimer(s.nextRefreshAttempt())
 		return false, nil
@@ -148,14 +139,13 @@ func (s *sessions) afterRefusal(err *Error, method string, c *connection, renewa
 	return false, err
 }
 
-// pause waits without the mutex.
-func (s *sessions) pause(delay time.Duration) error {
-	s.mu.Unlock()
-	defer s.mu.Lock()
-	if sleep(s.closing, s.clock, delay) != nil {
-		return contextError(s.closing)
+// pauseUntilAllowed waits until a session may be opened. It releases the mutex meanwhile.
+func (s *sessions) pauseUntilAllowed() error {
+	delay := s.notBefore - s.clock.now()
+	if s.notBefore == never || delay <= 0 {
+		return nil
 	}
-	return nil
+	return pause(s.closing, s.mu, s.clock, delay)
 }
 
 // loginToFetch returns the login that must be fetched before the next request; nil if it needs none.
@@ -225,9 +215,8 @@ func (s *sessions) adopt(body []byte, c *connection, method string) error {
 		s.refreshedBeside(c, old)
 	} else {
 		c.conv.SessionEnded(old)
-		s.attachedTo = c
+		s.presences = map[*connection]*presence{c: {isAttached: true}}
 		s.openedAt = now
-		s.opened++
 	}
 	if session.canRefresh(now) {
 		s.setTimer(session.refreshAt)

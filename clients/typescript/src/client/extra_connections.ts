@@ -1,12 +1,8 @@
 /**
- * Further connections to the server of the main one, for calls that it has no room for (gRPC proposal A105).
+ * Extra connections to the server of the main one, for requests that it has no room for (zcp1.md, section 11.3).
  *
- * Decides: when one is made and closed, and which call gets the next room.
- * Rules: one is made while calls wait for room and all connections have as many requests in flight as the server allows, one
- * at a time, to where the main connection is. A failure fails no call; the next attempt after it, or after a loss, is
- * delayed. Calls are served in order of arrival, by whichever connection has room first. One on which nothing was in
- * flight for IDLE_AFTER_MS is closed; one that is lost is not replaced until it is needed.
- * Must not know: sessions.
+ * Decides: when one is made and closed, and which request gets the next room.
+ * Must not know: sessions, except that `onOpened` shows them.
  */
 
 import type { Endpoint } from "./address.js";
@@ -17,19 +13,22 @@ import { WaitingQueue } from "./waiting_queue.js";
 
 export const IDLE_AFTER_MS = 30_000;
 
-export interface FurtherConnectionsOptions {
+export interface ExtraConnectionsOptions {
   readonly clock: Clock;
   readonly backoff: Backoff;
   /** The most connections beside the main one. */
   readonly max: number;
   readonly dial: (endpoint: Endpoint) => Promise<ConnectionDriver>;
-  readonly onOpened: (connection: ConnectionDriver) => void;
+  /** Shows the sessions on a new connection. */
+  readonly onOpened: (connection: ConnectionDriver) => Promise<void>;
 }
 
-export class FurtherConnections {
+export class ExtraConnections {
   /** The attempt under way. */
   connecting: Promise<void> | undefined;
-  readonly #options: FurtherConnectionsOptions;
+  readonly #options: ExtraConnectionsOptions;
+  /** The one on which the sessions are being shown. */
+  #opened: ConnectionDriver | undefined;
   /** When each connection was used last. */
   readonly #usedAt = new Map<ConnectionDriver, number>();
   /** Callers that were given a connection, and have not sent their request. */
@@ -39,16 +38,17 @@ export class FurtherConnections {
   #idleTimer: Timer | undefined;
   #isClosed = false;
 
-  constructor(options: FurtherConnectionsOptions) {
+  constructor(options: ExtraConnectionsOptions) {
     this.#options = options;
   }
 
   has(connection: ConnectionDriver): boolean {
-    return this.#usedAt.has(connection);
+    return this.all.includes(connection);
   }
 
+  /** All connections, with the one on which the sessions are being shown. */
   get all(): ConnectionDriver[] {
-    return [...this.#usedAt.keys()];
+    return [...this.#usedAt.keys(), ...(this.#opened === undefined ? [] : [this.#opened])];
   }
 
   /** Return a connection that has room for a request, or the main one if it takes no more. Rejects with the signal's reason. */
@@ -58,7 +58,8 @@ export class FurtherConnections {
       if (main.draining || main.error !== undefined) {
         return main;
       }
-      const free = [main, ...this.all].find((connection) => this.#roomOf(connection) > 0);
+      const connections = [main, ...this.#usedAt.keys()];
+      const free = connections.find((connection) => this.#roomOf(connection) > 0);
       if (free !== undefined) {
         if (free !== main) {
           this.#usedAt.set(free, this.#options.clock.now());
@@ -66,7 +67,7 @@ export class FurtherConnections {
         this.#assign(free);
         return free;
       }
-      if ([main, ...this.all].every(({ freeStreams }) => freeStreams <= 0)) {
+      if (connections.every(({ freeStreams }) => freeStreams <= 0)) {
         this.#grow(main.endpoint);
       }
       await this.#waiting.wait(wasWoken, signal);
@@ -122,13 +123,15 @@ export class FurtherConnections {
       connection.close("closed by this client");
       return;
     }
+    this.#opened = connection;
+    await onOpened(connection);
+    this.#opened = undefined;
     if (connection.draining || connection.error !== undefined) {
       this.#notBefore = clock.now() + backoff.next(connection.retryAfterMs);
       return;
     }
     this.#usedAt.set(connection, clock.now());
     this.#closeLater();
-    onOpened(connection);
     this.wake(connection.freeStreams);
   }
 
@@ -143,9 +146,9 @@ export class FurtherConnections {
     const idleSince = clock.now() - IDLE_AFTER_MS;
     for (const [connection, usedAt] of [...this.#usedAt]) {
       if (usedAt <= idleSince && connection.isIdle) {
-        this.discard(connection);
+        this.#usedAt.delete(connection);
         backoff.reset();
-        connection.close("no calls for a further connection");
+        connection.close("no calls for an extra connection");
       }
     }
     if (this.#usedAt.size > 0) {
@@ -157,7 +160,7 @@ export class FurtherConnections {
   discard(connection: ConnectionDriver): void {
     if (this.#usedAt.delete(connection)) {
       const { clock, backoff } = this.#options;
-      this.#notBefore = clock.now() + backoff.next();
+      this.#notBefore = clock.now() + backoff.next(connection.retryAfterMs);
     }
   }
 
