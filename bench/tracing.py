@@ -52,8 +52,7 @@ from zcproto.errors import ConfigError
 from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
-from zcproto.server.protocol import ServerProtocol
-from zcproto.server.traced_protocol import TracedProtocol
+from zcproto.server.protocol import ServerProtocol, TracedProtocol
 
 RATIO: Final = 0.01
 MOST_OFF: Final = 1.01
@@ -64,11 +63,8 @@ NOT_RECORDED: Final = {"traceparent": f"00-{'5' * 32}-{'6' * 16}-00"}
 WITHOUT: Final = "import sys\n\nsys.modules['opentelemetry'] = None\n"
 """The module `sitecustomize` of a server that cannot import OpenTelemetry."""
 
-LINES: Final = {
-    "tracing = state.tracing": "pass",
-    "or (tracing is not None and tracing.is_due(meta))": "",
-}
-"""The lines of `ServerProtocol._process` that traces need, and what replaces them."""
+LINES: Final = {"if state.tracing is not None and state.tracing.is_due(meta):": "if False:"}
+"""The line of `Dispatcher.run` that traces need, and what replaces it."""
 
 COUNTED: Final = 200
 MOST_BYTECODES: Final = 8

@@ -1,6 +1,6 @@
-/* The functions of requests and logins in C: read_requests, cut_values, encode_frame, scan_body, fits, wall_ms.
+/* The functions of requests and logins in C.
  *
- * encode_frame, scan_body, fits and wall_ms have Python functions of the same names, to which they pass on calls with
+ * encode_frame, encode_frames, scan_body, fits and wall_ms have Python functions of the same names, to which they pass on calls with
  * other than the usual types and ranges, so that results and errors are the same by construction. read_requests and
  * cut_values read what is common, and leave the rest to the general path of a connection.
  *
@@ -158,31 +158,99 @@ fitting_size(const Rules *rules, Bytes frame, size_t left)
     return LENGTH_SIZE + (size_t)length;
 }
 
+/* Store borrowed references to the items of a tuple. Return whether it has so many. */
+static int
+unpack_tuple(PyObject *tuple, Py_ssize_t count, PyObject **items)
+{
+    if (!PyTuple_CheckExact(tuple) || PyTuple_Size(tuple) != count)
+        return 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        items[i] = PyTuple_GetItem(tuple, i);
+    return 1;
+}
+
+/* A frame to encode. */
+typedef struct {
+    uint64_t head, stream, timestamp, counter;
+    Bytes salt, token, body;
+    Py_ssize_t size;
+} Frame;
+
+/* Read a body. Return 0 if it is of another type or too large. */
+static int
+read_body(PyObject *value, Frame *frame)
+{
+    if (!is_bytes(value, PLAIN, -1, &frame->body))
+        return 0;
+    frame->size = PyBytes_Size(value);
+    return frame->size <= PY_SSIZE_T_MAX - BODY && (uint64_t)frame->size <= UINT32_MAX - MIN_LENGTH;
+}
+
+/* Write a frame, and return its end. */
+static unsigned char *
+write_frame(unsigned char *p, const Frame *frame)
+{
+    put32(p, MIN_LENGTH + (uint64_t)frame->size);
+    put32(p + HEAD, frame->head);
+    put32(p + STREAM, frame->stream);
+    put64(p + TIMESTAMP, frame->timestamp);
+    memcpy(p + SALT, frame->salt, SALT_SIZE);
+    put64(p + COUNTER, frame->counter);
+    memcpy(p + TOKEN, frame->token, TOKEN_SIZE);
+    memcpy(p + BODY, frame->body, (size_t)frame->size);
+    return p + BODY + frame->size;
+}
+
 /* encode_frame(head, stream, timestamp, salt, counter, token, body) */
 static PyObject *
 encode_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    Bytes salt, token, body;
-    uint64_t head, stream, timestamp, counter;
-    if (nargs != 7 || !is_uint(args[0], UINT32_MAX, &head) || !is_uint(args[1], UINT32_MAX, &stream) ||
-        !is_uint(args[2], UINT64_MAX, &timestamp) || !is_bytes(args[3], ANY_SUBCLASS, SALT_SIZE, &salt) ||
-        !is_uint(args[4], UINT64_MAX, &counter) || !is_bytes(args[5], ANY_SUBCLASS, TOKEN_SIZE, &token) ||
-        !is_bytes(args[6], PLAIN, -1, &body) || PyBytes_Size(args[6]) > PY_SSIZE_T_MAX - BODY ||
-        (uint64_t)PyBytes_Size(args[6]) > UINT32_MAX - MIN_LENGTH)
+    Frame frame;
+    if (nargs != 7 || !is_uint(args[0], UINT32_MAX, &frame.head) || !is_uint(args[1], UINT32_MAX, &frame.stream) ||
+        !is_uint(args[2], UINT64_MAX, &frame.timestamp) ||
+        !is_bytes(args[3], ANY_SUBCLASS, SALT_SIZE, &frame.salt) ||
+        !is_uint(args[4], UINT64_MAX, &frame.counter) ||
+        !is_bytes(args[5], ANY_SUBCLASS, TOKEN_SIZE, &frame.token) || !read_body(args[6], &frame))
         return call_twin("encode_frame", args, nargs);
-    Py_ssize_t size = PyBytes_Size(args[6]);
-    PyObject *result = PyBytes_FromStringAndSize(NULL, BODY + size);
-    if (result == NULL)
+    PyObject *result = PyBytes_FromStringAndSize(NULL, BODY + frame.size);
+    if (result != NULL)
+        write_frame((unsigned char *)PyBytes_AsString(result), &frame);
+    return result;
+}
+
+/* Read a frame of encode_frames. Return 0 if it is of other types or ranges. */
+static int
+read_frame(PyObject *value, Frame *frame)
+{
+    PyObject *parts[5];
+    return unpack_tuple(value, 5, parts) && is_uint(parts[0], UINT32_MAX, &frame->head) &&
+           is_uint(parts[1], UINT32_MAX, &frame->stream) && is_uint(parts[2], UINT64_MAX, &frame->timestamp) &&
+           is_bytes(parts[3], ANY_SUBCLASS, TOKEN_SIZE, &frame->token) && read_body(parts[4], frame);
+}
+
+/* encode_frames(frames, salt, counter) */
+static PyObject *
+encode_frames(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    Frame frame;
+    if (nargs != 3 || !PyList_CheckExact(args[0]) || !is_bytes(args[1], ANY_SUBCLASS, SALT_SIZE, &frame.salt) ||
+        !is_uint(args[2], (uint64_t)1 << 63, &frame.counter))
+        return call_twin("encode_frames", args, nargs);
+    PyObject *frames = PyList_AsTuple(args[0]); /* another thread may change the list */
+    if (frames == NULL)
         return NULL;
-    unsigned char *frame = (unsigned char *)PyBytes_AsString(result);
-    put32(frame, MIN_LENGTH + (uint64_t)size);
-    put32(frame + HEAD, head);
-    put32(frame + STREAM, stream);
-    put64(frame + TIMESTAMP, timestamp);
-    memcpy(frame + SALT, salt, SALT_SIZE);
-    put64(frame + COUNTER, counter);
-    memcpy(frame + TOKEN, token, TOKEN_SIZE);
-    memcpy(frame + BODY, body, (size_t)size);
+    Py_ssize_t count = PyTuple_Size(frames), size = 0, i = 0;
+    while (i < count && read_frame(PyTuple_GetItem(frames, i), &frame) && frame.size <= PY_SSIZE_T_MAX - BODY - size) {
+        size += BODY + frame.size;
+        i++;
+    }
+    PyObject *result = i < count ? call_twin("encode_frames", args, nargs) : PyBytes_FromStringAndSize(NULL, size);
+    unsigned char *p = i < count || result == NULL ? NULL : (unsigned char *)PyBytes_AsString(result);
+    for (i = 0; p != NULL && i < count; i++, frame.counter++) {
+        if (read_frame(PyTuple_GetItem(frames, i), &frame))
+            p = write_frame(p, &frame);
+    }
+    Py_DECREF(frames);
     return result;
 }
 
@@ -347,17 +415,6 @@ enum { UNPACK, KNOWN, NO_META, MAKE_META, DECODE_META, DECODERS };
 /* Requests of one batch, and the bytes from which on none is added: the batch may have to wait. */
 enum { MOST_REQUESTS = 16, MOST_BYTES = 4096 };
 
-/* Store borrowed references to the items of a tuple. Return whether it has so many. */
-static int
-unpack_tuple(PyObject *tuple, Py_ssize_t count, PyObject **items)
-{
-    if (!PyTuple_CheckExact(tuple) || PyTuple_Size(tuple) != count)
-        return 0;
-    for (Py_ssize_t i = 0; i < count; i++)
-        items[i] = PyTuple_GetItem(tuple, i);
-    return 1;
-}
-
 /* Return the RequestMeta of a map; NULL if it is invalid or its deadline has passed. */
 static PyObject *
 read_meta(PyObject *map, PyObject **by)
@@ -472,6 +529,7 @@ wall_ms(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 static PyMethodDef METHODS[] = {
     FUNCTION(read_requests),
     FUNCTION(encode_frame),
+    FUNCTION(encode_frames),
     FUNCTION(scan_body),
     FUNCTION(cut_values),
     FUNCTION(fits),

@@ -33,7 +33,8 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import process_readings
-from zcproto.server import protocol as module
+from zcproto.server import dispatch as module
+from zcproto.server.dispatch import Dispatcher
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.protocol import ServerProtocol
@@ -47,11 +48,11 @@ from zcproto.wire.message import encode_request
 ANNOTATIONS: Final = __future__.annotations.compiler_flag
 
 COUNTING: Final = {
-    "timed = wall >> PART_BITS != state.timed_part": "timed = False",
+    "is_timed = wall >> PART_BITS != state.timed_part and opened is None": "is_timed = False",
     "method.calls += 1": "pass",
     "state.counters.requests += frames - others": "pass",
 }
-"""The lines of `ServerProtocol._process` that count, and what replaces them."""
+"""The lines of `Dispatcher.run` that count, and what replaces them."""
 
 LEAST: Final = 1_000
 CONNECTIONS: Final = 20
@@ -71,14 +72,23 @@ def without_counting() -> type[ServerProtocol]:
 
 
 def without_lines(lines: Mapping[str, str]) -> type[ServerProtocol]:
-    """Return the protocol of a connection with these lines of `_process` replaced."""
-    source = textwrap.dedent(inspect.getsource(ServerProtocol._process))
+    """Return the protocol of a connection with these lines of `Dispatcher.run` replaced."""
+    source = textwrap.dedent(inspect.getsource(Dispatcher.run))
     for line, instead in lines.items():
         assert source.count(line) == 1, f"{line!r} does not occur exactly once"
         source = source.replace(line, instead)
     made: dict[str, Any] = {"__slots__": ()}
     exec(compile(source, module.__file__, "exec", ANNOTATIONS), module.__dict__, made)  # noqa: S102 - our own source
-    return cast("type[ServerProtocol]", type("Uncounted", (ServerProtocol,), made))
+    changed: Any = type("Changed", (Dispatcher,), made)
+
+    class Uncounted(ServerProtocol):
+        __slots__ = ()
+
+        def connection_made(self, transport: TlsServerTransport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._dispatcher.__class__ = changed
+
+    return Uncounted
 
 
 class Transport:

@@ -151,7 +151,7 @@ def test_async_generator_is_a_stream() -> None:
     app.method("stream")(async_generator)
     app.method("call")(lambda: 1)
     assert [method.shape for method in app] == ["server", "unary"]
-    assert [method.is_direct for method in app] == [False, True]
+    assert [method.admits_sessions for method in app] == [False, True]
 
 
 def test_topic_event_may_be_annotated_as_an_item() -> None:
@@ -242,18 +242,14 @@ def test_keyword_function_receives_unchecked_params() -> None:
     assert bind(function) == {}
 
 
-def test_methods_run_directly_without_context_operators_waits_and_items() -> None:
+def test_methods_without_roles_admit_all_sessions_unless_they_are_streams() -> None:
     def function(a: int, **params: Any) -> Any: ...
-    async def coroutine(a: int) -> None: ...
-    def with_context(context: Context) -> None: ...
-    async def with_items(items: Items[int]) -> None: ...
+    async def with_items(context: Context, items: Items[int]) -> None: ...
 
-    assert Method("m", function).is_direct
-    assert Method("m", coroutine).is_direct
-    assert not Method("m", function, may_wait=True).is_direct
-    assert not Method("m", function, roles=OPERATORS).is_direct
-    assert not Method("m", with_context).is_direct
-    assert not Method("m", with_items).is_direct
+    assert Method("m", function).admits_sessions
+    assert Method("m", function, public=True).admits_sessions
+    assert not Method("m", function, roles=OPERATORS).admits_sessions
+    assert not Method("m", with_items).admits_sessions
 
 
 def test_arguments_of_one_class_are_a_copy_of_the_params() -> None:

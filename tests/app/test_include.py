@@ -76,7 +76,7 @@ def test_included_method_keeps_its_access_and_function() -> None:
     events = jobs.topic("events")
     app.include(jobs, prefix="jobs.")
     run, subscribe = app
-    assert (run.roles, run.function(), run.is_direct) == (OPERATORS, 5, False)
+    assert (run.roles, run.function(), run.admits_sessions) == (OPERATORS, 5, False)
     assert (subscribe.name, subscribe.shape, subscribe.topic) == ("jobs.events", "server", events)
 
 

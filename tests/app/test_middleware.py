@@ -338,10 +338,10 @@ def test_methods_without_middleware_are_served_as_they_are() -> None:
     app = App()
     app.method("anything")(lambda **params: params)
     (method,) = app
-    assert (method.is_unchecked, method.is_direct, method.is_async) == (True, True, False)
+    assert (method.is_unchecked, method.is_async) == (True, False)
     app.middleware(Recorder().named("one"))
     (method,) = app
-    assert (method.is_unchecked, method.is_direct, method.is_async) == (False, False, True)
+    assert (method.is_unchecked, method.is_async) == (False, True)
 
 
 def plain(context: Context, call_next: Next) -> Any: ...

@@ -16,8 +16,8 @@ from tests.server.protocol_harness import (
     peer,
 )
 from zcproto.errors import Code
+from zcproto.server.dispatch import FRAMES_PER_TURN
 from zcproto.server.protocol import (
-    FRAMES_PER_TURN,
     WRITE_BUFFER_HARD_FACTOR,
     ServerProtocol,
 )

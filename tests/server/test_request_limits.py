@@ -14,8 +14,9 @@ from zcproto.common.counts import BURST_S
 from zcproto.common.deadlines import TICKS_PER_SECOND
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ResourceExhausted
+from zcproto.server.dispatch import FRAMES_PER_TURN
 from zcproto.server.idempotency import IdempotencyCache
-from zcproto.server.protocol import FRAMES_PER_TURN, MAX_WASTED, SLOW_DOWN_S
+from zcproto.server.protocol import MAX_WASTED, SLOW_DOWN_S
 from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.wire.frame import CANCEL, CREDIT, END, PING, PONG, Kind
 from zcproto.wire.message import encode_body

@@ -169,7 +169,7 @@ def test_reload_applies_roles_to_open_sessions(serve: Serve) -> None:
         server.reload(auth__role=[])
         assert ada.call("any") == "any"
         method = server.server.state.methods["any"]
-        assert (method.calls, method.is_direct) == (calls + 1, True)
+        assert (method.calls, method.admits_sessions) == (calls + 1, True)
     assert next(method for method in app if method.name == "any").access is None  # other servers may serve it
 
 

@@ -14,7 +14,7 @@ from tests.server.test_calls import CallPeer
 from zcproto.app.app import Method
 from zcproto.connection.events import Request
 from zcproto.errors import Code
-from zcproto.server.traced_protocol import TracedProtocol
+from zcproto.server.protocol import TracedProtocol
 from zcproto.wire.message import RequestMeta
 
 __all__ = ["harness"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zcproto.server.traced_protocol import TracedProtocol
+from zcproto.server.protocol import TracedProtocol
 
 
 @pytest.fixture(autouse=True)

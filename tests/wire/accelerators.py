@@ -187,6 +187,14 @@ def check_random(source: random.Random) -> None:
         *(number(REQUEST), number(7), number(WALL), some_bytes(SALT), number(6), some_bytes(TOKEN)),
         some_bytes(source.randbytes(source.randrange(80))),
     )
+    check_call(
+        "encode_frames",
+        [
+            (number(REQUEST), 7, WALL, some_bytes(TOKEN), source.randbytes(source.randrange(80)))
+            for _ in range(source.randrange(4))
+        ],
+        *(some_bytes(SALT), number(6)),
+    )
     data = b"".join(
         frame(
             counter=source.randrange(4, 12), size=source.randrange(12), timestamp=WALL + source.randrange(9)

@@ -250,6 +250,20 @@ def test_frames_are_encoded_alike_for_odd_arguments() -> None:
 
 
 @needs_compiled
+def test_frames_of_a_write_are_encoded_alike_for_odd_arguments() -> None:
+    usual = (REQUEST, 7, WALL, TOKEN, b"body")
+    for number in range(len(usual)):
+        for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
+            odd = (*usual[:number], value, *usual[number + 1 :])
+            check_call("encode_frames", [usual, odd], SALT, 6)
+    for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
+        check_call("encode_frames", [usual, usual], value, 6)
+        check_call("encode_frames", [usual, usual], SALT, value)
+    for frames in ([], (usual,), [usual[:4]], [[*usual]], [usual, None], None):
+        check_call("encode_frames", frames, SALT, 6)
+
+
+@needs_compiled
 def test_params_fit_alike() -> None:
     fitting = {"user": "ada", "count": 1, "data": b"x"}
     cases = [fitting, {**fitting, "other": 1}, {**fitting, "context": 1}, {"user": "ada"}, {}, *ODD_PARAMS]
@@ -289,6 +303,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
         *(*RULES[1:], message.unpack),
     ),
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
+    "encode_frames": ([(REQUEST, 7, WALL, TOKEN, b"body"), (REQUEST, 8, WALL, TOKEN, b"")], SALT, 6),
     "scan_body": (encode_body({"a": [1, 2]}), 32),
     "fits": ({"user": "ada", "count": 1000}, CLASSES, NAMED, REQUIRED),
     "wall_ms": (),
@@ -301,6 +316,7 @@ TRACED: dict[str, tuple[Any, ...]] = {
 }
 FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
+    "encode_frames": ([(REQUEST, 7, WALL, TOKEN, b"body"), (REQUEST, -1, WALL, TOKEN, b"")], SALT, 6),
     "scan_body": (b"\xc1" * 300, 32),
     "fits": ({"user": "ada"}, CLASSES, [*NAMED], REQUIRED),
     "wall_ms": (1,),
@@ -430,7 +446,10 @@ def test_package_uses_the_chosen_functions() -> None:
     from zcproto.common import parameters
     from zcproto.wire import frame as frames
 
-    chosen: dict[str, Any] = {"encode_frame": frames.encode_frame}
+    chosen: dict[str, Any] = {
+        "encode_frame": frames.encode_frame,
+        "encode_frames": frames.encode_frames,
+    }
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
     chosen["wall_ms"] = clock.wall_ms
     assert chosen.keys() == accelerator.twins.keys()

@@ -92,13 +92,12 @@ _SHAPES: Final = {
 class Method:
     """One method. `function` is called with keyword arguments only.
 
-    `may_wait` is whether a plain function may return a coroutine instead of its result, `thread` whether it blocks.
-    `signature` is that of the function, if it is known already. `bind` checks the parameters of a call and returns
-    the arguments. `encode` returns the body of a result, `encode_item` that of an item. With `middleware`, or in a
-    thread, `bind` and `function` are those of `_run_wrapped`.
-    `is_unchecked` is whether `bind` returns any parameters unchanged, `is_direct` whether calls with a session need
-    no context and no further check of access; without `access` that may be so (`is_simple`). `is_open` is whether
-    every call may run, as those of `session.open`.
+    `may_wait` is whether the function may return a coroutine instead of its result, `is_async` whether it always
+    does, and `thread` whether it blocks. `signature` is that of the function, if it is known already. `bind` checks
+    the parameters of a call and returns the arguments. `encode` returns the body of a result, `encode_item` that of
+    an item. With `middleware`, or in a thread, `bind` and `function` are those of `_run_wrapped`.
+    `is_unchecked` is whether `bind` returns any parameters unchanged, `admits_sessions` whether each request with a
+    session may run, and `is_open` whether each one may, as those of `session.open`.
     `roles` are those of which a session needs one, as the application names them; none are needed without them.
     `access` is who may call the method, also by the configuration of the server; None for every session.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
@@ -110,6 +109,7 @@ class Method:
         "_schema_size",
         "_wrapped",
         "access",
+        "admits_sessions",
         "bind",
         "calls",
         "context_name",
@@ -119,9 +119,7 @@ class Method:
         "encode_item",
         "function",
         "is_async",
-        "is_direct",
         "is_open",
-        "is_simple",
         "is_unchecked",
         "items",
         "may_wait",
@@ -171,7 +169,7 @@ class Method:
         self.public = public
         self.roles = roles_from(roles)
         self.doc = inspect.getdoc(function) or ""
-        self.may_wait = may_wait
+        self.may_wait = may_wait or self.is_async
         self.thread = thread
         self.shape = _SHAPES[yields, signature.items is not None]
         """Whether the method sends and takes items: as `server.info` states it."""
@@ -187,8 +185,7 @@ class Method:
         self.encode_item = _encoder(signature.sends)
         self.context_name = signature.injected
         self.items = signature.items
-        self.is_unchecked = signature.is_unchecked
-        self.is_simple = not (may_wait or signature.injected or self.shape != "unary")
+        self.is_unchecked = signature.is_unchecked and signature.injected is None
         self.access: Access | None = None
         self.restrict(Access(self.roles) if self.roles else None)
         self._wrapped: Method | None = None  # this method without middleware
@@ -198,7 +195,7 @@ class Method:
     def restrict(self, access: Access | None) -> None:
         """Let only the sessions that `access` admits call this method; with None all of them."""
         self.access = access
-        self.is_direct = self.is_simple and access is None
+        self.admits_sessions = access is None and self.shape == "unary"
         self.is_open = self.public and access is None and self.name.startswith(UNLIMITED)
 
     def may_be_called_by(self, session: Session | None) -> bool:
@@ -228,8 +225,8 @@ class Method:
             method.bind = _as_one_argument  # `_run_wrapped` checks the parameters, within the middleware
             method.context_name = "context"
             method.items = None if self.items is None else ("items", self.items[1])
-            method.is_async = True
-            method.is_unchecked = method.is_simple = method.is_direct = False
+            method.is_async = method.may_wait = True
+            method.is_unchecked = False
         return method
 
     def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:

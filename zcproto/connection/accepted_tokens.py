@@ -118,16 +118,15 @@ class AcceptedTokens:
                 {before.token: before} if session is None else {before.token: before, token: self.last}
             )
 
-    def accept_opened(self, session: Session, token: bytes, wall: int, *, is_checked: bool) -> None:
+    def accept_opened(self, session: Session, token: bytes, wall: int, *, is_alone: bool) -> None:
         """Accept the token of a session that a request of this connection opened, if it is still valid.
 
-        `is_checked`: no token has become invalid since. That of a bound session is checked with its next frame,
-        because its key must be proved.
+        `is_alone`: no request is in flight, so that this one was accepted just now, with the last token. The token
+        of a bound session is checked with its next frame, because its key must be proved.
         """
         registry = self._registry
-        if session.flags & BOUND or registry.closed:
-            return
-        if is_checked or registry.check_again(session, wall):
+        is_checked = is_alone and registry.generation == self.last.generation and not registry.closed
+        if not session.flags & BOUND and (is_checked or registry.check_again(session, wall)):
             self.accept(session, token, wall)
 
     def forget(self, token: bytes) -> None:

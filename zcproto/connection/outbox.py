@@ -1,35 +1,42 @@
-"""Number and encode the frames that one end of a connection sends (sans-IO; zcp1.md, section 5)."""
+"""Keep the frames that one end of a connection sends, and number them (sans-IO; zcp1.md, section 5)."""
 
 from __future__ import annotations
 
-from zcproto.wire.frame import encode_frame
+from zcproto.wire.frame import UnnumberedFrame, encode_frames
+
+
+class _Closed(list[UnnumberedFrame]):
+    """What is queued when an outbox is closed: no frame is added."""
+
+    def append(self, frame: UnnumberedFrame) -> None:
+        """Drop a frame."""
 
 
 class Outbox:
-    """The frames that wait to be sent. `salt` is that of the connection, `counter` that of the next frame."""
+    """The frames that wait to be sent. `salt` is that of the connection, `counter` that of the first of them.
 
-    __slots__ = ("_frames", "_is_closed", "counter", "salt")
+    A frame may also be appended to `frames` directly. The list is another one once the outbox was closed.
+    """
+
+    __slots__ = ("counter", "frames", "salt")
 
     def __init__(self, salt: bytes, counter: int) -> None:
         self.salt = salt
         self.counter = counter
-        self._frames: list[bytes] = []
-        self._is_closed = False
+        self.frames: list[UnnumberedFrame] = []
 
     def send(self, head: int, stream: int, token: bytes, body: bytes, timestamp: int) -> None:
-        """Queue a frame, unless the outbox is closed."""
-        if self._is_closed:
-            return
-        counter = self.counter
-        self.counter = counter + 1
-        self._frames.append(encode_frame(head, stream, timestamp, self.salt, counter, token, body))
+        """Queue a frame. It is not sent if the outbox is closed."""
+        self.frames.append((head, stream, timestamp, token, body))
 
     def close(self) -> None:
-        """Queue nothing more. What is queued is still sent."""
-        self._is_closed = True
+        """Send what is queued, and nothing more."""
+        self.frames = _Closed(self.frames)
 
     def take(self) -> bytes:
         """Return and clear what is queued."""
-        data = b"".join(self._frames)
-        self._frames.clear()
+        frames = self.frames
+        data = encode_frames(frames, self.salt, self.counter)
+        self.counter += len(frames)
+        frames.clear()
         return data

@@ -4,9 +4,8 @@
           -> the general path: frame -> freshness -> `_RECEIVE`, by its kind -> events
 
 Decides freshness (salt, counter, timestamp), the session of a frame, the limits that apply, streams in flight,
-deadlines, cancellation, and the end of the connection. `AcceptedTokens` decides which tokens need no check, `Outbox`
-numbers what is sent. Checks run in the order of the protocol (zcp1.md, section 8): header, freshness, stream in
-flight, token, body.
+deadlines, cancellation, and the end of the connection. `AcceptedTokens` decides which tokens need no check. Checks
+run in the order of the protocol (zcp1.md, section 8): header, freshness, stream in flight, token, body.
 
 Rules:
 - `receive_data` is lazy: each request is yielded before the next frame is judged, so an answer that changes
@@ -410,10 +409,10 @@ class ServerConnection:
             self.totals.dropped_answers += 1
         else:
             self.totals.dropped_stale += 1
-        self._waste()
+        self.count_wasted()
         return None
 
-    def _waste(self) -> None:
+    def count_wasted(self) -> None:
         """Count a frame without effect, for which the edge slows the peer down."""
         self.wasted += 1
         self.deadline_moved = True
@@ -501,17 +500,17 @@ class ServerConnection:
     def _receive_cancel(self, frame: RawFrame, wall: int, now: float) -> Iterable[ServerEvent] | None:
         held = self._held.get(frame[2])
         if held is None or held.token != frame[6]:
-            self._waste()
+            self.count_wasted()
             return None
         is_stream = isinstance(held, ServerStream)
         return (self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall),)
 
     def _receive_ping(self, frame: RawFrame, wall: int, now: float) -> None:
         self.outbox.send(PONG, 0, frame[6], b"", wall)
-        self._waste()
+        self.count_wasted()
 
     def _receive_pong(self, frame: RawFrame, wall: int, now: float) -> None:
-        self._waste()  # the server sends a PING after long silence
+        self.count_wasted()  # the server sends a PING after long silence
 
     def _receive_on_stream(self, frame: RawFrame, wall: int, now: float) -> Iterable[ServerEvent] | None:
         """Process an ITEM, END or CREDIT. Raises ProtocolError if it ends the connection."""
@@ -520,7 +519,7 @@ class ServerConnection:
         outcome = self.streams(now).receive(head, held, token, body)
         if isinstance(outcome, bool):
             if not outcome:
-                self._waste()
+                self.count_wasted()
             return None
         if not isinstance(outcome, bytes):
             return (outcome,)
@@ -531,7 +530,7 @@ class ServerConnection:
         """Process a RESULT or FAILURE, unless it is dropped."""
         call = None if self._calls is None else self._calls.free(frame[2], frame[6])
         if call is None:
-            self._waste()
+            self.count_wasted()
         elif self._calls is not None and self._calls.settle(call):
             return (CallEnded(call, *read_answer(frame[1], frame[7], self.settings.max_depth)),)
         self.totals.dropped_answers += 1
@@ -563,7 +562,7 @@ class ServerConnection:
         """Answer a frame with an ERROR before it becomes a request, and count it."""
         refused, cause = self.totals.refused, (reason, code_in(body))
         refused[cause] = refused.get(cause, 0) + 1
-        self._waste()
+        self.count_wasted()
         self.outbox.send(ERROR, stream, token, body, wall)
 
     # --- sessions -------------------------------------------------------------------------------
@@ -599,11 +598,7 @@ class ServerConnection:
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session that a request of this connection opened, refreshed or attached."""
         self._add_session(session, token, wall, now)
-        # A request that is not in flight was accepted in this turn, with the last token.
-        is_unchanged = self.registry.generation == self.tokens.last.generation
-        self.tokens.accept_opened(
-            session, token, wall, is_checked=is_unchanged and not (self._held or self._lingering)
-        )
+        self.tokens.accept_opened(session, token, wall, is_alone=not (self._held or self._lingering))
 
     def _add_session(self, session: Session, token: bytes, wall: int, now: float) -> None:
         due_at = now + max(0, session.expiring_at - wall) / MS

@@ -82,12 +82,11 @@ from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.lifespan import Lifespans
 from zcproto.server.listener import Listener
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
-from zcproto.server.protocol import ServerProtocol
+from zcproto.server.protocol import ServerProtocol, TracedProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.server.state import ConnectionsElsewhere, ServerState, SessionConnections, log
 from zcproto.server.threads import ThreadLimits, ThreadPool
-from zcproto.server.traced_protocol import TracedProtocol
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.record import WhenFull

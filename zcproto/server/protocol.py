@@ -1,7 +1,7 @@
 """Moves the bytes of one connection between its TLS transport, its conversation and its methods.
 
-    data -> connection.receive_data -> for each event -> run the method -> answer
-    then once: connection.data_to_send -> transport.write
+    data -> connection.receive_data -> dispatcher.run -> answers in the outbox
+    then once: outbox.take -> transport.write
 
 Decides: back-pressure, and how a connection ends. `ServerConnection` decides what is allowed on the wire.
 
@@ -18,18 +18,21 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final, cast
 
+from zcproto.app.context import Context
 from zcproto.auth.identity import Channel
 from zcproto.auth.schemes import certificate_key
+from zcproto.common.network import network_of
 from zcproto.connection.events import (
     CallEnded,
     ConnectionEnded,
     CreditReceived,
     FrameBuffered,
-    FramesRead,
     GoAwayReason,
     ItemsReceived,
     KeyWanted,
@@ -37,7 +40,6 @@ from zcproto.connection.events import (
     Request,
     RequestEnded,
     ServerEvent,
-    ServerStream,
     SessionJoined,
     SessionLeft,
     TokenUnknown,
@@ -45,28 +47,26 @@ from zcproto.connection.events import (
 from zcproto.connection.refusals import TOKEN_ERRORS
 from zcproto.connection.server import REPORTED_STEP, ServerConnection
 from zcproto.connection.state import State
-from zcproto.errors import CallError, CertificateError, Code, TlsError
+from zcproto.errors import CallError, CertificateError, Code, TlsError, Unavailable, Unimplemented
 from zcproto.observe.log import is_on
-from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
+from zcproto.server.calls import CallRunner
+from zcproto.server.clients import Registering
+from zcproto.server.dispatch import Dispatcher
 from zcproto.server.eager import EagerWorker
-from zcproto.server.state import NO_METHODS, PART_BITS, ServerState, log
+from zcproto.server.state import ServerState, log
 from zcproto.server.streams import STREAM_TURN_BYTES, StreamRunner
 from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
 from zcproto.wire.decoder import LARGE
-from zcproto.wire.frame import RESPONSE, SALT_SIZE
-from zcproto.wire.message import NO_META, encode_error
+from zcproto.wire.frame import SALT_SIZE
+from zcproto.wire.message import encode_error
 
 WRITE_BUFFER_HARD_FACTOR: Final = 4
 """Answers in progress when a peer stops reading may fill its buffer to this many times the limit."""
 
 TAKEN_AT_LEAST: Final = 16_384
 """Bytes that a slow peer must read in each `write_timeout`; less counts as not reading."""
-
-FRAMES_PER_TURN: Final = 128
-TURN_MS: Final = 1
-"""A connection that has processed so many frames, or for longer, waits for its next turn of the loop."""
 
 MAX_WASTED: Final = 16
 SLOW_DOWN_S: Final = 0.002
@@ -75,30 +75,39 @@ SLOW_DOWN_S: Final = 0.002
 CUT_FRAME: Final = "too many incomplete frames; send fewer large frames at once, or send them faster"
 
 
-class ServerProtocol(Dispatcher):
+class ServerProtocol(asyncio.Protocol):
     """One connection of a server."""
 
     __slots__ = (
+        "_calls",
+        "_connection",
+        "_dispatcher",
         "_flush_planned",
-        "_is_held_up",
         "_lookup",
+        "_number",
         "_paused_since",
         "_slow_until",
+        "_state",
         "_suspended",
         "_transport",
+        "_uncut",
         "_unread",
         "deadline_tick",
+        "is_held_up",
+        "peer",
         "suppress_revoked_event",
     )
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._connection = self._streams = self._calls = self._workers = None
+        self._connection: ServerConnection | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._calls: CallRunner | None = None
         self._number = 0
-        self._uncut = ()
+        self._uncut: tuple[tuple[str, Code], ...] = ()  # sessions that its own request has ended
         self._transport: TlsServerTransport | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # until they may go on
-        self._is_held_up = False  # until the peer reads
+        self.is_held_up = False  # until the peer reads
         self._lookup: EagerWorker | None = None
         self._paused_since: float | None = None  # or since the peer last read its least
         self._slow_until: float | None = None
@@ -106,6 +115,38 @@ class ServerProtocol(Dispatcher):
         self._flush_planned = False
         self.suppress_revoked_event = False  # while its own request revokes sessions
         self.deadline_tick = 0
+
+    @property
+    def id(self) -> str:
+        """The id of the connection in the log; its number is assigned on the first use."""
+        if not self._number:
+            self._number = next(self._state.numbers)
+        return f"{self._state.run}-{self._number}"
+
+    def now(self) -> float:
+        return self._state.clock.now()
+
+    def wall(self) -> int:
+        return self._state.clock.wall()
+
+    def lifespan_value(self, method: str) -> Any:
+        """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""
+        owner = self._state.methods[method].owner
+        if owner is None:
+            raise RuntimeError("this application has no lifespan; pass one: App(lifespan=...)")
+        return self._state.lifespan_values[owner]
+
+    async def run_in_thread(
+        self, context: Context, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> Any:
+        """Run a method that blocks, and return its result."""
+        session = context.session
+        owner = f"address {network_of(self.peer)}" if session is None else f"user {session.user}"
+        return await self._state.threads.run(owner, partial(function, **arguments))
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        return self._state.stopping
 
     def peer_certificate(self) -> bytes | None:
         """Return the client's certificate in DER form; None without one."""
@@ -129,6 +170,7 @@ class ServerProtocol(Dispatcher):
         connection = self._connection = ServerConnection(
             settings, state.registry, state.entropy(SALT_SIZE), wall, now, counters, self
         )
+        self._dispatcher = Dispatcher(state, connection, self)
         state.connections.add(self)
         counters.connections_opened += 1
         if is_on("debug"):
@@ -168,7 +210,7 @@ class ServerProtocol(Dispatcher):
 
     def resume_writing(self) -> None:
         self._paused_since = None
-        self._is_held_up = False
+        self.is_held_up = False
         if self._streams is not None:
             self._streams.is_blocked = False
             self._continue_streams()
@@ -179,26 +221,31 @@ class ServerProtocol(Dispatcher):
         # The transport of a connection with streams pauses earlier, for their items.
         if self._streams is None or unread > self._state.write_buffer_bytes:
             assert self._transport is not None, "a conversation ends before its transport"
-            self._is_held_up = True
+            self.is_held_up = True
             self._transport.pause_reading()
 
     def _continue(self) -> None:
         """Process the suspended events and read again, unless something must still be awaited."""
-        if not self._is_held_up and self._lookup is None and self._slow_until is None:
+        if not self.is_held_up and self._lookup is None and self._slow_until is None:
             suspended, self._suspended = self._suspended, None
             if suspended is not None:
                 self._process(suspended, self.wall())
-        if not self._is_held_up and self._transport is not None:
+        if not self.is_held_up and self._transport is not None:
             if self._suspended is None and self._slow_until is None:
                 self._transport.resume_reading()
             self._set_deadline()
 
-    def _wait_turn(self, events: Iterator[ServerEvent]) -> None:
+    def wait_turn(self, events: Iterable[ServerEvent]) -> None:
         """Let the other connections have their turn before these events."""
         if self._connection is not None and self._transport is not None:
-            self._suspended = events
+            self.suspend(events)
             self._transport.pause_reading()
             self._state.call_soon(self._continue)
+
+    def suspend(self, events: Iterable[ServerEvent]) -> None:
+        """Keep the events that may not be processed yet. A tuple has no more; without a connection none count."""
+        is_over = events.__class__ is tuple or self._connection is None
+        self._suspended = None if is_over else cast("Iterator[ServerEvent]", events)
 
     def _slow_down(self, connection: ServerConnection) -> None:
         """Process nothing of a peer for a time that grows with its frames that were refused or had no effect."""
@@ -211,86 +258,19 @@ class ServerProtocol(Dispatcher):
 
     def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
         """Process events until they end or must be suspended, then send what is queued."""
-        state, connection = self._state, self._connection
-        timed = wall >> PART_BITS != state.timed_part
-        checked = timed or state.request_limits.checks_sessions
-        find = (NO_METHODS if checked else state.direct_methods).get
-        tracing = state.tracing
-        frames, others, check_at = 0, 0, 16
-        for event in events:
-            if event.__class__ is tuple:
-                stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
-                method = find(name)
-                if (
-                    method is None
-                    or session is None
-                    or (meta is not NO_META and meta.idempotency_key is not None)
-                    or (tracing is not None and tracing.is_due(meta))
-                ):
-                    method = state.methods.get(name)
-                    if timed:
-                        self._run_timed(Request(*event), method, wall)
-                    else:
-                        self._run(Request(*event), method, wall)
-                else:
-                    method.calls += 1
-                    try:
-                        if not method.is_unchecked:
-                            bind = method.bind
-                            params = bind(params)
-                        result = method.function(**params)
-                        encode = method.encode
-                        if method.is_async:
-                            worker = state.tasks.start(result)
-                            body = encode(state.tasks.result) if worker is None else None
-                        else:
-                            body = encode(result)
-                    except (KeyboardInterrupt, SystemExit):
-                        raise
-                    except BaseException as error:  # a method may raise anything; its caller gets one answer
-                        self._answer_exception(Request(*event), error)
-                    else:
-                        if body is None:
-                            assert worker is not None
-                            self._hold(Request(*event), worker)
-                        elif len(body) >= SENT_AT_ONCE:
-                            self._answer_large(Request(*event), body)
-                        else:
-                            connection.outbox.send(RESPONSE, stream, token, body, wall)  # type: ignore[union-attr]
-            elif event.__class__ is ServerStream:
-                self._run(event, state.methods.get(event.method), wall)
-            elif event.__class__ is FramesRead:
-                frames += event.frames - 1
-                others += event.frames
-            elif self._handle(event):
-                self._suspended = cast("Iterator[ServerEvent]", events)
-                break
-            else:
-                others += 1
-            frames += 1
-            if self._is_held_up:
-                is_over = events.__class__ is tuple or self._connection is None
-                self._suspended = None if is_over else events  # type: ignore[assignment]
-                break
-            if frames >= check_at:
-                if frames >= FRAMES_PER_TURN or state.clock.wall() - wall > TURN_MS:
-                    self._wait_turn(cast("Iterator[ServerEvent]", events))
-                    break
-                check_at += 16
-        state.counters.requests += frames - others
+        self._dispatcher.run(events, wall)  # type: ignore[union-attr]  # its connection has not ended
         connection = self._connection
         if connection is not None:
             data = connection.outbox.take()
-            if data and self._transport is not None:
+            if data:
+                is_read = self._paused_since is None
+                self._transport.write(data)  # type: ignore[union-attr]  # a conversation ends before its transport
                 if self._paused_since is not None:
-                    self._unread += len(data)
-                self._transport.write(data)
-                if self._paused_since is not None:
-                    self._check_write_buffer()
+                    self._check_write_buffer(0 if is_read else len(data))
             if connection.deadline_moved:
                 self._set_deadline()
 
-    def _handle(self, event: ServerEvent) -> bool:
+    def handle(self, event: ServerEvent) -> bool:
         """Process an event other than a request. Return True if those after it must wait."""
         if event.__class__ is CreditReceived:
             if self._streams is not None:
@@ -310,7 +290,8 @@ class ServerProtocol(Dispatcher):
         elif event.__class__ is TokenUnknown:
             return self._look_up(event)
         elif event.__class__ is RequestEnded:
-            self._stop(event)
+            if self._dispatcher is not None:
+                self._dispatcher.stop(event)
         elif event.__class__ is FrameBuffered:
             self._frame_buffered(event)
         elif event.__class__ is KeyWanted:
@@ -340,14 +321,18 @@ class ServerProtocol(Dispatcher):
                 self._connection.end_with(Code.RESOURCE_EXHAUSTED, CUT_FRAME, self.wall(), details)
             )
 
-    def _new_runner(self, connection: ServerConnection) -> StreamRunner:
-        runner = super()._new_runner(connection)
-        runner.is_blocked = self._paused_since is not None
-        if self._transport is not None and connection.settings.streams is not None:
-            write_bytes = connection.settings.streams.write_bytes
-            limit = min(STREAM_TURN_BYTES, write_bytes, self._state.write_buffer_bytes)
-            self._transport.set_write_buffer_limits(high=limit)
-        return runner
+    @property
+    def _streams(self) -> StreamRunner | None:
+        return None if self._dispatcher is None else self._dispatcher.streams
+
+    def begin_streams(self) -> bool:
+        """Let the transport pause early, for the items of streams. Return whether the peer does not read."""
+        assert self._transport is not None, "a conversation ends before its transport"
+        streams = self._state.settings.streams
+        assert streams is not None, "announced"
+        limit = min(STREAM_TURN_BYTES, streams.write_bytes, self._state.write_buffer_bytes)
+        self._transport.set_write_buffer_limits(high=limit)
+        return self._paused_since is not None
 
     # --- sessions ------------------------------------------------------------------------------------
 
@@ -418,7 +403,8 @@ class ServerProtocol(Dispatcher):
         except CallError as error:
             unknown.refusal = encode_error(error.code, error.message, error.details)
         except Exception as error:
-            unknown.refusal = self._internal_error("token", error)
+            assert self._dispatcher is not None
+            unknown.refusal = self._dispatcher.internal_error("token", error)
         else:
             unknown.refusal = None
 
@@ -465,9 +451,115 @@ class ServerProtocol(Dispatcher):
             self._state.counters.events += 1
             self.flush_soon()
 
+    def cut_streams_soon(self) -> None:
+        """Cut the streams of the sessions that this peer has ended, after its request has been answered."""
+        if self._uncut:
+            self._state.call_soon(self._cut_streams)
+
+    def _cut_streams(self) -> None:
+        uncut, self._uncut = self._uncut, ()
+        if self._connection is not None and self._dispatcher is not None:
+            for session_id, code in uncut:
+                for ended in self._connection.cut_streams(session_id, code, self.wall()):
+                    self._dispatcher.stop(ended)
+            self.flush_soon()
+
+    def cut_denied_streams(self) -> None:
+        """Cut the streams whose sessions may no longer call their methods."""
+        if self._dispatcher is not None:
+            self._dispatcher.cut_denied_streams()
+            self.flush_soon()
+
+    # --- calls to the client -------------------------------------------------------------------------
+
+    def register(self, session: Session, methods: frozenset[str], most: int) -> None:
+        """Let methods of the server call these methods of the client. Raises ResourceExhausted at a limit."""
+        connection = self._connection
+        if connection is None:  # the method has ended its own connection
+            return
+        if not connection.settings.max_calls:
+            raise Unimplemented("this server makes no calls; its operator has set calls.max = 0")
+        self._state.clients.add(self, session, methods)
+        connection.register(session.id, methods, most)
+        if self._calls is None:
+            self._calls = CallRunner(self._state, connection, self.flush, self.flush_soon)
+        if connection.is_suspended(session.id):  # since this request was accepted
+            self._state.clients.suspend(self, session.id)
+
+    def unregister(self, session_id: str) -> None:
+        """Drop the registration of a session."""
+        self._state.clients.remove(self, session_id)
+        if self._calls is not None:
+            self._calls.session_ended(session_id, is_kept=False)
+
+    def _end_calls(self, session_id: str, reason: EndReason) -> None:
+        """Fail the calls of a session. A registration is kept if the session can still be refreshed."""
+        if self._calls is None:
+            return
+        if reason in (EndReason.EXPIRED, EndReason.IDLE):
+            self._suspend_calls(session_id)
+        else:
+            self.unregister(session_id)
+
+    def _suspend_calls(self, session_id: str, *, is_refreshed: bool = False) -> None:
+        """Fail the calls of a session; keep its registration until its newest token is shown here."""
+        if self._calls is not None:
+            self._state.clients.suspend(self, session_id)
+            self._calls.session_ended(session_id, is_kept=True, is_refreshed=is_refreshed)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the client was asked to leave, or the conversation has ended."""
+        return self._connection is None or self._connection.state is not State.OPEN
+
+    async def call_client(
+        self,
+        user: str,
+        session_id: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+    ) -> Any:
+        """Call a method of a session's client and return its result.
+
+        The client may have registered the method on another of its connections only: the newest one is called then.
+        """
+        clients = self._state.clients
+        connection: Registering = self
+        if not clients.handles(self, session_id, method):
+            connection = clients.handling(user, session_id, method) or self
+        return await connection.call_here(session_id, method, params, timeout, traceparent)
+
+    async def call_here(
+        self,
+        session_id: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+    ) -> Any:
+        """Call a method that the client has registered on this connection, and return its result."""
+
+        async def call(traceparent: str | None) -> Any:
+            if self._calls is None:
+                self._state.clients.count("unavailable")
+                raise Unavailable("the client handles no methods on this connection")
+            return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
+
+        tracing = self._state.tracing
+        if tracing is None:
+            return await call(traceparent)
+        return await tracing.call_client(method, self.peer, traceparent, call)
+
+    def _settle(self, ended: CallEnded) -> None:
+        """Pass an answer to the method that waits for it."""
+        if self._calls is not None:
+            self._calls.settle(ended.call, ended.value, ended.error)
+
     # --- sending -------------------------------------------------------------------------------------
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._connection is not None:
             data = self._connection.outbox.take()
             if data:
@@ -476,17 +568,18 @@ class ServerProtocol(Dispatcher):
     def _write(self, data: bytes) -> None:
         transport = self._transport
         assert transport is not None, "a conversation ends before its transport"
-        if self._paused_since is not None:
-            self._unread += len(data)
+        is_read = self._paused_since is None
         transport.write(data)
         if self._paused_since is not None:
-            self._check_write_buffer()
+            self._check_write_buffer(0 if is_read else len(data))
 
-    def _check_write_buffer(self) -> None:
+    def _check_write_buffer(self, added: int) -> None:
+        """Stop reading, or end the connection, while the peer does not read. `added` are bytes since it stopped."""
         assert self._transport is not None
+        self._unread += added
         if not self._has_room(0):
             self.abort("write_buffer_full")
-        elif not self._is_held_up:
+        elif not self.is_held_up:
             self._hold_up(self._transport.get_write_buffer_size())
 
     def _has_room(self, size: int) -> bool:
@@ -502,7 +595,7 @@ class ServerProtocol(Dispatcher):
 
     def _flush_now(self) -> None:
         self._flush_planned = False
-        self._flush()
+        self.flush()
         self._continue_streams()
         connection = self._connection
         if connection is not None:
@@ -516,6 +609,26 @@ class ServerProtocol(Dispatcher):
         if self._streams is not None:
             assert self._transport is not None, "a conversation ends before its transport"
             self._streams.flushed(self._transport.get_write_buffer_size())
+
+    def has_ended(self, request: Request) -> bool:
+        """Return whether a request has been answered or can no longer be answered."""
+        connection = self._connection
+        return connection is None or (request.held and not connection.is_held(request))
+
+    def cancel_all(self) -> None:
+        """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""
+        if self._dispatcher is not None:
+            self._dispatcher.cancel_all()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose methods wait."""
+        return 0 if self._dispatcher is None else self._dispatcher.in_flight
+
+    @property
+    def streams_open(self) -> int:
+        """Streams that have not been answered."""
+        return 0 if self._streams is None else self._streams.running
 
     # --- time --------------------------------------------------------------------------------------------
 
@@ -545,8 +658,8 @@ class ServerProtocol(Dispatcher):
         wall = self.wall()
         unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
         for event in self._connection.handle_timeout(wall, now, unsent):
-            self._handle(event)
-        self._flush()
+            self.handle(event)
+        self.flush()
         if self._slow_until is not None and now >= self._slow_until:
             self._slow_until = None
             self._continue()
@@ -562,7 +675,7 @@ class ServerProtocol(Dispatcher):
         state = self._state
         connection.settings = state.settings  # refusals from now on have the delay of GOAWAY
         connection.go_away(reason, state.settings.retry_draining_ms, state.clock.wall())
-        self._flush()
+        self.flush()
         if not (connection.in_flight or connection.has_calls):
             self.close(reason)
 
@@ -571,7 +684,7 @@ class ServerProtocol(Dispatcher):
             self._state.counters.errors[ended.code] += 1
             name = ended.code.name
             log.info("connection.refused", peer=self.peer, connection=self.id, code=name, reason=ended.reason)
-        self._flush()
+        self.flush()
         self.close(ended.code.name.lower() if ended.code is not None else ended.reason)
 
     def close(self, reason: str) -> None:
@@ -600,18 +713,28 @@ class ServerProtocol(Dispatcher):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
         for session_id in connection.sessions:
             state.session_connections.leave(session_id, self)
-        for session_id in connection.registered_sessions:
-            state.clients.remove(self, session_id)
         connection.end()
         self._suspended = None
         if self._calls is not None:
+            for session_id in connection.registered_sessions:
+                state.clients.remove(self, session_id)
             self._calls.close(reason)
             self._calls = None
-        streams, self._streams = self._streams, None
-        if streams is not None:
-            streams.close()
+        dispatcher, self._dispatcher = self._dispatcher, None
         if self._lookup is not None:
             self._lookup.cancel()
-        workers, self._workers = self._workers, None
-        for worker in (workers or {}).values():
-            worker.cancel()
+        if dispatcher is not None:
+            dispatcher.close()
+
+
+class TracedProtocol(ServerProtocol):
+    """One connection of a server that records traces: it processes each read within one that is not recorded."""
+
+    __slots__ = ()
+
+    def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
+        tracing = self._state.tracing
+        if tracing is None:  # the server has not started
+            ServerProtocol._process(self, events, wall)
+        else:
+            tracing.read_context.copy().run(ServerProtocol._process, self, events, wall)

@@ -44,8 +44,6 @@ ABANDONED_S: Final = 2.0
 PART_BITS: Final = 4
 """One read is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles."""
 
-NO_METHODS: Final[dict[str, Method]] = {}
-
 log = get_logger("zcproto.server")
 
 
@@ -205,8 +203,6 @@ class ServerState:
     )
     threads: ThreadPool = field(default_factory=ThreadPool)
     methods: dict[str, Method] = field(default_factory=dict)
-    direct_methods: dict[str, Method] = field(default_factory=dict)
-    """Those that need no context and no check of access. Change it in place."""
     lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
     """What the lifespans of the application have yielded."""
     counters: Counters = field(default_factory=Counters)
@@ -292,13 +288,6 @@ class ServerState:
 
     def add_methods(self, methods: Iterable[Method]) -> None:
         self.methods.update((method.name, method) for method in methods)
-        self._find_direct()
-
-    def _find_direct(self) -> None:
-        self.direct_methods.clear()
-        self.direct_methods.update(
-            (name, method) for name, method in self.methods.items() if method.is_direct
-        )
 
     def restrict(self, access: Mapping[str, Access]) -> None:
         """Let each method be called by those whom its access admits; a method without one by every session.
@@ -309,7 +298,6 @@ class ServerState:
             if method.access != access.get(name):
                 restricted = self.methods[name] = copy.copy(method)
                 restricted.restrict(access.get(name))
-        self._find_direct()
 
     async def cut_denied_streams(self) -> None:
         """Cut the streams that may no longer be opened, those of some connections in each turn of the loop."""

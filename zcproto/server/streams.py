@@ -39,7 +39,8 @@ STREAM_TURN_BYTES: Final = 16_384
 class StreamOwner(Protocol):
     """The connection whose streams run; an object, as bound methods would cost each connection memory."""
 
-    peer: str
+    @property
+    def peer(self) -> str: ...
 
     def flush_soon(self) -> None:
         """Send what is queued at the end of this turn of the loop."""

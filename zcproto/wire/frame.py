@@ -37,6 +37,9 @@ TOKEN_SIZE: Final = 32
 NO_TOKEN: Final = bytes(TOKEN_SIZE)
 MAX_STREAM: Final = 2**32 - 1
 
+UnnumberedFrame = tuple[int, int, int, bytes, bytes]
+"""A frame to send: head, stream, timestamp, token, body."""
+
 RawFrame = tuple[int, int, int, int, bytes, int, bytes, bytes]
 """A decoded frame: length, head, stream, timestamp, salt, counter, token, body."""
 
@@ -143,6 +146,17 @@ def encode_frame(
 ) -> bytes:
     """Return the bytes of one frame. The caller respects the peer's limit."""
     return HEADER.pack(MIN_LENGTH + len(body), head, stream, timestamp, salt, counter, token) + body
+
+
+@accelerated
+def encode_frames(frames: list[UnnumberedFrame], salt: bytes, counter: int) -> bytes:
+    """Return the bytes of frames with these counters: `counter` and those after it."""
+    return b"".join(
+        [
+            HEADER.pack(MIN_LENGTH + len(body), head, stream, timestamp, salt, number, token) + body
+            for number, (head, stream, timestamp, token, body) in enumerate(frames, counter)
+        ]
+    )
 
 
 def check_length(length: int, limit: int) -> None:
