@@ -382,7 +382,7 @@ SESSIONS: Final[dict[str, Fault]] = {
         (
             f"{_RENEWAL}.after_error",
             "if then is Then.LATER and self.must:",
-            "if then in (Then.LATER, Then.RAISE) and self.must:",
+            "if then in (Then.LATER, Then.RAISE) and self.must:\n            then = Then.LATER",
         ),
     ),
     "too-many-sessions": LIMIT_IS_RETRIED,
