@@ -297,18 +297,18 @@ class LoopResources:
         """
         shared = self._starting.get(trust.key)
         if shared is None:
-            shared = self._starting[trust.key] = self._loop.create_task(self._look(trust))
+            shared = self._starting[trust.key] = self._loop.create_task(self._load(trust))
             shared.add_done_callback(_retrieve)
         await asyncio.wait([shared])  # cancelling one attempt does not cancel it
         return shared.result()
 
-    async def _look(self, trust: Trust) -> ssl.SSLContext:
+    async def _load(self, trust: Trust) -> ssl.SSLContext:
         del self._starting[trust.key]  # later attempts must see later changes of the files
         return await asyncio.to_thread(trust.context, self.contexts)
 
 
 def _retrieve(task: asyncio.Task[ssl.SSLContext]) -> None:
-    """Mark the error of a look as retrieved: all attempts that wait for it may have been cancelled."""
+    """Mark an error as retrieved: all attempts that wait for the context may have been cancelled."""
     if not task.cancelled():
         task.exception()
 

@@ -288,7 +288,7 @@ class Registrar:
         self.changed()
 
     def changed(self) -> None:
-        """Look again whether the handlers are registered."""
+        """Check the registrations again."""
         self._changed.set()
         self._settled.clear()
         if self._task is None and self._handlers.names:

@@ -104,7 +104,7 @@ class ConnectionOwner(Protocol):
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None: ...
 
     def connection_free(self, connection: ClientProtocol, requests: int) -> None:
-        """Some more requests may be sent, for which none of the connection's own callers waits."""
+        """So many more requests may be sent, and no caller of the connection waits for them."""
 
     @property
     def has_other_address(self) -> bool:
@@ -254,7 +254,7 @@ class ClientProtocol(asyncio.Protocol):
 
     @property
     def leaf(self) -> bytes:
-        """SHA-256 of the server's certificate (DER). Empty after the connection is gone."""
+        """SHA-256 of the server's certificate (DER). Empty after the connection is closed."""
         tls = None if self._transport is None else self._transport.get_extra_info("ssl_object")
         certificate = None if tls is None else tls.getpeercert(binary_form=True)
         return b"" if certificate is None else sha256(certificate).digest()
@@ -479,7 +479,7 @@ class ClientProtocol(asyncio.Protocol):
         pending = self._pending
         pending[stream] = call, deadline
         if deadline < self._calls_due or self._calls_due == NEVER:
-            self._look_at_calls_by(deadline)
+            self._check_calls_by(deadline)
         conversation = self.conversation
         if len(conversation.in_flight) >= self._max_streams:
             self.ready = False
@@ -586,15 +586,15 @@ class ClientProtocol(asyncio.Protocol):
     def _set_deadline(self) -> None:
         self._wheel.set(self, min(self._calls_due, self.conversation.next_deadline()))
 
-    def _look_at_calls_by(self, deadline: float) -> None:
-        """Look at the calls at their first deadline, and earlier to notice a silent server."""
+    def _check_calls_by(self, deadline: float) -> None:
+        """Check the calls at their first deadline, and earlier to notice a silent server."""
         if self.conversation.silence is not None:
             deadline = min(deadline, self.conversation.first_silence_check(self._now()))
         if deadline < self._calls_due:
             self._calls_due = deadline
             self._set_deadline()
 
-    def _look_at_calls(self, now: float) -> None:
+    def _check_calls(self, now: float) -> None:
         """Cancel the calls whose deadlines have passed, and find out whether the server is silent."""
         after = PING_AFTER
         for stream, (call, deadline) in [*self._pending.items()]:
@@ -635,7 +635,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def handle_deadline(self, now: float) -> None:
         if now >= self._calls_due:
-            self._look_at_calls(now)
+            self._check_calls(now)
             if self.error is not None:
                 return
         for event in self.conversation.handle_timeout(self._clock.wall(), now, self._unsent):

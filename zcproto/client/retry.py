@@ -39,7 +39,7 @@ class Shown(Enum):
     """Which token a request had."""
 
     PRESENT = "present"
-    EARLIER = "earlier"  # of a session, or of a refresh, that another one has followed
+    EARLIER = "earlier"  # replaced since then, by a refresh or by another session
     NONE = "none"
 
 
@@ -227,7 +227,7 @@ class Renewal:
         self._lost = 0
 
     def after_loss(self, *, may_be_spent: bool) -> Step:
-        """Return the next step after a lost answer. `may_be_spent`: the refresh token, and the token with it."""
+        """Return the next step after a lost answer. `may_be_spent`: the refresh token, so that `must` holds."""
         self.must |= may_be_spent
         self._lost += 1
         return Step(Then.AT_ONCE) if self._lost <= MAX_LOST else _REPORT

@@ -353,7 +353,7 @@ class SessionManager:
         if self.session is None or connection.error is not None:
             return
         if self.needs_proof(connection) and not connection.ready:
-            return  # it was not used there
+            return  # the token was not used there
         token = self.token
         _, call = self._show(connection)
 
@@ -367,7 +367,7 @@ class SessionManager:
     async def is_accepted_on(self, connection: ClientProtocol) -> bool:
         """Show the session on a connection that is not used yet, if there is one. Return False if it is refused."""
         if self.session is None or self._loop.time() >= self.valid_until or not connection.ready:
-            return True  # the connection shows what it is worth when it is used
+            return True  # the first call on it finds out
         try:
             await answer(connection, self._show(connection))
         except CallError as error:

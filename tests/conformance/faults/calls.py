@@ -153,7 +153,7 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-at-the-client": fault(
         "does not enforce deadlines",
         (
-            "zcproto.client.protocol:ClientProtocol._look_at_calls",
+            "zcproto.client.protocol:ClientProtocol._check_calls",
             "if not call.done():",
             "if False:",
         ),
