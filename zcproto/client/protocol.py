@@ -184,18 +184,6 @@ class PendingStream(asyncio.Future[Any]):
                 finally:
                     self._sender = None
 
-    def send_item(self, item: Any) -> None:
-        """Send an item after `wait_to_send`. Raises InvalidArgument if it cannot be sent."""
-        self.connection.send_item(self.stream, item)
-
-    def end_items(self) -> None:
-        """Send no more items. Idempotent."""
-        self.connection.end_items(self.stream)
-
-    def take_item(self) -> Any:
-        """Return the next item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
-        return self.connection.take_item(self.stream)
-
     def leave(self) -> None:
         """Cancel the stream on the server, unless it was answered, and drop its items."""
         self.stream.items.clear()
@@ -458,7 +446,10 @@ class ClientProtocol(asyncio.Protocol):
         return stream, call
 
     def take_item(self, stream: ClientStream) -> Any:
-        """Return the next item of a stream, and send the credit that is due."""
+        """Return the next item of a stream, and send the credit that is due.
+
+        Raises IndexError if none waits, InternalError if it cannot be decoded.
+        """
         try:
             return self.conversation.take_item(stream, self._clock.wall())
         finally:
@@ -466,12 +457,12 @@ class ClientProtocol(asyncio.Protocol):
                 self._flush_soon()
 
     def send_item(self, stream: ClientStream, item: Any) -> None:
-        """Send an item. Raises InvalidArgument if it cannot be sent."""
+        """Send an item after `PendingStream.wait_to_send`. Raises InvalidArgument if it cannot be sent."""
         self.conversation.send_item(stream, item, self._clock.wall())
         self._flush_queued()
 
     def end_items(self, stream: ClientStream) -> None:
-        """Send the end of a stream's items."""
+        """Send no more items. Idempotent."""
         self.conversation.end_items(stream, self._clock.wall())
         self._flush_queued()
 

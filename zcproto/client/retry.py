@@ -177,8 +177,8 @@ class Attempt:
         shown: Shown,
         *,
         opens: bool,
-        is_draining: bool = False,
-        left: float = math.inf,
+        is_draining: bool,
+        left: float,
     ) -> Step:
         """Return the next step of a call after an error (section 11.1).
 
@@ -199,7 +199,7 @@ class Attempt:
             return _REPORT
         return Step(then) if then is not Then.RAISE and self.once(then) else _REPORT
 
-    def after_loss(self, *, is_repeatable: bool, left: float = math.inf) -> Step:
+    def after_loss(self, *, is_repeatable: bool, left: float) -> Step:
         """Return the next step of a call whose connection was lost before its answer.
 
         `is_repeatable`: it certainly did not run, or the server runs it once. The retry is delayed: the call itself
@@ -232,9 +232,7 @@ class Renewal:
         self._lost += 1
         return Step(Then.AT_ONCE) if self._lost <= MAX_LOST else _REPORT
 
-    def after_error(
-        self, error: CallError, *, is_refresh: bool, can_reopen: bool, is_restored: bool = False
-    ) -> Step:
+    def after_error(self, error: CallError, *, is_refresh: bool, can_reopen: bool, is_restored: bool) -> Step:
         """Return the next step after an error: REOPEN and REPLACE if another session is opened instead.
 
         Args:
