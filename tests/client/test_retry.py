@@ -162,10 +162,8 @@ def test_renewal_after_error(code: Code, details: dict[str, Any], given: dict[st
 def test_renewal_is_required_once_the_refresh_token_may_be_spent() -> None:
     renewal = Renewal(lambda: 0.5, must=False)
     assert renewal.after_loss(may_be_spent=True) == Step(Then.AT_ONCE)
-    busy = CallError.from_wire(Code.UNAVAILABLE, "x", {"retry_after_ms": 1_000})
-    assert renewal.after_error(busy, is_refresh=True, can_reopen=False) == Step(
-        Then.LATER, 1 + FIRST_DELAY / 2
-    )
+    step = renewal.after_error(BUSY, is_refresh=True, can_reopen=False, is_restored=False)
+    assert step == Step(Then.LATER, 1 + FIRST_DELAY / 2)
     assert [renewal.after_loss(may_be_spent=False).then for _ in range(MAX_LOST)][-1] is Then.RAISE
 
 
