@@ -36,7 +36,7 @@ from typing import Any, Final
 
 from zcproto.client.dial import Resolve
 from zcproto.client.endpoints import Address, Endpoint, Endpoints, GoingAway, Round, is_ip
-from zcproto.client.protocol import ClientProtocol, WaitingQueue, join
+from zcproto.client.protocol import ClientProtocol, WaitingQueue, join, mark_retrieved
 from zcproto.client.retry import Backoff
 from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
 from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
@@ -239,8 +239,7 @@ class ConnectionManager:
 
     def _connected(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: without a waiter the next call connects again and raises it
+        mark_retrieved(task)  # without a waiter the next call connects again and raises it
 
     async def _connect(self) -> None:
         loop, endpoints = self._loop, self._endpoints
@@ -305,8 +304,7 @@ class ConnectionManager:
 
     def _standby_done(self, task: asyncio.Task[None]) -> None:
         self._standby = None
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: the silent connection goes on
+        mark_retrieved(task)  # the silent connection goes on
 
     async def _try_all(self, attempts: Round) -> ClientProtocol | None:
         """Make the attempts of a round. Return the first connection; None if all have failed."""

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 
 from zcproto.client.endpoints import Address, Endpoint, is_ip, parse_address
 from zcproto.client.options import ConnectOptions
-from zcproto.client.protocol import ClientProtocol, ConnectionOwner
+from zcproto.client.protocol import ClientProtocol, ConnectionOwner, mark_retrieved
 from zcproto.client.retry import is_transient
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -298,19 +298,13 @@ class LoopResources:
         shared = self._starting.get(trust.key)
         if shared is None:
             shared = self._starting[trust.key] = self._loop.create_task(self._load(trust))
-            shared.add_done_callback(_retrieve)
+            shared.add_done_callback(mark_retrieved)  # all that wait may have been cancelled
         await asyncio.wait([shared])  # cancelling one attempt does not cancel it
         return shared.result()
 
     async def _load(self, trust: Trust) -> ssl.SSLContext:
         del self._starting[trust.key]  # later attempts must see later changes of the files
         return await asyncio.to_thread(trust.context, self.contexts)
-
-
-def _retrieve(task: asyncio.Task[ssl.SSLContext]) -> None:
-    """Mark an error as retrieved: all attempts that wait for the context may have been cancelled."""
-    if not task.cancelled():
-        task.exception()
 
 
 _resources: dict[asyncio.AbstractEventLoop, LoopResources] = {}

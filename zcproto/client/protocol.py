@@ -145,8 +145,7 @@ class PendingStream(asyncio.Future[Any]):
         self.add_done_callback(self._answered)
 
     def _answered(self, _: object) -> None:
-        if not self.cancelled():
-            self.exception()  # mark it as retrieved: the stream may have been left
+        mark_retrieved(self)  # the stream may have been left
         self.arrived()
         self.sending_changed()
 
@@ -684,6 +683,12 @@ class ClientProtocol(asyncio.Protocol):
 def _copy(error: ConnectionClosed) -> ConnectionClosed:
     """Return a copy to raise: every raise extends the traceback of an error."""
     return ConnectionClosed(error.reason, clean=error.clean, code=error.code)
+
+
+def mark_retrieved(future: asyncio.Future[Any]) -> None:
+    """Keep asyncio from logging the error of a future that nothing may await."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def join(task: asyncio.Task[None]) -> None:

@@ -26,7 +26,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin, SessionFile
-from zcproto.client.protocol import ClientProtocol, PendingCall, join
+from zcproto.client.protocol import ClientProtocol, PendingCall, join, mark_retrieved
 from zcproto.client.retry import (
     ENDED_BY_REFUSAL,
     SESSION_IS_OVER,
@@ -471,8 +471,7 @@ class SessionManager:
     def _renewed(self, task: asyncio.Task[None]) -> None:
         self._renewing = None
         self._update_validity()
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: without a waiter the next call retries and raises it
+        mark_retrieved(task)  # without a waiter the next call retries and raises it
 
     async def _renew(self, must: bool) -> None:
         """Get another token, or restore the session of the file. `must`: the present token has become invalid."""
