@@ -107,7 +107,7 @@ class SessionClient:
         self._clock = clock
         timeout = options.timeout
         # The metadata of most first attempts; None if each needs its own.
-        self._usual_meta = _deadline_meta(timeout) if timeout and 0 < timeout < MAX_DEADLINE_MS else None
+        self._default_meta = _deadline_meta(timeout) if timeout and 0 < timeout < MAX_DEADLINE_MS else None
         self._opened = False
         self._closed = False
 
@@ -214,7 +214,7 @@ class SessionClient:
             )
         meta: dict[str, Any] | None = None
         if timeout is UNSET:
-            timeout, meta = self._options.timeout, self._usual_meta
+            timeout, meta = self._options.timeout, self._default_meta
         now = self._now()
         deadline = NEVER if timeout is None else now + timeout
         attempt: Attempt | None = None

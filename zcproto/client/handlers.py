@@ -255,7 +255,7 @@ class Registrar:
         self._task: asyncio.Task[None] | None = None
 
     def connected(self, connection: ClientProtocol, *, is_extra: bool = False) -> bool:
-        """Use another connection, beside the main one or in its place. Return True if that shows the session."""
+        """Use another connection, as the main one or an extra one. Return True if that shows the session."""
         if not is_extra:
             self._main = connection
         self._sent[connection] = frozenset()

@@ -270,7 +270,7 @@ class ClientProtocol(asyncio.Protocol):
             self._close_if_drained()
 
     def _receive_others(self, data: bytes, wall: int, now: float) -> bool:
-        """Process what is not a usual answer. Return False if the connection has ended."""
+        """Process the frames behind the first answers. Return False if the connection has ended."""
         pending = self._pending
         for event in self.conversation.receive_data(data, wall, now):
             if event.__class__ is ResponseReceived:
