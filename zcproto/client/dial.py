@@ -43,6 +43,20 @@ log: Final = logging.getLogger("zcproto.client")
 MAX_CONTEXTS: Final = 64
 """Maximum of cached contexts; connections hold their own references."""
 
+KNOWN_HOSTS_FILE: Final = "known_hosts.json"
+MAX_HOSTS: Final = 1_000
+MAX_FILE_SIZE: Final = 1_048_576
+MAX_AGE: Final = 10 * 365 * 86_400
+"""Maximum of seconds for which a policy is remembered."""
+
+MAX_UNTIL: Final = 2**53 - 1
+"""Maximum expiry in the file, which clients in JavaScript share."""
+
+REWRITE_AFTER: Final = 86_400
+"""Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
+
+LOCK_WAIT_S: Final = 10.0
+
 Contexts = dict[tuple[object, ...], tuple[tuple[FileIdentity, ...], ssl.SSLContext]]
 """Contexts by files and options, each with the state of the files from which it was made."""
 
@@ -139,21 +153,6 @@ def _warn_of_key_log(path: Path) -> None:
         "TLS secrets are appended to %s: anyone who can read it can decrypt captured connections",
         escape_text(str(path)),
     )
-
-
-KNOWN_HOSTS_FILE: Final = "known_hosts.json"
-MAX_HOSTS: Final = 1_000
-MAX_FILE_SIZE: Final = 1_048_576
-MAX_AGE: Final = 10 * 365 * 86_400
-"""Maximum of seconds for which a policy is remembered."""
-
-MAX_UNTIL: Final = 2**53 - 1
-"""Maximum expiry in the file, which clients in JavaScript share."""
-
-REWRITE_AFTER: Final = 86_400
-"""Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
-
-LOCK_WAIT_S: Final = 10.0
 
 
 class StsPolicy(NamedTuple):
