@@ -122,6 +122,8 @@ def test_a_client_that_was_never_opened_is_closed_without_ado(
 ) -> None:
     client = blocking(shared)
     client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        client.open()
     assert threads() == []
 
 

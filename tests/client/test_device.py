@@ -97,13 +97,17 @@ class BoundServer(ScriptedServer):
             super().act(request)
 
 
+@pytest.fixture
+def server() -> BoundServer:
+    return BoundServer()
+
+
 def device_client(server: ScriptedServer, **options: Any) -> Client:
     return client_of(server, user=None, device=DEVICE, device_name="laptop", **options)
 
 
 @scripted
-async def test_device_session_needs_no_attach_on_its_first_connection() -> None:
-    server = BoundServer()
+async def test_device_session_needs_no_attach_on_its_first_connection(server: BoundServer) -> None:
     async with device_client(server) as client:
         opened = server.calls("session.open")[0]
         assert {**opened.params, "signature": b""} == {
@@ -119,8 +123,7 @@ async def test_device_session_needs_no_attach_on_its_first_connection() -> None:
 
 
 @scripted
-async def test_reconnect_attaches_before_any_call() -> None:
-    server = BoundServer()
+async def test_reconnect_attaches_before_any_call(server: BoundServer) -> None:
     async with device_client(server) as client:
         for number in range(3):
             await server.lose()
@@ -131,8 +134,7 @@ async def test_reconnect_attaches_before_any_call() -> None:
 
 
 @scripted
-async def test_reconnect_attaches_before_handlers_are_registered() -> None:
-    server = BoundServer()
+async def test_reconnect_attaches_before_handlers_are_registered(server: BoundServer) -> None:
     server.greeting["calls"] = {"max": 4}
     client = device_client(server)
     client.handler("ask")(lambda: 1)
@@ -145,8 +147,7 @@ async def test_reconnect_attaches_before_handlers_are_registered() -> None:
 
 
 @scripted
-async def test_call_refused_without_proof_attaches_and_is_retried() -> None:
-    server = BoundServer()
+async def test_call_refused_without_proof_attaches_and_is_retried(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()  # the server has forgotten the proof: the name now belongs to another device
         assert await client.call("echo", x=1) == {"x": 1}
@@ -154,8 +155,7 @@ async def test_call_refused_without_proof_attaches_and_is_retried() -> None:
 
 
 @scripted
-async def test_concurrent_refused_calls_attach_once() -> None:
-    server = BoundServer()
+async def test_concurrent_refused_calls_attach_once(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()
         answers = await asyncio.gather(*(client.call("echo", x=number) for number in range(10)))
@@ -164,8 +164,7 @@ async def test_concurrent_refused_calls_attach_once() -> None:
 
 
 @scripted
-async def test_refused_attach_raises_and_is_not_retried() -> None:
-    server = BoundServer()
+async def test_refused_attach_raises_and_is_not_retried(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()
         server.script("session.attach", *[fail(Code.UNAUTHENTICATED)] * 2)
@@ -179,8 +178,7 @@ async def test_refused_attach_raises_and_is_not_retried() -> None:
 
 
 @scripted
-async def test_second_attach_demand_raises() -> None:
-    server = BoundServer()
+async def test_second_attach_demand_raises(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.script("echo", *[fail(Code.UNAUTHENTICATED, attach=True)] * 2)
         with pytest.raises(Unauthenticated) as caught:
@@ -194,8 +192,7 @@ async def test_second_attach_demand_raises() -> None:
 
 
 @scripted
-async def test_attach_is_retried_within_the_timeout() -> None:
-    server = BoundServer()
+async def test_attach_is_retried_within_the_timeout(server: BoundServer) -> None:
     async with device_client(server, random=numbers(0.0)) as client:
         server.proved.clear()
         server.script("session.attach", *[fail(Code.RESOURCE_EXHAUSTED, retry_after_ms=1000)] * 3)
@@ -208,8 +205,7 @@ async def test_attach_is_retried_within_the_timeout() -> None:
 
 
 @scripted
-async def test_attach_with_stale_timestamp_is_retried() -> None:
-    server = BoundServer()
+async def test_attach_with_stale_timestamp_is_retried(server: BoundServer) -> None:
     async with device_client(server) as client:
         await server.lose()
         server.script("session.attach", fail(Code.STALE_TIMESTAMP, server_time=WALL))
@@ -217,8 +213,7 @@ async def test_attach_with_stale_timestamp_is_retried() -> None:
 
 
 @scripted
-async def test_token_expired_during_attach_is_renewed() -> None:
-    server = BoundServer()
+async def test_token_expired_during_attach_is_renewed(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()
         server.script("session.attach", fail(Code.TOKEN_EXPIRED))
@@ -234,8 +229,7 @@ async def test_token_expired_during_attach_is_renewed() -> None:
 
 
 @scripted
-async def test_attach_without_answer_ends_at_the_timeout() -> None:
-    server = BoundServer()
+async def test_attach_without_answer_ends_at_the_timeout(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()
         server.script("session.attach", silence, silence)
@@ -248,8 +242,7 @@ async def test_attach_without_answer_ends_at_the_timeout() -> None:
 
 
 @scripted
-async def test_connection_lost_during_attach_is_retried() -> None:
-    server = BoundServer()
+async def test_connection_lost_during_attach_is_retried(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()
         server.script("session.attach", cut)
@@ -258,8 +251,7 @@ async def test_connection_lost_during_attach_is_retried() -> None:
 
 
 @scripted
-async def test_cancelled_call_does_not_cancel_the_shared_attach() -> None:
-    server = BoundServer()
+async def test_cancelled_call_does_not_cancel_the_shared_attach(server: BoundServer) -> None:
     async with device_client(server) as client:
         server.proved.clear()
         held: list[ReceivedRequest] = []
@@ -273,8 +265,7 @@ async def test_cancelled_call_does_not_cancel_the_shared_attach() -> None:
 
 
 @scripted
-async def test_token_of_previous_session_is_not_attached() -> None:
-    server = BoundServer()
+async def test_token_of_previous_session_is_not_attached(server: BoundServer) -> None:
     async with device_client(server) as client:
         held: list[ReceivedRequest] = []
         server.script("echo", held.append)
@@ -291,8 +282,7 @@ async def test_token_of_previous_session_is_not_attached() -> None:
 
 
 @scripted
-async def test_refreshed_token_needs_no_second_proof() -> None:
-    server = BoundServer()
+async def test_refreshed_token_needs_no_second_proof(server: BoundServer) -> None:
     server.session = refreshable(bound=True)
     async with device_client(server) as client:
         expire_token(client)
@@ -301,8 +291,7 @@ async def test_refreshed_token_needs_no_second_proof() -> None:
 
 
 @scripted
-async def test_token_refreshed_on_new_connection_is_attached() -> None:
-    server = BoundServer()
+async def test_token_refreshed_on_new_connection_is_attached(server: BoundServer) -> None:
     server.session = refreshable(bound=True)
     async with device_client(server) as client:
         expire_token(client)
@@ -314,8 +303,7 @@ async def test_token_refreshed_on_new_connection_is_attached() -> None:
 
 
 @scripted
-async def test_refresh_refused_without_proof_attaches_and_is_retried() -> None:
-    server = BoundServer()
+async def test_refresh_refused_without_proof_attaches_and_is_retried(server: BoundServer) -> None:
     server.session = refreshable(bound=True)
     server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
     async with device_client(server) as client:
@@ -326,8 +314,7 @@ async def test_refresh_refused_without_proof_attaches_and_is_retried() -> None:
 
 
 @scripted
-async def test_expired_token_is_refreshed_without_attach() -> None:
-    server = BoundServer()
+async def test_expired_token_is_refreshed_without_attach(server: BoundServer) -> None:
     server.session = refreshable(bound=True)
     server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
     server.script("session.attach", fail(Code.TOKEN_EXPIRED))
@@ -337,8 +324,7 @@ async def test_expired_token_is_refreshed_without_attach() -> None:
 
 
 @scripted
-async def test_refresh_that_cannot_be_proved_raises() -> None:
-    server = BoundServer()
+async def test_refresh_that_cannot_be_proved_raises(server: BoundServer) -> None:
     server.session = refreshable(bound=True)
     server.script("session.refresh", *[fail(Code.UNAUTHENTICATED, attach=True)] * 10)
     async with device_client(server) as client:
@@ -354,7 +340,8 @@ async def test_refresh_that_cannot_be_proved_raises() -> None:
 
 
 @scripted
-async def test_attach_demand_without_device_raises(server: ScriptedServer) -> None:
+async def test_attach_demand_without_device_raises() -> None:
+    server = ScriptedServer()
     async with client_of(server) as client:
         server.script("echo", fail(Code.UNAUTHENTICATED, attach=True))
         with pytest.raises(Unauthenticated) as caught:
@@ -364,7 +351,8 @@ async def test_attach_demand_without_device_raises(server: ScriptedServer) -> No
 
 
 @scripted
-async def test_unbound_session_is_presented_without_attach(server: ScriptedServer) -> None:
+async def test_unbound_session_is_presented_without_attach() -> None:
+    server = ScriptedServer()
     async with device_client(server) as client:
         await server.lose()
         await client.call("echo")
@@ -379,7 +367,8 @@ def certificate_client(server: ScriptedServer) -> Client:
 
 
 @scripted
-async def test_certificate_with_new_key_opens_another_session(server: ScriptedServer) -> None:
+async def test_certificate_with_new_key_opens_another_session() -> None:
+    server = ScriptedServer()
     server.session = refreshable(bound=True)
     async with certificate_client(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
@@ -400,7 +389,8 @@ async def test_certificate_with_new_key_opens_another_session(server: ScriptedSe
 
 
 @scripted
-async def test_certificate_demand_without_certificate_raises(server: ScriptedServer) -> None:
+async def test_certificate_demand_without_certificate_raises() -> None:
+    server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
         await server.lose()

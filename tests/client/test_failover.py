@@ -61,6 +61,11 @@ class Fleet:
         return sum(len(server.calls(method)) for server in self.servers.values())
 
 
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet(A, B)
+
+
 def where(client: Client) -> str:
     assert client.endpoint is not None
     return client.endpoint.host
@@ -117,8 +122,7 @@ async def test_slow_first_server_still_wins_if_it_answers_first() -> None:
 
 
 @scripted
-async def test_connection_that_was_too_late_is_closed() -> None:
-    fleet = Fleet(A, B)
+async def test_connection_that_was_too_late_is_closed(fleet: Fleet) -> None:
     fleet[A].delay, fleet[A].listens = ATTEMPT_DELAY, False  # both answer in the same turn
     async with fleet.client() as client:
         await asyncio.sleep(1)
@@ -128,8 +132,7 @@ async def test_connection_that_was_too_late_is_closed() -> None:
 
 
 @scripted
-async def test_all_servers_that_start_are_awaited() -> None:
-    fleet = Fleet(A, B)
+async def test_all_servers_that_start_are_awaited(fleet: Fleet) -> None:
     fleet[A].refuse, fleet[B].refuse = [REFUSED] * 1_000, [REFUSED] * 6
     async with fleet.client(random=numbers(0.999_999)) as client:
         assert where(client) == B
@@ -138,8 +141,7 @@ async def test_all_servers_that_start_are_awaited() -> None:
 
 
 @scripted
-async def test_first_round_raises_the_error_of_a_server_that_has_started() -> None:
-    fleet = Fleet(A, B)
+async def test_first_round_raises_the_error_of_a_server_that_has_started(fleet: Fleet) -> None:
     fleet[A].refuse, fleet[B].refuse = [REFUSED], [TlsError("pin_mismatch")]
     with pytest.raises(TlsError, match="pin"):
         await fleet.client()
@@ -211,8 +213,7 @@ async def test_idle_close_reconnects_to_the_same_server() -> None:
 
 
 @scripted
-async def test_server_that_goes_away_is_left_at_once_and_rests_as_long_as_it_asks() -> None:
-    fleet = Fleet(A, B)
+async def test_server_that_goes_away_is_left_at_once_and_rests_as_long_as_it_asks(fleet: Fleet) -> None:
     async with fleet.client() as client:
         await asyncio.sleep(STABLE_AFTER)
         call = await fleet[A].hold_call(client)
@@ -231,9 +232,7 @@ async def test_server_that_goes_away_is_left_at_once_and_rests_as_long_as_it_ask
 
 
 @scripted
-async def test_call_that_a_draining_server_refused_is_sent_to_another_at_once() -> None:
-    fleet = Fleet(A, B)
-
+async def test_call_that_a_draining_server_refused_is_sent_to_another_at_once(fleet: Fleet) -> None:
     def refuse(request: Any) -> None:
         request.link.go_away("draining", 60_000)
         request.fail(Code.UNAVAILABLE, {"retry_after_ms": 60_000})
@@ -246,8 +245,7 @@ async def test_call_that_a_draining_server_refused_is_sent_to_another_at_once() 
 
 
 @scripted
-async def test_server_without_its_store_is_not_left() -> None:
-    fleet = Fleet(A, B)
+async def test_server_without_its_store_is_not_left(fleet: Fleet) -> None:
     async with fleet.client() as client:
         fleet[A].script("echo", fail(Code.UNAVAILABLE, retry_after_ms=1_000))
         start = now()
@@ -257,8 +255,7 @@ async def test_server_without_its_store_is_not_left() -> None:
 
 
 @scripted
-async def test_each_server_has_its_own_delays_while_all_are_down() -> None:
-    fleet = Fleet(A, B)
+async def test_each_server_has_its_own_delays_while_all_are_down(fleet: Fleet) -> None:
     async with fleet.client(random=numbers(0.999_999)) as client:
         fleet[A].refuse, fleet[B].refuse = [REFUSED] * 6, [REFUSED] * 6
         start = now()
@@ -270,8 +267,7 @@ async def test_each_server_has_its_own_delays_while_all_are_down() -> None:
 
 
 @scripted
-async def test_wrong_certificate_of_one_server_is_not_raised_while_another_is_down() -> None:
-    fleet = Fleet(A, B)
+async def test_wrong_certificate_of_one_server_is_not_raised_while_another_is_down(fleet: Fleet) -> None:
     async with fleet.client() as client:
         fleet[A].refuse, fleet[B].refuse = [REFUSED] * 3, [TlsError("pin_mismatch")] * 100
         await fleet[A].lose()
@@ -280,8 +276,7 @@ async def test_wrong_certificate_of_one_server_is_not_raised_while_another_is_do
 
 
 @scripted
-async def test_wrong_certificates_of_all_servers_are_raised() -> None:
-    fleet = Fleet(A, B)
+async def test_wrong_certificates_of_all_servers_are_raised(fleet: Fleet) -> None:
     async with fleet.client() as client:
         fleet[A].refuse, fleet[B].refuse = ([TlsError("pin_mismatch")] * 2 for _ in range(2))
         await fleet[A].lose()
@@ -587,8 +582,7 @@ def freeze(server: ScriptedServer) -> None:
 
 
 @scripted
-async def test_idempotent_call_moves_to_another_address_when_its_server_freezes() -> None:
-    fleet = Fleet(A, B)
+async def test_idempotent_call_moves_to_another_address_when_its_server_freezes(fleet: Fleet) -> None:
     async with fleet.client() as client:
         await client.call("echo")
         freeze(fleet[A])
@@ -605,8 +599,7 @@ async def test_idempotent_call_moves_to_another_address_when_its_server_freezes(
 
 
 @scripted
-async def test_silence_before_a_call_counts() -> None:
-    fleet = Fleet(A, B)
+async def test_silence_before_a_call_counts(fleet: Fleet) -> None:
     async with fleet.client() as client:
         heard_at = now()
         freeze(fleet[A])
@@ -616,8 +609,7 @@ async def test_silence_before_a_call_counts() -> None:
 
 
 @scripted
-async def test_other_call_of_a_frozen_server_is_lost() -> None:
-    fleet = Fleet(A, B)
+async def test_other_call_of_a_frozen_server_is_lost(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
         with pytest.raises(ConnectionClosed, match="another address took over") as caught:
@@ -628,8 +620,7 @@ async def test_other_call_of_a_frozen_server_is_lost() -> None:
 
 
 @scripted
-async def test_timeout_of_a_call_finds_out_about_a_frozen_server_earlier() -> None:
-    fleet = Fleet(A, B)
+async def test_timeout_of_a_call_finds_out_about_a_frozen_server_earlier(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
         start = now()
@@ -652,8 +643,7 @@ async def test_client_with_one_address_waits_for_a_frozen_server() -> None:
 
 
 @scripted
-async def test_slow_server_that_answers_pings_keeps_its_clients() -> None:
-    fleet = Fleet(A, B)
+async def test_slow_server_that_answers_pings_keeps_its_clients(fleet: Fleet) -> None:
     async with fleet.client() as client:
         fleet[A].script("echo", silence)
         with pytest.raises(DeadlineExceeded):
@@ -663,8 +653,7 @@ async def test_slow_server_that_answers_pings_keeps_its_clients() -> None:
 
 
 @scripted
-async def test_server_that_answers_first_keeps_its_client() -> None:
-    fleet = Fleet(A, B)
+async def test_server_that_answers_first_keeps_its_client(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
         fleet[B].script("session.info", silence)
@@ -680,8 +669,7 @@ async def test_server_that_answers_first_keeps_its_client() -> None:
 
 
 @scripted
-async def test_connection_beside_is_dropped_while_its_session_is_shown() -> None:
-    fleet = Fleet(A, B)
+async def test_connection_beside_is_dropped_while_its_session_is_shown(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
         fleet[B].script("session.info", silence)
@@ -721,8 +709,7 @@ async def test_client_moves_only_to_a_server_that_knows_its_session(refusal: Any
 
 
 @scripted
-async def test_attempts_beside_a_silent_server_are_repeated_with_backoff() -> None:
-    fleet = Fleet(A, B)
+async def test_attempts_beside_a_silent_server_are_repeated_with_backoff(fleet: Fleet) -> None:
     async with fleet.client(random=numbers(0.999)) as client:
         freeze(fleet[A])
         fleet[B].refuse = [REFUSED] * 100
@@ -734,8 +721,7 @@ async def test_attempts_beside_a_silent_server_are_repeated_with_backoff() -> No
 
 
 @scripted
-async def test_client_moves_while_its_session_is_opened() -> None:
-    fleet = Fleet(A, B)
+async def test_client_moves_while_its_session_is_opened(fleet: Fleet) -> None:
     freeze(fleet[A])
     start = now()
     async with fleet.client() as client:
@@ -745,8 +731,7 @@ async def test_client_moves_while_its_session_is_opened() -> None:
 
 
 @scripted
-async def test_loss_of_a_silent_connection_ends_the_attempt_beside_it() -> None:
-    fleet = Fleet(A, B)
+async def test_loss_of_a_silent_connection_ends_the_attempt_beside_it(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
         fleet[B].delay = 5.0
@@ -761,8 +746,7 @@ async def test_loss_of_a_silent_connection_ends_the_attempt_beside_it() -> None:
 
 
 @scripted
-async def test_client_is_closed_during_an_attempt_beside_a_silent_server() -> None:
-    fleet = Fleet(A, B)
+async def test_client_is_closed_during_an_attempt_beside_a_silent_server(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
         fleet[B].delay = 5.0

@@ -58,6 +58,11 @@ def server_with_calls(**session: Any) -> ScriptedServer:
     return server
 
 
+@pytest.fixture
+def server() -> ScriptedServer:
+    return server_with_calls()
+
+
 def registrations(server: ScriptedServer) -> list[tuple[bytes, dict[str, Any]]]:
     return [(request.token, request.params) for request in server.calls("session.handle")]
 
@@ -66,16 +71,14 @@ def registrations(server: ScriptedServer) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 @scripted
-async def test_handlers_are_registered_before_connecting_returns() -> None:
-    server = server_with_calls()
+async def test_handlers_are_registered_before_connecting_returns(server: ScriptedServer) -> None:
     async with Asked(server).client:
         assert registrations(server) == [(token(1), METHODS)]
         assert server.methods == ["session.open", "session.handle"]
 
 
 @scripted
-async def test_handler_added_later_replaces_the_registration() -> None:
-    server = server_with_calls()
+async def test_handler_added_later_replaces_the_registration(server: ScriptedServer) -> None:
     client = client_of(server, max_calls=3)
     async with client:
         assert registrations(server) == []
@@ -96,8 +99,7 @@ async def test_handler_added_later_replaces_the_registration() -> None:
 
 
 @scripted
-async def test_handlers_survive_a_reconnect_without_further_request() -> None:
-    server = server_with_calls()
+async def test_handlers_survive_a_reconnect_without_further_request(server: ScriptedServer) -> None:
     connected: list[float] = []
     asked = Asked(server, on_connected=lambda _: connected.append(now()))
     async with asked.client:
@@ -123,8 +125,7 @@ async def test_server_without_calls_gets_no_registration(caplog: pytest.LogCaptu
 
 
 @scripted
-async def test_client_without_session_registers_once_it_has_one() -> None:
-    server = server_with_calls()
+async def test_client_without_session_registers_once_it_has_one(server: ScriptedServer) -> None:
     async with Asked(server, session=False).client as client:
         assert registrations(server) == []
         await client.open_session()
@@ -132,32 +133,26 @@ async def test_client_without_session_registers_once_it_has_one() -> None:
 
 
 @scripted
-async def test_client_without_credentials_registers_nothing() -> None:
-    server = server_with_calls()
+async def test_client_without_credentials_registers_nothing(server: ScriptedServer) -> None:
     async with Asked(server, user=None).client as client:
         await client.call("echo")
         assert registrations(server) == []
 
 
 @pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.STALE_TIMESTAMP, Code.RESOURCE_EXHAUSTED])
-def test_refused_registration_is_repeated(code: Code) -> None:
-    @scripted
-    async def test() -> None:
-        server = server_with_calls()
-        details = {"server_time": server.wall()} if code is Code.STALE_TIMESTAMP else {"retry_after_ms": 100}
-        server.script("session.handle", fail(code, **details), fail(code, **details))
-        began = now()
-        async with Asked(server).client:
-            await asyncio.sleep(2)
-            assert len(registrations(server)) == 3
-            assert server.requests[-1].at > began
-
-    test()
+@scripted
+async def test_refused_registration_is_repeated(server: ScriptedServer, code: Code) -> None:
+    details = {"server_time": server.wall()} if code is Code.STALE_TIMESTAMP else {"retry_after_ms": 100}
+    server.script("session.handle", fail(code, **details), fail(code, **details))
+    began = now()
+    async with Asked(server).client:
+        await asyncio.sleep(2)
+        assert len(registrations(server)) == 3
+        assert server.requests[-1].at > began
 
 
 @scripted
-async def test_registration_without_answer_is_repeated() -> None:
-    server = server_with_calls()
+async def test_registration_without_answer_is_repeated(server: ScriptedServer) -> None:
     server.script("session.handle", silence)
     async with Asked(server).client:
         await asyncio.sleep(1)
@@ -165,8 +160,7 @@ async def test_registration_without_answer_is_repeated() -> None:
 
 
 @scripted
-async def test_registration_with_expired_token_renews_the_session() -> None:
-    server = server_with_calls()
+async def test_registration_with_expired_token_renews_the_session(server: ScriptedServer) -> None:
     async with Asked(server).client:
         server.script("session.handle", fail(Code.TOKEN_EXPIRED))
         await server.lose()
@@ -192,8 +186,7 @@ def test_registration_that_is_refused_for_good_is_logged(
 
 
 @scripted
-async def test_revoked_session_is_not_registered_again_until_there_is_another() -> None:
-    server = server_with_calls()
+async def test_revoked_session_is_not_registered_again_until_there_is_another(server: ScriptedServer) -> None:
     async with Asked(server).client as client:
         server.script("session.handle", fail(Code.TOKEN_REVOKED))
         await server.lose()
@@ -206,8 +199,7 @@ async def test_revoked_session_is_not_registered_again_until_there_is_another() 
 
 
 @scripted
-async def test_connection_lost_during_registration_registers_on_the_next() -> None:
-    server = server_with_calls()
+async def test_connection_lost_during_registration_registers_on_the_next(server: ScriptedServer) -> None:
     server.script("session.handle", lambda request: request.link.cut())
     async with Asked(server).client:
         await asyncio.sleep(1)
@@ -216,8 +208,7 @@ async def test_connection_lost_during_registration_registers_on_the_next() -> No
 
 
 @scripted
-async def test_connection_that_drains_is_left_for_the_next() -> None:
-    server = server_with_calls()
+async def test_connection_that_drains_is_left_for_the_next(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client:
         first = server.link
@@ -243,8 +234,7 @@ async def test_connecting_does_not_wait_for_a_registration_longer_than_its_timeo
 
 
 @scripted
-async def test_refused_login_stops_registering() -> None:
-    server = server_with_calls()
+async def test_refused_login_stops_registering(server: ScriptedServer) -> None:
     async with Asked(server).client:
         server.script("session.handle", fail(Code.TOKEN_EXPIRED))
         server.script("session.open", fail(Code.UNAUTHENTICATED))
@@ -255,8 +245,7 @@ async def test_refused_login_stops_registering() -> None:
 
 
 @scripted
-async def test_bound_session_proves_its_key_and_is_registered() -> None:
-    server = server_with_calls()
+async def test_bound_session_proves_its_key_and_is_registered(server: ScriptedServer) -> None:
     server.script("session.handle", fail(Code.UNAUTHENTICATED, attach=True))
     async with Asked(server).client:
         await asyncio.sleep(1)
@@ -322,8 +311,7 @@ async def test_session_is_shown_before_its_idle_timeout() -> None:
 
 
 @scripted
-async def test_another_session_cancels_the_calls_of_the_earlier_one() -> None:
-    server = server_with_calls()
+async def test_another_session_cancels_the_calls_of_the_earlier_one(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client as client:
         server.link.call(1, "ask", token=token(1))
@@ -337,8 +325,7 @@ async def test_another_session_cancels_the_calls_of_the_earlier_one() -> None:
 
 
 @scripted
-async def test_revoked_event_cancels_the_handlers() -> None:
-    server = server_with_calls()
+async def test_revoked_event_cancels_the_handlers(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client:
         server.link.call(1, "ask", token=token(1))
@@ -351,8 +338,7 @@ async def test_revoked_event_cancels_the_handlers() -> None:
 
 
 @scripted
-async def test_closing_the_client_cancels_its_handlers_first() -> None:
-    server = server_with_calls()
+async def test_closing_the_client_cancels_its_handlers_first(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client:
         link = server.link
@@ -364,8 +350,7 @@ async def test_closing_the_client_cancels_its_handlers_first() -> None:
 
 
 @scripted
-async def test_handler_may_close_its_client() -> None:
-    server = server_with_calls()
+async def test_handler_may_close_its_client(server: ScriptedServer) -> None:
     client = client_of(server)
     done = asyncio.Event()
 
@@ -380,8 +365,7 @@ async def test_handler_may_close_its_client() -> None:
 
 
 @scripted
-async def test_lost_connection_cancels_the_handlers() -> None:
-    server = server_with_calls()
+async def test_lost_connection_cancels_the_handlers(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client:
         server.link.call(1, "ask", token=token(1))
@@ -423,23 +407,19 @@ def handling(client: Client) -> None:
         ("other", {}, Code.UNIMPLEMENTED),
     ],
 )
-def test_call_is_answered(method: str, params: dict[str, Any], answer: Any) -> None:
-    @scripted
-    async def test() -> None:
-        server = server_with_calls()
-        client = client_of(server)
-        handling(client)
-        async with client:
-            server.link.call(5, method, params, token=token(1))
-            await turns()
-            assert server.link.answers == [(5, answer)]
-
-    test()
+@scripted
+async def test_call_is_answered(method: str, params: dict[str, Any], answer: Any) -> None:
+    server = server_with_calls()
+    client = client_of(server)
+    handling(client)
+    async with client:
+        server.link.call(5, method, params, token=token(1))
+        await turns()
+        assert server.link.answers == [(5, answer)]
 
 
 @scripted
-async def test_withdrawn_call_cancels_its_handler() -> None:
-    server = server_with_calls()
+async def test_withdrawn_call_cancels_its_handler(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client:
         server.link.call(1, "ask", token=token(1))
@@ -453,8 +433,7 @@ async def test_withdrawn_call_cancels_its_handler() -> None:
 
 
 @scripted
-async def test_handler_that_ignores_its_cancellation_keeps_its_place() -> None:
-    server = server_with_calls()
+async def test_handler_that_ignores_its_cancellation_keeps_its_place(server: ScriptedServer) -> None:
     client = client_of(server, max_calls=1)
     answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -483,8 +462,7 @@ async def test_handler_that_ignores_its_cancellation_keeps_its_place() -> None:
 
 
 @scripted
-async def test_answers_wait_while_the_server_does_not_read() -> None:
-    server = server_with_calls()
+async def test_answers_wait_while_the_server_does_not_read(server: ScriptedServer) -> None:
     client = client_of(server, max_calls=2)
     handling(client)
     async with client:
@@ -500,8 +478,7 @@ async def test_answers_wait_while_the_server_does_not_read() -> None:
 
 
 @scripted
-async def test_lost_connection_ends_answers_that_wait() -> None:
-    server = server_with_calls()
+async def test_lost_connection_ends_answers_that_wait(server: ScriptedServer) -> None:
     client = client_of(server)
     handling(client)
     async with client:
@@ -536,8 +513,7 @@ def test_malformed_handlers_are_refused() -> None:
 
 
 @scripted
-async def test_call_shows_what_the_server_sent() -> None:
-    server = server_with_calls()
+async def test_call_shows_what_the_server_sent(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client:
         server.link.call(1, "ask", {"x": 1}, token=token(1))
@@ -550,8 +526,7 @@ async def test_call_shows_what_the_server_sent() -> None:
 
 
 @scripted
-async def test_call_with_an_unknown_token_is_refused() -> None:
-    server = server_with_calls()
+async def test_call_with_an_unknown_token_is_refused(server: ScriptedServer) -> None:
     async with Asked(server).client:
         server.link.call(1, "ask", token=NO_TOKEN)
         await turns()

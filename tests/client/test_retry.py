@@ -111,6 +111,7 @@ def test_retry_after_is_added_in_full_to_the_jitter() -> None:
 
 # --- another token -----------------------------------------------------------------------------------
 
+BUSY = CallError.from_wire(Code.UNAVAILABLE, "x", {"retry_after_ms": 1_000})
 UNKNOWN = {"reason": "unknown_token"}
 OTHER_CERTIFICATE = {"certificate": True}
 RENEWALS: list[tuple[Code, dict[str, Any], dict[str, bool], Then]] = [
@@ -137,20 +138,20 @@ RENEWALS: list[tuple[Code, dict[str, Any], dict[str, bool], Then]] = [
 
 @pytest.mark.parametrize(("code", "details", "given", "then"), RENEWALS)
 def test_renewal_after_error(code: Code, details: dict[str, Any], given: dict[str, bool], then: Then) -> None:
-    given = {"must": False, "is_refresh": True, "can_reopen": False, **given}
+    given = {"must": False, "is_refresh": True, "can_reopen": False, "is_restored": False, **given}
     renewal = Renewal(lambda: 0.5, must=given.pop("must"))
     assert renewal.after_error(CallError.from_wire(code, "x", details), **given).then is then
     if then in (Then.AT_ONCE, Then.ATTACH):  # once
         assert renewal.after_error(CallError.from_wire(code, "x", details), **given).then is Then.KEEP
+    elif then in (Then.REOPEN, Then.REPLACE):  # the token cannot be used any more
+        assert renewal.after_error(BUSY, **given).then is Then.LATER
 
 
 def test_renewal_is_required_once_the_refresh_token_may_be_spent() -> None:
     renewal = Renewal(lambda: 0.5, must=False)
     assert renewal.after_loss(may_be_spent=True) == Step(Then.AT_ONCE)
-    busy = CallError.from_wire(Code.UNAVAILABLE, "x", {"retry_after_ms": 1_000})
-    assert renewal.after_error(busy, is_refresh=True, can_reopen=False) == Step(
-        Then.LATER, 1 + FIRST_DELAY / 2
-    )
+    step = renewal.after_error(BUSY, is_refresh=True, can_reopen=False, is_restored=False)
+    assert step == Step(Then.LATER, 1 + FIRST_DELAY / 2)
     assert [renewal.after_loss(may_be_spent=False).then for _ in range(MAX_LOST)][-1] is Then.RAISE
 
 

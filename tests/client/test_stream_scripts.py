@@ -50,14 +50,15 @@ def items(*values: Any, then: Any = silence) -> Any:
     return act
 
 
-def streaming() -> ScriptedServer:
+@pytest.fixture
+def server() -> ScriptedServer:
     return ScriptedServer(**STREAMS)
 
 
 @pytest.mark.parametrize(("how", "is_clean"), [(cut, False), (goodbye, True)])
 @scripted
 async def test_lost_connection_ends_a_stream_after_its_items(how: Any, is_clean: bool) -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("count", items(1, 2, then=how))
     async with client_of(server) as client, client.stream("count") as stream:
         assert [await stream.receive() for _ in range(2)] == [1, 2]
@@ -69,9 +70,7 @@ async def test_lost_connection_ends_a_stream_after_its_items(how: Any, is_clean:
 
 
 @scripted
-async def test_stream_is_cancelled_if_its_middleware_returns_at_once() -> None:
-    server = streaming()
-
+async def test_stream_is_cancelled_if_its_middleware_returns_at_once(server: ScriptedServer) -> None:
     async def hasty(call: Any, call_next: Any) -> None:
         task = asyncio.ensure_future(call_next(call))
         await asyncio.sleep(0)
@@ -87,8 +86,7 @@ async def test_stream_is_cancelled_if_its_middleware_returns_at_once() -> None:
 
 
 @scripted
-async def test_stream_that_was_certainly_not_run_is_opened_again() -> None:
-    server = streaming()
+async def test_stream_that_was_certainly_not_run_is_opened_again(server: ScriptedServer) -> None:
     server.script("count", goodbye, items(1, then=ok("done")))
     async with client_of(server) as client, client.stream("count", n=3) as stream:
         assert [item async for item in stream] == [1]
@@ -97,8 +95,7 @@ async def test_stream_that_was_certainly_not_run_is_opened_again() -> None:
 
 
 @scripted
-async def test_connection_lost_without_an_item_may_have_run_the_stream() -> None:
-    server = streaming()
+async def test_connection_lost_without_an_item_may_have_run_the_stream(server: ScriptedServer) -> None:
     server.script("count", cut)
     async with client_of(server) as client, client.stream("count") as stream:
         with pytest.raises(ConnectionClosed):
@@ -107,8 +104,7 @@ async def test_connection_lost_without_an_item_may_have_run_the_stream() -> None
 
 
 @scripted
-async def test_stale_open_is_opened_again_once() -> None:
-    server = streaming()
+async def test_stale_open_is_opened_again_once(server: ScriptedServer) -> None:
     async with client_of(server) as client:
         stale = fail(Code.STALE_TIMESTAMP, server_time=server.wall())
         server.script("count", stale, ok(1))
@@ -122,8 +118,7 @@ async def test_stale_open_is_opened_again_once() -> None:
 
 
 @scripted
-async def test_expired_token_is_renewed_before_a_stream_is_opened_again() -> None:
-    server = streaming()
+async def test_expired_token_is_renewed_before_a_stream_is_opened_again(server: ScriptedServer) -> None:
     server.session = refreshable()
     server.script("count", fail(Code.TOKEN_EXPIRED), ok(1))
     async with client_of(server) as client, client.stream("count") as stream:
@@ -135,8 +130,7 @@ async def test_expired_token_is_renewed_before_a_stream_is_opened_again() -> Non
 
 
 @scripted
-async def test_unavailable_is_tried_again_and_a_full_connection_is_not() -> None:
-    server = streaming()
+async def test_unavailable_is_tried_again_and_a_full_connection_is_not(server: ScriptedServer) -> None:
     server.script("count", fail(Code.UNAVAILABLE, retry_after_ms=500), ok(1))
     server.script("full", fail(Code.RESOURCE_EXHAUSTED, limit=4))
     server.script("later", fail(Code.UNAVAILABLE, retry_after_ms=9_000))
@@ -152,8 +146,7 @@ async def test_unavailable_is_tried_again_and_a_full_connection_is_not() -> None
 
 
 @scripted
-async def test_large_open_shows_the_token_first() -> None:
-    server = streaming()
+async def test_large_open_shows_the_token_first(server: ScriptedServer) -> None:
     server.script("count", ok(1))
     async with client_of(server) as client:
         await client.call("echo")
@@ -165,7 +158,7 @@ async def test_large_open_shows_the_token_first() -> None:
 
 @scripted
 async def test_nothing_is_taken_from_the_application_before_a_stream_is_opened_again() -> None:
-    server, taken = streaming(), []
+    server, taken = ScriptedServer(**STREAMS), []
 
     def source() -> Any:
         for number in range(3):
@@ -191,7 +184,7 @@ async def test_nothing_is_taken_from_the_application_before_a_stream_is_opened_a
 
 @scripted
 async def test_many_items_of_one_read_wake_the_application_once_and_keep_their_order() -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("count", silence)
     async with client_of(server) as client, client.stream("count", window=(2_000, 10**6)) as stream:
         reader = asyncio.create_task(stream.receive())
@@ -222,8 +215,7 @@ async def test_many_items_of_one_read_wake_the_application_once_and_keep_their_o
 
 
 @scripted
-async def test_frames_of_a_stream_keep_the_token_of_its_open_after_a_refresh() -> None:
-    server = streaming()
+async def test_frames_of_a_stream_keep_the_token_of_its_open_after_a_refresh(server: ScriptedServer) -> None:
     server.session = refreshable()
     server.script("count", silence)
     server.script("echo", fail(Code.TOKEN_EXPIRED), ok(1))
@@ -241,7 +233,7 @@ async def test_frames_of_a_stream_keep_the_token_of_its_open_after_a_refresh() -
 
 @scripted
 async def test_replaced_session_ends_a_stream_and_the_client_does_not_come_back() -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("count", silence)
     async with client_of(server) as client, client.stream("count") as stream:
         await turns()
@@ -260,7 +252,7 @@ async def test_replaced_session_ends_a_stream_and_the_client_does_not_come_back(
 
 @scripted
 async def test_item_that_cannot_be_read_fails_the_stream_and_cancels_the_method() -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("count", silence)
     async with client_of(server) as client, client.stream("count") as stream:
         await turns()
@@ -274,7 +266,7 @@ async def test_item_that_cannot_be_read_fails_the_stream_and_cancels_the_method(
 
 @scripted
 async def test_stale_item_fails_the_stream_with_data_loss_and_cancels_the_method() -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("count", silence)
     async with client_of(server) as client, client.stream("count") as stream:
         await turns()
@@ -319,7 +311,7 @@ def late(kind: int, request: ReceivedRequest) -> None:
 @pytest.mark.parametrize("how", [cut, goodbye, stale, draining, late_answer])
 @scripted
 async def test_interrupted_stream_with_reopen_goes_on_behind_its_last_item(how: Any) -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("jobs", items({"id": 1}, {"id": 2}, then=how), items({"id": 3}, then=how), ok("done"))
     async with client_of(server) as client:
         stream = client.stream("jobs", of="ada", reopen=lambda last: {"after": last["id"]})
@@ -336,7 +328,7 @@ async def test_interrupted_stream_with_reopen_goes_on_behind_its_last_item(how: 
 @pytest.mark.parametrize("how", [cut, late_item])
 @scripted
 async def test_stream_with_reopen_that_had_no_item_is_opened_with_its_own_params(how: Any) -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("jobs", how, ok(1))
     async with (
         client_of(server) as client,
@@ -360,7 +352,7 @@ async def test_stream_with_reopen_that_had_no_item_is_opened_with_its_own_params
 async def test_error_of_the_method_or_session_is_raised_with_reopen_too(
     code: Code, details: dict[str, Any]
 ) -> None:
-    server = streaming()
+    server = ScriptedServer(**STREAMS)
     server.script("jobs", items(1, then=fail(code, **details)))
     async with (
         client_of(server) as client,
@@ -374,8 +366,7 @@ async def test_error_of_the_method_or_session_is_raised_with_reopen_too(
 
 
 @scripted
-async def test_reopening_backs_off_and_ends_at_the_timeout() -> None:
-    server = streaming()
+async def test_reopening_backs_off_and_ends_at_the_timeout(server: ScriptedServer) -> None:
     server.script("jobs", *[cut] * 5, items(1, then=cut), *[cut] * 100)
     async with (
         client_of(server) as client,
@@ -391,8 +382,7 @@ async def test_reopening_backs_off_and_ends_at_the_timeout() -> None:
 
 
 @scripted
-async def test_stream_with_reopen_of_a_closed_client_ends() -> None:
-    server = streaming()
+async def test_stream_with_reopen_of_a_closed_client_ends(server: ScriptedServer) -> None:
     server.script("jobs", silence)
     client = await client_of(server)
     async with client.stream("jobs", reopen=lambda last: {}) as stream:
@@ -404,7 +394,7 @@ async def test_stream_with_reopen_of_a_closed_client_ends() -> None:
 
 @scripted
 async def test_stream_with_reopen_sends_no_items() -> None:
-    async with client_of(streaming()) as client:
+    async with client_of(ScriptedServer(**STREAMS)) as client:
         with pytest.raises(ValueError, match="choose"):
             client.stream("jobs", items=[1], reopen=lambda last: {})
         async with client.stream("jobs", reopen=lambda last: {}) as stream:

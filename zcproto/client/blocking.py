@@ -44,20 +44,83 @@ from zcproto.wire.message import Credit
 Result = TypeVar("Result")
 
 
+class LoopThread:
+    """An event loop in a background thread, which does not prevent the program from exiting."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._running: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="zcproto-client", daemon=True)
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    @property
+    def is_running(self) -> bool:
+        return self._loop is not None
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(self._live())
+        except OSError as error:  # no event loop: too many open files
+            self._running.set_exception(error)
+
+    async def _live(self) -> None:
+        self._running.set_result(asyncio.get_running_loop())
+        await self._stop.wait()
+
+    def start(self) -> None:
+        """Start the thread. Raises OSError without an event loop."""
+        with self._lock:
+            if self._thread.ident is not None:
+                raise RuntimeError("this client was opened before; create a new one")
+            if self._is_closed:
+                raise ConnectionClosed("this client is closed")
+            self._thread.start()
+            self._loop = self._running.result()
+
+    def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine on the loop and return its result. An interrupt cancels it."""
+        with self._lock:
+            if self._is_closed or self._loop is None:
+                work.close()
+                raise ConnectionClosed(
+                    "this client is closed" if self._is_closed else "this client is not open yet"
+                )
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # no effect if it is done
+            raise
+
+    def close(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `end` and stop the loop. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            loop = self._loop
+            if loop is None:
+                return
+        try:
+            asyncio.run_coroutine_threadsafe(end(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+
 class BlockingSessionClient:
     """Calls, streams, handlers and events of one session. Base of `BlockingClient` and `BlockingUserSession`."""
 
-    def __init__(self, client: SessionClient) -> None:
+    def __init__(self, client: SessionClient, thread: LoopThread) -> None:
         self._client = client
+        self._thread = thread
+        self._wait = thread.wait
 
-    @property
-    def _has_loop(self) -> bool:
-        """Whether the client's thread runs."""
-        raise NotImplementedError
-
-    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the client's loop and return its result. An interrupt cancels it."""
-        raise NotImplementedError
+    def __repr__(self) -> str:
+        return f"Blocking{self._client!r}"
 
     def open(self) -> None:
         raise NotImplementedError
@@ -108,7 +171,7 @@ class BlockingSessionClient:
             return add(function)
 
         def register(function: Function) -> Function:
-            return self._wait(add_in_loop(function)) if self._has_loop else add(function)
+            return self._wait(add_in_loop(function)) if self._thread.is_running else add(function)
 
         return register
 
@@ -170,57 +233,12 @@ class BlockingClient(BlockingSessionClient):
     _client: Client
 
     def __init__(self, client: Client) -> None:
-        super().__init__(client)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop = asyncio.Event()
-        self._running: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, name="zcproto-client", daemon=True)
-        self._lock = threading.Lock()
-        self._started = False
-        self._closed = False
-
-    def __repr__(self) -> str:
-        return f"Blocking{self._client!r}"
-
-    def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(self._live())
-        except OSError as error:  # no event loop: too many open files
-            self._running.set_exception(error)
-
-    @property
-    def _has_loop(self) -> bool:
-        return self._loop is not None
-
-    async def _live(self) -> None:
-        self._running.set_result(asyncio.get_running_loop())
-        await self._stop.wait()
-
-    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the client's loop and return its result. An interrupt cancels it."""
-        with self._lock:
-            if self._closed or self._loop is None:
-                work.close()
-                raise ConnectionClosed(
-                    "this client is closed" if self._closed else "this client is not open yet"
-                )
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # no effect if it is done
-            raise
+        super().__init__(client, LoopThread())
 
     def open(self) -> None:
         """Connect like `Client.open`. `with` calls this."""
-        with self._lock:
-            if self._started:
-                raise RuntimeError("this client was opened before; create a new one")
-            self._started = True
-            self._thread.start()
-            self._loop = self._running.result()
-            atexit.register(self.close)
+        self._thread.start()
+        atexit.register(self.close)
         try:
             self._wait(self._client.open())
         except BaseException:
@@ -229,19 +247,8 @@ class BlockingClient(BlockingSessionClient):
 
     def close(self) -> None:
         """Close the session and the connection. Pending calls in other threads raise ConnectionClosed."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            loop = self._loop
-            if loop is None:
-                return
         atexit.unregister(self.close)
-        try:
-            asyncio.run_coroutine_threadsafe(self._client.close(), loop).result()
-        finally:
-            loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
+        self._thread.close(self._client.close)
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -276,27 +283,13 @@ class BlockingClient(BlockingSessionClient):
         session = self._client.session_for(
             user=user, key=key, device=device, device_name=device_name, login=_login_in_thread(login)
         )
-        return BlockingUserSession(self, session)
+        return BlockingUserSession(session, self._thread)
 
 
 class BlockingUserSession(BlockingSessionClient):
     """A session of another user on the connection of a client. Create it with `BlockingClient.session_for`."""
 
     _client: UserSession
-
-    def __init__(self, owner: BlockingClient, session: UserSession) -> None:
-        super().__init__(session)
-        self._owner = owner
-
-    def __repr__(self) -> str:
-        return f"BlockingUserSession({str(self._owner.address)!r})"
-
-    @property
-    def _has_loop(self) -> bool:
-        return self._owner._has_loop
-
-    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self._owner._wait(work)
 
     def open(self) -> None:
         """Open the session like `UserSession.open`. `with` calls this."""

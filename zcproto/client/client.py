@@ -106,8 +106,8 @@ class SessionClient:
         self._random = random
         self._clock = clock
         timeout = options.timeout
-        # Of most calls, at their first attempt. None: it is made for each.
-        self._usual_meta = _deadline_meta(timeout) if timeout and 0 < timeout < MAX_DEADLINE_MS else None
+        # The metadata of most first attempts; None if each needs its own.
+        self._default_meta = _deadline_meta(timeout) if timeout and 0 < timeout < MAX_DEADLINE_MS else None
         self._opened = False
         self._closed = False
 
@@ -131,7 +131,7 @@ class SessionClient:
         self._sessions.on_changed = self._session_changed
 
     def _session_changed(self, previous: bytes, connection: ClientProtocol) -> None:
-        """Show another token on each connection but the one that it came by (zcp1.md, section 9.6)."""
+        """Show a new token on all connections except the one that delivered it (zcp1.md, section 9.6)."""
         for other in self._connections.open:
             if other is not connection:
                 other.conversation.session_ended(previous)
@@ -214,7 +214,7 @@ class SessionClient:
             )
         meta: dict[str, Any] | None = None
         if timeout is UNSET:
-            timeout, meta = self._options.timeout, self._usual_meta
+            timeout, meta = self._options.timeout, self._default_meta
         now = self._now()
         deadline = NEVER if timeout is None else now + timeout
         attempt: Attempt | None = None

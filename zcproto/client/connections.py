@@ -36,7 +36,7 @@ from typing import Any, Final
 
 from zcproto.client.dial import Resolve
 from zcproto.client.endpoints import Address, Endpoint, Endpoints, GoingAway, Round, is_ip
-from zcproto.client.protocol import ClientProtocol, WaitingQueue, join
+from zcproto.client.protocol import ClientProtocol, WaitingQueue, join, mark_retrieved
 from zcproto.client.retry import Backoff
 from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
 from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
@@ -85,9 +85,8 @@ class ExtraConnections:
                 if connection.ready:
                     if connection is not main:
                         self._used_at[connection] = self._loop.time()
-                    self.wake(
-                        connection.free_streams - 1
-                    )  # there may be more room than when this one was woken
+                    # There may be more room than when this caller was woken.
+                    self.wake(connection.free_streams - 1)
                     return connection
             if all(connection.free_streams <= 0 for connection in (main, *self._used_at)):
                 self._grow(main.endpoint)
@@ -116,7 +115,7 @@ class ExtraConnections:
     async def _connect(self, endpoint: Endpoint) -> None:
         try:
             connection = await self._dial(endpoint)
-        except ZcprotoError:  # whatever it is, the main connection goes on
+        except ZcprotoError:  # the main connection still serves
             self._not_before = self._loop.time() + self._backoff.next()
             return
         finally:
@@ -187,9 +186,7 @@ class ConnectionManager:
     extra: ExtraConnections = field(init=False)
     _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
     _connecting: asyncio.Task[None] | None = field(default=None, init=False)
-    _standby: asyncio.Task[None] | None = field(
-        default=None, init=False
-    )  # connects elsewhere while a server is silent
+    _standby: asyncio.Task[None] | None = field(default=None, init=False)  # connects while a server is silent
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -242,8 +239,7 @@ class ConnectionManager:
 
     def _connected(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: without a waiter the next call connects again and raises it
+        mark_retrieved(task)  # without a waiter the next call connects again and raises it
 
     async def _connect(self) -> None:
         loop, endpoints = self._loop, self._endpoints
@@ -308,8 +304,7 @@ class ConnectionManager:
 
     def _standby_done(self, task: asyncio.Task[None]) -> None:
         self._standby = None
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: the silent connection goes on
+        mark_retrieved(task)  # the silent connection goes on
 
     async def _try_all(self, attempts: Round) -> ClientProtocol | None:
         """Make the attempts of a round. Return the first connection; None if all have failed."""

@@ -271,7 +271,7 @@ class SessionFile:
         return self._lock is not None
 
     def load(self) -> dict[str, Any] | None:
-        """Lock the file and return the result of `session.open` in it. None without one, and without the lock.
+        """Lock the file and return the result of `session.open` in it; None without one, or without the lock.
 
         Raises ConfigError if the file cannot be used, or if others can read it.
         """
@@ -292,19 +292,19 @@ class SessionFile:
             finally:
                 self._about["identity"] = identity_of(self._credentials)
         try:
-            kept = json.loads(content)
+            found = json.loads(content)
             session = {
                 name: base64.b64decode(value, validate=True)
                 if name in _FILE_BYTES and value is not None
                 else value
-                for name, value in kept.pop("session").items()
+                for name, value in found.pop("session").items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        return session if kept == self._about else None
+        return session if found == self._about else None
 
     def save(self, session: Mapping[str, Any] | None) -> None:
-        """Replace the kept session, without the lock do nothing. None, or a disk that fails, leaves none."""
+        """Replace the session of the file; remove it if it is None, or the disk fails. Needs the lock."""
         if self._lock is None:
             return
         try:

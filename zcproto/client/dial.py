@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 
 from zcproto.client.endpoints import Address, Endpoint, is_ip, parse_address
 from zcproto.client.options import ConnectOptions
-from zcproto.client.protocol import ClientProtocol, ConnectionOwner
+from zcproto.client.protocol import ClientProtocol, ConnectionOwner, mark_retrieved
 from zcproto.client.retry import is_transient
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -42,6 +42,20 @@ log: Final = logging.getLogger("zcproto.client")
 
 MAX_CONTEXTS: Final = 64
 """Maximum of cached contexts; connections hold their own references."""
+
+KNOWN_HOSTS_FILE: Final = "known_hosts.json"
+MAX_HOSTS: Final = 1_000
+MAX_FILE_SIZE: Final = 1_048_576
+MAX_AGE: Final = 10 * 365 * 86_400
+"""Maximum of seconds for which a policy is remembered."""
+
+MAX_UNTIL: Final = 2**53 - 1
+"""Maximum expiry in the file, which clients in JavaScript share."""
+
+REWRITE_AFTER: Final = 86_400
+"""Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
+
+LOCK_WAIT_S: Final = 10.0
 
 Contexts = dict[tuple[object, ...], tuple[tuple[FileIdentity, ...], ssl.SSLContext]]
 """Contexts by files and options, each with the state of the files from which it was made."""
@@ -139,21 +153,6 @@ def _warn_of_key_log(path: Path) -> None:
         "TLS secrets are appended to %s: anyone who can read it can decrypt captured connections",
         escape_text(str(path)),
     )
-
-
-KNOWN_HOSTS_FILE: Final = "known_hosts.json"
-MAX_HOSTS: Final = 1_000
-MAX_FILE_SIZE: Final = 1_048_576
-MAX_AGE: Final = 10 * 365 * 86_400
-"""Maximum of seconds for which a policy is remembered."""
-
-MAX_UNTIL: Final = 2**53 - 1
-"""Maximum expiry in the file, which clients in JavaScript share."""
-
-REWRITE_AFTER: Final = 86_400
-"""Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
-
-LOCK_WAIT_S: Final = 10.0
 
 
 class StsPolicy(NamedTuple):
@@ -297,20 +296,14 @@ class LoopResources:
         """
         shared = self._starting.get(trust.key)
         if shared is None:
-            shared = self._starting[trust.key] = self._loop.create_task(self._look(trust))
-            shared.add_done_callback(_retrieve)
+            shared = self._starting[trust.key] = self._loop.create_task(self._load(trust))
+            shared.add_done_callback(mark_retrieved)  # all that wait may have been cancelled
         await asyncio.wait([shared])  # cancelling one attempt does not cancel it
         return shared.result()
 
-    async def _look(self, trust: Trust) -> ssl.SSLContext:
+    async def _load(self, trust: Trust) -> ssl.SSLContext:
         del self._starting[trust.key]  # later attempts must see later changes of the files
         return await asyncio.to_thread(trust.context, self.contexts)
-
-
-def _retrieve(task: asyncio.Task[ssl.SSLContext]) -> None:
-    """Mark the error of a look as retrieved: all attempts that wait for it may have been cancelled."""
-    if not task.cancelled():
-        task.exception()
 
 
 _resources: dict[asyncio.AbstractEventLoop, LoopResources] = {}

@@ -36,7 +36,7 @@ from functools import partial
 from math import inf
 from typing import Any, Final, NamedTuple, TypeVar
 
-from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.client.protocol import ClientProtocol, PendingCall, mark_retrieved
 from zcproto.client.retry import Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
 from zcproto.common.clock import MS_PER_SECOND
@@ -255,7 +255,7 @@ class Registrar:
         self._task: asyncio.Task[None] | None = None
 
     def connected(self, connection: ClientProtocol, *, is_extra: bool = False) -> bool:
-        """Use another connection, beside the main one or in its place. Return True if that shows the session."""
+        """Use another connection, as the main one or an extra one. Return True if that shows the session."""
         if not is_extra:
             self._main = connection
         self._sent[connection] = frozenset()
@@ -278,7 +278,7 @@ class Registrar:
             stream, call = self._request(connection, names, self._sessions.token)
         except InvalidArgument:  # too large for a connection without a session
             return False
-        call.add_done_callback(lambda call: call.cancelled() or call.exception())  # mark it as retrieved
+        call.add_done_callback(mark_retrieved)
         self._begun[connection] = names, (stream, call)
         self.changed()
         return True
@@ -288,7 +288,7 @@ class Registrar:
         self.changed()
 
     def changed(self) -> None:
-        """Look again whether the handlers are registered."""
+        """Check the registrations again."""
         self._changed.set()
         self._settled.clear()
         if self._task is None and self._handlers.names:

@@ -104,7 +104,7 @@ class ConnectionOwner(Protocol):
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None: ...
 
     def connection_free(self, connection: ClientProtocol, requests: int) -> None:
-        """Some more requests may be sent, for which none of the connection's own callers waits."""
+        """So many more requests may be sent, and no caller of the connection waits for them."""
 
     @property
     def has_other_address(self) -> bool:
@@ -145,8 +145,7 @@ class PendingStream(asyncio.Future[Any]):
         self.add_done_callback(self._answered)
 
     def _answered(self, _: object) -> None:
-        if not self.cancelled():
-            self.exception()  # mark it as retrieved: the stream may have been left
+        mark_retrieved(self)  # the stream may have been left
         self.arrived()
         self.sending_changed()
 
@@ -183,18 +182,6 @@ class PendingStream(asyncio.Future[Any]):
                     await self._sender
                 finally:
                     self._sender = None
-
-    def send_item(self, item: Any) -> None:
-        """Send an item after `wait_to_send`. Raises InvalidArgument if it cannot be sent."""
-        self.connection.send_item(self.stream, item)
-
-    def end_items(self) -> None:
-        """Send no more items. Idempotent."""
-        self.connection.end_items(self.stream)
-
-    def take_item(self) -> Any:
-        """Return the next item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
-        return self.connection.take_item(self.stream)
 
     def leave(self) -> None:
         """Cancel the stream on the server, unless it was answered, and drop its items."""
@@ -254,7 +241,7 @@ class ClientProtocol(asyncio.Protocol):
 
     @property
     def leaf(self) -> bytes:
-        """SHA-256 of the server's certificate (DER). Empty after the connection is gone."""
+        """SHA-256 of the server's certificate (DER). Empty after the connection is closed."""
         tls = None if self._transport is None else self._transport.get_extra_info("ssl_object")
         certificate = None if tls is None else tls.getpeercert(binary_form=True)
         return b"" if certificate is None else sha256(certificate).digest()
@@ -283,7 +270,7 @@ class ClientProtocol(asyncio.Protocol):
             self._close_if_drained()
 
     def _receive_others(self, data: bytes, wall: int, now: float) -> bool:
-        """Process what is not a usual answer. Return False if the connection has ended."""
+        """Process the frames behind the first answers. Return False if the connection has ended."""
         pending = self._pending
         for event in self.conversation.receive_data(data, wall, now):
             if event.__class__ is ResponseReceived:
@@ -458,7 +445,10 @@ class ClientProtocol(asyncio.Protocol):
         return stream, call
 
     def take_item(self, stream: ClientStream) -> Any:
-        """Return the next item of a stream, and send the credit that is due."""
+        """Return the next item of a stream, and send the credit that is due.
+
+        Raises IndexError if none waits, InternalError if it cannot be decoded.
+        """
         try:
             return self.conversation.take_item(stream, self._clock.wall())
         finally:
@@ -466,12 +456,12 @@ class ClientProtocol(asyncio.Protocol):
                 self._flush_soon()
 
     def send_item(self, stream: ClientStream, item: Any) -> None:
-        """Send an item. Raises InvalidArgument if it cannot be sent."""
+        """Send an item after `PendingStream.wait_to_send`. Raises InvalidArgument if it cannot be sent."""
         self.conversation.send_item(stream, item, self._clock.wall())
         self._flush_queued()
 
     def end_items(self, stream: ClientStream) -> None:
-        """Send the end of a stream's items."""
+        """Send no more items. Idempotent."""
         self.conversation.end_items(stream, self._clock.wall())
         self._flush_queued()
 
@@ -479,7 +469,7 @@ class ClientProtocol(asyncio.Protocol):
         pending = self._pending
         pending[stream] = call, deadline
         if deadline < self._calls_due or self._calls_due == NEVER:
-            self._look_at_calls_by(deadline)
+            self._check_calls_by(deadline)
         conversation = self.conversation
         if len(conversation.in_flight) >= self._max_streams:
             self.ready = False
@@ -586,15 +576,15 @@ class ClientProtocol(asyncio.Protocol):
     def _set_deadline(self) -> None:
         self._wheel.set(self, min(self._calls_due, self.conversation.next_deadline()))
 
-    def _look_at_calls_by(self, deadline: float) -> None:
-        """Look at the calls at their first deadline, and earlier to notice a silent server."""
+    def _check_calls_by(self, deadline: float) -> None:
+        """Check the calls at their first deadline, and earlier to notice a silent server."""
         if self.conversation.silence is not None:
             deadline = min(deadline, self.conversation.first_silence_check(self._now()))
         if deadline < self._calls_due:
             self._calls_due = deadline
             self._set_deadline()
 
-    def _look_at_calls(self, now: float) -> None:
+    def _check_calls(self, now: float) -> None:
         """Cancel the calls whose deadlines have passed, and find out whether the server is silent."""
         after = PING_AFTER
         for stream, (call, deadline) in [*self._pending.items()]:
@@ -635,7 +625,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def handle_deadline(self, now: float) -> None:
         if now >= self._calls_due:
-            self._look_at_calls(now)
+            self._check_calls(now)
             if self.error is not None:
                 return
         for event in self.conversation.handle_timeout(self._clock.wall(), now, self._unsent):
@@ -693,6 +683,12 @@ class ClientProtocol(asyncio.Protocol):
 def _copy(error: ConnectionClosed) -> ConnectionClosed:
     """Return a copy to raise: every raise extends the traceback of an error."""
     return ConnectionClosed(error.reason, clean=error.clean, code=error.code)
+
+
+def mark_retrieved(future: asyncio.Future[Any]) -> None:
+    """Keep asyncio from logging the error of a future that nothing may await."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def join(task: asyncio.Task[None]) -> None:

@@ -40,7 +40,7 @@ class Shown(Enum):
     """Which token a request had."""
 
     PRESENT = "present"
-    EARLIER = "earlier"  # of a session, or of a refresh, that another one has followed
+    EARLIER = "earlier"  # replaced since then, by a refresh or by another session
     NONE = "none"
 
 
@@ -174,8 +174,8 @@ class Attempt:
         shown: Shown,
         *,
         opens: bool,
-        is_draining: bool = False,
-        left: float = math.inf,
+        is_draining: bool,
+        left: float,
     ) -> Step:
         """Return the next step of a call after an error (section 11.1).
 
@@ -196,7 +196,7 @@ class Attempt:
             return _REPORT
         return Step(then) if then is not Then.RAISE and self.once(then) else _REPORT
 
-    def after_loss(self, *, is_repeatable: bool, left: float = math.inf) -> Step:
+    def after_loss(self, *, is_repeatable: bool, left: float) -> Step:
         """Return the next step of a call whose connection was lost before its answer.
 
         `is_repeatable`: it certainly did not run, or the server runs it once. The retry is delayed: the call itself
@@ -224,14 +224,12 @@ class Renewal:
         self._lost = 0
 
     def after_loss(self, *, may_be_spent: bool) -> Step:
-        """Return the next step after a lost answer. `may_be_spent`: the refresh token, and the token with it."""
+        """Return the next step after a lost answer. `may_be_spent`: the refresh token, so that `must` holds."""
         self.must |= may_be_spent
         self._lost += 1
         return Step(Then.AT_ONCE) if self._lost <= MAX_LOST else _REPORT
 
-    def after_error(
-        self, error: CallError, *, is_refresh: bool, can_reopen: bool, is_restored: bool = False
-    ) -> Step:
+    def after_error(self, error: CallError, *, is_refresh: bool, can_reopen: bool, is_restored: bool) -> Step:
         """Return the next step after an error: REOPEN and REPLACE if another session is opened instead.
 
         Args:

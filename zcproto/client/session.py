@@ -26,7 +26,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin, SessionFile
-from zcproto.client.protocol import ClientProtocol, PendingCall, join
+from zcproto.client.protocol import ClientProtocol, PendingCall, join, mark_retrieved
 from zcproto.client.retry import (
     ENDED_BY_REFUSAL,
     SESSION_IS_OVER,
@@ -353,7 +353,7 @@ class SessionManager:
         if self.session is None or connection.error is not None:
             return
         if self.needs_proof(connection) and not connection.ready:
-            return  # it was not used there
+            return  # the token was not used there
         token = self.token
         _, call = self._show(connection)
 
@@ -367,7 +367,7 @@ class SessionManager:
     async def is_accepted_on(self, connection: ClientProtocol) -> bool:
         """Show the session on a connection that is not used yet, if there is one. Return False if it is refused."""
         if self.session is None or self._loop.time() >= self.valid_until or not connection.ready:
-            return True  # the connection shows what it is worth when it is used
+            return True  # the first call on it finds out
         try:
             await answer(connection, self._show(connection))
         except CallError as error:
@@ -471,8 +471,7 @@ class SessionManager:
     def _renewed(self, task: asyncio.Task[None]) -> None:
         self._renewing = None
         self._update_validity()
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: without a waiter the next call retries and raises it
+        mark_retrieved(task)  # without a waiter the next call retries and raises it
 
     async def _renew(self, must: bool) -> None:
         """Get another token, or restore the session of the file. `must`: the present token has become invalid."""

@@ -288,7 +288,7 @@ class Stream:
         while True:
             pending = self._opened()
             if pending.stream.items.held:
-                item = pending.take_item()
+                item = pending.connection.take_item(pending.stream)
                 if self._reopen is not None:
                     self._last = (item,)
                     self._request.attempt.reset()
@@ -327,7 +327,7 @@ class Stream:
         self._is_sending = True
         try:
             pending = await self._wanted()
-            pending.send_item(item)
+            pending.connection.send_item(pending.stream, item)
         finally:
             self._is_sending = False
 
@@ -336,7 +336,7 @@ class Stream:
         pending = self._opened()
         self._items_ended = True
         if not pending.done():
-            pending.end_items()
+            pending.connection.end_items(pending.stream)
 
     async def _wanted(self) -> PendingStream:
         """Wait until the method wants an item."""
@@ -363,7 +363,7 @@ class Stream:
                     except StopAsyncIteration:
                         break
                     if not pending.done():
-                        pending.send_item(item)
+                        pending.connection.send_item(pending.stream, item)
             await self.end()
         except Exception as error:
             self._failure = error
@@ -397,7 +397,7 @@ class Stream:
                         self._request = replace(self._request, params=params)
                     self._pending = await self._client._open_stream(self._request)
                     if self._items_ended:
-                        self._pending.end_items()
+                        self._pending.connection.end_items(self._pending.stream)
             return
         self._has_ended = True
         self._stop_sending()

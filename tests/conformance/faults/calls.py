@@ -153,7 +153,7 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-at-the-client": fault(
         "does not enforce deadlines",
         (
-            "zcproto.client.protocol:ClientProtocol._look_at_calls",
+            "zcproto.client.protocol:ClientProtocol._check_calls",
             "if not call.done():",
             "if False:",
         ),
@@ -382,7 +382,7 @@ SESSIONS: Final[dict[str, Fault]] = {
         (
             f"{_RENEWAL}.after_error",
             "if then is Then.LATER and self.must:",
-            "if then in (Then.LATER, Then.RAISE) and self.must:",
+            "if then in (Then.LATER, Then.RAISE) and self.must:\n            then = Then.LATER",
         ),
     ),
     "too-many-sessions": LIMIT_IS_RETRIED,
