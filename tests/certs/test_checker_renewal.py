@@ -34,6 +34,15 @@ from zcproto.errors import CertificateError
 pytestmark = pytest.mark.usefixtures("quick_keys")
 
 
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    """Return a checker that serves what it has issued in the folder `certs`."""
+    made = managed_harness(tmp_path)
+    made.check()
+    made.settle()
+    return made
+
+
 def test_checker_rests_between_slow_steps(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path)
     rests: list[int] = []
@@ -48,9 +57,7 @@ def test_checker_rests_between_slow_steps(tmp_path: Path) -> None:
     assert len(rests) == 3  # after loading, before building the context, before its handshake
 
 
-def test_damaged_key_is_replaced_with_a_notice_of_both_pins(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_damaged_key_is_replaced_with_a_notice_of_both_pins(harness: Harness) -> None:
     old = harness.served
     old.key.write_bytes(b"junk")
     harness.restart()
@@ -89,9 +96,7 @@ def test_first_check_issues_certificates(tmp_path: Path) -> None:
     assert any("Created the certificate authority" in sentence for sentence in harness.sentences)
 
 
-def test_existing_certificates_are_loaded(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_existing_certificates_are_loaded(harness: Harness) -> None:
     harness.restart()
     outcome = harness.check()
     assert kinds(outcome) == ["loaded"]
@@ -99,9 +104,7 @@ def test_existing_certificates_are_loaded(tmp_path: Path) -> None:
     assert outcome.last_renewal is None
 
 
-def test_check_without_changes_reports_nothing(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_check_without_changes_reports_nothing(harness: Harness) -> None:
     for outcome in harness.checks(200):
         assert (outcome.serving, outcome.notices) == (None, ())
 
@@ -128,9 +131,7 @@ def test_check_without_changes_reads_files_now_and_then_only(
     assert sum(count == 0 for count in counts) > 40  # now and then all are read
 
 
-def test_due_certificate_is_renewed_with_its_key(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_due_certificate_is_renewed_with_its_key(harness: Harness) -> None:
     before = harness.served
     harness.now, harness.monotonic = before.not_after - 30 * DAY - 2 * SECOND, harness.monotonic + 60 * 86_400
     assert kinds(harness.check()) == []
@@ -144,11 +145,8 @@ def test_due_certificate_is_renewed_with_its_key(tmp_path: Path) -> None:
 
 
 def test_failed_renewal_keeps_the_old_certificate_and_is_retried_with_backoff(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
     before = harness.served
     runs = []
     real = managed.ensure
@@ -174,10 +172,8 @@ def test_failed_renewal_keeps_the_old_certificate_and_is_retried_with_backoff(
 
 
 def test_different_renewal_failure_is_reported_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
     for error in (errno.ENOSPC, errno.EIO):
         with monkeypatch.context() as patch:
             disk_fails(patch, error, "fsync")
@@ -190,10 +186,8 @@ def test_different_renewal_failure_is_reported_at_once(
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE])
 @pytest.mark.parametrize("function", ["fsync", "open", "replace", "stat", "fstat", "unlink", "fchmod"])
 def test_disk_failure_raises_nothing_and_keeps_the_old_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, function: str
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, error: int, function: str
 ) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
     before = harness.served
     with monkeypatch.context() as patch:
         disk_fails(patch, error, function)
@@ -219,10 +213,7 @@ def test_thread_that_cannot_be_started_fails_the_check_and_is_retried(
     assert harness.check().serving is not None
 
 
-def test_clock_change_in_either_direction_is_handled_at_once(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_clock_change_in_either_direction_is_handled_at_once(harness: Harness) -> None:
     pin = harness.served.pin
     for sleeps in (80 * DAY, 3000 * DAY, -6000 * DAY, 60 * DAY, -2 * HOUR, 12000 * DAY, -9000 * DAY):
         outcome = harness.check(sleeps=sleeps)
@@ -235,10 +226,8 @@ def test_clock_change_in_either_direction_is_handled_at_once(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("sleeps", [100 * DAY, -100 * DAY], ids=["expired", "not yet valid"])
 def test_certificate_not_valid_now_is_retried_every_minute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeps: timedelta
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, sleeps: timedelta
 ) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
     with monkeypatch.context() as patch:
         disk_fails(patch, errno.ENOSPC, "fsync")
         harness.check(sleeps=sleeps)
@@ -247,10 +236,7 @@ def test_certificate_not_valid_now_is_retried_every_minute(
     assert harness.served.not_before <= harness.now <= harness.served.not_after
 
 
-def test_clock_change_starts_one_renewal_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_clock_change_starts_one_renewal_run(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     real = managed.ensure
     monkeypatch.setattr(managed, "ensure", lambda *arguments: runs.append(harness.now) or real(*arguments))
@@ -259,10 +245,7 @@ def test_clock_change_starts_one_renewal_run(tmp_path: Path, monkeypatch: pytest
     assert len(runs) == 1
 
 
-def test_short_clock_step_changes_nothing(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_short_clock_step_changes_nothing(harness: Harness) -> None:
     for sleeps in (20 * SECOND, -20 * SECOND, 59 * DAY, -59 * DAY):
         assert kinds(harness.check(sleeps=sleeps)) == []
 
@@ -279,10 +262,9 @@ def test_host_names_are_detected_every_hour(tmp_path: Path, monkeypatch: pytest.
     assert "192.0.2.77" in harness.served.names
 
 
-def test_certificate_renewed_by_the_command_line_is_served_by_the_next_check(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_certificate_renewed_by_the_command_line_is_served_by_the_next_check(
+    harness: Harness, tmp_path: Path
+) -> None:
     before = harness.served
     managed.renew(tmp_path / "certs", MANAGED, harness.now)
     outcome = harness.check()
@@ -293,10 +275,9 @@ def test_certificate_renewed_by_the_command_line_is_served_by_the_next_check(tmp
     harness.settle()
 
 
-def test_next_keys_of_the_command_line_are_announced_and_used_in_time(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_next_keys_of_the_command_line_are_announced_and_used_in_time(
+    harness: Harness, tmp_path: Path
+) -> None:
     before = harness.served
     managed.rotate(tmp_path / "certs", MANAGED, harness.now)
     outcome = harness.check()
@@ -315,9 +296,7 @@ def test_next_keys_of_the_command_line_are_announced_and_used_in_time(tmp_path: 
     harness.settle()
 
 
-def test_cancelled_next_keys_are_no_longer_announced(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_cancelled_next_keys_are_no_longer_announced(harness: Harness, tmp_path: Path) -> None:
     managed.rotate(tmp_path / "certs", MANAGED, harness.now)
     harness.checks(3)
     rollover.cancel(tmp_path / "certs")
@@ -334,10 +313,8 @@ def test_new_key_is_announced_before_the_renewal(tmp_path: Path) -> None:
     assert harness.served.pin != before
 
 
-def test_half_restored_pair_is_given_time_to_settle(tmp_path: Path) -> None:
+def test_half_restored_pair_is_given_time_to_settle(harness: Harness, tmp_path: Path) -> None:
     """A backup is copied over what is there: the certificate first, the key some seconds later."""
-    harness = managed_harness(tmp_path)
-    harness.check()
     directory, backup = tmp_path / "certs", tmp_path / "backup"
     shutil.copytree(directory, backup)
     saved = harness.served
@@ -355,10 +332,7 @@ def test_half_restored_pair_is_given_time_to_settle(tmp_path: Path) -> None:
     assert not list(directory.glob("*.aside"))
 
 
-def test_persistent_damage_is_repaired(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_persistent_damage_is_repaired(harness: Harness, tmp_path: Path) -> None:
     before = harness.served
     (tmp_path / "certs" / "server-ecdsa.crt").write_bytes(b"junk")
     assert kinds(*harness.checks(30)) == []
@@ -368,18 +342,12 @@ def test_persistent_damage_is_repaired(tmp_path: Path) -> None:
     harness.settle()
 
 
-def test_damage_is_repaired_at_once_if_nothing_valid_is_served(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_damage_is_repaired_at_once_if_nothing_valid_is_served(harness: Harness, tmp_path: Path) -> None:
     (tmp_path / "certs" / "server-ecdsa.crt").write_bytes(b"junk")
     assert kinds(harness.check(sleeps=400 * DAY)) == ["renewed"]
 
 
-def test_files_that_keep_changing_are_repaired_eventually(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_files_that_keep_changing_are_repaired_eventually(harness: Harness, tmp_path: Path) -> None:
     for turn in range(301):
         (tmp_path / "certs" / "server-ecdsa.crt").write_bytes(b"junk %d" % turn)
         outcome = harness.check()
@@ -389,10 +357,7 @@ def test_files_that_keep_changing_are_repaired_eventually(tmp_path: Path) -> Non
     assert turn == 300
 
 
-def test_deleted_folder_is_recreated_and_certificates_stay_served(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_deleted_folder_is_recreated_and_certificates_stay_served(harness: Harness, tmp_path: Path) -> None:
     before = harness.served
     shutil.rmtree(tmp_path / "certs")
     assert kinds(*harness.checks(30)) == []
@@ -401,9 +366,7 @@ def test_deleted_folder_is_recreated_and_certificates_stay_served(tmp_path: Path
     assert harness.served.pin != before.pin
 
 
-def test_lost_authority_key_is_reported_and_raises_an_expiry_alert(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_lost_authority_key_is_reported_and_raises_an_expiry_alert(harness: Harness, tmp_path: Path) -> None:
     (tmp_path / "certs" / "ca.key").unlink()
     outcomes = harness.checks(89 * 4, timedelta(hours=6))
     alerts = [
@@ -430,9 +393,7 @@ def test_managed_certificate_not_yet_due_raises_no_expiry_alert(tmp_path: Path) 
     assert set(kinds(*outcomes)) == {"renewed"}
 
 
-def test_authority_expiry_is_reported(tmp_path: Path) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
+def test_authority_expiry_is_reported(harness: Harness, tmp_path: Path) -> None:
     (tmp_path / "certs" / "ca.key").unlink()
     left = harness.checker.status(harness.now)[-1]
     assert (left.source, left.path) == (Origin.AUTHORITY, tmp_path / "certs" / "ca.crt")
@@ -459,10 +420,8 @@ def test_every_check_raises_while_nothing_can_be_served(
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "unlink"])
 def test_unwritable_disk_does_not_prevent_a_start_with_valid_certificates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
     harness.restart()
     real = os.open
 
@@ -497,10 +456,9 @@ def test_one_valid_certificate_of_two_suffices_if_the_disk_fails(
     assert [one.key_type for one in harness.checker.sites[0].pairs] == ["rsa-2048", "ecdsa-p256"]
 
 
-def test_certificate_of_another_issuer_prevents_a_start_but_not_a_check(tmp_path: Path, ec_key: Any) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
+def test_certificate_of_another_issuer_prevents_a_start_but_not_a_check(
+    harness: Harness, tmp_path: Path, ec_key: Any
+) -> None:
     before = harness.served
     write(
         tmp_path / "certs", "server-ecdsa", ec_key, "zcp.example.com", "localhost", not_after=NOW + 99 * DAY
@@ -529,11 +487,8 @@ def test_unconfigured_certificates_are_not_loaded_when_the_disk_fails(
 
 
 def test_file_that_changes_while_it_is_loaded_is_not_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness = managed_harness(tmp_path)
-    harness.check()
-    harness.settle()
     before = harness.served
     managed.renew(tmp_path / "certs", MANAGED, harness.now)
     real = sources.load_pair

@@ -83,6 +83,16 @@ def other_ec_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
+@pytest.fixture
+def files(tmp_path: Path, ec_key: Any) -> Files:
+    return Files(tmp_path).write(ec_key)
+
+
+@pytest.fixture
+def watched(files: Files) -> Watched:
+    return Watched(files.site())
+
+
 # --- loading
 
 
@@ -118,8 +128,7 @@ def test_links_of_certbot_are_followed(tmp_path: Path, ec_key: Any) -> None:
     assert load(ExternalSite(("a.example",), links[:1], links[1:])).pairs[0].certificate == links[0]
 
 
-def test_two_certificates_of_one_key_family_are_refused(tmp_path: Path, ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
+def test_two_certificates_of_one_key_family_are_refused(files: Files) -> None:
     spec = ExternalSite((), (files.certificate,) * 2, (files.key,) * 2)
     assert "are both ecdsa; configure one of each key family" in refusal(spec)
 
@@ -237,8 +246,7 @@ class Watched:
 
 
 @pytest.mark.requirement("fallback")
-def test_invalid_site_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
+def test_invalid_site_does_not_start(files: Files, other_ec_key: Any) -> None:
     files.write_key(other_ec_key)
     with pytest.raises(CertificateError, match="does not belong to"):
         Watched(files.site())
@@ -253,8 +261,7 @@ def test_unchanged_files_are_not_loaded_again(
 
 
 @pytest.mark.requirement("renewal")
-def test_new_pair_is_loaded_at_once(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
+def test_new_pair_is_loaded_at_once(files: Files, other_ec_key: Any) -> None:
     watched = Watched(files.site("a.example"))
     before = watched.pin
     files.write(other_ec_key)
@@ -265,9 +272,7 @@ def test_new_pair_is_loaded_at_once(tmp_path: Path, ec_key: Any, other_ec_key: A
     assert watched.check() == Found(changed=True)
 
 
-def test_rewritten_identical_certificate_is_not_a_change(tmp_path: Path, ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
+def test_rewritten_identical_certificate_is_not_a_change(files: Files, watched: Watched) -> None:
     put(files.certificate, files.certificate.read_bytes() + b"\n")
     assert watched.check() == NOTHING
 
@@ -286,10 +291,8 @@ def test_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) ->
 
 @pytest.mark.parametrize("order", ["certificate first", "key first"])
 def test_half_written_pair_is_given_time_and_never_served(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any, order: str
+    files: Files, watched: Watched, other_ec_key: Any, order: str
 ) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
     before = watched.pin
     steps = [files.write_certificate, files.write_key]
     if order == "key first":
@@ -308,10 +311,8 @@ def test_half_written_pair_is_given_time_and_never_served(
 
 @pytest.mark.requirement("renewal")
 def test_bad_files_are_reported_once_and_their_recovery_too(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any
+    files: Files, watched: Watched, ec_key: Any, other_ec_key: Any
 ) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
     files.write_key(other_ec_key)
     checks = watched.checks(500)
     assert [at for at, found in enumerate(checks) if found != NOTHING] == [30]  # seen at 0, quiet for 30
@@ -324,10 +325,8 @@ def test_bad_files_are_reported_once_and_their_recovery_too(
 
 
 def test_each_change_of_bad_files_is_reported_once_it_has_settled(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any
+    files: Files, watched: Watched, other_ec_key: Any
 ) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
     for data in (b"junk", b"other junk", b"junk"):
         put(files.key, data)
         checks = watched.checks(100)
@@ -337,9 +336,9 @@ def test_each_change_of_bad_files_is_reported_once_it_has_settled(
     assert watched.check() == Found(changed=True, recovered=True)
 
 
-def test_bad_files_that_keep_changing_are_reported_eventually(tmp_path: Path, ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
+def test_bad_files_that_keep_changing_are_reported_eventually(
+    files: Files, watched: Watched, ec_key: Any
+) -> None:
     reported = []
     for turn in range(1000):
         put(files.key, b"junk %d" % turn)
@@ -350,9 +349,7 @@ def test_bad_files_that_keep_changing_are_reported_eventually(tmp_path: Path, ec
     assert watched.check() == Found(recovered=True)
 
 
-def test_deleted_file_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
+def test_deleted_file_changes_nothing(files: Files, watched: Watched) -> None:
     good = files.certificate.read_bytes()
     files.certificate.unlink()
     checks = watched.checks(100)
@@ -365,10 +362,8 @@ def test_deleted_file_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
 
 
 def test_certificate_not_yet_valid_is_served_when_its_time_has_come(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any
+    files: Files, watched: Watched, other_ec_key: Any
 ) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
     before = watched.pin
     files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 9 * DAY)
     checks = watched.checks(60)
@@ -381,9 +376,9 @@ def test_certificate_not_yet_valid_is_served_when_its_time_has_come(
     assert watched.pin != before
 
 
-def test_bad_files_are_retried_every_minute(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
+def test_bad_files_are_retried_every_minute(
+    files: Files, watched: Watched, tmp_path: Path, other_ec_key: Any
+) -> None:
     files.write(other_ec_key)
     tmp_path.chmod(0o755)  # of the folder, which is not watched
     checks = watched.checks(31)
@@ -393,9 +388,7 @@ def test_bad_files_are_retried_every_minute(tmp_path: Path, ec_key: Any, other_e
     assert checks == [NOTHING] * 59 + [Found(changed=True, recovered=True)]
 
 
-def test_different_problem_is_reported_again(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
+def test_different_problem_is_reported_again(files: Files, watched: Watched, other_ec_key: Any) -> None:
     files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 2 * DAY)
     assert "is not valid before" in watched.checks(31)[30].bad
     watched.now += 9 * DAY
@@ -405,10 +398,8 @@ def test_different_problem_is_reported_again(tmp_path: Path, ec_key: Any, other_
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ENFILE, errno.ESTALE])
 def test_disk_failure_changes_nothing(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any, error: int, monkeypatch: pytest.MonkeyPatch
+    files: Files, watched: Watched, other_ec_key: Any, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
     before = watched.pin
     with monkeypatch.context() as patch:
 
@@ -426,10 +417,8 @@ def test_disk_failure_changes_nothing(
 
 
 def test_file_that_changes_while_it_is_loaded_is_detected_by_the_next_check(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any, monkeypatch: pytest.MonkeyPatch
+    files: Files, watched: Watched, ec_key: Any, other_ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
     files.write_certificate(ec_key)
     real = pair.load_pair
 
@@ -462,9 +451,9 @@ def test_two_pairs_are_loaded_together_or_not_at_all(
     assert watched.check() == Found(changed=True)
 
 
-def test_external_files_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    watched = Watched(files.site())
+def test_external_files_are_never_written(
+    files: Files, watched: Watched, tmp_path: Path, other_ec_key: Any
+) -> None:
     files.write_key(other_ec_key)
     put(files.certificate, b"junk")
 

@@ -209,6 +209,19 @@ class CacheHarness:
         self.loop.run_until_complete(ask())
         return caller
 
+    def hold(self, result: Any = "paid", **options: Any) -> Caller:
+        """Begin a request whose run waits for `finish` of the caller."""
+        gate = self.loop.create_future()
+        caller = self.begin(result, wait=gate, **options)
+
+        def finish() -> None:
+            gate.set_result(None)
+            self.turn()
+
+        caller.finish = finish
+        self.turn()
+        return caller
+
     def turn(self) -> None:
         for _ in range(60):
             self.loop.run_until_complete(asyncio.sleep(0))
@@ -223,6 +236,7 @@ class Caller:
     def __init__(self) -> None:
         self.answers: list[Answer] = []
         self.waiting: Waiting | None = None
+        self.finish: Callable[[], None] = lambda: None
 
     @property
     def answer(self) -> Answer:

@@ -34,6 +34,30 @@ from zcproto.wire.message import decode_error, encode_body
 __all__ = ["loop", "make_harness"]
 
 
+@pytest.fixture
+def store() -> FakeStore:
+    """Return the shared store of one process."""
+    return FakeStore(shared=True)
+
+
+@pytest.fixture
+def harness(make_harness: MakeHarness, store: FakeStore) -> CacheHarness:
+    return make_harness(store)
+
+
+@pytest.fixture
+def another(make_harness: MakeHarness, store: FakeStore) -> CacheHarness:
+    """Return another process, whose store has the same data."""
+    return make_harness(FakeStore(shared=True, data_of=store))
+
+
+def claim_without_an_answer(harness: CacheHarness, store: FakeStore) -> None:
+    """Call during an outage in which the store makes the claim and does not answer."""
+    store.out = store.fails_after_the_effect = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    store.out = store.fails_after_the_effect = False
+
+
 # --- the store fails ---------------------------------------------------------------------------------------
 
 
@@ -71,9 +95,7 @@ def test_claim_with_unknown_outcome_can_be_claimed_again(
 def test_claim_of_another_process_is_not_reused(make_harness: MakeHarness, shared: bool) -> None:
     store = FakeStore(shared)
     killed = make_harness(store)
-    gate = killed.loop.create_future()
-    killed.begin(wait=gate)
-    killed.turn()
+    held = killed.hold()
     seen_by_another = FakeStore(shared, data_of=store)
     restarted = make_harness(seen_by_another)
     seen_by_another.out = True
@@ -84,8 +106,7 @@ def test_claim_of_another_process_is_not_reused(make_harness: MakeHarness, share
     assert restarted.ran == 0
     assert bool(restarted.slept) == shared
     assert bool(caller.answers) == (not shared)
-    gate.set_result(None)
-    killed.turn()
+    held.finish()
     restarted.turn()
 
 
@@ -94,9 +115,7 @@ def test_outcome_is_unknown_once_the_process_of_a_claim_has_shown_no_sign_of_lif
 ) -> None:
     store = FakeStore(shared=True)
     killed = make_harness(store)
-    gate = killed.loop.create_future()
-    killed.begin(wait=gate)
-    killed.turn()
+    held = killed.hold()
     seen_by_another = FakeStore(shared=True, data_of=store)
     another = make_harness(seen_by_another)
     missing = itertools.chain(
@@ -114,16 +133,13 @@ def test_outcome_is_unknown_once_the_process_of_a_claim_has_shown_no_sign_of_lif
     assert code(caller.answer) is Code.UNKNOWN
     assert another.ran == 0
     assert another.cache.lost == 1
-    gate.set_result(None)
-    killed.turn()
+    held.finish()
 
 
 def test_drain_sends_away_callers_that_wait_for_the_run_of_another_process(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     running = make_harness(store)
-    gate = running.loop.create_future()
-    running.begin(wait=gate)
-    running.turn()
+    held = running.hold()
     draining = make_harness(FakeStore(shared=True, data_of=store))
     draining.while_asleep = lambda: setattr(draining.cache, "is_draining", len(draining.slept) == 3)
     caller = draining.begin()
@@ -133,20 +149,14 @@ def test_drain_sends_away_callers_that_wait_for_the_run_of_another_process(make_
     assert code(caller.answer) is Code.UNAVAILABLE
     assert "retry_after_ms" in decode_error(caller.answer.body).details
     assert (draining.ran, len(draining.slept)) == (0, 3)
-    gate.set_result(None)
-    running.turn()
+    held.finish()
     assert draining.call().code == 0, "the claim is that of the other process still"
 
 
-def test_claim_that_could_not_be_released_is_reused(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    gate = harness.loop.create_future()
-    caller = harness.begin(Unavailable("not now"), wait=gate)
-    harness.turn()
+def test_claim_that_could_not_be_released_is_reused(store: FakeStore, harness: CacheHarness) -> None:
+    caller = harness.hold(Unavailable("not now"))
     store.out = True
-    gate.set_result(None)
-    harness.turn()
+    caller.finish()
     assert code(caller.answer) is Code.UNAVAILABLE
     store.out = False
     assert harness.call("paid").code == 0
@@ -155,26 +165,21 @@ def test_claim_that_could_not_be_released_is_reused(make_harness: MakeHarness) -
 
 @pytest.mark.parametrize("is_claimed", [False, True])
 def test_claim_with_unknown_outcome_is_released_for_other_processes(
-    make_harness: MakeHarness, is_claimed: bool
+    store: FakeStore, harness: CacheHarness, another: CacheHarness, is_claimed: bool
 ) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
     store.out, store.fails_after_the_effect = True, is_claimed
     assert code(harness.call()) is Code.UNAVAILABLE
     store.out = False
     harness.cache.save()
     harness.turn()
-    another = make_harness(FakeStore(shared=True, data_of=store))
     assert another.call("paid").code == 0
     assert (harness.ran, another.ran, another.slept) == (0, 1, [])
 
 
 @pytest.mark.parametrize("failures", [1, 3])
 def test_claim_with_unknown_outcome_is_released_soon_without_an_outage(
-    make_harness: MakeHarness, failures: int
+    store: FakeStore, harness: CacheHarness, another: CacheHarness, failures: int
 ) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
     store.out = store.fails_after_the_effect = True
     assert code(harness.call()) is Code.UNAVAILABLE
     for _ in range(failures - 1):
@@ -205,26 +210,19 @@ def test_answer_and_release_that_failed_are_repeated_soon_without_an_outage(
     assert another.slept == []
 
 
-def test_server_that_ends_plans_nothing_for_later(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    gate = harness.loop.create_future()
-    harness.begin("paid", wait=gate)
-    harness.turn()
+def test_server_that_ends_plans_nothing_for_later(store: FakeStore, harness: CacheHarness) -> None:
+    held = harness.hold("paid")
     store.held = harness.loop.create_future()
-    gate.set_result(None)
-    harness.turn()
+    held.finish()
     assert store.asked[-1] == "keep"
     assert harness.loop.run_until_complete(harness.tasks.close(1.0)) == 0
     assert not harness.saves_again
 
 
-def test_end_waits_until_claims_are_released_and_answers_are_written(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    store.out = store.fails_after_the_effect = True
-    assert code(harness.call()) is Code.UNAVAILABLE
-    store.out = store.fails_after_the_effect = False
+def test_end_waits_until_claims_are_released_and_answers_are_written(
+    store: FakeStore, harness: CacheHarness
+) -> None:
+    claim_without_an_answer(harness, store)
     finish_during_outage(harness, store)
     waiting = harness.loop.create_task(harness.cache.wait_idle())
     harness.turn()
@@ -235,12 +233,8 @@ def test_end_waits_until_claims_are_released_and_answers_are_written(make_harnes
     assert [entry.running for entry in store.answers._entries.values()] == [False]
 
 
-def test_end_waits_for_a_release_that_has_begun(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    store.out = store.fails_after_the_effect = True
-    assert code(harness.call()) is Code.UNAVAILABLE
-    store.out = False
+def test_end_waits_for_a_release_that_has_begun(store: FakeStore, harness: CacheHarness) -> None:
+    claim_without_an_answer(harness, store)
     store.held = harness.loop.create_future()
     harness.cache.save()
     waiting = harness.loop.create_task(harness.cache.wait_idle())
@@ -278,9 +272,9 @@ def test_claim_of_a_run_that_is_cancelled_before_its_answer_is_released(
     assert harness.ran == 0
 
 
-def test_request_without_a_caller_is_not_run_by_a_server_that_drains(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
+def test_request_without_a_caller_is_not_run_by_a_server_that_drains(
+    store: FakeStore, harness: CacheHarness
+) -> None:
     store.held = harness.loop.create_future()
     caller = harness.begin()
     harness.cache.is_draining = True
@@ -295,9 +289,7 @@ def test_request_without_a_caller_is_not_run_by_a_server_that_drains(make_harnes
 def test_claim_of_another_process_is_not_released(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     another = make_harness(store)
-    gate = another.loop.create_future()
-    caller = another.begin("paid", wait=gate)
-    another.turn()
+    caller = another.hold("paid")
     seen_by_harness = FakeStore(shared=True, data_of=store)
     harness = make_harness(seen_by_harness)
     seen_by_harness.out = True
@@ -306,14 +298,11 @@ def test_claim_of_another_process_is_not_released(make_harness: MakeHarness) -> 
     harness.cache.save()
     harness.turn()
     assert "release" not in seen_by_harness.asked
-    gate.set_result(None)
-    another.turn()
+    caller.finish()
     assert harness.call("again") == caller.answer
 
 
-def test_claim_whose_release_fails_is_released_later(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
+def test_claim_whose_release_fails_is_released_later(store: FakeStore, harness: CacheHarness) -> None:
     store.out = store.fails_after_the_effect = True
     assert code(harness.call()) is Code.UNAVAILABLE
     store.fails_after_the_effect = False
@@ -326,12 +315,9 @@ def test_claim_whose_release_fails_is_released_later(make_harness: MakeHarness) 
     assert not store.answers
 
 
-def test_request_that_comes_during_a_release_runs_once(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    store.out = store.fails_after_the_effect = True
-    assert code(harness.call()) is Code.UNAVAILABLE
-    store.out, store.held = False, harness.loop.create_future()
+def test_request_that_comes_during_a_release_runs_once(store: FakeStore, harness: CacheHarness) -> None:
+    claim_without_an_answer(harness, store)
+    store.held = harness.loop.create_future()
     harness.cache.save()
     harness.turn()
     callers = [harness.begin("paid"), harness.begin("paid")]
@@ -351,12 +337,9 @@ def test_answer_that_failed_to_be_stored_is_kept_here_and_written_later(
 ) -> None:
     store = FakeStore(shared=True)
     harness, another = make_harness(store), make_harness(store)
-    gate = harness.loop.create_future()
-    caller = harness.begin("paid", wait=gate)
-    harness.turn()
+    caller = harness.hold("paid")
     store.out, store.fails_after_the_effect = True, all_the_same
-    gate.set_result(None)
-    harness.turn()
+    caller.finish()
     assert caller.answer.code == 0
     assert harness.call("again") == caller.answer
     assert code(harness.call(digest=OTHER)) is Code.FAILED_PRECONDITION
@@ -369,17 +352,12 @@ def test_answer_that_failed_to_be_stored_is_kept_here_and_written_later(
 
 def finish_during_outage(harness: CacheHarness, store: FakeStore) -> None:
     """Finish a call while the store is out, so that its answer is still to be written."""
-    gate = harness.loop.create_future()
-    harness.begin("paid", wait=gate)
-    harness.turn()
+    held = harness.hold("paid")
     store.out = True
-    gate.set_result(None)
-    harness.turn()
+    held.finish()
 
 
-def test_one_task_at_a_time_writes_answers(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
+def test_one_task_at_a_time_writes_answers(store: FakeStore, harness: CacheHarness) -> None:
     finish_during_outage(harness, store)
     store.out, store.held = False, harness.loop.create_future()
     store.asked.clear()
@@ -488,9 +466,7 @@ def test_answer_lost_by_the_store_is_reported_as_unknown(make_harness: MakeHarne
 # --- other processes -----------------------------------------------------------------------------------------
 
 
-def test_request_running_in_another_process_is_polled(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
+def test_request_running_in_another_process_is_polled(harness: CacheHarness, another: CacheHarness) -> None:
     gate = another.loop.create_future()
     first = another.begin("paid", wait=gate)
     another.turn()
@@ -507,9 +483,9 @@ def test_request_running_in_another_process_is_polled(make_harness: MakeHarness)
     assert harness.slept[-1] == POLL_LAST_S
 
 
-def test_request_released_by_another_process_is_run_here(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
+def test_request_released_by_another_process_is_run_here(
+    harness: CacheHarness, another: CacheHarness
+) -> None:
     gate = another.loop.create_future()
     another.begin(ResourceExhausted("full"), wait=gate)
     another.turn()
@@ -518,12 +494,10 @@ def test_request_released_by_another_process_is_run_here(make_harness: MakeHarne
     assert (harness.ran, another.ran) == (1, 1)
 
 
-def test_claim_of_a_dead_process_lasts_as_long_as_an_answer(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, gone = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
-    gate = gone.loop.create_future()
-    gone.begin(wait=gate)
-    gone.turn()
+def test_claim_of_a_dead_process_lasts_as_long_as_an_answer(
+    store: FakeStore, harness: CacheHarness, another: CacheHarness
+) -> None:
+    held = another.hold()
     store.is_orphan = True
     for _ in range(3):
         assert code(harness.call()) is Code.UNKNOWN
@@ -531,8 +505,7 @@ def test_claim_of_a_dead_process_lasts_as_long_as_an_answer(make_harness: MakeHa
     assert code(harness.call()) is Code.UNKNOWN
     harness.advance(10.0)
     assert harness.call("paid").code == 0
-    gate.set_result(None)
-    gone.turn()
+    held.finish()
     assert harness.call("again") == Answer(0, encode_body("paid"))
 
 
@@ -588,76 +561,60 @@ def test_claims_of_runs_in_progress_are_renewed_in_batches(make_harness: MakeHar
     assert store.asked == []
 
 
-def test_renewal_that_fails_is_repeated_when_the_store_is_reached(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, other = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
-    gate = harness.loop.create_future()
-    first = harness.begin("paid", wait=gate)
-    harness.turn()
+def test_renewal_that_fails_is_repeated_when_the_store_is_reached(
+    store: FakeStore, harness: CacheHarness, another: CacheHarness
+) -> None:
+    first = harness.hold("paid")
     store.out = True
     harness.advance(3 * RENEW_S)
     store.out = False
     store.answers.release("ada", "k")  # as in a failover that has lost it
     harness.store_reached()
-    second = other.begin("twice")
-    other.turn()
-    gate.set_result(None)
-    harness.turn()
-    other.turn()
-    assert (harness.ran, other.ran) == (1, 0)
+    second = another.begin("twice")
+    another.turn()
+    first.finish()
+    another.turn()
+    assert (harness.ran, another.ran) == (1, 0)
     assert first.answer == second.answer
 
 
-def test_answer_is_kept_although_the_store_has_lost_the_claim(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    gate = harness.loop.create_future()
-    harness.begin("paid", wait=gate)
-    harness.turn()
+def test_answer_is_kept_although_the_store_has_lost_the_claim(
+    store: FakeStore, harness: CacheHarness
+) -> None:
+    held = harness.hold("paid")
     store.out = True
     harness.store_reached()
     store.answers.release("ada", "k")
     store.out = False
-    gate.set_result(None)
-    harness.turn()
+    held.finish()
     assert harness.call("again") == Answer(0, encode_body("paid"))
     assert harness.ran == 1
 
 
 @pytest.mark.parametrize("is_run", [True, False])
 def test_process_that_was_paused_leaves_the_claim_to_the_one_that_has_it(
-    make_harness: MakeHarness, is_run: bool
+    store: FakeStore, harness: CacheHarness, another: CacheHarness, is_run: bool
 ) -> None:
-    store = FakeStore(shared=True)
-    paused, other = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
-    paused_gate, other_gate = paused.loop.create_future(), other.loop.create_future()
-    late = paused.begin("late" if is_run else ResourceExhausted("full"), wait=paused_gate)
-    paused.turn()
-    other.cache._breaker.store.is_orphan = True  # type: ignore[union-attr]
-    other.advance(KEEP_MS / 1000)
-    caller = other.begin("paid", wait=other_gate)
-    other.turn()
-    assert other.ran == 1
-    paused_gate.set_result(None)
-    paused.turn()
+    late = harness.hold("late" if is_run else ResourceExhausted("full"))
+    another.cache._breaker.store.is_orphan = True  # type: ignore[union-attr]
+    another.advance(KEEP_MS / 1000)
+    caller = another.hold("paid")
+    assert another.ran == 1
+    late.finish()
     assert (late.answer.code == 0) is is_run
     assert store.asked == ["claim", "claim"], "its answer is not stored, and the claim not released"
-    other_gate.set_result(None)
-    other.turn()
-    assert caller.answer == paused.call("again") == Answer(0, encode_body("paid"))
+    caller.finish()
+    assert caller.answer == harness.call("again") == Answer(0, encode_body("paid"))
 
 
-def test_answer_of_a_run_comes_after_the_renewal_of_its_claim(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness = make_harness(store)
-    gate = harness.loop.create_future()
-    harness.begin(ResourceExhausted("full"), wait=gate)
-    harness.turn()
+def test_answer_of_a_run_comes_after_the_renewal_of_its_claim(
+    store: FakeStore, harness: CacheHarness
+) -> None:
+    running = harness.hold(ResourceExhausted("full"))
     held = store.held = harness.loop.create_future()
     harness.advance(RENEW_S)
     harness.store_reached()  # while claims are renewed
-    gate.set_result(None)
-    harness.turn()
+    running.finish()
     assert store.asked == ["claim", "claim"]
     store.held = None
     held.set_result(None)
@@ -666,52 +623,41 @@ def test_answer_of_a_run_comes_after_the_renewal_of_its_claim(make_harness: Make
     assert not store.answers
 
 
-def test_answer_that_was_not_stored_leaves_the_claim_of_another_process(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, other = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
-    gate = harness.loop.create_future()
-    harness.begin("early", wait=gate)
-    harness.turn()
+def test_answer_that_was_not_stored_leaves_the_claim_of_another_process(
+    store: FakeStore, harness: CacheHarness, another: CacheHarness
+) -> None:
+    held = harness.hold("early")
     store.out = True
-    gate.set_result(None)
-    harness.turn()
+    held.finish()
     store.answers.release("ada", "k")  # as in a failover that has lost it
-    assert other.call("paid").code == 0
+    assert another.call("paid").code == 0
     store.out = False
     harness.store_reached()
-    assert other.call("again") == Answer(0, encode_body("paid"))
+    assert another.call("again") == Answer(0, encode_body("paid"))
     assert "keep" not in store.asked[2:]
 
 
-def test_polling_ends_without_waiting_callers(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
-    gate = another.loop.create_future()
-    another.begin(wait=gate)
-    another.turn()
+def test_polling_ends_without_waiting_callers(harness: CacheHarness, another: CacheHarness) -> None:
+    held = another.hold()
     caller = harness.begin()
     assert caller.waiting is not None
     caller.waiting.cancel()
     harness.turn()
     assert (harness.cache.running, harness.slept) == (0, [POLL_FIRST_S])
-    gate.set_result(None)
-    another.turn()
+    held.finish()
 
 
 def test_request_running_when_the_server_was_killed_is_not_run_again(make_harness: MakeHarness) -> None:
     store = FakeStore()
     killed = make_harness(store)
-    gate = killed.loop.create_future()
-    killed.begin(wait=gate)
-    killed.turn()
+    held = killed.hold()
     restarted = make_harness(store)
     answer = restarted.call()
     assert code(answer) is Code.UNKNOWN
     assert (restarted.ran, restarted.cache.lost) == (0, 1)
     restarted.clock.advance(KEEP_MS / 1000)
     assert restarted.call().code == 0
-    gate.set_result(None)
-    killed.turn()
+    held.finish()
 
 
 def test_stored_answer_survives_a_restart(make_harness: MakeHarness) -> None:

@@ -1,8 +1,8 @@
 """Runs the first step of a coroutine at once, and makes it a task only if it waits.
 
 The first step runs in the caller's turn of the loop. Most handlers end there and cost no task. A coroutine that
-waits is adopted by an `asyncio.Task`. From Python 3.12 on `asyncio.Task(eager_start=True)` can replace this; on 3.11
-a request whose handler does not wait would cost some 4 us more with a task of its own.
+waits is adopted by an `asyncio.Task`. From Python 3.12 on `asyncio.Task(eager_start=True)` can replace this; with
+3.11 a request whose handler does not wait would cost some 4 us more with a task of its own.
 
 Rules:
 - The task exists before the coroutine starts, and is the *current task* during the first step. So

@@ -439,46 +439,40 @@ def test_recovery_is_reported(harness: AcmeHarness) -> None:
     assert kinds(*outcomes) == ["renewed", "renewal_recovered"]
 
 
-def test_time_that_the_ca_wants_to_wait_is_waited(harness: AcmeHarness) -> None:
+@pytest.fixture
+def limited(harness: AcmeHarness) -> AcmeHarness:
+    """A server whose first order was refused for ten hours."""
     harness.ca.problem_at["/order"] = Problem("rateLimited", 429, retry_after="36000")
     harness.check()
     harness.visited()
     harness.visits.clear()
-    assert 36_000 <= failures(harness, 1)[0] <= 36_010
+    return harness
 
 
-def test_changed_clock_does_not_shorten_the_wait(harness: AcmeHarness) -> None:
-    harness.ca.problem_at["/order"] = Problem("rateLimited", 429, retry_after="36000")
-    harness.check()
-    harness.visited()
-    harness.visits.clear()
-    harness.check(sleeps=timedelta(days=2))
-    assert harness.visits == []
+def test_time_that_the_ca_wants_to_wait_is_waited(limited: AcmeHarness) -> None:
+    assert 36_000 <= failures(limited, 1)[0] <= 36_010
 
 
-def test_restart_does_not_shorten_the_wait(harness: AcmeHarness) -> None:
-    harness.ca.problem_at["/order"] = Problem("rateLimited", 429, retry_after="36000")
-    harness.check()
-    harness.visited()
-    harness.visits.clear()
-    record = read_record(harness.desk.site.directory)
+def test_changed_clock_does_not_shorten_the_wait(limited: AcmeHarness) -> None:
+    limited.check(sleeps=timedelta(days=2))
+    assert limited.visits == []
+
+
+def test_restart_does_not_shorten_the_wait(limited: AcmeHarness) -> None:
+    record = read_record(limited.desk.site.directory)
     assert "rateLimited" in record.problem
-    harness.restart()
-    harness.check()
-    harness.visited(timedelta(hours=1))
-    assert harness.visits == []
-    harness.visited(timedelta(hours=9))
-    assert len(harness.visits) == 1
+    limited.restart()
+    limited.check()
+    limited.visited(timedelta(hours=1))
+    assert limited.visits == []
+    limited.visited(timedelta(hours=9))
+    assert len(limited.visits) == 1
 
 
-def test_other_settings_end_the_wait(harness: AcmeHarness) -> None:
-    harness.ca.problem_at["/order"] = Problem("rateLimited", 429, retry_after="36000")
-    harness.check()
-    harness.visited()
-    harness.visits.clear()
-    change(harness, challenge="http-01")
-    harness.visited()
-    assert len(harness.visits) == 1
+def test_other_settings_end_the_wait(limited: AcmeHarness) -> None:
+    change(limited, challenge="http-01")
+    limited.visited()
+    assert len(limited.visits) == 1
 
 
 @pytest.mark.parametrize(

@@ -79,26 +79,18 @@ class SessionContract:
         assert await store.end([odd[:16]], Code.TOKEN_REVOKED, WALL) == [ended(record)]
         assert await store.find(odd) == ended(record)
 
-    @pytest.mark.parametrize("key", ["", "tls:" + 64 * "a", "device:a\0b"])
+    @pytest.mark.parametrize(("flags", "roles"), [(0, ""), (1, ""), (3, ""), (8, "admin"), (11, "admin a@b")])
     @pytest.mark.parametrize(
-        ("flags", "roles"), [(0, ""), (1, ""), (3, ""), (8, "admin"), (11, "admin billing")]
+        ("name", "value"),
+        [
+            *(("key", value) for value in ("", "tls:" + 64 * "a", "device:a\0b")),
+            *(("origin", value) for value in (b"\1" * 8, bytes(7) + b"\1", b"\1" + bytes(7))),
+        ],
     )
-    async def test_flags_key_and_roles_are_stored_unchanged(
-        self, store: SessionStore, flags: int, roles: str, key: str
+    async def test_fields_of_a_login_are_stored_unchanged(
+        self, store: SessionStore, name: str, value: str | bytes, flags: int, roles: str
     ) -> None:
-        record = session(flags=flags, key=key, roles=roles)
-        await opened(store, record)
-        assert await store.get(record.id) == record
-        wanted = rotation(record)
-        assert await store.rotate(wanted) == rotated(record, wanted)
-        assert await store.list("alice") == [rotated(record, wanted)]
-
-    @pytest.mark.parametrize("origin", [b"\1" * 8, bytes(7) + b"\1", b"\1" + bytes(7)])
-    @pytest.mark.parametrize(("flags", "roles"), [(0, ""), (11, "admin a@b")])
-    async def test_origin_is_stored_unchanged(
-        self, store: SessionStore, flags: int, roles: str, origin: bytes
-    ) -> None:
-        record = session(flags=flags, roles=roles, origin=origin)
+        record = session(flags=flags, roles=roles, **{name: value})
         await opened(store, record)
         assert await store.get(record.id) == record
         wanted = rotation(record)

@@ -13,7 +13,7 @@ from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FaultyStore
-from tests.stores.service.harness import SessionProcess, StartProcess
+from tests.stores.service.harness import FaultyStoreView, SessionProcess, StartProcess
 from zcproto.config.model import LogConfig
 from zcproto.observe import log as log_module
 from zcproto.observe.output import StandardError
@@ -82,6 +82,18 @@ async def start_process(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Start
 async def process(start_process: StartProcess) -> SessionProcess:
     """Return a process with its own store."""
     return await start_process()
+
+
+@pytest.fixture
+async def one(start_process: StartProcess) -> SessionProcess:
+    """Return a process with a store that is shared with `other`, if the test has that."""
+    return await start_process(shared=True)
+
+
+@pytest.fixture
+async def other(start_process: StartProcess, one: SessionProcess) -> SessionProcess:
+    """Return another process, which reaches the same store with faults of its own."""
+    return await start_process(FaultyStoreView(one.store))
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ async def test_callers_are_refused_and_the_store_is_not_degraded(process: Sessio
     assert process.is_valid(await process.refresh(opened))
 
 
-async def test_unknown_token_is_not_refused_for_good(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_unknown_token_is_not_refused_for_good(
+    one: SessionProcess, start_process: StartProcess
+) -> None:
     opened = await one.open()
     other = await start_process(one.store)
     one.store.modes["find"] = BUSY
@@ -32,10 +33,7 @@ async def test_unknown_token_is_not_refused_for_good(start_process: StartProcess
     assert other.is_valid(opened)
 
 
-async def test_sessions_of_a_key_are_revoked_although_they_cannot_be_listed(
-    start_process: StartProcess,
-) -> None:
-    one = await start_process(shared=True)
+async def test_sessions_of_a_key_are_revoked_although_they_cannot_be_listed(one: SessionProcess) -> None:
     opened = await one.open(key="device:phone")
     one.store.modes["list"] = BUSY
     await refused(one.sessions.revoke_key("ada", "device:phone", "removed"), Unavailable)

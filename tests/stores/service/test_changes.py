@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from tests.stores.faulty import BUSY, FAILS
-from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWithOtherFind, raw
+from tests.stores.service.harness import (
+    FaultyStoreView,
+    SessionProcess,
+    StartProcess,
+    StoreWithOtherFind,
+    raw,
+)
 from zcproto.errors import Code
 from zcproto.sessions import Session
 from zcproto.sessions.record import EndedRecord, SessionRecord
@@ -17,9 +23,9 @@ from zcproto.stores import sync as sync_module
 from zcproto.stores.base import Change, ChangeKind
 
 
-async def test_unused_session_changed_by_another_process_is_forgotten(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_unused_session_changed_by_another_process_is_forgotten(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     opened = await one.open()
     await other.find(opened.token)
     await one.revoke(opened)
@@ -31,10 +37,8 @@ async def test_unused_session_changed_by_another_process_is_forgotten(start_proc
 
 @pytest.mark.parametrize("memory", [True, False])
 async def test_session_in_use_ended_by_another_process_ends_here(
-    start_process: StartProcess, memory: bool
+    one: SessionProcess, other: SessionProcess, memory: bool
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened, kept = await one.open(), await one.open()
     for each in (opened, kept):
         await other.find(each.token)
@@ -67,10 +71,8 @@ async def test_session_in_use_replaced_by_another_process_ends_here(start_proces
 
 
 async def test_session_in_use_whose_end_is_reported_ends_without_asking_the_store(
-    start_process: StartProcess,
+    one: SessionProcess, other: SessionProcess
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     used, unused = await one.open(), await one.open()
     for each in (used, unused):
         await other.find(each.token)
@@ -89,10 +91,8 @@ async def test_session_in_use_whose_end_is_reported_ends_without_asking_the_stor
 
 
 async def test_refresh_by_another_process_is_reported_to_those_that_use_the_session(
-    start_process: StartProcess,
+    one: SessionProcess, other: SessionProcess
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
@@ -108,10 +108,8 @@ async def test_refresh_by_another_process_is_reported_to_those_that_use_the_sess
 
 
 async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
-    start_process: StartProcess,
+    one: SessionProcess, other: SessionProcess
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
@@ -124,9 +122,7 @@ async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
 
 
 @pytest.mark.parametrize("mode", [FAILS, BUSY])
-async def test_failed_check_is_repeated(start_process: StartProcess, mode: str) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_failed_check_is_repeated(one: SessionProcess, other: SessionProcess, mode: str) -> None:
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
@@ -140,9 +136,7 @@ async def test_failed_check_is_repeated(start_process: StartProcess, mode: str) 
     assert not other.is_valid(opened)
 
 
-async def test_one_check_of_changes_runs_at_a_time(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_one_check_of_changes_runs_at_a_time(one: SessionProcess, other: SessionProcess) -> None:
     opened = [await one.open() for _ in range(3)]
     for each in opened:
         await other.find(each.token)
@@ -161,9 +155,9 @@ async def test_one_check_of_changes_runs_at_a_time(start_process: StartProcess) 
     assert not any(other.is_valid(each) for each in opened)
 
 
-async def test_changes_during_an_outage_are_applied_after_it(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_changes_during_an_outage_are_applied_after_it(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     used, idle, kept = await one.open(), await one.open(), await one.open()
     for each in (used, idle, kept):
         await other.find(each.token)

@@ -9,7 +9,6 @@ import pytest
 from tests.stores.faulty import FAILS, WORKS
 from tests.stores.service.harness import (
     GRACE,
-    FaultyStoreView,
     SessionProcess,
     StartProcess,
     raw,
@@ -57,10 +56,8 @@ async def test_nothing_is_restored_after_the_grace(start_process: StartProcess) 
 
 
 async def test_revocation_is_repeated_after_another_process_restored_the_session(
-    start_process: StartProcess,
+    one: SessionProcess, other: SessionProcess
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     before, meanwhile, of_user = await one.open(), await one.open(), await one.open("bob")
     for each in (before, meanwhile, of_user):
         await other.find(each.token)
@@ -85,10 +82,8 @@ async def test_revocation_is_repeated_after_another_process_restored_the_session
 
 @pytest.mark.parametrize("outage_s", [0.0, GRACE + 1])
 async def test_revocations_are_repeated_for_late_restorations(
-    start_process: StartProcess, outage_s: float
+    one: SessionProcess, other: SessionProcess, outage_s: float
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = [await one.open(), await one.open("bob"), await one.open("bob")]
     for each in opened:
         await other.find(each.token)
@@ -126,10 +121,8 @@ async def test_revocations_are_repeated_for_late_restorations(
 
 @pytest.mark.parametrize("of_user", [False, True])
 async def test_process_started_after_the_loss_repeats_unknown_revocations(
-    start_process: StartProcess, of_user: bool
+    one: SessionProcess, other: SessionProcess, of_user: bool
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
@@ -157,10 +150,8 @@ async def restore_later(one: SessionProcess, other: SessionProcess) -> None:
 
 @pytest.mark.parametrize("has_started_since", [False, True])
 async def test_revocation_of_a_user_after_the_loss_is_repeated_for_late_restorations(
-    start_process: StartProcess, has_started_since: bool
+    one: SessionProcess, other: SessionProcess, start_process: StartProcess, has_started_since: bool
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     other.use(await other.open())
     one.store.lose_all()
     if has_started_since:

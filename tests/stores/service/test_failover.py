@@ -57,8 +57,9 @@ async def is_accepted(process: SessionProcess, opened: OpenedSession) -> bool:
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-async def test_revocation_lost_by_failover_is_repeated(start_process: StartProcess, is_known: bool) -> None:
-    one, other = await two_processes(start_process)
+async def test_revocation_lost_by_failover_is_repeated(
+    one: SessionProcess, other: SessionProcess, is_known: bool
+) -> None:
     opened, kept = await one.open(), await one.open()
     records = one.store.records
     revoking = one if is_known else other
@@ -89,8 +90,9 @@ async def test_store_that_keeps_its_changes_is_not_asked_to_repeat_them(
     assert not await is_accepted(other, opened)
 
 
-async def test_revocations_of_a_user_and_of_all_are_repeated(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_revocations_of_a_user_and_of_all_are_repeated(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     await one.open("ada")
     bob = await one.open("bob")
     before = one.store.records
@@ -111,9 +113,8 @@ async def test_revocations_of_a_user_and_of_all_are_repeated(start_process: Star
 
 @pytest.mark.parametrize("key", ["", "device:phone"])
 async def test_revocation_sent_to_old_primary_ends_sessions_opened_before_on_the_new_one(
-    start_process: StartProcess, key: str
+    one: SessionProcess, other: SessionProcess, key: str
 ) -> None:
-    one, other = await two_processes(start_process)
     moved = [await other.open("ada", key=key), await other.open("ben", key=key)]
     another_key = await other.open("ada", key="device:tablet")
     on_new_primary = one.store.records
@@ -155,15 +156,17 @@ async def answer_after_gap(
     return result
 
 
-async def test_revocation_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_revocation_answered_after_the_gap_is_repeated(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     opened = await other.open()
     assert await answer_after_gap(one, one.store.records, "end", one.revoke(opened))
     assert one.store.records == []
 
 
-async def test_revocation_of_a_user_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_revocation_of_a_user_answered_after_the_gap_is_repeated(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     await other.open()
     revoking = one.sessions.revoke_user("ada", "all")
     assert await answer_after_gap(one, one.store.records, "end_user", revoking) == 1
@@ -179,8 +182,9 @@ async def test_eviction_answered_after_the_gap_is_repeated(start_process: StartP
     assert one.store.records == []
 
 
-async def test_rotation_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_rotation_answered_after_the_gap_is_repeated(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     opened = await one.open()
     again = await answer_after_gap(one, one.store.records, "rotate", one.refresh(opened))
     other.store.use_data_of(one.store)
@@ -221,8 +225,7 @@ async def test_session_ended_for_a_reused_refresh_token_stays_ended(start_proces
     assert one.store.records == []
 
 
-async def test_revocation_older_than_the_last_minutes_is_not_repeated(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_revocation_older_than_the_last_minutes_is_not_repeated(one: SessionProcess) -> None:
     opened = await one.open()
     await one.revoke(opened)
     await one.advance(HOUR_MS / 1000)
@@ -232,8 +235,9 @@ async def test_revocation_older_than_the_last_minutes_is_not_repeated(start_proc
     assert "end" not in one.store.calls
 
 
-async def test_revoking_a_session_remembered_as_ended_asks_the_store(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_revoking_a_session_remembered_as_ended_asks_the_store(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     opened = await one.open()
     records = one.store.records
     await one.revoke(opened)
@@ -243,8 +247,7 @@ async def test_revoking_a_session_remembered_as_ended_asks_the_store(start_proce
     assert not await is_accepted(other, opened)
 
 
-async def test_rotation_lost_by_failover_is_repeated(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_rotation_lost_by_failover_is_repeated(one: SessionProcess, other: SessionProcess) -> None:
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
@@ -257,10 +260,7 @@ async def test_rotation_lost_by_failover_is_repeated(start_process: StartProcess
     assert await is_accepted(other, await other.refresh(again))
 
 
-async def test_lost_rotation_of_a_session_that_is_checked_is_repeated_at_once(
-    start_process: StartProcess,
-) -> None:
-    one = await start_process(shared=True)
+async def test_lost_rotation_of_a_session_that_is_checked_is_repeated_at_once(one: SessionProcess) -> None:
     opened = await one.open()
     records = one.store.records
     again = await one.refresh(opened)
@@ -271,8 +271,9 @@ async def test_lost_rotation_of_a_session_that_is_checked_is_repeated_at_once(
     assert [record.token_digest for record in one.store.records] == [digest_of(again.token)]
 
 
-async def test_rotations_of_two_processes_are_repeated_in_their_order(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_rotations_of_two_processes_are_repeated_in_their_order(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     await other.advance(REPEATS_S[-1])  # nothing is repeated because of the start any more
     opened = await one.open()
     records = one.store.records
@@ -297,9 +298,8 @@ async def test_rotations_of_two_processes_are_repeated_in_their_order(start_proc
 
 @pytest.mark.parametrize("rotates_too", [False, True])
 async def test_session_in_use_awaits_the_rotation_that_another_process_repeats(
-    start_process: StartProcess, rotates_too: bool
+    one: SessionProcess, other: SessionProcess, rotates_too: bool
 ) -> None:
-    one, other = await two_processes(start_process)
     opened = await one.open()
     records = one.store.records
     newest = await one.refresh(opened)
@@ -317,8 +317,7 @@ async def test_session_in_use_awaits_the_rotation_that_another_process_repeats(
         assert not await is_accepted(process, opened)
 
 
-async def test_session_that_has_ended_is_not_disputed(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_session_that_has_ended_is_not_disputed(one: SessionProcess, other: SessionProcess) -> None:
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
@@ -331,9 +330,8 @@ async def test_session_that_has_ended_is_not_disputed(start_process: StartProces
 
 
 async def test_lost_rotation_is_repeated_by_the_process_that_answered_it_again(
-    start_process: StartProcess,
+    one: SessionProcess, other: SessionProcess
 ) -> None:
-    one, other = await two_processes(start_process)
     opened = await one.open()
     records = one.store.records
     again = await one.refresh(opened)
@@ -344,8 +342,9 @@ async def test_lost_rotation_is_repeated_by_the_process_that_answered_it_again(
     assert other.store.records[0].refresh_digest != records[0].refresh_digest
 
 
-async def test_session_whose_lost_rotation_is_unknown_is_ended(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_session_whose_lost_rotation_is_unknown_is_ended(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     opened = await one.open()
     records = one.store.records
     again = await one.refresh(opened)
@@ -382,8 +381,7 @@ async def test_spent_token_used_before_the_rotation_is_repeated_ends_the_session
     assert one.store.records == []
 
 
-async def test_many_revocations_are_repeated_in_few_operations(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_many_revocations_are_repeated_in_few_operations(one: SessionProcess) -> None:
     opened = [await one.open(f"user-{n}") for n in range(300)]
     for each in opened:
         await one.refresh(each)
@@ -399,8 +397,7 @@ async def test_many_revocations_are_repeated_in_few_operations(start_process: St
     assert "rotate" not in one.store.calls
 
 
-async def test_repetition_continues_after_a_failure(start_process: StartProcess) -> None:
-    one, other = await two_processes(start_process)
+async def test_repetition_continues_after_a_failure(one: SessionProcess, other: SessionProcess) -> None:
     opened = await one.open()
     records = one.store.records
     await one.revoke(opened)
@@ -415,8 +412,7 @@ async def test_repetition_continues_after_a_failure(start_process: StartProcess)
     assert not await is_accepted(other, opened)
 
 
-async def test_damaged_session_does_not_prevent_recovery(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_damaged_session_does_not_prevent_recovery(one: SessionProcess) -> None:
     opened = await one.open()
     await one.refresh(opened)
     await one.outage()

@@ -12,7 +12,6 @@ from tests.stores.service.harness import (
     ADDRESS,
     DAY_MS,
     HOUR_MS,
-    FaultyStoreView,
     SessionProcess,
     StartProcess,
     raw,
@@ -36,8 +35,7 @@ async def test_near_cache_is_bounded_and_other_sessions_are_looked_up(start_proc
     assert process.registry.kept == 4
 
 
-async def test_token_of_another_process_is_found(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_token_of_another_process_is_found(one: SessionProcess, start_process: StartProcess) -> None:
     other = await start_process(one.store)
     opened = await one.open(key="device:phone")
     found = await other.find(opened.token)
@@ -54,8 +52,9 @@ async def test_store_that_is_not_shared_is_not_asked_for_tokens(process: Session
     assert "find" not in process.store.calls
 
 
-async def test_concurrent_lookups_of_a_token_share_one_operation(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_concurrent_lookups_of_a_token_share_one_operation(
+    one: SessionProcess, start_process: StartProcess
+) -> None:
     other = await start_process(one.store)
     opened = await one.open()
     found = await asyncio.gather(*(other.find(opened.token) for _ in range(50)))
@@ -136,9 +135,9 @@ async def test_concurrent_lookups_are_bounded(
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS])
-async def test_lookup_during_an_outage_is_unavailable(start_process: StartProcess, mode: str) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_lookup_during_an_outage_is_unavailable(
+    one: SessionProcess, other: SessionProcess, mode: str
+) -> None:
     opened = await one.open()
     other.store.mode = mode
     await refused(other.find(opened.token))
@@ -160,9 +159,8 @@ async def test_token_revoked_by_another_process_is_revoked(start_process: StartP
 
 
 async def test_idle_token_is_looked_up_because_another_process_may_have_used_it(
-    start_process: StartProcess,
+    one: SessionProcess, start_process: StartProcess
 ) -> None:
-    one = await start_process(shared=True)
     other = await start_process(one.store)
     opened = await one.open()
     assert isinstance(await other.find(opened.token), Session)

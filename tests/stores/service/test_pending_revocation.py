@@ -141,9 +141,9 @@ async def test_revoke_all_replays_more_sessions_than_are_listed_at_once(
     assert process.store.registry.kept == 0
 
 
-async def test_replay_spares_sessions_opened_after_the_revocation(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_replay_spares_sessions_opened_after_the_revocation(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     await one.open()
     await one.outage()
     await one.sessions.revoke_user("ada", "all")
@@ -155,10 +155,8 @@ async def test_replay_spares_sessions_opened_after_the_revocation(start_process:
 
 
 async def test_session_changed_while_it_is_checked_is_checked_again(
-    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+    one: SessionProcess, other: SessionProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     first, second = await one.open(), await one.open()
     for each in (first, second):
         await other.find(each.token)
@@ -275,10 +273,12 @@ async def test_revocation_during_recovery_is_replayed_before_it_ends(process: Se
 @pytest.mark.parametrize("user", ["ada", None])
 @pytest.mark.parametrize("is_kept", [True, False], ids=["on disk", "in memory"])
 async def test_revocation_of_an_unknown_session_applies_after_the_outage(
-    start_process: StartProcess, user: str | None, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+    one: SessionProcess,
+    other: SessionProcess,
+    user: str | None,
+    is_kept: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     await other.outage()
     if is_kept:
@@ -297,9 +297,9 @@ def fail_to_write() -> None:
     raise OSError(28, "No space left on device")
 
 
-async def test_user_cannot_revoke_sessions_of_others_by_an_outage(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_user_cannot_revoke_sessions_of_others_by_an_outage(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     first, second = await one.open("ada"), await one.open("ada")
     await other.outage()
     assert await other.revoke(second, "ada")
@@ -353,9 +353,8 @@ async def test_slow_store_and_file_are_written_concurrently(
 
 @pytest.mark.parametrize("fails", [False, True])
 async def test_revocations_left_by_another_process_are_taken_over_while_this_one_runs(
-    start_process: StartProcess, *, fails: bool
+    one: SessionProcess, start_process: StartProcess, *, fails: bool
 ) -> None:
-    one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store), shared=True)
     opened = await other.open()
     await other.outage()

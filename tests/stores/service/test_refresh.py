@@ -96,8 +96,9 @@ async def test_concurrent_refresh_with_another_token_ends_the_session(process: S
     assert process.store.registry.kept == 0
 
 
-async def test_session_of_another_process_is_refreshed_here(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_session_of_another_process_is_refreshed_here(
+    one: SessionProcess, start_process: StartProcess
+) -> None:
     other = await start_process(one.store)
     opened = await one.open()
     again = await other.refresh(opened)
@@ -106,18 +107,17 @@ async def test_session_of_another_process_is_refreshed_here(start_process: Start
 
 
 async def test_refresh_of_another_process_session_makes_room_in_a_full_registry(
-    start_process: StartProcess,
+    one: SessionProcess, start_process: StartProcess
 ) -> None:
-    one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store), max_sessions=1)
     await other.open("bob")
     again = await other.refresh(await one.open("ada"))
     assert other.is_valid(again)
 
 
-async def test_refresh_repeated_on_another_node_returns_the_same_pair(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_refresh_repeated_on_another_node_returns_the_same_pair(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     opened = await one.open()
     await other.find(opened.token)
     assert other.is_valid(opened)
@@ -133,10 +133,8 @@ async def test_refresh_repeated_on_another_node_returns_the_same_pair(start_proc
 
 
 async def test_refresh_repeated_on_another_node_after_the_grace_ends_the_session(
-    start_process: StartProcess,
+    one: SessionProcess, other: SessionProcess
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     first = await one.refresh(opened)
     one.clock.advance(5)
@@ -174,10 +172,8 @@ async def test_grace_of_zero_keeps_no_pair_in_the_store(start_process: StartProc
 
 
 async def test_damaged_pair_of_a_repeated_refresh_is_unavailable(
-    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+    one: SessionProcess, other: SessionProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     monkeypatch.setattr(service_module, "seal_pair", lambda *pair: b"damaged")
     first = await one.refresh(opened)

@@ -72,8 +72,9 @@ async def test_session_of_another_user_is_not_revoked(process: SessionProcess) -
     assert await process.revoke(opened, None)
 
 
-async def test_session_of_another_process_is_revoked_only_by_its_user(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_session_of_another_process_is_revoked_only_by_its_user(
+    one: SessionProcess, start_process: StartProcess
+) -> None:
     other = await start_process(one.store)
     opened = await one.open()
     assert not await other.revoke(opened, "eve")
@@ -82,8 +83,9 @@ async def test_session_of_another_process_is_revoked_only_by_its_user(start_proc
     assert one.store.registry.record(raw(opened)) is None
 
 
-async def test_revoke_user_ends_all_sessions_of_the_user(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_revoke_user_ends_all_sessions_of_the_user(
+    one: SessionProcess, start_process: StartProcess
+) -> None:
     other = await start_process(one.store)
     mine = [await one.open(), await one.open(), await other.open()]
     bob = await one.open("bob")
@@ -108,9 +110,9 @@ async def test_revoke_key_ends_the_sessions_bound_to_it(start_process: StartProc
     assert await one.sessions.revoke_key("ada", "device:phone", "removed") == 0
 
 
-async def test_revoke_key_during_an_outage_ends_known_sessions(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
+async def test_revoke_key_during_an_outage_ends_known_sessions(
+    one: SessionProcess, other: SessionProcess
+) -> None:
     known, unknown = await one.open(key="device:phone"), await other.open(key="device:phone")
     await one.outage()
     await refused(one.sessions.revoke_key("ada", "device:phone", "removed"))
@@ -129,10 +131,8 @@ async def test_revoke_all_ends_all_sessions(process: SessionProcess) -> None:
 @pytest.mark.parametrize("work", ["create", "rotate"])
 @pytest.mark.parametrize("how", ["ended", "replaced", "unchanged"])
 async def test_concurrent_change_by_another_process_takes_effect(
-    start_process: StartProcess, work: str, how: str
+    one: SessionProcess, other: SessionProcess, work: str, how: str
 ) -> None:
-    one = await start_process(shared=True)
-    other = await start_process(FaultyStoreView(one.store))
     opened = await other.open("bob") if work == "rotate" else None
     other.store.late[work] = asyncio.Event()
     waiting = asyncio.ensure_future(other.open() if opened is None else other.refresh(opened))
@@ -158,9 +158,8 @@ async def test_concurrent_change_by_another_process_takes_effect(
 @pytest.mark.parametrize("is_read_first", [False, True])
 @pytest.mark.parametrize("is_opening", [False, True])
 async def test_session_read_while_all_are_revoked_is_not_accepted(
-    start_process: StartProcess, is_read_first: bool, is_opening: bool
+    one: SessionProcess, start_process: StartProcess, is_read_first: bool, is_opening: bool
 ) -> None:
-    one = await start_process(shared=True)
     process = await start_process(FaultyStoreView(one.store))
     late = process.store.late
     name = "create" if is_opening else "find"

@@ -30,9 +30,8 @@ async def run_for(process: SessionProcess, seconds: float) -> None:
 
 @pytest.mark.parametrize("grace", [0.0, 300.0])
 async def test_session_revoked_during_a_stall_is_never_accepted(
-    start_process: StartProcess, grace: float, log: list[dict[str, object]]
+    one: SessionProcess, start_process: StartProcess, grace: float, log: list[dict[str, object]]
 ) -> None:
-    one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S, grace=grace)
     revoked, unused, kept = await one.open(), await one.open(), await one.open()
     for each in (revoked, unused, kept):
@@ -64,8 +63,9 @@ async def test_session_revoked_during_a_stall_is_never_accepted(
     assert other.state is HealthState.HEALTHY
 
 
-async def test_changes_are_applied_before_trust_returns(start_process: StartProcess) -> None:
-    one = await start_process(shared=True)
+async def test_changes_are_applied_before_trust_returns(
+    one: SessionProcess, start_process: StartProcess
+) -> None:
     other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S)
     opened = await one.open()
     await other.find(opened.token)
