@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import limits, secrets_watch  # first: modules use its entropy as a default
+from tests import limits, loop_reports, secrets_watch  # first: modules use its entropy as a default
 from tests.helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
@@ -45,6 +45,7 @@ settings.load_profile("patient")
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.register(limits)
+    pluginmanager.register(loop_reports)
     pluginmanager.register(secrets_watch)  # here: it adds an option
     if not pluginmanager.has_plugin(
         testing_plugin.__name__

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.capabilities import obeying_file_modes
 from zcproto.common.home import Home, resolve_home
 from zcproto.errors import ConfigError
 
@@ -117,12 +116,11 @@ def test_home_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
         Home(tmp_path / "file").require()
 
 
-def test_home_folder_of_another_user_is_reported_with_the_cure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path, **options: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "stat", refuse)
-    with pytest.raises(ConfigError, match="Permission denied; run this as the user of the server"):
-        Home(tmp_path).require()
+def test_home_folder_of_another_user_is_reported_with_the_cure(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    (locked / "home").mkdir(parents=True)
+    locked.chmod(0)
+    expected = "Permission denied; run this as the user of the server"
+    with obeying_file_modes(), pytest.raises(ConfigError, match=expected):
+        Home(locked / "home").require()
+    locked.chmod(0o700)

@@ -59,6 +59,27 @@ def texts_in(node: ast.expr) -> Iterator[str]:
             yield from texts_in(child)
 
 
+def aliases_in(tree: ast.AST) -> dict[str, set[str]]:
+    """Return what other names of a module stand for: `import A as B`, `b = A`, `b = A if condition else C`."""
+    found: dict[str, set[str]] = {}
+
+    def names(value: ast.expr) -> set[str]:
+        if isinstance(value, ast.IfExp):
+            return names(value.body) | names(value.orelse)
+        name = _last_name(value)
+        return {name, *found.get(name, ())} - {""}
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for each in node.names:
+                if each.asname:
+                    found.setdefault(each.asname, set()).add(each.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                found.setdefault(_last_name(target), set()).update(names(node.value))
+    return found
+
+
 class Sources:
     """The parsed sources of the package."""
 
@@ -83,10 +104,13 @@ class Sources:
 
     def messages(self) -> Iterator[Message]:
         for path, tree in self.trees.items():
+            aliases = aliases_in(tree)
             for node in ast.walk(tree):
                 if isinstance(node, ast.Call):
-                    for text in self._raised(_last_name(node.func), node):
-                        yield Message(text, f"{path}:{node.lineno}")
+                    name = _last_name(node.func)
+                    for each in {name} | aliases.get(name, set()):
+                        for text in self._raised(each, node):
+                            yield Message(text, f"{path}:{node.lineno}")
                 elif isinstance(node, ast.FunctionDef) and node.name in RETURNERS.get(path, ()):
                     for each in ast.walk(node):
                         if isinstance(each, ast.Return) and each.value is not None:

@@ -12,7 +12,15 @@ from functools import cache
 
 import pytest
 
-from tests.docs.messages import MAKERS, RETURNERS, ROOT, Message, all_messages, sources, text_of
+from tests.docs.messages import (
+    MAKERS,
+    RETURNERS,
+    ROOT,
+    Message,
+    all_messages,
+    sources,
+    text_of,
+)
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS
 from zcproto.tls.failure import TlsFailure

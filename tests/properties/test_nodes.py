@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from tests.helpers import machine_settings
+from tests.loop_reports import LoopReports
 from tests.properties.nodes import DELAY_S, FAULTS, REFUSES, TIMEOUT_S, WORKS
 from tests.properties.nodes_model import SKEW_MS, USERS, Model
 from zcproto.sessions import SessionRegistry
@@ -284,10 +285,13 @@ def test_session_with_a_connection_is_kept_for_longer_than_a_lease() -> None:
     use_all_and_log_in()
 
 
-def test_session_without_leases_is_found_to_be_evicted_while_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_without_leases_is_found_to_be_evicted_while_in_use(
+    monkeypatch: pytest.MonkeyPatch, loop_reports: LoopReports
+) -> None:
     async def write_nothing(leases: Leases) -> None:
         leases._changed.clear()
 
     monkeypatch.setattr(Leases, "_write", write_nothing)
     with pytest.raises(AssertionError):
         use_all_and_log_in()
+    assert isinstance(loop_reports.take()[0]["exception"], AssertionError)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import whole_lines
+from tests.loop_reports import LoopReports
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from tests.server.process import ServerProcess
@@ -235,7 +236,7 @@ def test_sighup_reopens_the_log_file(process_home: Path, certs: Path, tmp_path: 
 
 
 @pytest.mark.requirement("logs")
-async def test_uncaught_exception_is_logged_without_arguments(lines: Log) -> None:
+async def test_uncaught_exception_is_logged_without_arguments(lines: Log, loop_reports: LoopReports) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_fault)
 
@@ -246,6 +247,7 @@ async def test_uncaught_exception_is_logged_without_arguments(lines: Log) -> Non
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     loop.call_exception_handler({"message": "\r\n<nothing>"})
+    assert len(loop_reports.take()) == 2
     one, other = lines()
     assert (one["event"], one["exc_info"]) == ("server.fault", "ValueError: (bytes)")
     assert one["what"].startswith("Exception in callback")

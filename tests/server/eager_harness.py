@@ -21,12 +21,9 @@ variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", defau
 @pytest.fixture(params=["asyncio", "uvloop"])
 def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop() if request.param == "asyncio" else uvloop.new_event_loop()
-    faults: list[dict[str, Any]] = []
-    loop.set_exception_handler(lambda _, context: faults.append(context))
     yield loop
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
-    assert faults == []
 
 
 @pytest.fixture

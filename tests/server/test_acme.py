@@ -141,10 +141,8 @@ def test_certificate_is_ordered_and_served(serve_acme: ServeAcme, ca: FakeCa, ch
             validate(server, NAME)
 
 
-def test_ca_is_asked_without_a_request(serve_acme: ServeAcme, ca: FakeCa) -> None:
-    server = serve_acme(certificates__watch_interval="100ms")
-    with contextlib.suppress(AssertionError):
-        post(server, "certificates/renew", {})  # ends the wait after "not yet"
+def test_ca_is_asked_without_a_request(serve: Serve, ca: FakeCa) -> None:
+    server = serve(**SETTINGS)
     eventually(lambda: issuer(server) == "CN=Fake CA")
 
 

@@ -480,6 +480,7 @@ def test_closing_the_loop_closes_waiting_coroutines() -> None:
     assert closed == [True]
     worker.task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
+    assert isinstance(worker.task.exception(), RuntimeError)  # otherwise the loop reports it
     loop.close()
 
 

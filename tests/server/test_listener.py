@@ -507,7 +507,6 @@ def test_descriptor_exhaustion_pauses_accepting(serve: Serve, monkeypatch: pytes
     # A listener closed during the pause does not resume.
     server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
     server.drain()
-    assert server.faults == []
 
 
 EXHAUST = """

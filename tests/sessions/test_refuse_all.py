@@ -66,10 +66,12 @@ def test_forget_unless_works_in_slices(max_slots: int) -> None:
     harness.registry.revoke(opened[0].session.id, user=None, reason="")
     announced = len(harness.ended)
     kept = {id_from_text(each.session.id) for each in opened[::10]}
-    start, slices = harness.registry.forget_unless(kept.__contains__, 0, max_slots), 1
-    while start:
+    start, slices, left = 0, 0, len(harness.registry)
+    while slices == 0 or start:
         start, slices = harness.registry.forget_unless(kept.__contains__, start, max_slots), slices + 1
-    assert slices > 1 or max_slots == 10_000
+        assert left - len(harness.registry) <= max_slots
+        left = len(harness.registry)
+    assert (slices == 1) == (max_slots == 10_000)
     codes = [
         None if not isinstance(code, Code) else code
         for code in (harness.registry.check(each.token, WALL) for each in opened)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.limits import TIMEOUT
+from tests.loop_reports import LoopReports
 from zcproto.common.unix_socket import listen_unix
 from zcproto.errors import (
     InternalError,
@@ -43,8 +44,6 @@ class Pair:
         self.topics.calls["wait"] = self._wait
         self.released = asyncio.Event()
         self.served: list[Any] = []
-        self.errors: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.errors.append(context))
         self.server = self._new_server()
         self.clients: list[LinkClient] = []
 
@@ -162,11 +161,12 @@ async def test_error_of_a_call_arrives_as_the_same_error_with_its_details(pair: 
     assert (refused.value.message, refused.value.details) == ("wait", {"retry_after_ms": 5})
     with pytest.raises(Unimplemented, match="nonsense is not known: the processes are of different versions"):
         await client.call("nonsense")
-    assert pair.errors == []
 
 
 @pytest.mark.parametrize("result", [object(), ZeroDivisionError()], ids=["unpackable", "raised"])
-async def test_fault_of_a_handler_is_reported_there_and_hidden_here(pair: Pair, result: object) -> None:
+async def test_fault_of_a_handler_is_reported_there_and_hidden_here(
+    pair: Pair, result: object, loop_reports: LoopReports
+) -> None:
     async def fail(link: Link) -> object:
         if isinstance(result, Exception):
             raise result
@@ -176,7 +176,7 @@ async def test_fault_of_a_handler_is_reported_there_and_hidden_here(pair: Pair, 
     pair.topics.calls["fail"] = fail
     with pytest.raises(InternalError, match="the other process failed; see its log"):
         await client.call("fail")
-    (reported,) = pair.errors
+    (reported,) = loop_reports.take()
     assert isinstance(reported["exception"], TypeError | ZeroDivisionError)
     assert await client.call("echo") == []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.limits import TIMEOUT
+from tests.loop_reports import LoopReports
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import (
     FIVE,
@@ -273,12 +274,15 @@ async def test_operation_of_a_process_that_has_not_joined_is_refused(harness: Hu
         await store.count()
 
 
-async def test_fault_in_the_other_process_is_an_internal_error(harness: HubHarness) -> None:
+async def test_fault_in_the_other_process_is_an_internal_error(
+    harness: HubHarness, loop_reports: LoopReports
+) -> None:
     await harness.start()
     store = await harness.opened()
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     with pytest.raises(InternalError):
         await store.touch([(b"", 1, 2)])  # type: ignore[list-item]
+    (report,) = loop_reports.take()
+    assert isinstance(report["exception"], ValueError)
 
 
 async def test_damaged_file_is_reported_as_emptied_to_a_process_that_comes_back(harness: HubHarness) -> None:

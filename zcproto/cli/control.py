@@ -121,7 +121,7 @@ class Control:
             return ConfigError([escape_text(str(fault), MAX_MESSAGE) for fault in faults])
         message = str(value.get("error", "")) if isinstance(value, dict) else ""
         kind = NotFound if status == HTTPStatus.NOT_FOUND else ControlError
-        return kind(escape_text(message or f"the server answered {status}", MAX_MESSAGE))
+        return kind(escape_text(message or f"the server answered {status}; see its log", MAX_MESSAGE))
 
 
 def find_control(home: Home, timeout: float = TIMEOUT_S) -> Control | None:

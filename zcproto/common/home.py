@@ -7,6 +7,7 @@ key file gives full control of the server.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -63,17 +64,18 @@ class Home:
     def require(self) -> None:
         """Raise ConfigError if the folder does not exist."""
         with file_errors(self.path, "used as the home folder", fix="run this as the user of the server"):
-            exists, is_folder = self.path.exists(), self.path.is_dir()
-        if exists and not is_folder:
+            try:
+                status = self.path.stat()  # Path.exists() is False in Python 3.14 if access is denied
+            except (FileNotFoundError, NotADirectoryError):
+                raise ConfigError(
+                    [
+                        f"{self.path}: this home folder does not exist; name another one with --home or"
+                        f" {VARIABLE}, or start a server, which creates it"
+                    ]
+                ) from None
+        if not stat.S_ISDIR(status.st_mode):
             raise ConfigError(
                 [f"{self.path}: is not a folder; name the home folder with --home or {VARIABLE}"]
-            )
-        if not exists:
-            raise ConfigError(
-                [
-                    f"{self.path}: this home folder does not exist; name another one with --home or {VARIABLE},"
-                    " or start a server, which creates it"
-                ]
             )
 
     def check(self) -> None:
