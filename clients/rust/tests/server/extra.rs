@@ -1,4 +1,4 @@
-//! Further connections to a server, for calls that it allows no more of in flight on one.
+//! Extra connections to a server, for calls that it allows no more of in flight on one.
 
 use crate::fake::{self, Fake, Peer, goaway, welcome_of};
 use std::time::Duration;
@@ -47,7 +47,7 @@ fn call(client: &Client, method: &'static str) -> JoinHandle<zcproto::Result<Str
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
+async fn an_extra_connection_takes_calls_that_the_server_allows_no_more_of() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -71,7 +71,7 @@ async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn further_connections_are_off_by_default() {
+async fn extra_connections_are_off_by_default() {
     let (mut crowded, number, first) = Crowded::new(1).await;
     let second = call(&crowded.client, "second");
     crowded.first.send(&[fake::text(number, "1")]);
@@ -84,7 +84,7 @@ async fn further_connections_are_off_by_default() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_failure_of_a_further_connection_fails_no_call() {
+async fn the_failure_of_an_extra_connection_fails_no_call() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     drop(crowded.server.accept());
@@ -97,7 +97,7 @@ async fn the_failure_of_a_further_connection_fails_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_loss_of_a_further_connection_loses_its_calls_alone() {
+async fn the_loss_of_an_extra_connection_loses_its_calls_alone() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -111,7 +111,7 @@ async fn the_loss_of_a_further_connection_loses_its_calls_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_that_a_leaving_further_connection_did_not_run_is_sent_elsewhere() {
+async fn a_call_that_a_leaving_extra_connection_did_not_run_is_sent_elsewhere() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -127,7 +127,7 @@ async fn a_call_that_a_leaving_further_connection_did_not_run_is_sent_elsewhere(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn closing_the_client_closes_further_connections() {
+async fn closing_the_client_closes_extra_connections() {
     let (crowded, _, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -141,7 +141,7 @@ async fn closing_the_client_closes_further_connections() {
 }
 
 #[tokio::test]
-async fn an_idle_further_connection_is_closed() {
+async fn an_idle_extra_connection_is_closed() {
     let server = Fake::new();
     let options = server.options().max_connections(2);
     let script = std::thread::spawn(move || {
