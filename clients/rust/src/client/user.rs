@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{Instrument, debug_span};
 
 /// The tokens of a session. Its lock is held for a moment, and never while another is taken.
 #[derive(Default)]
@@ -128,6 +129,7 @@ impl User {
             let meta = Meta { deadline_ms: remaining_ms(deadline)?, ..meta };
             connection.request(slot, method, params, token, &meta)
         })
+        .instrument(debug_span!("call", method))
         .await
     }
 

@@ -27,6 +27,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{Instrument, debug_span};
 use zeroize::Zeroizing;
 
 /// Timeout of requests of `session.*`.
@@ -306,7 +307,7 @@ impl User {
     }
 
     async fn renew(self: Arc<Self>, must: bool) -> Result<()> {
-        let result = self.try_renew(must).await;
+        let result = self.try_renew(must).instrument(debug_span!("renew_session")).await;
         self.lock().renewing = None;
         self.tokens().coming = None;
         self.keep();
