@@ -307,7 +307,11 @@ impl fmt::Display for Closed {
     }
 }
 
-impl std::error::Error for Closed {}
+impl std::error::Error for Closed {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.tls.as_ref().map(|error| error as _)
+    }
+}
 
 /// Everything that can fail.
 #[derive(Clone, Debug)]
@@ -384,7 +388,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Error::Login(error) => Some(error.as_ref()),
-            Error::Closed(Closed { tls: Some(error), .. }) => Some(error),
+            Error::Closed(error) => error.source(),
             Error::Type(error) => Some(error),
             _ => None,
         }

@@ -87,7 +87,7 @@ pub(crate) struct Connection {
     /// WELCOME, room to send, the end of the transport.
     changed: Notify,
     state: Mutex<State>,
-    is_further: AtomicBool,
+    is_extra: AtomicBool,
     is_watched: AtomicBool,
     is_closed: AtomicBool,
 }
@@ -129,7 +129,7 @@ impl Connection {
                 is_woken: false,
                 waker: None,
             }),
-            is_further: false.into(),
+            is_extra: false.into(),
             is_watched: false.into(),
             is_closed: false.into(),
         });
@@ -203,12 +203,12 @@ impl Connection {
     }
 
     /// Record that this is a connection beside another one, for calls alone.
-    pub(crate) fn mark_further(&self) {
-        self.is_further.store(true, Ordering::Release);
+    pub(crate) fn mark_extra(&self) {
+        self.is_extra.store(true, Ordering::Release);
     }
 
-    pub(crate) fn is_further(&self) -> bool {
-        self.is_further.load(Ordering::Acquire)
+    pub(crate) fn is_extra(&self) -> bool {
+        self.is_extra.load(Ordering::Acquire)
     }
 
     /// Watch for silence, since there is another server.
@@ -225,6 +225,13 @@ impl Connection {
             state.is_woken = true;
             wake(state);
         }
+    }
+
+    /// Return whether a byte has arrived here since the PING to another server, which is silent.
+    pub(crate) fn has_answered_since(&self, silent: &Self) -> bool {
+        let (heard_at, _) = self.lock().conversation.silence_times();
+        let (_, asked_at) = silent.lock().conversation.silence_times();
+        self.started + heard_at > silent.started + asked_at
     }
 
     pub(crate) fn is_silent(&self) -> bool {

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
+use tracing::{Instrument, debug_span};
 
 /// Makes connections to the servers of a client.
 pub(crate) struct Dialer {
@@ -89,28 +90,31 @@ impl Dialer {
         listener: Arc<dyn Listener>,
         connected: impl FnOnce(),
     ) -> Result<Attempted> {
-        let server = self.servers.iter().find(|server| endpoint.is_of(&server.address));
-        let server = server.ok_or_else(|| Error::Config(format!("{endpoint}: not an address of this client")))?;
-        if !self.trust.verifies() {
-            if let Some(known_hosts) = self.known_hosts.clone() {
-                let hosts = [server.address.host.clone(), server.hostname.clone()];
-                blocking(move || hosts.iter().try_for_each(|host| known_hosts.require(host, wall()))).await?;
+        let dialing = async {
+            let server = self.servers.iter().find(|server| endpoint.is_of(&server.address));
+            let server = server.ok_or_else(|| Error::Config(format!("{endpoint}: not an address of this client")))?;
+            if !self.trust.verifies() {
+                if let Some(known_hosts) = self.known_hosts.clone() {
+                    let hosts = [server.address.host.clone(), server.hostname.clone()];
+                    blocking(move || hosts.iter().try_for_each(|host| known_hosts.require(host, wall()))).await?;
+                }
             }
-        }
-        let config = match self.config().await {
-            Err(_) if self.trust.missing_ca().is_some() => {
-                // A server that is starting writes its CA before it listens.
-                self.in_time(&server.address, self.reach(endpoint)).await?;
-                self.config().await?
+            let config = match self.config().await {
+                Err(_) if self.trust.missing_ca().is_some() => {
+                    // A server that is starting writes its CA before it listens.
+                    self.in_time(&server.address, self.reach(endpoint)).await?;
+                    self.config().await?
+                }
+                config => config?,
+            };
+            let establishing = self.establish(server, endpoint, config, listener, connected);
+            let attempted = self.in_time(&server.address, establishing).await.map_err(|error| self.explained(error))?;
+            if self.trust.verifies() {
+                self.remember(server, &attempted.connection).await;
             }
-            config => config?,
+            Ok(attempted)
         };
-        let establishing = self.establish(server, endpoint, config, listener, connected);
-        let attempted = self.in_time(&server.address, establishing).await.map_err(|error| self.explained(error))?;
-        if self.trust.verifies() {
-            self.remember(server, &attempted.connection).await;
-        }
-        Ok(attempted)
+        dialing.instrument(debug_span!("connect", %endpoint)).await
     }
 
     async fn config(&self) -> Result<Arc<rustls::ClientConfig>> {

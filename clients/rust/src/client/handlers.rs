@@ -16,6 +16,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::task::AbortHandle;
+use tracing::{Instrument, debug_span};
 
 /// A call from the server.
 ///
@@ -143,7 +144,8 @@ impl Handlers {
                     traceparent: call.traceparent,
                 };
                 let handler = Arc::clone(handler);
-                let task = tokio::spawn(async move { handler(call).await });
+                let span = debug_span!("handle", method = call.method);
+                let task = tokio::spawn(async move { handler(call).await }.instrument(span));
                 let abort = task.abort_handle();
                 let done = Arc::clone(&self.state);
                 state.running.insert(key, Running { connection: Arc::clone(connection), task: abort });

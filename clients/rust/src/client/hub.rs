@@ -1,4 +1,4 @@
-//! The connections of a client, which all its sessions share: one for new calls, further ones, and older ones that drain.
+//! The connections of a client, which all its sessions share: a main one, extra ones, and older ones that drain.
 //!
 //! Decides: when to connect and reconnect, and which session an event or a call from the server belongs to. The first round of
 //! attempts is repeated only while nothing listens or a server goes away, because it may be starting, or be replaced. After a
@@ -11,7 +11,7 @@
 
 mod beside;
 mod connecting;
-mod further;
+mod extra;
 
 use super::address::Address;
 use super::attempt::Attempt;
@@ -23,7 +23,7 @@ use super::user::User;
 use crate::core::{Event, ServerCall};
 use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::secret::Token;
-use further::Further;
+use extra::Extra;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -45,8 +45,8 @@ pub(crate) struct Hub {
     warn: Warn,
     on_connected: Option<OnConnected>,
     max_connections: usize,
-    /// An attempt at a further connection has ended.
-    further_changed: Notify,
+    /// An attempt at an extra connection has ended.
+    extra_changed: Notify,
     state: Mutex<State>,
     me: Weak<Hub>,
 }
@@ -54,7 +54,7 @@ pub(crate) struct Hub {
 #[allow(clippy::struct_excessive_bools, reason = "independent facts, not a state machine")]
 struct State {
     current: Option<Arc<Connection>>,
-    further: Further,
+    extra: Extra,
     /// Connections that drain, and ended ones whose transport is still closing.
     others: Vec<Arc<Connection>>,
     users: Vec<Weak<User>>,
@@ -90,8 +90,8 @@ impl Hub {
             warn: Arc::clone(&options.warn),
             on_connected: options.on_connected.clone(),
             max_connections: options.max_connections,
-            further_changed: Notify::new(),
-            state: Mutex::new(State::new(endpoints, Further::new(options.max_connections.saturating_sub(1)))),
+            extra_changed: Notify::new(),
+            state: Mutex::new(State::new(endpoints, Extra::new(options.max_connections.saturating_sub(1)))),
             me: me.clone(),
         }))
     }
@@ -124,7 +124,7 @@ impl Hub {
     /// Return all connections that have not ended, those that drain included.
     pub(crate) fn connections(&self) -> Vec<Arc<Connection>> {
         let state = self.lock();
-        let all = state.current.iter().chain(state.further.all()).chain(&state.others);
+        let all = state.current.iter().chain(state.extra.all()).chain(&state.others);
         all.filter(|connection| connection.error().is_none()).cloned().collect()
     }
 
@@ -197,7 +197,7 @@ impl Hub {
 
     fn lost(&self, connection: &Arc<Connection>) {
         let mut state = self.lock();
-        state.further.discard(connection.id);
+        state.extra.discard(connection);
         state.others.retain(|each| each.id != connection.id);
         let closing = Arc::clone(connection);
         state.others.push(closing);
@@ -253,7 +253,7 @@ impl Hub {
         }
         let mut connections = std::mem::take(&mut state.others);
         connections.extend(state.current.take());
-        connections.extend(state.further.stop());
+        connections.extend(state.extra.stop());
         drop(state);
         for connection in &connections {
             connection.close();
@@ -271,8 +271,7 @@ impl Hub {
     /// Cut all connections, like a network failure.
     pub(crate) fn abort(&self) {
         let state = self.lock();
-        let connections: Vec<_> =
-            state.current.iter().chain(state.further.all()).chain(&state.others).cloned().collect();
+        let connections: Vec<_> = state.current.iter().chain(state.extra.all()).chain(&state.others).cloned().collect();
         drop(state);
         for connection in connections {
             connection.abort();
@@ -281,10 +280,10 @@ impl Hub {
 }
 
 impl State {
-    fn new(endpoints: Endpoints, further: Further) -> Self {
+    fn new(endpoints: Endpoints, extra: Extra) -> Self {
         Self {
             current: None,
-            further,
+            extra,
             others: Vec::new(),
             users: Vec::new(),
             connecting: None,
@@ -311,7 +310,7 @@ impl Listener for Hub {
                 }
             }
             Event::Event { name, token, .. }
-                if connection.is_further() && (token.is_none() || name.starts_with("session.")) => {} // it comes on the current one
+                if connection.is_extra() && (token.is_none() || name.starts_with("session.")) => {} // it comes on the current one
             Event::Event { name, body, token } => {
                 let is_unknown_session = !token.is_none() && self.lock().was_shared; // it may have been closed
                 let user = self.user_of(&token);
@@ -323,7 +322,7 @@ impl Listener for Hub {
             Event::Silent => self.silent(connection),
             Event::GoAway { reason, .. } => {
                 let mut state = self.lock();
-                if state.further.discard(connection.id) {
+                if state.extra.discard(connection) {
                     state.others.push(Arc::clone(connection)); // it drains
                     return;
                 }

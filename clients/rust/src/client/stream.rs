@@ -18,6 +18,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
+use tracing::{Instrument, debug_span};
 
 /// Items and bytes that the server may send ahead of the application.
 pub const DEFAULT_WINDOW: Credit = [64, 262_144];
@@ -110,8 +111,9 @@ impl<'a> StreamBuilder<'a> {
         } else {
             let (user, items, runtime) = (Arc::clone(&user), Arc::clone(&items), user.hub.runtime.clone());
             let unfinished = Unfinished(Arc::clone(&items));
+            let span = debug_span!("stream", method);
             let (method, traceparent) = (method.to_owned(), traceparent.map(str::to_owned));
-            let task = runtime.spawn(async move {
+            let work = async move {
                 let _unfinished = unfinished;
                 let deadline = deadline_of(timeout);
                 let attempts = Attempts { deadline, is_idempotent: false, is_registration: false, items: Some(&items) };
@@ -134,8 +136,8 @@ impl<'a> StreamBuilder<'a> {
                     })
                     .await;
                 items.finish(outcome);
-            });
-            Some(task.abort_handle())
+            };
+            Some(runtime.spawn(work.instrument(span)).abort_handle())
         };
         Stream { items, user, task, item_timeout, sending: tokio::sync::Mutex::default() }
     }

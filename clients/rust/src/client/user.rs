@@ -20,7 +20,9 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{Instrument, debug_span};
 
 /// The tokens of a session. Its lock is held for a moment, and never while another is taken.
 #[derive(Default)]
@@ -43,6 +45,8 @@ pub(crate) struct User {
     pub(crate) tokens: Mutex<Tokens>,
     pub(crate) sessions: Mutex<Sessions>,
     pub(crate) attaching: tokio::sync::Mutex<()>,
+    /// Handlers were registered on a connection, or that has failed.
+    pub(crate) prepared: Notify,
     pub(crate) is_closed: AtomicBool,
 }
 
@@ -51,7 +55,7 @@ pub(crate) struct Attempts<'a> {
     pub(crate) deadline: Option<Instant>,
     /// Whether it can be sent again even if it may have run.
     pub(crate) is_idempotent: bool,
-    /// Whether it belongs to the connection for new calls, and not to a further one.
+    /// Whether it belongs to the connection for new calls, and not to an extra one.
     pub(crate) is_registration: bool,
     /// The items of a stream, which is not opened again once it has begun, unless the application can continue it.
     pub(crate) items: Option<&'a ItemQueue>,
@@ -82,6 +86,7 @@ impl User {
             tokens: Mutex::default(),
             sessions: Mutex::default(),
             attaching: tokio::sync::Mutex::default(),
+            prepared: Notify::new(),
             is_closed: AtomicBool::new(false),
         });
         user.hub.add(&user);
@@ -124,6 +129,7 @@ impl User {
             let meta = Meta { deadline_ms: remaining_ms(deadline)?, ..meta };
             connection.request(slot, method, params, token, &meta)
         })
+        .instrument(debug_span!("call", method))
         .await
     }
 
@@ -178,21 +184,21 @@ impl User {
 
     /// Return a connection and a slot, if a call can be sent at once.
     fn try_ready(&self) -> Option<(Arc<Connection>, Slot)> {
-        if self.is_closed.load(Ordering::Acquire) || !self.is_usable() {
+        if self.is_closed.load(Ordering::Acquire) {
             return None;
         }
-        let connection = self.hub.current()?;
+        let connection = self.hub.current().filter(|connection| self.is_usable_on(connection))?;
         let slot = connection.try_slot()?;
         Some((connection, slot))
     }
 
     /// Wait until a request can be sent, with a session if one is required.
-    pub(crate) async fn ready(self: &Arc<Self>, allows_further: bool) -> Result<(Arc<Connection>, Slot)> {
+    pub(crate) async fn ready(self: &Arc<Self>, allows_extra: bool) -> Result<(Arc<Connection>, Slot)> {
         loop {
             self.check_open()?;
             self.wait_usable().await?;
             let connection = self.hub.get().await?;
-            let found = if allows_further {
+            let found = if allows_extra {
                 self.hub.slot(connection).await
             } else {
                 connection.slot().await.map(|slot| (connection, slot))
@@ -201,10 +207,12 @@ impl User {
                 tokio::task::yield_now().await; // its end is being recorded
                 continue;
             };
-            if self.is_usable() {
+            if self.is_usable_on(&connection) {
                 self.check_open()?;
                 return Ok((connection, slot));
             }
+            drop(slot); // for another session
+            self.prepared(&connection).await;
         }
     }
 

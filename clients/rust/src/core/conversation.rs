@@ -274,8 +274,14 @@ impl Conversation {
         self.silence.is_silent()
     }
 
+    /// Return when the last byte has arrived, and when the last PING asked for one, on a connection that is watched.
+    #[must_use]
+    pub fn silence_times(&self) -> (Duration, Duration) {
+        self.silence.times()
+    }
+
     /// Send a PING to a server that may hang. Return when to call this again, at the latest; call it also after each request and
-    /// after bytes were sent. Appends [`Event::Silent`] once the server is silent.
+    /// after bytes were sent. Appends [`Event::Silent`] while the server is silent, from time to time.
     pub fn check_silence(&mut self, wall: i64, now: Duration, events: &mut Vec<Event>) -> Option<Duration> {
         if self.is_output_blocked || !matches!(self.state, State::Open | State::Draining) {
             return None;

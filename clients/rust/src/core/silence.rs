@@ -20,7 +20,7 @@ const BYTES_PER_SECOND: u64 = 65_536;
 pub(crate) enum Due {
     Nothing,
     Ping,
-    /// The server is silent from now on.
+    /// The server is silent. Due again while that lasts.
     Silent,
 }
 
@@ -46,6 +46,9 @@ pub(crate) struct Silence {
     waiting_since: Option<Duration>,
     has_timed_out: bool,
     phase: Phase,
+    /// When the last PING was sent, and when the silence was reported last.
+    asked_at: Duration,
+    reported_at: Duration,
 }
 
 impl Silence {
@@ -75,6 +78,11 @@ impl Silence {
         }
     }
 
+    /// Return when the last byte has arrived, and when the last PING was sent.
+    pub(crate) fn times(&self) -> (Duration, Duration) {
+        (self.last_byte, self.asked_at)
+    }
+
     pub(crate) fn is_silent(&self) -> bool {
         self.phase == Phase::Silent
     }
@@ -85,7 +93,8 @@ impl Silence {
             Phase::Waiting if self.has_timed_out => Some(self.last_byte + PING_AFTER_TIMEOUT),
             Phase::Waiting => Some(self.waiting_since?.max(self.last_byte) + PING_AFTER),
             Phase::Pinged(at) => Some(at + PATIENCE + Duration::from_secs((sent - self.sent) / BYTES_PER_SECOND)),
-            Phase::Queued | Phase::Silent => None,
+            Phase::Silent => Some(self.reported_at + PATIENCE),
+            Phase::Queued => None,
         }
     }
 
@@ -105,10 +114,12 @@ impl Silence {
             _ if self.due_at(sent).is_none_or(|at| now < at) => Due::Nothing,
             Phase::Waiting => {
                 self.phase = Phase::Pinged(now);
+                self.asked_at = now;
                 Due::Ping
             }
             _ => {
                 self.phase = Phase::Silent;
+                self.reported_at = now;
                 Due::Silent
             }
         };
@@ -135,8 +146,9 @@ mod tests {
         assert_eq!(silence.check(true, 100, 25 * S), (Due::Ping, Some(27 * S)));
         assert_eq!(silence.check(true, 200, 26 * S), (Due::Nothing, Some(27 * S)));
         assert!(!silence.is_silent());
-        assert_eq!(silence.check(true, 200, 27 * S), (Due::Silent, None));
-        assert_eq!(silence.check(true, 200, 40 * S), (Due::Nothing, None));
+        assert_eq!(silence.check(true, 200, 27 * S), (Due::Silent, Some(29 * S)));
+        assert_eq!(silence.check(true, 200, 28 * S), (Due::Nothing, Some(29 * S)));
+        assert_eq!(silence.check(true, 200, 40 * S), (Due::Silent, Some(42 * S)));
         assert!(silence.is_silent());
         assert!(silence.heard(41 * S, 200));
         assert_eq!(silence.check(true, 200, 41 * S), (Due::Nothing, Some(46 * S)));

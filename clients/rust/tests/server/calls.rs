@@ -41,7 +41,7 @@ pub async fn more_calls_than_streams_succeed(client: &Client) {
     }
 }
 
-pub async fn further_connections_serve_calls(server: &Server, key: &str) {
+pub async fn extra_connections_serve_calls(server: &Server, key: &str) {
     let client = Client::connect(server.options().api_key("ada", key).max_connections(3)).await.unwrap();
     more_calls_than_streams_succeed(&client).await;
     client.close().await;

@@ -5,9 +5,9 @@
 #![cfg(unix)]
 
 mod calls;
+mod extra;
 #[path = "../support/fake.rs"]
 mod fake;
-mod further;
 mod handlers;
 mod scripted;
 mod sessions;
@@ -49,7 +49,7 @@ async fn a_server_with_its_own_methods() {
 
     calls::values_of_all_types_come_back(&client).await;
     calls::more_calls_than_streams_succeed(&client).await;
-    calls::further_connections_serve_calls(&server, &key).await;
+    calls::extra_connections_serve_calls(&server, &key).await;
     calls::errors_are_reported_and_abandoned_calls_disturb_no_other(&client).await;
     calls::repeated_calls_with_an_idempotency_key_run_once(&client).await;
     calls::a_large_first_call_succeeds(&server, &key).await;

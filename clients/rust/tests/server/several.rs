@@ -1,11 +1,12 @@
 //! One session on several connections: each shows its newest token, and has its handlers.
 
-use crate::fake::{Fake, Peer, call, error, event, goaway, session, text, welcome_with_calls};
+use crate::fake::{Fake, Peer, Sent, call, error, event, goaway, session, text, welcome_with_calls};
 use std::future::Future;
 use std::sync::mpsc;
+use std::time::Duration;
 use tokio::task::JoinHandle;
 use zcproto::frame::Kind;
-use zcproto::{Call, CallError, Client, Code, ConnectOptions, Error, Value};
+use zcproto::{Call, CallError, Client, Code, ConnectOptions, Device, Error, Value, codec};
 
 /// Run a script in a thread.
 fn play<T: Send + 'static>(script: impl FnOnce() -> T + Send + 'static) -> impl Future<Output = T> {
@@ -50,24 +51,24 @@ async fn a_refresh_shows_the_new_token_on_each_connection_at_once() {
         let mut first = accept(&server, 1, 1);
         let one = first.expect("first");
         started.send(()).unwrap();
-        let mut further = server.accept();
-        further.send(&[welcome_with_calls(1)]);
-        let number = further.expect("session.info");
-        further.send(&[text(number, "")]);
-        let two = further.expect("second"); // it has no more room
+        let mut extra = server.accept();
+        extra.send(&[welcome_with_calls(1)]);
+        let number = extra.expect("session.info");
+        extra.send(&[text(number, "")]);
+        let two = extra.expect("second"); // it has no more room
         first.send_with([1; 32], &[event("session.expiring")]);
         first.send(&[text(one, "1")]);
         refresh(&mut first, 2);
-        let number = further.expect("session.info");
-        assert_eq!(further.token, [2; 32]);
-        further.send(&[error(number, 8, Value::Map(Vec::new()))]); // too many in flight, and shown all the same
+        let number = extra.expect("session.info");
+        assert_eq!(extra.token, [2; 32]);
+        extra.send(&[error(number, 8, Value::Map(Vec::new()))]); // too many in flight, and shown all the same
         // A connection that drains has streams, too.
-        further.send(&[goaway("draining", 0)]);
+        extra.send(&[goaway("draining", 0)]);
         first.send_with([2; 32], &[event("session.expiring")]);
         refresh(&mut first, 3);
-        further.expect("session.info");
-        assert_eq!(further.token, [3; 32]);
-        further.send(&[text(two, "2")]);
+        extra.expect("session.info");
+        assert_eq!(extra.token, [3; 32]);
+        extra.send(&[text(two, "2")]);
         let number = first.expect("session.close");
         first.send(&[text(number, "")]);
     });
@@ -82,6 +83,77 @@ async fn a_refresh_shows_the_new_token_on_each_connection_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_is_refreshed_where_there_is_room() {
+    let server = Fake::new();
+    let options = options(&server).max_connections(2);
+    let (started, first_is_sent) = mpsc::channel();
+    let script = play(move || {
+        let mut first = accept(&server, 1, 1);
+        let one = first.expect("first");
+        started.send(()).unwrap();
+        let mut extra = server.accept();
+        extra.send(&[welcome_with_calls(4)]);
+        let number = extra.expect("session.info");
+        extra.send(&[text(number, "")]);
+        let two = extra.expect("second");
+        first.send_with([1; 32], &[event("session.expiring")]);
+        refresh(&mut extra, 2);
+        first.expect("session.info");
+        assert_eq!(first.token, [2; 32]);
+        extra.send(&[text(two, "2")]);
+        first.send(&[text(one, "1")]);
+        first.close();
+    });
+    let client = Client::connect(options).await.unwrap();
+    let first = start(&client, "first");
+    play(move || first_is_sent.recv().unwrap()).await;
+    assert_eq!(start(&client, "second").await.unwrap().unwrap(), "2");
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    drop(client);
+    script.await;
+}
+
+/// Return a result of `session.open` whose session is bound to the key of a device.
+fn bound((kind, stream, body): Sent) -> Sent {
+    let Value::Map(mut body) = codec::decode(&body).unwrap() else { panic!("no map") };
+    body.push(("bound".to_owned(), true.into()));
+    (kind, stream, codec::encode(&Value::Map(body)).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_registers_its_handlers_before_other_requests_on_a_new_connection() {
+    let server = Fake::new();
+    let options = server.options().device(Device::from_seed(&[5; 32]), "laptop");
+    let (attaching, is_attaching) = mpsc::channel();
+    let script = play(move || {
+        let mut peer = server.accept();
+        peer.send(&[welcome_with_calls(8)]);
+        let number = peer.expect("session.open");
+        peer.send(&[bound(session(number, 1))]);
+        let number = peer.expect("session.handle");
+        peer.send(&[text(number, "")]);
+        drop(peer);
+        let mut peer = server.accept();
+        peer.send(&[welcome_with_calls(8)]);
+        let number = peer.expect("session.attach");
+        attaching.send(()).unwrap();
+        std::thread::sleep(Duration::from_millis(50)); // for the call, which waits
+        peer.send(&[text(number, "")]);
+        for method in ["session.handle", "who"] {
+            let number = peer.expect(method);
+            peer.send(&[text(number, "ada")]);
+        }
+        peer.close();
+    });
+    let client = Client::connect(options).await.unwrap();
+    client.handle("approve", approve).await.unwrap();
+    play(move || is_attaching.recv().unwrap()).await;
+    assert_eq!(start(&client, "who").await.unwrap().unwrap(), "ada");
+    drop(client);
+    script.await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handlers_are_registered_on_each_connection_before_its_first_call() {
     let server = Fake::new();
     let options = options(&server).max_connections(2);
@@ -92,25 +164,25 @@ async fn handlers_are_registered_on_each_connection_before_its_first_call() {
         first.send(&[text(number, "")]);
         let one = first.expect("first");
         started.send(()).unwrap();
-        let mut further = server.accept();
-        further.send(&[welcome_with_calls(2)]);
-        let number = further.expect("session.handle");
-        further.send(&[text(number, "")]);
-        let two = further.expect("second");
-        further.send_with([1; 32], &[call(1, "approve")]);
-        assert_eq!(further.receive().unwrap(), (Kind::Result, 1, vec![0xc3]));
+        let mut extra = server.accept();
+        extra.send(&[welcome_with_calls(1)]);
+        let number = extra.expect("session.handle");
+        extra.send(&[text(number, "")]);
+        let two = extra.expect("second");
+        extra.send_with([1; 32], &[call(1, "approve")]);
+        assert_eq!(extra.receive().unwrap(), (Kind::Result, 1, vec![0xc3]));
         // After a refresh elsewhere the registration holds, by the new token.
         first.send_with([1; 32], &[event("session.expiring")]);
         first.send(&[text(one, "1")]);
         refresh(&mut first, 2);
-        let number = further.expect("session.info");
-        further.send(&[text(number, "")]);
-        further.send_with([2; 32], &[call(2, "approve")]);
-        assert_eq!(further.receive().unwrap(), (Kind::Result, 2, vec![0xc3]));
-        assert_eq!(further.token, [2; 32]);
-        further.send(&[text(two, "2")]);
+        let number = extra.expect("session.info");
+        extra.send(&[text(number, "")]);
+        extra.send_with([2; 32], &[call(2, "approve")]);
+        assert_eq!(extra.receive().unwrap(), (Kind::Result, 2, vec![0xc3]));
+        assert_eq!(extra.token, [2; 32]);
+        extra.send(&[text(two, "2")]);
         // Another handler is registered on both.
-        for peer in [&mut first, &mut further] {
+        for peer in [&mut first, &mut extra] {
             let number = peer.expect("session.handle");
             peer.send(&[text(number, "")]);
         }

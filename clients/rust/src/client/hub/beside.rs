@@ -14,6 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
+/// Why a connection ends whose server hangs.
+pub(super) const SILENT: &str = "the server did not respond; another one is used";
 /// The pause after all other endpoints have failed or rest.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -22,7 +24,16 @@ impl Hub {
     pub(super) fn silent(&self, connection: &Arc<Connection>) {
         let mut state = self.lock();
         match &state.current {
-            Some(current) if current.id != connection.id => current.call_timed_out(), // does it hang, too?
+            Some(current) if current.id != connection.id => {
+                let current = Arc::clone(current);
+                drop(state);
+                let is_elsewhere = current.endpoint != connection.endpoint && !current.is_silent();
+                if is_elsewhere || current.has_answered_since(connection) {
+                    connection.give_up(SILENT);
+                } else {
+                    current.call_timed_out(); // does it hang, too?
+                }
+            }
             Some(_) if state.beside.is_none() && !state.is_closed => {
                 let (hub, old) = (self.arc(), Arc::clone(connection));
                 let looking = tokio::spawn(async move {

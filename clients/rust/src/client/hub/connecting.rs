@@ -5,6 +5,7 @@ use super::super::attempt::Attempt;
 use super::super::connection::Connection;
 use super::super::dial::Attempted;
 use super::super::endpoints::{Place, Step};
+use super::beside::SILENT;
 use super::{Hub, STABLE_AFTER, State};
 use crate::error::{Closed, Error, Result};
 use std::net::IpAddr;
@@ -224,7 +225,7 @@ impl Hub {
         }
         // Before calls are sent there: their methods may call back.
         let users = self.users().into_iter().filter(|user| user.session().is_some());
-        let showing: Vec<_> = users.map(|user| (user.begin_registration(&connection), user)).collect();
+        let showing: Vec<_> = users.map(|user| user.introduce(&connection)).collect();
         let replaced = {
             let mut state = self.lock();
             if state.is_closed {
@@ -240,13 +241,17 @@ impl Hub {
             }
             state.stable_at = Some(Instant::now() + STABLE_AFTER);
             let silent = state.current.replace(Arc::clone(&connection));
-            let further = if silent.is_some() { state.further.take() } else { Vec::new() };
-            let replaced: Vec<_> = silent.into_iter().chain(further).collect();
-            state.others.extend(replaced.iter().cloned());
-            replaced
+            let extra: Vec<_> = state.extra.all().cloned().collect();
+            state.others.extend(silent.clone());
+            silent.map_or_else(Vec::new, |silent| {
+                let mut lost = extra;
+                lost.retain(|each| !each.has_answered_since(&silent));
+                lost.push(silent);
+                lost
+            })
         };
         for silent in replaced {
-            silent.give_up("the server did not respond; another one is used");
+            silent.give_up(SILENT);
         }
         if connection.error().is_some() {
             self.lost(&connection); // it has ended meanwhile
@@ -254,9 +259,8 @@ impl Hub {
         let hub = self.arc();
         tokio::spawn(async move {
             let mut working = JoinSet::new();
-            for (registering, user) in showing {
-                let connection = Arc::clone(&connection);
-                working.spawn(async move { user.present(&connection, registering).await });
+            for shown in showing {
+                working.spawn(shown);
             }
             while working.join_next().await.is_some() {}
             hub.report(&connection);

@@ -27,6 +27,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{Instrument, debug_span};
 use zeroize::Zeroizing;
 
 /// Timeout of requests of `session.*`.
@@ -51,6 +52,7 @@ pub(crate) struct Sessions {
     renewing: Option<Attempt>,
     attached_to: HashSet<u64>,     // the connections where the session of a device was attached
     registered: HashMap<u64, u64>, // by connection: the version of the handlers that were registered there
+    preparing: Vec<u64>,           // where they are being registered: other requests wait
     refreshed_early_at: Option<Instant>,
     not_before: Option<Instant>, // of the next renewal
     backoff: Backoff,            // of sessions that expire at once
@@ -114,9 +116,10 @@ impl User {
         self.lock().ended_by.is_some()
     }
 
-    /// Return whether a call can be sent now, as far as the session is concerned.
-    pub(crate) fn is_usable(&self) -> bool {
-        self.lock().is_usable(Instant::now())
+    /// Return whether a call can be sent on a connection now, as far as the session is concerned.
+    pub(crate) fn is_usable_on(&self, connection: &Connection) -> bool {
+        let sessions = self.lock();
+        sessions.is_usable(Instant::now()) && !sessions.preparing.contains(&connection.id)
     }
 
     /// Return why the renewal takes its time, if there is a reason.
@@ -304,7 +307,7 @@ impl User {
     }
 
     async fn renew(self: Arc<Self>, must: bool) -> Result<()> {
-        let result = self.try_renew(must).await;
+        let result = self.try_renew(must).instrument(debug_span!("renew_session")).await;
         self.lock().renewing = None;
         self.tokens().coming = None;
         self.keep();
@@ -321,7 +324,7 @@ impl User {
                 self.fetch_login().await?;
                 continue; // with the connection that is current now
             }
-            let Some(slot) = connection.slot().await else {
+            let Some((connection, slot)) = self.hub.slot(connection).await else {
                 tokio::task::yield_now().await; // its end is being recorded
                 continue;
             };
@@ -587,10 +590,12 @@ impl User {
 
     /// Show the token on a connection, once no renewal runs.
     fn present_later(self: &Arc<Self>, connection: &Arc<Connection>) {
+        let preparing = self.prepare(connection);
         let (user, connection) = (Arc::clone(self), Arc::clone(connection));
         tokio::spawn(async move {
             user.after_renewal().await;
             user.present(&connection, None).await;
+            drop(preparing);
         });
     }
 
@@ -643,7 +648,7 @@ impl User {
             connection.request(slot, "session.close", &[0xc0], token, &Meta::default()).ok()?.await.ok()
         };
         let _ = timeout(CLOSE_TIMEOUT, closing).await; // otherwise the session expires on the server
-        for connection in [connection].into_iter().chain(self.hub.further()) {
+        for connection in [connection].into_iter().chain(self.hub.extra()) {
             connection.session_ended(token);
         }
     }

@@ -49,6 +49,39 @@ impl User {
         Some(token)
     }
 
+    /// Show the session on a connection that is not in use yet, and send the registration of the application's handlers at once if
+    /// that is possible. Otherwise other requests of the session wait for it there.
+    pub(crate) fn introduce(self: &Arc<Self>, connection: &Arc<Connection>) -> impl Future<Output = ()> + Send + use<> {
+        let registering = self.begin_registration(connection);
+        let preparing = if registering.is_none() && self.can_present() { self.prepare(connection) } else { None };
+        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
+        async move {
+            user.present(&connection, registering).await;
+            drop(preparing);
+        }
+    }
+
+    /// Hold other requests of the session back on a connection that lacks the application's handlers, until the result is dropped:
+    /// methods call back where they were called.
+    pub(super) fn prepare(self: &Arc<Self>, connection: &Connection) -> Option<Preparing> {
+        if !self.needs_registration(connection) {
+            return None;
+        }
+        self.lock().preparing.push(connection.id);
+        Some(Preparing { user: Arc::clone(self), id: connection.id })
+    }
+
+    /// Wait until the application's handlers are registered on a connection, or that has failed.
+    pub(crate) async fn prepared(&self, connection: &Connection) {
+        loop {
+            let prepared = self.prepared.notified();
+            if !self.lock().preparing.contains(&connection.id) {
+                return;
+            }
+            prepared.await;
+        }
+    }
+
     /// Show the token on a connection that may replace another one, and wait for any answer. Return false without a token to show.
     pub(crate) async fn prove(&self, connection: &Arc<Connection>) -> Result<bool> {
         if !self.can_present() {
@@ -132,7 +165,7 @@ impl User {
     }
 
     /// Send the registration of the application's handlers on a connection that is not in use yet, if that can be done at once.
-    pub(crate) fn begin_registration(self: &Arc<Self>, connection: &Arc<Connection>) -> Option<PendingCall> {
+    fn begin_registration(self: &Arc<Self>, connection: &Arc<Connection>) -> Option<PendingCall> {
         if !self.can_present() || self.needs_proof(connection) || !self.needs_registration(connection) {
             return None;
         }
@@ -165,10 +198,10 @@ impl User {
         }
     }
 
-    /// Register the handlers on further connections, too, after they have changed: before later requests there, since slots are
+    /// Register the handlers on extra connections, too, after they have changed: before later requests there, since slots are
     /// given in order.
     pub(crate) async fn register_on_others(self: &Arc<Self>) {
-        for connection in self.hub.further() {
+        for connection in self.hub.extra() {
             let user = Arc::clone(self);
             let mut registering = Box::pin(async move {
                 let slot = connection.slot().await?;
@@ -301,6 +334,23 @@ impl User {
     fn time_left(&self) -> Option<Duration> {
         let sessions = self.lock();
         Some(sessions.session.as_ref()?.usable_until.saturating_duration_since(Instant::now()))
+    }
+}
+
+/// Holds requests back on a connection.
+pub(super) struct Preparing {
+    user: Arc<User>,
+    id: u64,
+}
+
+impl Drop for Preparing {
+    fn drop(&mut self) {
+        let mut sessions = self.user.lock();
+        if let Some(index) = sessions.preparing.iter().position(|&id| id == self.id) {
+            sessions.preparing.swap_remove(index);
+        }
+        drop(sessions);
+        self.user.prepared.notify_waiters();
     }
 }
 

@@ -1,8 +1,11 @@
-//! Further connections to a server, for calls that it allows no more of in flight on one.
+//! Extra connections to a server, for calls that it allows no more of in flight on one.
 
-use crate::fake::{self, Fake, Peer, goaway, welcome_of};
+use crate::fake::{self, Fake, Peer, goaway, options_at, welcome_of};
+use crate::scripted::{advance, refusing};
+use std::sync::mpsc;
 use std::time::Duration;
 use tokio::task::JoinHandle;
+use zcproto::frame::Kind;
 use zcproto::{Client, Error};
 
 /// A server that allows one request in flight on each connection, and its client. Its methods block.
@@ -47,7 +50,7 @@ fn call(client: &Client, method: &'static str) -> JoinHandle<zcproto::Result<Str
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
+async fn an_extra_connection_takes_calls_that_the_server_allows_no_more_of() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -71,7 +74,7 @@ async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn further_connections_are_off_by_default() {
+async fn extra_connections_are_off_by_default() {
     let (mut crowded, number, first) = Crowded::new(1).await;
     let second = call(&crowded.client, "second");
     crowded.first.send(&[fake::text(number, "1")]);
@@ -84,7 +87,7 @@ async fn further_connections_are_off_by_default() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_failure_of_a_further_connection_fails_no_call() {
+async fn the_failure_of_an_extra_connection_fails_no_call() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     drop(crowded.server.accept());
@@ -97,7 +100,7 @@ async fn the_failure_of_a_further_connection_fails_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_loss_of_a_further_connection_loses_its_calls_alone() {
+async fn the_loss_of_an_extra_connection_loses_its_calls_alone() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -111,7 +114,7 @@ async fn the_loss_of_a_further_connection_loses_its_calls_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_that_a_leaving_further_connection_did_not_run_is_sent_elsewhere() {
+async fn a_call_that_a_leaving_extra_connection_did_not_run_is_sent_elsewhere() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -127,7 +130,7 @@ async fn a_call_that_a_leaving_further_connection_did_not_run_is_sent_elsewhere(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn closing_the_client_closes_further_connections() {
+async fn closing_the_client_closes_extra_connections() {
     let (crowded, _, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     let mut other = accept(&crowded.server);
@@ -141,7 +144,7 @@ async fn closing_the_client_closes_further_connections() {
 }
 
 #[tokio::test]
-async fn an_idle_further_connection_is_closed() {
+async fn an_idle_extra_connection_is_closed() {
     let server = Fake::new();
     let options = server.options().max_connections(2);
     let script = std::thread::spawn(move || {
@@ -158,11 +161,54 @@ async fn an_idle_further_connection_is_closed() {
     let (first, second) = (call(&client, "first"), call(&client, "second"));
     assert_eq!(first.await.unwrap().unwrap(), "1");
     assert_eq!(second.await.unwrap().unwrap(), "2");
-    tokio::time::pause();
-    tokio::time::advance(Duration::from_secs(31)).await;
-    tokio::time::resume();
+    advance(31).await;
     let first = tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
     assert!(client.endpoint().is_some());
+    let closing = tokio::task::spawn_blocking(move || first.close());
+    client.close().await;
+    closing.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_extra_connection_that_hangs_is_lost_alone_if_the_main_one_answers() {
+    let (server, (_socket, refusing)) = (Fake::new(), refusing());
+    let options = options_at(&[&server.address(), &refusing]).verify(false).max_connections(2);
+    let (sender, received) = mpsc::channel();
+    let script = std::thread::spawn(move || {
+        let mut first = accept(&server);
+        let one = first.expect("first");
+        let mut other = accept(&server);
+        other.expect("second");
+        first.send(&[fake::text(one, "1")]);
+        sender.send(()).unwrap();
+        assert_eq!(other.receive().unwrap().0, Kind::Ping);
+        sender.send(()).unwrap();
+        assert_eq!(first.receive().unwrap().0, Kind::Ping); // does it hang, too?
+        first.send(&[(Kind::Pong, 0, Vec::new())]);
+        sender.send(()).unwrap();
+        let three = first.expect("third");
+        first.send(&[fake::text(three, "3")]);
+        assert!(other.receive().is_none());
+        first
+    });
+    let client = Client::connect(options).await.unwrap();
+    let (first, second) = (call(&client, "first"), call(&client, "second"));
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    let mut received = Some(received);
+    let mut next = async || {
+        let waiting = received.take().unwrap();
+        received = tokio::task::spawn_blocking(move || waiting.recv().map(|()| waiting).ok()).await.unwrap();
+    };
+    next().await;
+    advance(5).await;
+    next().await;
+    advance(2).await;
+    next().await;
+    assert_eq!(call(&client, "third").await.unwrap().unwrap(), "3"); // after the PONG
+    advance(2).await;
+    assert!(matches!(second.await.unwrap(), Err(Error::Closed(_))), "it may have run");
+    assert!(client.endpoint().is_some());
+    let first = tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
     let closing = tokio::task::spawn_blocking(move || first.close());
     client.close().await;
     closing.await.unwrap();

@@ -1,11 +1,8 @@
-//! Further connections to the server of the current one, for calls that it has no room for (gRPC proposal A105).
+//! Extra connections to the server of the main one, for requests that it has no room for (zcp1.md, section 11.3).
 //!
-//! Decides: when one is made and closed, and which connection a call that waits gets.
-//! Rules: one is made while calls wait and all connections have as many requests in flight as the server allows: one at a time, to
-//! where the current connection is. A failure fails no call. The next attempt after it, or after a loss, is delayed. A call waits
-//! in the queues of all connections and takes the first room. One without a request in flight for `IDLE_AFTER` is closed; one that
-//! is lost is not replaced until it is needed.
-//! Must not know: sessions, except that it shows and registers them on a new connection before calls are sent there.
+//! Decides: when one is made and closed, and which connection a request that waits gets: it waits in the queues of all, and takes
+//! the first room.
+//! Must not know: sessions, except that it shows and registers them on a new connection before requests are sent there.
 
 use super::super::address::Endpoint;
 use super::super::backoff::Backoff;
@@ -22,8 +19,8 @@ use tokio::time::{Instant, sleep};
 /// How long a connection is kept without requests.
 const IDLE_AFTER: Duration = Duration::from_secs(30);
 
-/// The further connections of a client.
-pub(super) struct Further {
+/// The extra connections of a client.
+pub(super) struct Extra {
     /// The most of them.
     most: usize,
     /// Each with the time of its last use.
@@ -34,7 +31,7 @@ pub(super) struct Further {
     closer: Option<AbortHandle>,
 }
 
-impl Further {
+impl Extra {
     pub(super) fn new(most: usize) -> Self {
         Self { most, used: Vec::new(), connecting: None, backoff: Backoff::default(), not_before: None, closer: None }
     }
@@ -58,17 +55,17 @@ impl Further {
             && self.all().all(|connection| connection.is_full())
     }
 
-    fn delay(&mut self) {
-        self.not_before = Some(Instant::now() + self.backoff.next(Duration::ZERO));
+    fn delay(&mut self, retry_after: Option<Duration>) {
+        self.not_before = Some(Instant::now() + self.backoff.next(retry_after.unwrap_or_default()));
     }
 
     /// Use a connection no more: it was lost, or the server goes away. Return whether it was used.
-    pub(super) fn discard(&mut self, id: u64) -> bool {
+    pub(super) fn discard(&mut self, connection: &Connection) -> bool {
         let count = self.used.len();
-        self.used.retain(|(connection, _)| connection.id != id);
+        self.used.retain(|(used, _)| used.id != connection.id);
         let was_used = self.used.len() < count;
         if was_used {
-            self.delay();
+            self.delay(connection.retry_after());
         }
         was_used
     }
@@ -96,8 +93,7 @@ impl Further {
         self.take()
     }
 
-    /// Use none of the connections any more, and return them.
-    pub(super) fn take(&mut self) -> Vec<Arc<Connection>> {
+    fn take(&mut self) -> Vec<Arc<Connection>> {
         std::mem::take(&mut self.used).into_iter().map(|(connection, _)| connection).collect()
     }
 }
@@ -116,12 +112,12 @@ impl Place {
 }
 
 impl Hub {
-    /// Return the further connections.
-    pub(crate) fn further(&self) -> Vec<Arc<Connection>> {
-        self.lock().further.all().cloned().collect()
+    /// Return the extra connections.
+    pub(crate) fn extra(&self) -> Vec<Arc<Connection>> {
+        self.lock().extra.all().cloned().collect()
     }
 
-    /// Wait until a request can be sent on the current connection, or on a further one. Return `None` if the current one takes no
+    /// Wait until a request can be sent on the current connection, or on an extra one. Return `None` if the current one takes no
     /// more.
     pub(crate) async fn slot(&self, main: Arc<Connection>) -> Option<(Arc<Connection>, Slot)> {
         if self.max_connections == 1 {
@@ -130,9 +126,9 @@ impl Hub {
         }
         let mut places = vec![Place::new(&main)];
         loop {
-            let mut changed = pin!(self.further_changed.notified());
+            let mut changed = pin!(self.extra_changed.notified());
             changed.as_mut().enable();
-            for connection in self.further() {
+            for connection in self.extra() {
                 if connection.is_open() && !places.iter().any(|place| place.connection.id == connection.id) {
                     places.push(Place::new(&connection));
                 }
@@ -158,7 +154,7 @@ impl Hub {
             match slot {
                 Some(slot) => {
                     if !is_main {
-                        self.lock().further.touch(place.connection.id);
+                        self.lock().extra.touch(place.connection.id);
                     }
                     return Some((place.connection, slot));
                 }
@@ -170,18 +166,18 @@ impl Hub {
 
     fn grow(&self, main: &Connection) {
         let mut state = self.lock();
-        if !state.is_closed && state.further.may_grow(main) {
-            let work = self.arc().connect_further(main.endpoint.clone());
-            state.further.connecting = Some(tokio::spawn(work).abort_handle());
+        if !state.is_closed && state.extra.may_grow(main) {
+            let work = self.arc().connect_extra(main.endpoint.clone());
+            state.extra.connecting = Some(tokio::spawn(work).abort_handle());
         }
     }
 
-    async fn connect_further(self: Arc<Self>, endpoint: Endpoint) {
+    async fn connect_extra(self: Arc<Self>, endpoint: Endpoint) {
         let attempted = self.dialer.dial(&endpoint, self.arc(), || {}).await.ok(); // whatever it is, the current one goes on
         let mut shown = Vec::new();
         if let Some(attempted) = &attempted {
             let connection = attempted.connection();
-            connection.mark_further();
+            connection.mark_extra();
             let mut showing = JoinSet::new();
             for user in self.users() {
                 let connection = Arc::clone(connection);
@@ -193,28 +189,30 @@ impl Hub {
         }
         {
             let mut state = self.lock();
-            state.further.connecting = None;
+            state.extra.connecting = None;
             match attempted {
                 Some(attempted) if attempted.connection().is_open() && !state.is_closed => {
                     let connection = attempted.keep();
                     if state.endpoints.are_several() {
                         connection.watch();
                     }
-                    state.further.used.push((Arc::clone(&connection), Instant::now()));
+                    state.extra.used.push((Arc::clone(&connection), Instant::now()));
                     self.close_idle_later(&mut state);
                     drop(state);
                     for (token, user) in shown {
                         user.catch_up(&connection, token.as_ref());
                     }
                 }
-                _ => state.further.delay(),
+                attempted => {
+                    state.extra.delay(attempted.and_then(|attempted| attempted.connection().retry_after()));
+                }
             }
         }
-        self.further_changed.notify_waiters();
+        self.extra_changed.notify_waiters();
     }
 
     fn close_idle_later(&self, state: &mut State) {
-        if state.further.closer.is_some() {
+        if state.extra.closer.is_some() {
             return;
         }
         let hub = self.me.clone();
@@ -223,14 +221,14 @@ impl Hub {
                 sleep(IDLE_AFTER).await;
                 let Some(hub) = hub.upgrade() else { return };
                 let mut state = hub.lock();
-                let idle = state.further.take_idle();
+                let idle = state.extra.take_idle();
                 state.others.extend(idle);
-                if state.further.used.is_empty() {
-                    state.further.closer = None;
+                if state.extra.used.is_empty() {
+                    state.extra.closer = None;
                     return;
                 }
             }
         });
-        state.further.closer = Some(closer.abort_handle());
+        state.extra.closer = Some(closer.abort_handle());
     }
 }
