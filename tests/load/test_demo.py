@@ -204,12 +204,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_conclusion_states_what_was_proven() -> None:
-    assert module._conclusion(verified_result(), 33.4).endswith(
+    assert module.conclusion(verified_result(), 33.4).endswith(
         "counts of both sides agree. The server is stopped and its folder deleted; total time 33 s."
     )
-    unproven = module._conclusion(Result(plan()), 5.0)
+    unproven = module.conclusion(Result(plan()), 5.0)
     assert unproven.startswith("Not proven: 10 of 10 connections not verified; ")
-    assert module._conclusion(Result(plan(), interrupted=True), 5.0).startswith("Interrupted")
+    assert module.conclusion(Result(plan(), interrupted=True), 5.0).startswith("Interrupted")
 
 
 # --- the server's process -----------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_child_serves_its_folder_and_keeps_it(
     started: list[list[str]] = []
     watched: list[int] = []
     monkeypatch.setattr(child, "zcproto", lambda arguments: started.append(arguments) or 0)
-    monkeypatch.setattr(child, "_end_with_parent", lambda parent, *_: watched.append(parent))
+    monkeypatch.setattr(child, "end_with_parent", lambda parent, *_: watched.append(parent))
     assert child.main(str(home), "--port", "0") == 0
     assert started == [["--home", str(home), "serve", "--port", "0"]]
     assert watched == [parent.stdin.fileno()]
@@ -377,7 +377,7 @@ def test_orphaned_child_that_does_not_drain_exits(
     monkeypatch.setattr(os, "_exit", codes.append)
     parent.die()
     orphaned = threading.Event()
-    child._end_with_parent(parent.stdin.fileno(), str(home), orphaned, threading.Event())
+    child.end_with_parent(parent.stdin.fileno(), str(home), orphaned, threading.Event())
     assert sent == [(os.getpid(), signal.SIGTERM)]
     assert codes == [1]
     assert orphaned.is_set()
@@ -391,7 +391,7 @@ def test_parent_that_ends_after_its_child_changes_nothing(
     parent.die()
     orphaned, ended = threading.Event(), threading.Event()
     ended.set()
-    child._end_with_parent(parent.stdin.fileno(), str(home), orphaned, ended)
+    child.end_with_parent(parent.stdin.fileno(), str(home), orphaned, ended)
     assert not orphaned.is_set()
     assert home.exists()
 

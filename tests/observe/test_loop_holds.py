@@ -20,7 +20,7 @@ from tests.server.helpers import eventually
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.common.middleware import CallNext
-from zcproto.observe.loop_holds import HELD, LEAST_SEEN, Hold, LoopHolds, current_stacks, names_by_code
+from zcproto.observe.loop_lag import HELD, LEAST_SEEN, Hold, LoopHolds, current_stacks, names_by_code
 
 
 class Stacks:

@@ -349,7 +349,7 @@ def test_roles_share_their_text_and_leave_none_behind() -> None:
     roles = frozenset({"admin", "operator"})
     sessions = [harness.open(f"u{number}", roles=roles).session for number in range(3)]
     assert {each.roles for each in sessions} == {roles}
-    assert len(harness.registry._table.keys) == 1
+    assert len(harness.table.keys) == 1
     for each in sessions:
         harness.registry.close(each)
-    assert len(harness.registry._table.keys) == 0
+    assert len(harness.table.keys) == 0

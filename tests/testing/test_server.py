@@ -121,7 +121,7 @@ def test_plugin_loads_no_server(pytester: pytest.Pytester) -> None:
 
         def test_it():
             assert [n for n in sys.modules if n.startswith(("zcproto.", "msgpack", "cryptography"))] == [
-                "zcproto.testing", "zcproto.testing", "zcproto.testing.plugin"
+                "zcproto.testing", "zcproto.testing.incidents", "zcproto.testing.plugin"
             ]
         """
     )

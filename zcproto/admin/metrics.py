@@ -20,6 +20,7 @@ from zcproto.admin.snapshot import Snapshot, take_snapshot
 from zcproto.alerts import Severity
 from zcproto.alerts.service import SINKS
 from zcproto.certs.notices import NoticeKind
+from zcproto.config.checks import value_of
 from zcproto.connection.refusals import CUT_REASONS
 from zcproto.errors import Code
 from zcproto.observe.log import lost_audit_lines, lost_lines
@@ -83,68 +84,60 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
         yield "zcproto_loop_held_total", count, method
 
 
+_LIMITS: Final = (
+    *("limits.max_connections", "limits.connections_per_address", "limits.failed_handshakes_per_network"),
+    *("limits.partial_frame_bytes", "limits.partial_frame_bytes_per_user", "limits.max_streams"),
+    *("limits.max_frame_bytes", "limits.max_frame_bytes_before_session", "limits.max_depth"),
+    *("limits.write_buffer_bytes", "limits.login_failures", "limits.logins_pending"),
+    *("limits.requests_per_user", "limits.requests_per_address", "limits.public_requests_per_address"),
+    *("limits.running_per_user", "limits.running_per_address"),
+    *("limits.threads", "limits.waiting_for_thread"),
+    *("streams.max_open", "streams.max_item_bytes", "streams.window_items", "streams.window_bytes"),
+    *("streams.memory_bytes", "streams.write_bytes"),
+    *("calls.max", "calls.per_user", "calls.total", "calls.names_per_user"),
+    *("idempotency.running_per_user", "tls.max_handshakes", "tls.max_pending", "sessions.per_user"),
+    *("idempotency.per_user", "idempotency.max_bytes"),
+)
+"""The settings that are limits."""
+
+
 def _limits(snapshot: Snapshot) -> Iterator[Reading]:
-    parts = snapshot.parts
-    config, limits, listener, registry = (
-        parts.config,
-        parts.config.limits,
-        parts.listener,
-        parts.state.registry,
-    )
-    requests = parts.state.request_limits
-    rows: list[tuple[str, int, int | None]] = [
-        ("limits.max_connections", limits.max_connections, listener.all_connections),
-        ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
-        ("limits.failed_handshakes_per_network", limits.failed_handshakes_per_network, None),
-        ("limits.partial_frame_bytes", limits.partial_frame_bytes, parts.state.partial_frames.bytes),
-        (
-            "limits.partial_frame_bytes_per_user",
-            limits.partial_frame_bytes_per_user,
-            parts.state.partial_frames.most,
-        ),
-        ("limits.max_streams", limits.max_streams, snapshot.most_in_flight),
-        ("limits.max_frame_bytes", limits.max_frame_bytes, None),
-        ("limits.max_frame_bytes_before_session", limits.max_frame_bytes_before_session, None),
-        ("limits.max_depth", limits.max_depth, None),
-        ("limits.write_buffer_bytes", limits.write_buffer_bytes, None),
-        ("limits.login_failures", limits.login_failures, None),
-        ("limits.logins_pending", limits.logins_pending, parts.login.all_pending),
-        ("limits.requests_per_user", limits.requests_per_user, None),
-        ("limits.requests_per_address", limits.requests_per_address, None),
-        ("limits.public_requests_per_address", limits.public_requests_per_address, None),
-        ("limits.running_per_user", limits.running_per_user, requests.most_running_per_user),
-        ("limits.running_per_address", limits.running_per_address, requests.most_running_per_address),
-        ("limits.threads", limits.threads, parts.state.threads.running),
-        ("limits.waiting_for_thread", limits.waiting_for_thread, parts.state.threads.waiting),
-        ("streams.max_open", config.streams.max_open, snapshot.most_streams_open),
-        ("streams.max_item_bytes", config.streams.max_item_bytes, None),
-        ("streams.window_items", config.streams.window_items, None),
-        ("streams.window_bytes", config.streams.window_bytes, None),
-        ("streams.memory_bytes", config.streams.memory_bytes, parts.state.items.held),
-        ("streams.write_bytes", config.streams.write_bytes, None),
-        ("calls.max", config.calls.max, None),
-        ("calls.per_user", config.calls.per_user, parts.state.clients.most_in_flight),
-        ("calls.total", config.calls.total, parts.state.clients.in_flight),
-        ("calls.names_per_user", config.calls.names_per_user, None),
-        ("idempotency.running_per_user", config.idempotency.running_per_user, None),
-        ("tls.max_handshakes", config.tls.max_handshakes, parts.acceptor.handshakes_in_progress),
-        ("tls.max_pending", config.tls.max_pending, parts.acceptor.pending.places),
-        ("sessions.per_user", config.sessions.per_user, None),
-        ("idempotency.per_user", config.idempotency.per_user, None),
-        (
-            "idempotency.max_bytes",
-            config.idempotency.max_bytes,
-            parts.state.idempotency.bytes_kept if parts.store is None else None,
-        ),
-        ("sessions", registry.settings.max_sessions, registry.kept),
-        ("remembered_tokens", registry.settings.dead_limit, registry.tombstones),
-    ]
-    if parts.store is not None:
-        rows.append(("pending_revocations", PENDING_LIMIT, snapshot.store_report["pending_revocations"]))
-    for name, limit, use in rows:
+    parts, state, requests = snapshot.parts, snapshot.parts.state, snapshot.parts.state.request_limits
+    settings = state.registry.settings
+    limits = {
+        **{key: value_of(parts.config, key) for key in _LIMITS},
+        "sessions": settings.max_sessions,
+        "remembered_tokens": settings.dead_limit,
+    }
+    uses = {
+        "limits.max_connections": parts.listener.all_connections,
+        "limits.connections_per_address": parts.listener.most_per_address,
+        "limits.partial_frame_bytes": state.partial_frames.bytes,
+        "limits.partial_frame_bytes_per_user": state.partial_frames.most,
+        "limits.max_streams": snapshot.most_in_flight,
+        "limits.logins_pending": parts.login.all_pending,
+        "limits.running_per_user": requests.most_running_per_user,
+        "limits.running_per_address": requests.most_running_per_address,
+        "limits.threads": state.threads.running,
+        "limits.waiting_for_thread": state.threads.waiting,
+        "streams.max_open": snapshot.most_streams_open,
+        "streams.memory_bytes": state.items.held,
+        "calls.per_user": state.clients.most_in_flight,
+        "calls.total": state.clients.in_flight,
+        "tls.max_handshakes": parts.acceptor.handshakes_in_progress,
+        "tls.max_pending": parts.acceptor.pending.places,
+        "sessions": state.registry.kept,
+        "remembered_tokens": state.registry.tombstones,
+    }
+    if parts.store is None:
+        uses["idempotency.max_bytes"] = state.idempotency.bytes_kept
+    else:
+        limits["pending_revocations"] = PENDING_LIMIT
+        uses["pending_revocations"] = snapshot.store_report["pending_revocations"]
+    for name, limit in limits.items():
         yield "zcproto_limit", limit or float("inf"), name  # 0 means unlimited
-        if use is not None:
-            yield "zcproto_limit_use", use, name
+        if name in uses:
+            yield "zcproto_limit_use", uses[name], name
 
 
 def _connections(snapshot: Snapshot) -> Iterator[Reading]:
@@ -203,12 +196,13 @@ def _sessions(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_sessions_not_admitted_total", binding.refused_addresses, "address"
     yield "zcproto_sessions_not_admitted_total", binding.refused_clients, "client"
     login = snapshot.parts.login
-    for scheme, count in login.accepted.items():
-        yield "zcproto_logins_total", count, scheme, "accepted"
-    for scheme, count in login.refused.items():
-        yield "zcproto_logins_total", count, scheme, "refused"
-    for scheme, count in login.failed.items():
-        yield "zcproto_logins_total", count, scheme, "failed"
+    for result, counts in (
+        ("accepted", login.accepted),
+        ("refused", login.refused),
+        ("failed", login.failed),
+    ):
+        for scheme, count in counts.items():
+            yield "zcproto_logins_total", count, scheme, result
     yield "zcproto_logins_pending", login.pending
     yield "zcproto_logins_throttled_total", login.throttled
 

@@ -338,26 +338,26 @@ def _handler(method: str, path: str, run: Run) -> Handler:
 
     async def handle(request: HttpRequest) -> HttpResponse:
         arguments: Mapping[str, Any] = _NOTHING
+        changes = method != "GET"
         try:
-            arguments = signature.bind(_query(request) if method == "GET" else _body(request))
-            if method != "GET" and path in _LOGGED_FIRST:
+            arguments = signature.bind(_body(request) if changes else _query(request))
+            if changes and path in _LOGGED_FIRST:
                 _log_change(request, path, arguments)
             result = await run(**arguments)
         except (ConfigError, CertificateError) as error:
-            faults = error.faults if isinstance(error, ConfigError) else [str(error)]
-            if method != "GET":
-                _log_failure(request, path, arguments, str(error))
-            return json_response(422, {"error": str(error), "faults": faults})
+            status, sentence = 422, str(error)
+            answer = {"faults": error.faults if isinstance(error, ConfigError) else [sentence]}
         except CallError as error:
-            status = _STATUS.get(error.code)
-            if status is None:
+            if error.code not in _STATUS:
                 raise
-            if method != "GET":
-                _log_failure(request, path, arguments, error.message)
-            return json_response(status, {"error": error.message})
-        if method != "GET" and path not in _LOGGED_FIRST:
-            _log_change(request, path, arguments, result)
-        return json_response(200, result)
+            status, sentence, answer = _STATUS[error.code], error.message, {}
+        else:
+            if changes and path not in _LOGGED_FIRST:
+                _log_change(request, path, arguments, result)
+            return json_response(200, result)
+        if changes:
+            log.info("control.failed", **_about(request, path, arguments), reason=sentence)
+        return json_response(status, {"error": sentence, **answer})
 
     return handle
 
@@ -388,17 +388,9 @@ def _body(request: HttpRequest) -> dict[str, Any]:
 def _log_change(
     request: HttpRequest, path: str, arguments: Mapping[str, Any], result: Mapping[str, Any] = _NOTHING
 ) -> None:
-    peer = request.peer
-    assert isinstance(peer, ControlPeer)
-    name = arguments.get("name")
-    is_device = path.startswith("devices/")
     log.info(
         "control.asked",
-        what=path.replace("/", "."),
-        uid=peer.uid,
-        pid=peer.pid,
-        user=result["user"] if is_device else arguments.get("user", name),
-        device=name if is_device else None,
+        **_about(request, path, arguments, result.get("user")),
         roles=arguments.get("roles"),
         ids=arguments.get("ids"),
         all=arguments.get("all"),
@@ -406,17 +398,16 @@ def _log_change(
     )
 
 
-def _log_failure(request: HttpRequest, path: str, arguments: Mapping[str, Any], reason: str) -> None:
-    peer = request.peer
+def _about(
+    request: HttpRequest, path: str, arguments: Mapping[str, Any], owner: str | None = None
+) -> dict[str, Any]:
+    """Return the operation, its process, and the user or device that it is about. `owner` is the device's user."""
+    peer, name, is_device = request.peer, arguments.get("name"), path.startswith("devices/")
     assert isinstance(peer, ControlPeer)
-    name = arguments.get("name")
-    is_device = path.startswith("devices/")
-    log.info(
-        "control.failed",
-        what=path.replace("/", "."),
-        uid=peer.uid,
-        pid=peer.pid,
-        user=None if is_device else arguments.get("user", name),
-        device=name if is_device else None,
-        reason=reason,
-    )
+    return {
+        "what": path.replace("/", "."),
+        "uid": peer.uid,
+        "pid": peer.pid,
+        "user": owner if is_device else arguments.get("user", name),
+        "device": name if is_device else None,
+    }

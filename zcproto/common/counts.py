@@ -10,7 +10,7 @@ Rules:
 - A rate is a token bucket that holds the events of BURST_S seconds. A refused event takes nothing from it.
 - The table of a rate is bounded. When it is full of keys in use, further keys share a bucket.
 
-These count for one process. zcproto/workers/limits.py has the same for several. It must not know: what is counted,
+These count for one process; several replace them by shared ones. It must not know: what is counted,
 the clock; `now` is monotonic seconds.
 """
 

@@ -208,7 +208,7 @@ def run_demo(demo: Demo, console: Console) -> Result:
                 ca_file=home.certs / "ca.crt",
             )
             result = run_and_report(fit(plan, console), outputs, console)
-    _print(console, _conclusion(result, time.monotonic() - started))
+    _print(console, conclusion(result, time.monotonic() - started))
     return result
 
 
@@ -274,7 +274,7 @@ def _configure(home: Home, connections: int) -> None:
     home.config.chmod(0o600)
 
 
-def _conclusion(result: Result, seconds: float) -> str:
+def conclusion(result: Result, seconds: float) -> str:
     end = f"The server is stopped and its folder deleted; total time {seconds:.0f} s."
     if result.verdict is Verdict.VERIFIED:
         answers = (

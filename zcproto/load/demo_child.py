@@ -23,7 +23,7 @@ def main(home: str, *arguments: str) -> int:
     signal.signal(signal.SIGTERM, _terminated)  # until the server has its own handler
     orphaned, ended = threading.Event(), threading.Event()
     threading.Thread(
-        target=_end_with_parent, args=(sys.stdin.fileno(), home, orphaned, ended), daemon=True
+        target=end_with_parent, args=(sys.stdin.fileno(), home, orphaned, ended), daemon=True
     ).start()
     try:
         return zcproto(["--home", home, "serve", *arguments])
@@ -37,7 +37,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _end_with_parent(parent: int, home: str, orphaned: threading.Event, ended: threading.Event) -> None:
+def end_with_parent(parent: int, home: str, orphaned: threading.Event, ended: threading.Event) -> None:
     # Not sys.stdin: its lock would block the interpreter at exit.
     with open(parent, "rb", buffering=0, closefd=False) as pipe:
         pipe.readall()

@@ -62,8 +62,7 @@ from zcproto.common.https import verifying_context
 from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
-from zcproto.observe.loop_holds import Hold, LoopHolds
-from zcproto.observe.loop_lag import LoopLag
+from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,

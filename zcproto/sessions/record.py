@@ -6,9 +6,9 @@ encrypted under the spent refresh token.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from zcproto.errors import Code
 
@@ -146,18 +146,38 @@ class UserLimit:
             ):
                 live.append(record)
             elif wall < record.refresh_expires_at:
-                lapsed.append((record, Code.TOKEN_EXPIRED))
-        code = evicted_code(self.when_full)
-        evictable = [
-            (record, code)
-            for record in live
-            if self.when_full == "evict_oldest"
-            or (self.when_full == "evict_disconnected" and record.id in self.disconnected)
-        ]
-        if len(live) - len(evictable) >= self.per_user:
+                lapsed.append(record)
+        evicted = evictions(
+            live, lapsed, self.per_user, self.when_full, lambda record: record.id in self.disconnected
+        )
+        if evicted is None:
             return None
-        surplus = len(live) + len(lapsed) + 1 - self.per_user  # above 1 after the limit was lowered
-        return [*lapsed, *evictable][: max(surplus, 0)]
+        code = evicted_code(self.when_full)
+        return [(each, Code.TOKEN_EXPIRED) for each in evicted[0]] + [(each, code) for each in evicted[1]]
+
+
+T = TypeVar("T")
+
+
+def evictions(
+    live: Sequence[T],
+    lapsed: Sequence[T],
+    per_user: int,
+    when_full: WhenFull,
+    is_disconnected: Callable[[T], bool],
+) -> tuple[Sequence[T], Sequence[T]] | None:
+    """Return the lapsed and the live sessions of a user that end for one more; None if that is refused.
+
+    Both are given oldest first.
+    """
+    evictable: Sequence[T] = live if when_full == "evict_oldest" else []
+    if when_full == "evict_disconnected":
+        evictable = [session for session in live if is_disconnected(session)]
+    if len(live) - len(evictable) >= per_user:
+        return None
+    surplus = max(len(live) + len(lapsed) + 1 - per_user, 0)  # above 1 after the limit was lowered
+    ended = lapsed[:surplus]
+    return ended, evictable[: surplus - len(ended)]
 
 
 def evicted_code(when_full: WhenFull) -> Code:

@@ -45,6 +45,7 @@ from zcproto.sessions.record import (
     SessionRecord,
     WhenFull,
     evicted_code,
+    evictions,
 )
 from zcproto.sessions.session import (
     BOUND,
@@ -355,21 +356,21 @@ class SessionRegistry:
         """Make room at a limit for one more session of the user, or raise ResourceExhausted."""
         table, per_user, when_full = self._table, self._settings.per_user, self._settings.when_full
         slots = [slot for slot in table.of_user(user) if self._expire_if_due(slot, wall)]
-        surplus = len(slots) + 1 - per_user  # above 1 after the limit was lowered
-        if surplus > 0:
-            lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
-            live = [slot for slot in slots if self._state[slot] != LAPSED]
-            evictable = live if when_full == "evict_oldest" else []
-            if when_full == "evict_disconnected":
-                evictable = [slot for slot in live if self.is_disconnected(table.ids[slot])]
-            if len(live) - len(evictable) >= per_user:
-                self._announce()
-                raise limit_reached(per_user, when_full)
-            for slot in lapsed[:surplus]:
-                self._end(slot, Code.TOKEN_EXPIRED, EndReason.UNKNOWN)
-            for slot in evictable[: max(surplus - len(lapsed), 0)]:
-                self.replaced += 1
-                self._end(slot, evicted_code(when_full), _EVICTED_REASONS[when_full])
+        evicted = evictions(
+            [slot for slot in slots if self._state[slot] != LAPSED],
+            [slot for slot in slots if self._state[slot] == LAPSED],
+            per_user,
+            when_full,
+            lambda slot: self.is_disconnected(table.ids[slot]),
+        )
+        if evicted is None:
+            self._announce()
+            raise limit_reached(per_user, when_full)
+        for slot in evicted[0]:
+            self._end(slot, Code.TOKEN_EXPIRED, EndReason.UNKNOWN)
+        for slot in evicted[1]:
+            self.replaced += 1
+            self._end(slot, evicted_code(when_full), _EVICTED_REASONS[when_full])
         if self.kept >= self._settings.max_sessions:
             self._announce()
             raise ResourceExhausted(

@@ -15,18 +15,12 @@ The pytest plugin is `zcproto.testing.plugin`; pytest loads it by itself.
 from __future__ import annotations
 
 import importlib
-import traceback
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zcproto.testing.link import Link
     from zcproto.testing.memory import MemoryServer, MovableClock, connect_in_memory
     from zcproto.testing.server import LocalServer
-
-incidents: deque[tuple[str, str]] = deque(maxlen=16)
-"""The last exceptions of methods: a title with the incident id, and the traceback as text, which keeps no object
-alive. Callers get the id only; the reports of failed tests show the rest."""
 
 _MODULES = {
     "Link": "link",
@@ -43,9 +37,3 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'zcproto.testing' has no attribute {name!r}")
     return getattr(importlib.import_module(f"zcproto.testing.{_MODULES[name]}"), name)
-
-
-def record_incident(method: str, incident: str, error: BaseException) -> None:
-    """Keep an exception of a method."""
-    text = "".join(traceback.format_exception(error))
-    incidents.append((f"exception in method {method}, incident {incident}", text))

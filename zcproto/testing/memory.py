@@ -44,7 +44,7 @@ from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.state import ServerState
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
-from zcproto.testing import record_incident
+from zcproto.testing.incidents import record_incident
 from zcproto.testing.link import Link
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from zcproto.testing import incidents
+from zcproto.testing.incidents import incidents
 
 if TYPE_CHECKING:
     from zcproto.app.app import App

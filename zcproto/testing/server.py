@@ -18,7 +18,7 @@ from zcproto.client import BlockingClient, Client
 from zcproto.common.process import new_event_loop
 from zcproto.config import CertificatesConfig, Config, StoreConfig, TlsConfig
 from zcproto.runtime.server import Server
-from zcproto.testing import record_incident
+from zcproto.testing.incidents import record_incident
 from zcproto.testing.memory import Users
 
 T = TypeVar("T")
