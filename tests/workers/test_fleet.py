@@ -74,11 +74,11 @@ class Fleet:
         assert reports is not None
         return {line["worker"]: line for line in (await reports.status())["workers"]}
 
-    def client(self, number: int, **options: Any) -> zcproto.Client:
+    def client(self, number: int) -> zcproto.Client:
         """Return a client of a worker, with a session of ada."""
         address = f"localhost:{self.servers[number].port}"
         known = {"user": "ada", "key": self.key, "ca_file": self.home.certs / "ca.crt"}
-        return zcproto.connect(address, **known, **PATIENT_CLIENT, **options)
+        return zcproto.connect(address, **known, **PATIENT_CLIENT)
 
     def sessions(self) -> int:
         """Return how many sessions the server has, as the coordinator counts them."""
@@ -130,17 +130,17 @@ async def test_counters_of_a_worker_that_ends_stay_and_its_successor_takes_its_l
     assert (line["state"], line["restarts"], line["requests"]) == ("serving", 1, 0)
 
 
-async def test_session_of_one_worker_is_used_and_listed_in_another(server: Fleet) -> None:
+async def test_connections_of_a_session_are_found_in_the_other_workers(server: Fleet) -> None:
     async with server.client(1) as client:
-        (entry,) = server.servers[1].state.registry.sessions()
-        found = await server.servers[2].state.connections_elsewhere([entry.id])
-        assert len(found[entry.id]) == 1
-        assert (await server.servers[1].state.connections_elsewhere([entry.id]))[entry.id] == []
+        (session_id,) = server.servers[1].state.session_connections
+        found = await server.servers[2].state.connections_elsewhere([session_id])
+        assert len(found[session_id]) == 1
+        assert (await server.servers[1].state.connections_elsewhere([session_id]))[session_id] == []
         assert await client.call("server.info")
 
 
 async def test_removed_user_reported_by_a_worker_loses_the_sessions(server: Fleet) -> None:
-    async with server.client(1, reconnect=False) as client:
+    async with server.client(1) as client:
         assert server.sessions() == 1
         UserFile(server.home.users).disable("ada")
         await server.parts[2].role.report_gone(UserFile.kind, "ada", "ada")
@@ -170,7 +170,7 @@ async def test_level_that_an_operator_sets_reaches_workers_now_and_later(
     monkeypatch.setattr(fleet, "level", lambda: "debug")
     await server.stop(2)
     await server.start(2, restarts=1)
-    await until(lambda: levels[WORKERS:] == ["debug"] * 2)  # by both of its links
+    await until(lambda: levels[WORKERS:] == ["debug"])
 
 
 async def test_workers_check_certificates_when_the_coordinator_serves_new_ones(server: Fleet) -> None:

@@ -9,6 +9,7 @@ import os
 import select
 import selectors
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -684,16 +685,20 @@ def test_workers_of_a_successor_whose_predecessor_was_killed_have_a_moment_to_en
         os.write(end, b".")
         return 0
 
-    ours, theirs = Channel.pair()
+    raw, other = socket.socketpair()
+    ours, theirs = Channel(raw), Channel(other)
     running = run(script, 1, predecessor=theirs)
-    theirs.close()
     assert wait_for(ours, "prepared") == {}
-    ours.close()
+    raw.send(
+        b"5\n"
+    )  # what breaks the rules of a channel counts as its end, of which other processes have copies
     assert running.wait() == 3
     assert "start it again" in running.all("raised")[0][3]
     os.close(end)
     assert os.read(ended, 1) == (b"" if is_short else b".")
     os.close(ended)
+    ours.close()
+    theirs.close()
 
 
 def test_second_signal_kills_everything(run: Run) -> None:
