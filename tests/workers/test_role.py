@@ -96,6 +96,16 @@ def config() -> zcproto.Config:
     )
 
 
+def test_server_of_one_process_imports_nothing_of_workers() -> None:
+    program = (
+        "import sys, zcproto; print(*(name for name in sys.modules if name.startswith('zcproto.workers')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert found.stdout == "\n"
+
+
 async def test_server_uses_the_parts_of_its_role(tmp_path: Path, certs: Path) -> None:
     shutil.copytree(certs, tmp_path / "certs")
     memory = SharedMemory(bytearray(memory_size(1, 10)), 1, 10, bytes(32))
