@@ -25,6 +25,7 @@ class HubHarness:
 
     def __init__(self, folder: Path, *, in_memory: bool = False) -> None:
         self._folder = folder
+        self.path = folder / "link.sock"
         self._in_memory = in_memory
         self.time = StoreTime()
         self.clock = FakeClock()
@@ -44,7 +45,7 @@ class HubHarness:
             now=self.clock.now,
             entropy=self.entropy,
         )
-        self.server = LinkServer(listen_unix(self._folder / "link.sock", 16), Topics(), name="coordinator")
+        self.server = LinkServer(listen_unix(self.path, 16), Topics(), name="coordinator")
         self.stores = StoreServer(self.hub)
         self.stores.serve(self.server)
         await self.server.start()
@@ -58,7 +59,7 @@ class HubHarness:
 
     def remote(self, answers: AnswerLimits = DEFAULT_LIMITS) -> tuple[RemoteStore, LinkClient]:
         """Return the store of another process, not opened, and its connection for calls."""
-        path = self._folder / "link.sock"
+        path = self.path
         calls = LinkClient(path, Topics(), name="worker", silence=TIMEOUT, random=lambda: 0.0)
         calls.start()
         store = RemoteStore(

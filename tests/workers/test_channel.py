@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -90,3 +92,26 @@ def test_reset_by_the_peer_is_noticed(pair: Pair) -> None:
     ours.send("go")  # unread data: the kernel reports a reset
     theirs.close()
     assert ours.receive() is None
+
+
+@pytest.mark.parametrize(("outlives", "code"), [(False, -signal.SIGIO), (True, 0)])
+def test_process_ends_with_its_peer_until_it_reads_the_channel(outlives: bool, code: int) -> None:
+    ours, theirs = Channel.pair()
+    ready, readied = os.pipe()
+    pid = os.fork()
+    if not pid:
+        ours.close()
+        theirs.end_with_peer()
+        if outlives:
+            theirs.outlive_peer()
+        os.write(readied, b".")
+        while theirs.receive() is not None:
+            pass
+        signal.sigtimedwait((), 0.2)  # a signal that is on its way comes first
+        os._exit(0)
+    theirs.close()
+    os.read(ready, 1)
+    ours.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    for descriptor in (ready, readied):
+        os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
+from tests.workers.hub_harness import until
+from zcproto.common.unix_socket import listen_unix
 from zcproto.errors import Unavailable
 from zcproto.workers import figures
 from zcproto.workers.figures import FRESH_S, Collector, Member, RemoteFigures, Reporter
+from zcproto.workers.link import LinkClient, LinkServer, Topics
 from zcproto.workers.merge import Depth, Report
 
 REQUESTS = "zcproto_requests_total"
@@ -252,6 +257,58 @@ async def test_last_answer_of_a_drained_worker_counts() -> None:
     group.collector.left(4711, b"")  # unknown
     group.collector.ended(4711)
     assert await group.total() == 15
+
+
+async def test_worker_that_ends_after_its_replacement_has_joined_is_listed_no_longer() -> None:
+    group = Group()
+    old = group.add(1)
+    old.requests = 10
+    await group.report()
+    old.requests = 12
+    group.add(1)
+    group.collector.left(old.member.pid, old.reporter.last())
+    report = await group.report()
+    assert [line["pid"] for line in report.workers if line["worker"] == "1"] == [group.workers[1].member.pid]
+    assert report.status["requests"]["total"] == 12
+
+
+async def test_last_answer_of_another_version_leaves_the_counters_of_before() -> None:
+    group = Group()
+    worker = group.add(1)
+    worker.requests = 10
+    await group.report()
+    group.collector.left(worker.member.pid, await answer_other(b""))
+    assert await group.total() == 10
+
+
+async def test_worker_that_connects_again_is_asked_by_its_new_link_alone(tmp_path: Path) -> None:
+    server = LinkServer(listen_unix(tmp_path / "link.sock", 4), Topics(), name="coordinator")
+    group, path = Group(), tmp_path / "link.sock"
+    group.collector.serve(server)
+    await server.start()
+    worker = Process(1, 4711)
+    clients = []
+    for _ in range(2):
+        topics = Topics()
+        worker.reporter.serve(topics)
+        client = LinkClient(
+            path, topics, name="1", facts=worker.member.facts, silence=TIMEOUT, random=lambda: 0.0
+        )
+        client.start()
+        await client.ready(TIMEOUT)
+        clients.append(client)
+    store = LinkClient(path, Topics(), name="1", facts={"urgent": True}, silence=TIMEOUT, random=lambda: 0.0)
+    store.start()
+    await store.ready(TIMEOUT)
+    await until(lambda: len(server.links) == 3)
+    await clients[0].close()
+    await until(lambda: len(server.links) == 2)
+    assert states(await group.report()) == {"coordinator": "serving", "1": "serving"}
+    await clients[1].close()
+    await until(lambda: len(server.links) == 1)
+    assert states(await group.report())["1"] == "silent"
+    await store.close()
+    await server.close()
 
 
 async def test_next_coordinator_gets_the_counters_of_ended_processes() -> None:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcproto.common.counts import BURST_S
+from zcproto.config import Config
 from zcproto.workers import limits as module
-from zcproto.workers.limits import SharedMemory, memory_size, rows_for
+from zcproto.workers.limits import SharedMemory, memory_size, rows_for, share_of
 
 SECRET = bytes(range(32))
 WORKERS = 3
@@ -278,3 +279,49 @@ def test_window_counts_the_events_of_its_seconds(events: list[tuple[int, float]]
     assert recent <= windows[0].count("ada", now, is_whole=True) <= recent_and_before
     assert windows[0].count("ada", now) <= recent_and_before
     assert windows[0].count("bob", now) == 0
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_share_of_the_only_worker_is_everything() -> None:
+    assert share_of(Config(), 1) == Config()
+
+
+@pytest.mark.parametrize(
+    ("workers", "pending", "partial", "per_user", "streams"),
+    [
+        (2, 2_048, 25_165_824, 16_777_216, 33_554_432),
+        (3, 1_366, 16_777_216, 16_777_216, 22_369_622),
+        (64, 256, 786_432, 786_432, 1_048_576),
+    ],
+)
+def test_limits_of_memory_are_divided_down_to_what_a_worker_needs(
+    workers: int, pending: int, partial: int, per_user: int, streams: int
+) -> None:
+    config = share_of(Config(), workers)
+    assert config.tls.max_pending == pending
+    assert config.limits.partial_frame_bytes == partial
+    assert config.limits.partial_frame_bytes_per_user == per_user
+    assert config.streams.memory_bytes == streams
+
+
+def test_share_is_never_more_than_the_limit() -> None:
+    config = Config.model_validate({"tls": {"max_pending": 8}})
+    assert share_of(config, 64).tls.max_pending == 8
+
+
+def test_share_divides_nothing_else() -> None:
+    before, after = Config().model_dump(), share_of(Config(), 4).model_dump()
+    changed = {
+        f"{section}.{name}"
+        for section, values in before.items()
+        for name, value in values.items()
+        if after[section][name] != value
+    }
+    assert changed == {
+        "tls.max_pending",
+        "limits.partial_frame_bytes",
+        "streams.memory_bytes",
+        "limits.partial_frame_bytes_per_user",
+    }

@@ -38,6 +38,7 @@ from zcproto.stores.base import (
     StoreUnavailable,
 )
 from zcproto.workers import remote_store
+from zcproto.workers.link import LinkClient, Topics
 
 
 @pytest.fixture
@@ -190,6 +191,29 @@ async def test_process_whose_connection_was_lost_joins_again(harness: HubHarness
     await store.ping()
     assert harness.changes[0][-1] == Change(ChangeKind.SESSION, session().id, ended(session()))
     assert len(harness.hub._members) == 2
+
+
+async def test_process_that_joins_again_before_its_old_connection_is_lost_stays_a_member(
+    harness: HubHarness,
+) -> None:
+    await harness.start()
+    store, other = await harness.opened(), await harness.opened()
+    (old,) = [link for link in harness.server.links if "urgent" in link.facts][:1]
+    again = LinkClient(
+        harness.path,
+        Topics(),
+        name="worker",
+        facts={"urgent": True},
+        silence=TIMEOUT,
+        random=lambda: 0.0,
+    )
+    again.start()
+    await again.ready(TIMEOUT)
+    await again.call("store.join", store._id)
+    old.lose("lost")
+    await again.call("store.ping", store._id)  # the store of its process is still open
+    await again.close()
+    assert await other.count() == 0
 
 
 async def test_ping_joins_again_after_a_store_that_could_not_be_opened(harness: HubHarness) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,13 +23,8 @@ from zcproto.common.clock import system_clock, system_entropy
 from zcproto.config.model import AlertsConfig
 from zcproto.errors import CertificateError
 from zcproto.runtime.build import WorkerRole
-from zcproto.workers import processes
 from zcproto.workers.alerts import WorkerAlerts
-from zcproto.workers.channel import Channel
-from zcproto.workers.fleet import CERTIFICATES
 from zcproto.workers.limits import SharedCounts, SharedMemory, memory_size
-from zcproto.workers.link import Topics
-from zcproto.workers.processes import MAX_NAMES, Orders
 
 CLIENTS = 200
 LIMIT = 50
@@ -103,6 +96,16 @@ def config() -> zcproto.Config:
     )
 
 
+def test_server_of_one_process_imports_nothing_of_workers() -> None:
+    program = (
+        "import sys, zcproto; print(*(name for name in sys.modules if name.startswith('zcproto.workers')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert found.stdout == "\n"
+
+
 async def test_server_uses_the_parts_of_its_role(tmp_path: Path, certs: Path) -> None:
     shutil.copytree(certs, tmp_path / "certs")
     memory = SharedMemory(bytearray(memory_size(1, 10)), 1, 10, bytes(32))
@@ -158,39 +161,3 @@ async def test_server_reports_that_it_serves_new_certificates(tmp_path: Path, ce
         served.assert_called_once_with()
         await server.parts.certificates.check()
         served.assert_called_once_with()
-
-
-async def test_worker_checks_certificates_when_the_coordinator_serves_new_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(processes, "tune_interpreter", lambda: None)
-    server, (ours, theirs) = Mock(), Channel.pair()
-    server.start, server.drain, server.parts.certificates.check = AsyncMock(), AsyncMock(), AsyncMock()
-    server.state.tasks.running, server.parts.lifespans.is_stuck = 0, False
-    client, topics, ready = Mock(on_up=[]), Topics(), asyncio.Event()
-    orders = Orders(server, Mock(server=None, client=client, topics=topics), theirs, None)
-    running = asyncio.create_task(orders.run(lambda server: ready.set()))
-    await ready.wait()
-    topics.notices[CERTIFICATES](Mock())
-    for connected in client.on_up:  # the coordinator may have been replaced
-        connected(Mock())
-    await asyncio.sleep(0)
-    assert server.parts.certificates.check.await_count == 2
-    orders._drain(0.0)
-    await running
-    asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
-    asyncio.get_running_loop().remove_reader(theirs.fileno())
-    ours.close()
-    theirs.close()
-
-
-async def test_supervisor_hears_some_names_of_a_certificate_with_thousands() -> None:
-    server, (ours, theirs) = Mock(), Channel.pair()
-    Orders(server, Mock(server=None), theirs, None)
-    names = [f"{number}.{'a' * 60}.example" for number in range(5_000)]
-    ready = asyncio.create_task(server.before_listening(names))
-    await asyncio.sleep(0)
-    assert ours.receive() == [("ready", {"names": names[:MAX_NAMES]})]
-    ready.cancel()
-    ours.close()
-    theirs.close()

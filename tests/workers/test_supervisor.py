@@ -9,6 +9,7 @@ import os
 import select
 import selectors
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -108,7 +109,9 @@ class Service:
 class Running:
     """A supervisor in a process of its own. Its exit code is 0, 1 if forced, 3 if it raised."""
 
-    def __init__(self, script: Script, workers: int = 2, **options: Any) -> None:
+    def __init__(
+        self, script: Script, workers: int = 2, *, predecessor: Channel | None = None, **options: Any
+    ) -> None:
         self._reading, writing = os.pipe()
         self._buffer = b""
         self.seen: list[list[Any]] = []
@@ -120,7 +123,8 @@ class Running:
                 os.close(self._reading)
                 service = Service(writing, script, **options)
                 try:
-                    code = 0 if Supervisor(service, workers).run() else 1
+                    supervisor = Supervisor(service, workers, predecessor=predecessor)
+                    code = 0 if supervisor.run() else 1
                 except Exception as error:
                     service.note("raised", type(error).__name__, str(error))
                     code = 3
@@ -635,6 +639,66 @@ def stubborn(number: int, channel: Channel, lifeline: int) -> int:
         signal.signal(each, signal.SIG_IGN)
     os.read(lifeline, 1)
     return 0
+
+
+def test_coordinator_killed_during_a_drain_is_back_for_the_workers_after_its_delay(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FREE", 0)
+    monkeypatch.setattr(module, "SOON", TIMEOUT)
+    monkeypatch.setattr(module, "LONGEST_READY_DELAY", 0.25)
+    gate, opened = os.pipe()
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        wait_for(channel, "drain")
+        if number != COORDINATOR:
+            os.read(gate, 1)
+        return 0
+
+    running = run(script, 1)
+    pids = running.serve()
+    os.kill(running.pid, signal.SIGTERM)
+    running.next("stopping")
+    killed_at = time.monotonic()
+    os.kill(pids[COORDINATOR], signal.SIGKILL)
+    running.next("run", COORDINATOR)
+    assert time.monotonic() - killed_at >= 0.25
+    os.write(opened, b".")
+    assert running.wait() == 0
+    for descriptor in (gate, opened):
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("limit", [0.1, TIMEOUT])
+def test_workers_of_a_successor_whose_predecessor_was_killed_have_a_moment_to_end(
+    run: Run, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    monkeypatch.setattr(module, "ABANDONED_LIMIT", limit)
+    is_short = limit < 1
+    ended, end = os.pipe()
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        wait_for(channel, "drain")
+        time.sleep(TIMEOUT if is_short else 0.2)
+        os.write(end, b".")
+        return 0
+
+    raw, other = socket.socketpair()
+    ours, theirs = Channel(raw), Channel(other)
+    running = run(script, 1, predecessor=theirs)
+    assert wait_for(ours, "prepared") == {}
+    raw.send(
+        b"5\n"
+    )  # what breaks the rules of a channel counts as its end, of which other processes have copies
+    assert running.wait() == 3
+    assert "start it again" in running.all("raised")[0][3]
+    os.close(end)
+    assert os.read(ended, 1) == (b"" if is_short else b".")
+    os.close(ended)
+    ours.close()
+    theirs.close()
 
 
 def test_second_signal_kills_everything(run: Run) -> None:

@@ -106,13 +106,6 @@ def on_certificates_checked(alerts: ServerAlerts, problem: str) -> None:
         alerts.resolve(AlertKind.CERTIFICATE_NOT_USED, "new certificates are used")
 
 
-def on_process_ended(alerts: ServerAlerts, name: str, reason: str) -> None:
-    """Raise the alert of a process of a server with workers that ended unexpectedly."""
-    process = name if name == "coordinator" else f"worker {name}"
-    title = f"a process of the server, {process}, has ended and was started again: {reason}"
-    alerts.raise_(AlertKind.WORKER_ENDED, title, about=process)
-
-
 def on_store_event(alerts: ServerAlerts, event: str, values: Mapping[str, Any]) -> None:
     """Raise or resolve the alerts of a store event, given by its name in the log."""
     if event == "store.recovered":

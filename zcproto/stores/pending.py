@@ -32,7 +32,7 @@ from typing import Any, Final
 from zcproto.common.files import read_file, replace_file, try_lock
 from zcproto.errors import Code, ConfigError
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.worker import Job, Worker
+from zcproto.stores.job_thread import Job, JobThread
 
 LIMIT: Final = 100_000
 """Revocations that may wait, about 300 bytes each in memory and 100 on disk."""
@@ -88,7 +88,7 @@ class PendingRevocations:
         self._file = _File(path)
         self._entries: dict[RevocationKey, Revocation] = {}
         self._unverified: Counter[str | None] = Counter()
-        self._worker: Worker | None = None
+        self._thread: JobThread | None = None
         self.damaged: list[Path] = []
 
     def __len__(self) -> int:
@@ -124,9 +124,9 @@ class PendingRevocations:
     async def open(self) -> None:
         """Read the file. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
         file = self._file = _File(self._path)
-        self._worker = Worker(file.perform, lambda: False, file.close, limit=_QUEUE)
+        self._thread = JobThread(file.perform, lambda: False, file.close, limit=_QUEUE)
         try:
-            entries: Iterable[Revocation] = await self._worker.submit(file.open, OPEN_TIMEOUT_S)
+            entries: Iterable[Revocation] = await self._thread.submit(file.open, OPEN_TIMEOUT_S)
         except BaseException:
             await self.close()
             raise
@@ -138,7 +138,7 @@ class PendingRevocations:
 
     async def close(self) -> None:
         """Write what was submitted and close the file. Never raises."""
-        worker, self._worker = self._worker, None
+        worker, self._thread = self._thread, None
         if worker is not None:
             await worker.stop(CLOSE_TIMEOUT_S)
 
@@ -169,9 +169,9 @@ class PendingRevocations:
         await self._submit(partial(self._file.remove, list(revocations)), within)
 
     async def _submit(self, work: Callable[[], Any], within: float) -> Any:
-        if self._worker is None:
+        if self._thread is None:
             raise StoreUnavailable("the file of pending revocations is closed")
-        return await self._worker.submit(work, within, lasting=True)
+        return await self._thread.submit(work, within, lasting=True)
 
 
 class _File:

@@ -198,3 +198,10 @@ def _known(kind: str) -> AlertKind | None:
         return AlertKind(kind)
     except ValueError:
         return None
+
+
+def on_process_ended(alerts: ServerAlerts, name: str, reason: str) -> None:
+    """Raise the alert of a process of a server with workers that ended unexpectedly."""
+    process = name if name == "coordinator" else f"worker {name}"
+    title = f"a process of the server, {process}, has ended and was started again: {reason}"
+    alerts.raise_(AlertKind.WORKER_ENDED, title, about=process)

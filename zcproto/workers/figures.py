@@ -4,11 +4,11 @@
     a worker that ends -> LAST -> Collector
 
 Rules:
-- Figures are collected on demand, at most once in FRESH_S for all who ask.
+- Figures are collected on demand, at most once in FRESH_S for all callers.
 - A worker that does not answer in time, or whose answer cannot be read, is listed as silent. The others are shown,
   and its counters stay in the sums as they were last reported.
-- Sums do not go backwards when a process ends: its last report stays in them. What the coordinator itself must not
-  lose is with the workers, which keep it for the next coordinator without reading it.
+- Sums do not go backwards when a process ends: its last report stays in them. The workers keep a copy of the sums
+  of ended processes for the next coordinator, without reading it.
 
 A process is asked by a function from bytes to bytes; `serve` gives the one that asks over a link.
 """
@@ -248,9 +248,8 @@ class Reporter:
 
     async def report_last(self, client: LinkClient) -> None:
         """Report the figures of this worker, which ends."""
-        with contextlib.suppress(
-            ZcprotoError, TimeoutError
-        ):  # the next coordinator has the figures of before
+        # Without a coordinator, the next one has the figures of before.
+        with contextlib.suppress(ZcprotoError, TimeoutError):
             async with asyncio.timeout(LAST_S):
                 await client.call(LAST, self.last(), within=LAST_S)
 
@@ -321,8 +320,8 @@ class FleetReports:
 class Collector(FleetReports):
     """Adds up the figures of the coordinator and its workers.
 
-    `read` reads those of the coordinator once it is built, `pid` is its process id, `workers` the number of workers
-    that there should be.
+    `read` reads those of the coordinator once it is built, `pid` is its process id, `workers` the configured number
+    of workers.
     """
 
     def __init__(

@@ -1,11 +1,25 @@
-"""Count under limits over the workers of a server, without a message between them.
+"""Limits over the workers of a server.
 
-    memory of one column per worker   only its worker writes a column; sums are read over all of them
+    connections, requests, logins: SharedMemory, counted together without a message
+    memory of what waits:          share_of, a part for each worker
+
+    shared memory: a column per worker, which it alone writes; sums are read over all columns
     column: counts | events, two windows | failed logins, two windows
 
 Decides: what is admitted under a limit that holds for all workers together.
 
-Rules:
+What a peer may do is counted together: connections, requests, logins. A share would refuse a user whose one
+connection is in one worker at a fraction of the limit. A count is never below the truth and costs microseconds, and
+a peer gains nothing by having all of its connections in one worker. Failed logins are counted here too; the
+coordinator decides how long each has to wait (throttle.py).
+
+Memory is divided. Beyond a bound of memory something is dropped, and a worker can only drop what it holds itself.
+Under a common bound it would drop what honest clients sent while an attacker fills another worker; if it spared
+them, all workers could hold twice the bound. A share is exact, and a client that fills it harms one worker.
+
+Work in one event loop (`tls.max_handshakes`, `limits.threads`, ...) is limited in each worker.
+
+Rules of counting:
 - A key is counted at DEPTH places of a table, which it may share with other keys; its count is the least of them.
   That is never less than the truth. It is more if other keys share all places, which is unlikely and which no peer
   can bring about: the places depend on a secret.
@@ -293,6 +307,8 @@ class WorkerCounting(Counting):
         return self._memory.failures(name, self._number, seconds)
 
 
+# --- memory --------------------------------------------------------------------------------------------------
+
 LEAST_PENDING: Final = 256
 """Pending connections of a worker: several batches of accepts, or clients that are not slow displace each other."""
 
@@ -301,7 +317,7 @@ LEAST_PARTIAL_BYTES: Final = 65_536
 
 
 def share_of(config: Config, workers: int) -> Config:
-    """Return the configuration of each of so many workers."""
+    """Return the configuration of each of so many workers, each of which can serve its clients fairly."""
     tls, limits, streams = config.tls, config.limits, config.streams
     partial = _share(limits.partial_frame_bytes, workers, LEAST_PARTIAL_BYTES)
     return config.model_copy(

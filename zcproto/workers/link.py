@@ -25,13 +25,16 @@ with `LinkServer.notify` to all of them. Arguments and results are what msgpack 
 - A handler whose connection is lost runs to its end; its answer is dropped.
 
 Rules:
+- A message is its length in four bytes, and a msgpack list of its kind and fields. One that is too large, or of
+  another shape, ends the connection. HELLO comes first; a peer that is older than MIN_VERSION is refused.
+- Time is counted in ticks of the event loop: one that was blocked reads what has arrived before a call is late.
 - The bytes of one turn of the event loop are one write. A peer that does not read is disconnected at MAX_BUFFER.
 - A client sends a ping after `heartbeat` seconds without one, and also while calls wait. If nothing comes for
   `silence` seconds, the connection is lost. Time in which the server, whose process id is the fact `pid`, waits
   for a processor does not count: it is not silent, the machine is busy.
 - The socket is for one user: its mode is 0600, and the peer's user is checked where the system reports it.
 
-It must not know: what a topic is for.
+`LinkCore` is the part without sockets. It must not know: what a topic is for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Add up the reports of several processes: the status, `server.stats`, readiness and metrics of all workers.
 
-    report of each process -> merge(reports) -> status, server.stats, /readyz and /metrics of the whole
+    report of each process -> merge(reports) -> status, server.stats, /readyz and /metrics of the server
 
 Decides: how each figure is added. Every figure has a rule below.
 
@@ -312,6 +312,9 @@ def _check(value: Any, nesting: int, left: int = _MAX_NODES) -> int:
         raise ValueError(f"it has a value of type {type(value).__name__}")
     return left
 
+
+# --- series of metrics -----------------------------------------------------------------------------------------
+# `Metric.across` decides: counters and histograms are added, a gauge as the table of observe/metrics.py says.
 
 MAX_SERIES: Final = 100_000
 """Series in one packed value: a server with 10,000 methods and topics has fewer."""

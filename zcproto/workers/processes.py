@@ -41,7 +41,6 @@ from zcproto.config import Config
 from zcproto.config.changes import effective
 from zcproto.errors import ConfigError
 from zcproto.observe.log import LogChange, finish_log, name_process, reopen_log
-from zcproto.runtime.alert_sources import on_process_ended
 from zcproto.runtime.build import build_alerts
 from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.process_setup import (
@@ -59,6 +58,7 @@ from zcproto.runtime.store_setup import SQLITE
 from zcproto.server.listener import bind, listen
 from zcproto.server.state import log
 from zcproto.workers import fleet
+from zcproto.workers.alerts import on_process_ended
 from zcproto.workers.channel import Channel, failure_of
 from zcproto.workers.figures import Member
 from zcproto.workers.fleet import Membership

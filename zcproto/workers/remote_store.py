@@ -20,7 +20,7 @@ It must not know: what an operation is for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter
@@ -107,6 +107,50 @@ def _change_values(change: Change) -> tuple[Any, ...]:
     return change.kind.value, change.id, found_values(change.ended)
 
 
+def _rotated_values(rotated: SessionRecord | NotRotated | Repeated) -> tuple[Any, ...]:
+    if isinstance(rotated, NotRotated):
+        return None, rotated.code, rotated.reused
+    if isinstance(rotated, Repeated):
+        return record_values(rotated.record), rotated.sealed
+    return (record_values(rotated),)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _all_same(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def _all_found(found: Iterable[Found]) -> list[Any]:
+    return [*map(found_values, found)]
+
+
+_OPERATIONS: Final[dict[str, tuple[Callable[..., tuple[Any, ...]], Callable[[Any], Any]]]] = {
+    **dict.fromkeys(
+        ("ping", "examine", "touch", "lease", "count", "expire", "keep_answer", "release_claim"),
+        (_all_same, _same),
+    ),
+    "create": (
+        lambda record, limit: (record_of(record), UserLimit(*limit)),
+        lambda created: _all_found(created.ended) if isinstance(created, Created) else None,
+    ),
+    "rotate": (lambda rotation: (Rotation(*rotation),), _rotated_values),
+    "find": (_all_same, found_values),
+    "get": (_all_same, found_values),
+    "end": (lambda ids, code, wall, user: (ids, Code(code), wall, user), _all_found),
+    "end_user": (lambda user, code, wall: (user, Code(code), wall), _all_found),
+    "end_all": (lambda code, wall: (Code(code), wall), _same),
+    "list": (_all_same, _all_found),
+    "claim": (
+        _all_same,
+        lambda claim: (claim.state.value, _ORPHAN if claim.is_orphan else claim.answer, claim.is_own),
+    ),
+}
+"""How the process with the store reads the arguments of each operation, and writes its result."""
+
+
 # --- the process with the store ------------------------------------------------------------------------------
 
 
@@ -125,12 +169,7 @@ class StoreServer:
         server.on_lost.append(self._lost)
         calls = server.topics.calls
         calls["store.join"] = self._join
-        for operation in (
-            *(self._ping, self._examine, self._create, self._rotate, self._find, self._get, self._touch),
-            *(self._lease, self._end, self._end_user, self._end_all, self._list, self._count, self._expire),
-            *(self._claim, self._keep_answer, self._release_claim),
-        ):
-            calls[f"store.{operation.__name__[1:]}"] = partial(self._perform, operation)
+        calls |= {f"store.{name}": partial(self._perform, name) for name in _OPERATIONS}
 
     def _lost(self, link: Link) -> None:
         id, member = self._member_of.pop(link, (b"", None))
@@ -154,83 +193,19 @@ class StoreServer:
             self._hub.join(member)
         return self._hub.epoch
 
-    async def _perform(
-        self, operation: Callable[..., Any], link: Link, member_id: bytes, *arguments: Any
-    ) -> Any:
+    async def _perform(self, name: str, link: Link, member_id: bytes, *arguments: Any) -> Any:
         member = self._members.get(member_id)
         if member is None:
             raise _refusal(StoreUnavailable("this process has to connect again"))
         loop = asyncio.get_running_loop()
         began = loop.time()
+        read, write = _OPERATIONS[name]
         try:
-            return await operation(member, *arguments)
+            return write(await getattr(member, name)(*read(*arguments)))
         except StoreUnavailable as error:
             if not isinstance(error, DamagedRecord):
                 self.on_failed(error.reason, loop.time() - began)
             raise _refusal(error) from error
-
-    async def _ping(self, member: HubStore) -> None:
-        await member.ping()
-
-    async def _examine(self, member: HubStore, wall: int) -> Sequence[str]:
-        return await member.examine(wall)
-
-    async def _create(self, member: HubStore, record: list[Any], limit: list[Any]) -> list[Any] | None:
-        created = await member.create(record_of(record), UserLimit(*limit))
-        return [*map(found_values, created.ended)] if isinstance(created, Created) else None
-
-    async def _rotate(self, member: HubStore, rotation: list[Any]) -> tuple[Any, ...]:
-        rotated = await member.rotate(Rotation(*rotation))
-        if isinstance(rotated, NotRotated):
-            return None, rotated.code, rotated.reused
-        if isinstance(rotated, Repeated):
-            return record_values(rotated.record), rotated.sealed
-        return (record_values(rotated),)
-
-    async def _find(self, member: HubStore, token_digest: bytes) -> tuple[Any, ...] | None:
-        return found_values(await member.find(token_digest))
-
-    async def _get(self, member: HubStore, id: bytes) -> tuple[Any, ...] | None:
-        return found_values(await member.get(id))
-
-    async def _touch(self, member: HubStore, uses: list[Any]) -> None:
-        await member.touch([(id, used_at) for id, used_at in uses])
-
-    async def _lease(self, member: HubStore, uses: list[Any]) -> None:
-        await member.lease([(id, is_used) for id, is_used in uses])
-
-    async def _end(
-        self, member: HubStore, ids: list[bytes], code: int, wall: int, user: str | None
-    ) -> list[Any]:
-        return [*map(found_values, await member.end(ids, Code(code), wall, user))]
-
-    async def _end_user(self, member: HubStore, user: str, code: int, wall: int) -> list[Any]:
-        return [*map(found_values, await member.end_user(user, Code(code), wall))]
-
-    async def _end_all(self, member: HubStore, code: int, wall: int) -> int:
-        return await member.end_all(Code(code), wall)
-
-    async def _list(self, member: HubStore, user: str | None) -> list[tuple[Any, ...]]:
-        return [*map(record_values, await member.list(user))]
-
-    async def _count(self, member: HubStore) -> int:
-        return await member.count()
-
-    async def _expire(self, member: HubStore, wall: int, keep_ended_ms: int, limit: int) -> int:
-        return await member.expire(wall, keep_ended_ms, limit)
-
-    async def _claim(
-        self, member: HubStore, user: str, key: str, request_digest: bytes, lease_ms: int
-    ) -> tuple[Any, ...]:
-        claim = await member.claim(user, key, request_digest, lease_ms)
-        answer = _ORPHAN if claim.is_orphan else claim.answer
-        return claim.state.value, answer, claim.is_own
-
-    async def _keep_answer(self, member: HubStore, user: str, key: str, answer: bytes, keep_ms: int) -> None:
-        await member.keep_answer(user, key, answer, keep_ms)
-
-    async def _release_claim(self, member: HubStore, user: str, key: str) -> None:
-        await member.release_claim(user, key)
 
 
 def _refusal(error: StoreUnavailable) -> Unavailable:

@@ -680,7 +680,7 @@ class Supervisor:
         {
             Phase.STARTING: self._fail_start,
             Phase.SERVING: self._restart,
-            Phase.HANDING_OVER: self._hand_over_further,
+            Phase.HANDING_OVER: self._continue_upgrade,
             Phase.STOPPING: self._end_while_stopping,
         }[self._phase_of(process)](end)
 
@@ -714,7 +714,7 @@ class Supervisor:
         self._ended.append((process.name, end.reason[:MAX_REASON]))
         self._report_ended()
 
-    def _hand_over_further(self, end: ProcessEnd) -> None:
+    def _continue_upgrade(self, end: ProcessEnd) -> None:
         if not end.is_expected:
             end.log()
         is_coordinator = end.process is self.coordinator
@@ -766,31 +766,38 @@ class Supervisor:
     # --- upgrade -------------------------------------------------------------------------------------
 
     def _upgrade(self, given: Input) -> None:
+        of_server = {
+            Action.START_SUCCESSOR: self._start_successor,
+            Action.END_COORDINATOR: self._end_coordinator,
+            Action.SERVE_ON: self._serve_on,
+            Action.DRAIN_NEXT: self._drain_next,
+        }
+        of_successor = {
+            Action.GIVE_STORE: lambda successor: successor.channel.send("store"),
+            Action.LEAVE: self._leave_to,
+            Action.END_SUCCESSOR: self._end_successor,
+        }
         for action in self._handover.handle(given):
-            if action is Action.START_SUCCESSOR:
-                self._start_successor()
-            elif action is Action.END_COORDINATOR:
-                self._end_coordinator()
-            elif action is Action.SERVE_ON:
-                if not self.coordinator.is_running and not self._is_stopping:
-                    self.coordinator.start_at = self._now()
-            elif action is Action.DRAIN_NEXT:
-                self._drain_next()
+            if action in of_server:
+                of_server[action]()
             elif self._successor is not None:
-                if action is Action.GIVE_STORE:
-                    self._successor.channel.send("store")
-                elif action is Action.LEAVE:
-                    self._service.left(self._successor.pid)
-                    self._successor.channel.send("left")
-                    for worker in self.workers:
-                        worker.send("leave")
-                    log.info("upgrade.done", pid=self._successor.pid)
-                else:
-                    self._successor_until = (
-                        self._now() + MARGIN + KILLED_LIMIT
-                    )  # it kills its processes first
-                    if not self._successor.is_ending:
-                        self._successor.terminate()
+                of_successor[action](self._successor)
+
+    def _serve_on(self) -> None:
+        if not self.coordinator.is_running and not self._is_stopping:
+            self.coordinator.start_at = self._now()
+
+    def _leave_to(self, successor: Successor) -> None:
+        self._service.left(successor.pid)
+        successor.channel.send("left")
+        for worker in self.workers:
+            worker.send("leave")
+        log.info("upgrade.done", pid=successor.pid)
+
+    def _end_successor(self, successor: Successor) -> None:
+        self._successor_until = self._now() + MARGIN + KILLED_LIMIT  # it kills its processes first
+        if not successor.is_ending:
+            successor.terminate()
 
     def _start_successor(self) -> None:
         try:

@@ -16,7 +16,7 @@ from tests.stores.contract import FIVE, KEEP, LEASE, WALL, digest, ended, opened
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import SessionRecord
-from zcproto.stores import worker
+from zcproto.stores import job_thread
 from zcproto.stores.base import Claim, ClaimState, Created, StoreUnavailable
 from zcproto.stores.sqlite import database
 from zcproto.stores.sqlite import store as sqlite
@@ -343,6 +343,6 @@ async def test_close_on_a_hung_disk_gives_up(
 
 def _threads_have_ended(others: set[threading.Thread]) -> None:
     for thread in set(threading.enumerate()) - others:
-        if thread.name == worker.THREAD_NAME:
+        if thread.name == job_thread.THREAD_NAME:
             thread.join(TIMEOUT)
             assert not thread.is_alive()

@@ -25,7 +25,7 @@ from tests.stores.contract import (
 )
 from tests.stores.sqlite.harness import SqliteHarness
 from zcproto.errors import Code
-from zcproto.stores import worker
+from zcproto.stores import job_thread
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import Claim, ClaimState, Created, StoreUnavailable
 from zcproto.stores.sqlite import database
@@ -91,7 +91,7 @@ async def test_invalid_operation_fails_without_affecting_others(harness: SqliteH
 
 async def test_more_operations_than_one_group_succeed(harness: SqliteHarness) -> None:
     store = await harness.opened()
-    records = [session(number, f"user-{number}") for number in range(2 * worker.GROUP + 9)]
+    records = [session(number, f"user-{number}") for number in range(2 * job_thread.GROUP + 9)]
     await asyncio.gather(*(store.create(record, FIVE) for record in records))
     assert await store.list() == records
 
@@ -163,7 +163,7 @@ async def test_expire_works_in_short_slices(
         monkeypatch.setattr(sqlite, "EXPIRE_S", 0.0)
     else:
         monkeypatch.setattr(sqlite, "EXPIRE_S", 60.0)
-        monkeypatch.setattr(worker.Worker, "is_waited_for", True)
+        monkeypatch.setattr(job_thread.JobThread, "is_waited_for", True)
     assert [await store.expire(WALL, 0, 1_000) for _ in range(4)] == [100, 100, 50, 0]
     monkeypatch.undo()
     assert await store.count() == 0

@@ -29,10 +29,10 @@ from zcproto.stores.base import (
     Repeated,
     StoreUnavailable,
 )
+from zcproto.stores.job_thread import Job, JobThread
 from zcproto.stores.sqlite.database import MAX_TOUCHED, MemoryDatabase, Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect
 from zcproto.stores.sqlite.rows import Operation
-from zcproto.stores.worker import Job, Worker
 
 TIMEOUT_S: Final = 0.25
 OPEN_TIMEOUT_S: Final = 30.0
@@ -65,11 +65,11 @@ class SqliteStore:
     queue: int = QUEUE
     shared = False
     keeps_time = keeps_changes = True
-    _worker: Worker | None = field(default=None, init=False)
+    _thread: JobThread | None = field(default=None, init=False)
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store as in `SessionStore.open`. May be called again after it failed."""
-        assert self._worker is None, "the store is open"
+        assert self._thread is None, "the store is open"
         loop = asyncio.get_running_loop()
 
         def notify(name: str, **values: object) -> None:
@@ -83,15 +83,17 @@ class SqliteStore:
                 self.path, answers=self.answers, time=self.time, on_notice=notify, connect=self.connect
             )
         )
-        self._worker = Worker(partial(_perform, database), database.sweep, database.close, limit=self.queue)
+        self._thread = JobThread(
+            partial(_perform, database), database.sweep, database.close, limit=self.queue
+        )
         try:
-            await self._worker.submit(database.open, OPEN_TIMEOUT_S)
+            await self._thread.submit(database.open, OPEN_TIMEOUT_S)
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
-        worker, self._worker = self._worker, None
+        worker, self._thread = self._thread, None
         if worker is None:
             return
         if not await worker.stop(CLOSE_TIMEOUT_S):
@@ -163,7 +165,7 @@ class SqliteStore:
 
     def _expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
         """Remove a slice; runs in the thread."""
-        worker = self._worker
+        worker = self._thread
         until = system_clock.now() + EXPIRE_S
 
         def is_enough() -> bool:
@@ -193,10 +195,10 @@ class SqliteStore:
         ahead: bool = False,
     ) -> T:
         """Run an operation or a function in the thread, and return its result."""
-        if self._worker is None:
+        if self._thread is None:
             raise StoreUnavailable("it is not open")
         job = work if isinstance(work, Operation) else partial(self._database.attempt, work)
-        result: T = await self._worker.submit(
+        result: T = await self._thread.submit(
             job, within or self.timeout, lasting=lasting, behind=behind, ahead=ahead
         )
         return result

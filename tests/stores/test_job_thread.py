@@ -15,15 +15,15 @@ import pytest
 from tests.limits import TIMEOUT
 from tests.workers.hub_harness import until
 from zcproto.errors import ResourceExhausted
-from zcproto.stores import worker
+from zcproto.stores import job_thread
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.worker import CHECKS, GROUP, Job, Worker
+from zcproto.stores.job_thread import CHECKS, GROUP, Job, JobThread
 
 LONG = TIMEOUT
 
 
 class Bench:
-    """A worker whose jobs are values that it returns, or functions that it calls."""
+    """A thread whose jobs are values that it returns, or functions that it calls."""
 
     def __init__(self, limit: int = 1_000) -> None:
         self.groups: list[list[object]] = []
@@ -32,7 +32,7 @@ class Bench:
         self.left = threading.Event()
         self.held = threading.Event()
         self.go_on = threading.Event()
-        self.worker = Worker(self._perform, self._idle, self._finish, limit=limit)
+        self.thread = JobThread(self._perform, self._idle, self._finish, limit=limit)
 
     def _perform(self, jobs: Sequence[Job]) -> None:
         self.groups.append([job.work for job in jobs])
@@ -58,7 +58,7 @@ class Bench:
             self.held.set()
             assert self.go_on.wait(LONG)
 
-        task = asyncio.create_task(self.worker.submit(hang, LONG))
+        task = asyncio.create_task(self.thread.submit(hang, LONG))
         assert await asyncio.to_thread(self.held.wait, LONG)
         return task
 
@@ -68,17 +68,17 @@ async def bench() -> AsyncIterator[Bench]:
     bench = Bench()
     yield bench
     bench.go_on.set()
-    assert await bench.worker.stop(LONG)
+    assert await bench.thread.stop(LONG)
 
 
 async def test_job_returns_its_result_or_raises(bench: Bench) -> None:
-    assert await bench.worker.submit("work", LONG) == "work"
+    assert await bench.thread.submit("work", LONG) == "work"
     with pytest.raises(KeyError):
-        await bench.worker.submit(KeyError("work"), LONG)
+        await bench.thread.submit(KeyError("work"), LONG)
 
 
 async def test_jobs_of_one_loop_turn_form_one_group(bench: Bench) -> None:
-    assert await asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(9))) == [*range(9)]
+    assert await asyncio.gather(*(bench.thread.submit(number, LONG) for number in range(9))) == [*range(9)]
     assert bench.groups == [[*range(9)]]
 
 
@@ -86,7 +86,7 @@ async def test_jobs_submitted_while_busy_form_the_next_group(bench: Bench) -> No
     held = await bench.hold()
     asked = []
     for number in range(5):
-        asked.append(asyncio.create_task(bench.worker.submit(number, LONG)))
+        asked.append(asyncio.create_task(bench.thread.submit(number, LONG)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     bench.go_on.set()
@@ -96,22 +96,22 @@ async def test_jobs_submitted_while_busy_form_the_next_group(bench: Bench) -> No
 
 async def test_is_waited_for_is_true_while_other_jobs_wait(bench: Bench) -> None:
     held = await bench.hold()
-    assert not bench.worker.is_waited_for
-    others = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
+    assert not bench.thread.is_waited_for
+    others = [asyncio.create_task(bench.thread.submit(number, LONG)) for number in range(2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert bench.worker.is_waited_for
+    assert bench.thread.is_waited_for
     bench.go_on.set()
     await asyncio.gather(held, *others)
-    assert bench.worker.is_waited_for  # the two were one group
-    await bench.worker.submit("alone", LONG)
-    assert not bench.worker.is_waited_for
+    assert bench.thread.is_waited_for  # the two were one group
+    await bench.thread.submit("alone", LONG)
+    assert not bench.thread.is_waited_for
 
 
 async def test_group_is_bounded(bench: Bench) -> None:
     count = 2 * GROUP + 10
     held = await bench.hold()
-    asked = asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(count)))
+    asked = asyncio.gather(*(bench.thread.submit(number, LONG) for number in range(count)))
     await asyncio.sleep(0)
     bench.go_on.set()
     assert await asked == [*range(count)]
@@ -123,17 +123,17 @@ async def test_timed_out_job_that_had_not_begun_is_not_run(bench: Bench) -> None
     held = await bench.hold()
     for work, lasting in (("dropped", False), ("lasting", True)):
         with pytest.raises(StoreUnavailable, match="within 10 ms"):
-            await bench.worker.submit(work, 0.01, lasting=lasting)
+            await bench.thread.submit(work, 0.01, lasting=lasting)
     bench.go_on.set()
     await held
-    await bench.worker.submit("last", LONG)
+    await bench.thread.submit("last", LONG)
     done = [work for group in bench.groups for work in group]
     assert done[1:] == ["lasting", "last"]
 
 
 @pytest.fixture
 def long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "PATIENCE", math.inf)
+    monkeypatch.setattr(job_thread, "PATIENCE", math.inf)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         progress.append(len(progress))
         return progress[-1]
 
-    monkeypatch.setattr(bench.worker, "_progress", see)
+    monkeypatch.setattr(bench.thread, "_progress", see)
     return progress
 
 
@@ -154,7 +154,7 @@ async def test_job_waits_longer_than_its_timeout_for_a_thread_that_works(
     bench: Bench, progress: list[int]
 ) -> None:
     held = await bench.hold()
-    waits = asyncio.create_task(bench.worker.submit("work", 0.001))
+    waits = asyncio.create_task(bench.thread.submit("work", 0.001))
     await until(lambda: len(progress) > 2 * CHECKS)
     bench.go_on.set()
     assert await waits == "work"
@@ -164,9 +164,9 @@ async def test_job_waits_longer_than_its_timeout_for_a_thread_that_works(
 @pytest.mark.usefixtures("progress")
 async def test_job_that_waits_too_long_for_a_thread_that_works_is_refused_and_not_run(bench: Bench) -> None:
     held = await bench.hold()
-    kept = asyncio.create_task(bench.worker.submit("lasting", 0.0001, lasting=True))
+    kept = asyncio.create_task(bench.thread.submit("lasting", 0.0001, lasting=True))
     with pytest.raises(ResourceExhausted) as refused:
-        await bench.worker.submit("refused", 0.0001)
+        await bench.thread.submit("refused", 0.0001)
     assert refused.value.details == {"retry_after_ms": 250}
     bench.go_on.set()
     await held
@@ -176,7 +176,7 @@ async def test_job_that_waits_too_long_for_a_thread_that_works_is_refused_and_no
 
 @pytest.mark.usefixtures("long_patience")
 async def test_job_fails_if_the_thread_hangs_in_it(bench: Bench) -> None:
-    hanging = asyncio.create_task(bench.worker.submit(lambda: bench.go_on.wait(LONG), 0.001))
+    hanging = asyncio.create_task(bench.thread.submit(lambda: bench.go_on.wait(LONG), 0.001))
     with pytest.raises(StoreUnavailable, match="within 1 ms"):
         await hanging
 
@@ -184,14 +184,14 @@ async def test_job_fails_if_the_thread_hangs_in_it(bench: Bench) -> None:
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="takes a clock of each thread")
 async def test_thread_that_uses_the_processor_does_not_hang(bench: Bench) -> None:
     def work() -> None:
-        seen.append(bench.worker._progress())
+        seen.append(bench.thread._progress())
         end = time.thread_time() + 0.001
         while time.thread_time() < end:
             pass
-        seen.append(bench.worker._progress())
+        seen.append(bench.thread._progress())
 
     seen: list[tuple[int, float, float]] = []
-    await bench.worker.submit(work, LONG)
+    await bench.thread.submit(work, LONG)
     (turn, used, _), (same_turn, used_after, _) = seen
     assert same_turn == turn
     assert used_after > used
@@ -207,20 +207,20 @@ async def test_thread_that_waits_for_a_processor_does_not_hang(
         asked.append(thread)
         return float(len(asked))
 
-    monkeypatch.setattr(worker, "queued_seconds", queued)
-    monkeypatch.setattr(worker, "_READ_EVERY_S", 0.0)
-    waits = asyncio.create_task(bench.worker.submit(lambda: bench.go_on.wait(LONG), 0.001))
+    monkeypatch.setattr(job_thread, "queued_seconds", queued)
+    monkeypatch.setattr(job_thread, "_READ_EVERY_S", 0.0)
+    waits = asyncio.create_task(bench.thread.submit(lambda: bench.go_on.wait(LONG), 0.001))
     await until(lambda: len(asked) > 3 * CHECKS or waits.done())
     assert not waits.done()
-    assert {*asked} == {bench.worker._thread.native_id}
+    assert {*asked} == {bench.thread._thread.native_id}
     bench.go_on.set()
     assert await waits
 
 
 async def test_done_job_is_not_late_when_the_loop_is(bench: Bench) -> None:
     job = Job("work", False, False, asyncio.get_running_loop().create_future(), done=True)
-    bench.worker._is_busy = True
-    bench.worker._check(job, LONG, CHECKS, CHECKS, bench.worker._progress())
+    bench.thread._is_busy = True
+    bench.thread._check(job, LONG, CHECKS, CHECKS, bench.thread._progress())
     assert job.timer is not None
     job.timer.cancel()
     assert not job.future.done()
@@ -228,13 +228,13 @@ async def test_done_job_is_not_late_when_the_loop_is(bench: Bench) -> None:
 
 async def test_jobs_go_ahead_of_those_behind(bench: Bench) -> None:
     held = await bench.hold()
-    later = asyncio.gather(*(bench.worker.submit(number, LONG, behind=True) for number in range(GROUP + 5)))
+    later = asyncio.gather(*(bench.thread.submit(number, LONG, behind=True) for number in range(GROUP + 5)))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    ahead = asyncio.create_task(bench.worker.submit("ahead", LONG))
+    ahead = asyncio.create_task(bench.thread.submit("ahead", LONG))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert bench.worker.is_waited_for
+    assert bench.thread.is_waited_for
     bench.go_on.set()
     assert await later == [*range(GROUP + 5)]
     await asyncio.gather(held, ahead)
@@ -244,13 +244,13 @@ async def test_jobs_go_ahead_of_those_behind(bench: Bench) -> None:
 
 async def test_jobs_ahead_form_the_next_group(bench: Bench) -> None:
     held = await bench.hold()
-    asked = asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(GROUP + 5)))
+    asked = asyncio.gather(*(bench.thread.submit(number, LONG) for number in range(GROUP + 5)))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    ahead = asyncio.gather(*(bench.worker.submit(f"ahead {number}", LONG, ahead=True) for number in range(2)))
+    ahead = asyncio.gather(*(bench.thread.submit(f"ahead {number}", LONG, ahead=True) for number in range(2)))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert bench.worker.is_waited_for
+    assert bench.thread.is_waited_for
     bench.go_on.set()
     assert await ahead == ["ahead 0", "ahead 1"]
     assert await asked == [*range(GROUP + 5)]
@@ -260,8 +260,8 @@ async def test_jobs_ahead_form_the_next_group(bench: Bench) -> None:
 
 async def test_too_many_jobs_ahead_make_several_groups(bench: Bench) -> None:
     held = await bench.hold()
-    ahead = asyncio.gather(*(bench.worker.submit(number, LONG, ahead=True) for number in range(GROUP + 5)))
-    asked = asyncio.gather(bench.worker.submit("asked", LONG))
+    ahead = asyncio.gather(*(bench.thread.submit(number, LONG, ahead=True) for number in range(GROUP + 5)))
+    asked = asyncio.gather(bench.thread.submit("asked", LONG))
     await asyncio.sleep(0)
     bench.go_on.set()
     await asyncio.gather(held, ahead, asked)
@@ -271,9 +271,9 @@ async def test_too_many_jobs_ahead_make_several_groups(bench: Bench) -> None:
 async def test_stop_runs_the_jobs_ahead_too() -> None:
     bench = Bench()
     held = await bench.hold()
-    ahead = asyncio.create_task(bench.worker.submit("ahead", LONG, ahead=True))
+    ahead = asyncio.create_task(bench.thread.submit("ahead", LONG, ahead=True))
     await asyncio.sleep(0)
-    stopping = asyncio.create_task(bench.worker.stop(LONG))
+    stopping = asyncio.create_task(bench.thread.stop(LONG))
     await asyncio.sleep(0)
     bench.go_on.set()
     assert await ahead == "ahead"
@@ -284,25 +284,25 @@ async def test_stop_runs_the_jobs_ahead_too() -> None:
 async def test_full_queue_refuses_jobs_and_drains() -> None:
     bench = Bench(limit=3)
     held = await bench.hold()
-    asked = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
+    asked = [asyncio.create_task(bench.thread.submit(number, LONG)) for number in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(ResourceExhausted, match="too many operations wait"):
-        await bench.worker.submit("one too many", LONG)
-    asked.append(asyncio.create_task(bench.worker.submit("lasting", LONG, lasting=True)))
-    asked.append(asyncio.create_task(bench.worker.submit("behind", LONG, behind=True)))
+        await bench.thread.submit("one too many", LONG)
+    asked.append(asyncio.create_task(bench.thread.submit("lasting", LONG, lasting=True)))
+    asked.append(asyncio.create_task(bench.thread.submit("behind", LONG, behind=True)))
     await asyncio.sleep(0)
     bench.go_on.set()
     await asyncio.gather(held, *asked)
-    assert await bench.worker.submit("again", LONG) == "again"
-    assert await bench.worker.stop(LONG)
+    assert await bench.thread.submit("again", LONG) == "again"
+    assert await bench.thread.stop(LONG)
 
 
 async def test_stop_runs_the_jobs_behind_too() -> None:
     bench = Bench()
     held = await bench.hold()
-    later = asyncio.gather(*(bench.worker.submit(number, LONG, behind=True) for number in range(3)))
+    later = asyncio.gather(*(bench.thread.submit(number, LONG, behind=True) for number in range(3)))
     await asyncio.sleep(0)
-    stopping = asyncio.create_task(bench.worker.stop(LONG))
+    stopping = asyncio.create_task(bench.thread.stop(LONG))
     await asyncio.sleep(0)
     bench.go_on.set()
     assert await later == [0, 1, 2]
@@ -313,23 +313,23 @@ async def test_stop_runs_the_jobs_behind_too() -> None:
 async def test_stop_runs_submitted_jobs_and_is_idempotent() -> None:
     bench = Bench()
     held = await bench.hold()
-    asked = asyncio.create_task(bench.worker.submit("late", LONG))
+    asked = asyncio.create_task(bench.thread.submit("late", LONG))
     await asyncio.sleep(0)
-    stopping = asyncio.create_task(bench.worker.stop(LONG))
+    stopping = asyncio.create_task(bench.thread.stop(LONG))
     await asyncio.sleep(0)
     with pytest.raises(StoreUnavailable, match="closed"):
-        await bench.worker.submit("too late", LONG)
+        await bench.thread.submit("too late", LONG)
     bench.go_on.set()
     assert await asked == "late"
     assert await stopping
-    assert await bench.worker.stop(LONG)
+    assert await bench.thread.stop(LONG)
     assert bench.left.is_set()
     await held
 
 
 async def test_job_submitted_in_the_turn_of_stop_is_run() -> None:
     bench = Bench()
-    asked, _ = await asyncio.gather(bench.worker.submit("late", LONG), bench.worker.stop(LONG))
+    asked, _ = await asyncio.gather(bench.thread.submit("late", LONG), bench.thread.stop(LONG))
     await asyncio.sleep(0)
     assert asked == "late"
 
@@ -337,17 +337,17 @@ async def test_job_submitted_in_the_turn_of_stop_is_run() -> None:
 async def test_stop_abandons_a_hung_thread() -> None:
     bench = Bench()
     held = await bench.hold()
-    assert not await bench.worker.stop(0.01)
+    assert not await bench.thread.stop(0.01)
     bench.go_on.set()
-    assert await bench.worker.stop(LONG)
+    assert await bench.thread.stop(LONG)
     await held
 
 
 async def test_idle_is_called_while_there_are_no_jobs(bench: Bench) -> None:
     bench.rests = 5
-    await bench.worker.submit("one", LONG)
+    await bench.thread.submit("one", LONG)
     assert await asyncio.to_thread(bench.rested.wait, LONG)
-    assert await bench.worker.submit("two", LONG) == "two"
+    assert await bench.thread.submit("two", LONG) == "two"
 
 
 def test_closed_loop_is_not_called() -> None:
@@ -359,7 +359,7 @@ def test_closed_loop_is_not_called() -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        stopping = asyncio.create_task(made[0].worker.stop(LONG))
+        stopping = asyncio.create_task(made[0].thread.stop(LONG))
         await asyncio.sleep(0)
         stopping.cancel()
 
@@ -375,8 +375,8 @@ def test_closed_loop_is_not_called() -> None:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the pauses of the event loop, which are not waited for."""
     pauses: list[float] = []
-    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=pauses.append))
-    monkeypatch.setattr(worker, "_AGAIN_S", 0.0001)
+    monkeypatch.setattr(job_thread, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(job_thread, "_AGAIN_S", 0.0001)
     return pauses
 
 
@@ -393,15 +393,15 @@ async def test_loop_pauses_for_a_late_result_with_a_limit(bench: Bench, pauses: 
 async def test_loop_does_not_pause_while_results_come(
     bench: Bench, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_LATE_S", LONG)
-    monkeypatch.setattr(worker, "_AGAIN_S", LONG)
-    await bench.worker.submit("one", LONG)
+    monkeypatch.setattr(job_thread, "_LATE_S", LONG)
+    monkeypatch.setattr(job_thread, "_AGAIN_S", LONG)
+    await bench.thread.submit("one", LONG)
     held = await bench.hold()
-    bench.worker._watch(0, 0)
+    bench.thread._watch(0, 0)
     assert not pauses, "a group was finished since the last check"
-    bench.worker._watch(1, 0)
+    bench.thread._watch(1, 0)
     assert len(pauses) == 1
     bench.go_on.set()
     await held
-    bench.worker._watch(1, 1)
+    bench.thread._watch(1, 1)
     assert len(pauses) == 1, "nothing waits"

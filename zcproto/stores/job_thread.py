@@ -74,7 +74,7 @@ Perform = Callable[[Sequence[Job]], object]
 """Runs jobs and stores the outcome in each. Must not raise."""
 
 
-class Worker:
+class JobThread:
     """The thread, for use in the event loop. `perform`, `idle` and `finish` are called in the thread.
 
     `idle` is called while there are no jobs, as long as it returns True; `finish` at the end.
