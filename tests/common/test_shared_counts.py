@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcproto.common import shared_counts as module
-from zcproto.common.counts import BURST_S
+from zcproto.common.rates import BURST_S
 from zcproto.common.shared_counts import SharedMemory, memory_size, rows_for
 
 SECRET = bytes(range(32))
