@@ -19,7 +19,7 @@ from typing import Final
 import click
 
 from zcproto import accelerator
-from zcproto.alerts.command import check_program
+from zcproto.alerts.sinks import check_program
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import collector, issuers, remote
