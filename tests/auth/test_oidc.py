@@ -14,9 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from tests.auth.issuer import ISSUER, RULES, WALL_S, Published, jwk, part, private_key, token
-from zcproto.auth.application import ApplicationAuthenticator
 from zcproto.auth.identity import NO_CHANNEL, Channel, Identity
-from zcproto.auth.login import Login
+from zcproto.auth.login import ApplicationAuthenticator, Login
 from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer, claim_at
 from zcproto.auth.schemes import certificate_key
 from zcproto.auth.throttle import Throttle

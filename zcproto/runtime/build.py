@@ -43,9 +43,8 @@ from zcproto.auth import (
     User,
     UserFile,
 )
-from zcproto.auth.directory import Directory
+from zcproto.auth.directory import Directory, Origins
 from zcproto.auth.identity import BuiltInSchemes
-from zcproto.auth.origin import Origins
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
 from zcproto.certs.acme.challenges import challenge_folder

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zcproto.alerts.service import ServerAlerts
-from zcproto.auth.issuer_keys import IssuerKeys
 from zcproto.auth.jwt import IssuerKey, TokenRules
-from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
-from zcproto.auth.provider import Provider
+from zcproto.auth.oidc import IssuerKeys, JwtAuthenticator, Provider, TrustedIssuer
 from zcproto.common.clock import Clock
 from zcproto.common.https import verifying_context
 from zcproto.config import AuthConfig, OidcConfig

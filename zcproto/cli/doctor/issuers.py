@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
-from zcproto.auth.issuer_keys import KeysFailed
 from zcproto.auth.jwt import fits
+from zcproto.auth.oidc import KeysFailed
 from zcproto.cli.doctor.finding import FAULT, OK, WARNING, Result, from_message
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
