@@ -101,8 +101,11 @@ async def test_user_and_roles_come_from_the_configured_claims(published: Publish
         {"iss": 5},
     ],
 )
-async def test_token_with_unusable_claims_is_refused(published: Published, claims: dict[str, Any]) -> None:
-    scheme = Scheme(published.trusted())
+@pytest.mark.parametrize("prefix", ["", "oidc:"])
+async def test_token_with_unusable_claims_is_refused(
+    published: Published, claims: dict[str, Any], prefix: str
+) -> None:
+    scheme = Scheme(published.trusted(user_prefix=prefix))
     with pytest.raises(Unauthenticated, match="the login was not accepted"):
         await scheme.ask(token(**claims))
     assert len(scheme.refused) == 1
