@@ -1,11 +1,12 @@
-"""Store users, devices and pairing codes as TOML in private files of the home folder.
+"""Store users, devices, machine tokens and pairing codes as TOML in private files of the home folder.
 
-Decides: what a name may be, and which entries are gone.
+Decides: what a name may be, how files are read and written, and which entries are gone.
 
 Rules:
-- zcproto/common/files.py; writers hold a lock. Every fault is a ConfigError that names the file.
-- Entries are replaced only by a file without faults; all faults are reported at once, each with its entry.
-- An entry is gone if it was removed, or changed so that its sessions may belong to someone else.
+- Files are read and replaced as zcproto/common/files.py does; writers hold a lock. Every fault is a ConfigError that
+  names the file.
+- Known entries are replaced only by those of a file without faults; all faults are reported at once.
+- An entry is gone if it was removed, or changed so that its sessions must end.
 
 Must not know: what entries are for.
 """
