@@ -3,7 +3,7 @@
 Decides: what a name may be, how files are read and written, and which entries are gone.
 
 Rules:
-- Files are read and replaced as zcproto/common/files.py does; writers hold a lock. Every fault is a ConfigError that
+- Files are read and replaced as zcproto/common/files.py does; writers hold a lock. A fault is a ConfigError that
   names the file.
 - Known entries are replaced only by those of a file without faults; all faults are reported at once.
 - An entry is gone if it was removed, or changed so that its sessions must end.

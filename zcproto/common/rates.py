@@ -38,7 +38,7 @@ class TokenBucket:
         self._full_at = 0.0
 
     def admit(self, now: float) -> bool:
-        """Take a token. Return False if there is none."""
+        """Take a token. Return False if the bucket is empty."""
         if self.debt_s(now, 1) > _SLACK_S:
             return False
         self.charge(1, now)
