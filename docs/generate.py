@@ -161,8 +161,9 @@ Each line is one JSON object, or text on a terminal, with `timestamp` (UTC, mill
 token, a key, a passphrase, a pairing code or the content of a request. Control characters, line ends and
 bidirectional marks in values are escaped. A value has at most 256 characters, a line at most 16,384 bytes.
 
-*Lines per minute* is the limit for each value of the named fields, then the limit for all of them together. Lines
-beyond a limit are counted: the next line of the same event has `suppressed`, and `log.suppressed` reports the rest.
+*Lines per minute* is the limit for each value of the named fields, then the limit for all of them together. So many
+lines may come at once; each returns after its part of the minute. Lines beyond a limit are counted: the next line
+of the same event has `suppressed`, and `log.suppressed` reports the rest.
 *P* marks events that a peer can cause at will. *success* and *failure* mark those of the
 [audit trail](../audit.md), with their outcome there.
 

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"errors", "accelerator"},
     "http": set(),
     "sessions": {"errors", "common"},
-    "connection": {"wire", "sessions", "errors", "accelerator"},
+    "connection": {"wire", "sessions", "errors", "common", "accelerator"},
     # beside the core
     "tls": {"errors", "common"},
     "config": {"errors", "common", "tls"},

@@ -15,8 +15,7 @@ import pytest
 import uvloop
 
 from tests.server.helpers import TIMEOUT, eventually
-from zcproto.alerts.command import MAX_OUTPUT, SHOWN, TRIES, Command
-from zcproto.alerts.sinks import Undelivered
+from zcproto.alerts.sinks import MAX_OUTPUT, SHOWN, TRIES, Command, Undelivered
 from zcproto.errors import ConfigError
 
 BODY = b'{"id":"1"}'

@@ -14,10 +14,20 @@ import pytest
 from zcproto.alerts import CATALOGUE, Alert, AlertCenter, AlertKind, Ending, Message, Phase, Severity
 from zcproto.alerts.alert import MAX_MESSAGE
 from zcproto.alerts.center import BURST, MANY_DELAY_S, MANY_REPEAT_S, REFILL_S
-from zcproto.alerts.command import PASSED_ON, SHOWN, TRIES
 from zcproto.alerts.service import STOP_S
-from zcproto.alerts.sinks import DOWN_AFTER, MAX_AGE_S, MAX_DELAY_S, QUEUED
-from zcproto.alerts.webhook import HEADER, REFUSED_TRIES, TOLERANCE_S, sign
+from zcproto.alerts.sinks import (
+    DOWN_AFTER,
+    HEADER,
+    MAX_AGE_S,
+    MAX_DELAY_S,
+    PASSED_ON,
+    QUEUED,
+    REFUSED_TRIES,
+    SHOWN,
+    TOLERANCE_S,
+    TRIES,
+    sign,
+)
 from zcproto.common.secret import Secret
 from zcproto.config.model import settings as all_settings
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.alerts.webhook import HEADER, TOLERANCE_S, check_signature, sign
+from zcproto.alerts.sinks import HEADER, TOLERANCE_S, check_signature, sign
 from zcproto.common.secret import Secret
 
 SECRET = Secret("correct horse battery staple")

@@ -16,8 +16,7 @@ from tests.alerts.receiver import Answer, Receiver, answer, drip, flood, hang, v
 from tests.conftest import ServerPairs
 from tests.helpers import FakeClock
 from tests.server.helpers import TIMEOUT
-from zcproto.alerts.sinks import Undelivered
-from zcproto.alerts.webhook import REFUSED_TRIES, Webhook, check_signature
+from zcproto.alerts.sinks import REFUSED_TRIES, Undelivered, Webhook, check_signature
 from zcproto.common.https import MAX_ANSWER
 from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError

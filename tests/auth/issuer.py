@@ -13,9 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import get_default_algorithms
 
-from zcproto.auth.issuer_keys import IssuerKeys, KeysFailed
 from zcproto.auth.jwt import IssuerKey, TokenRules, read_keys
-from zcproto.auth.oidc import TrustedIssuer
+from zcproto.auth.oidc import IssuerKeys, KeysFailed, TrustedIssuer
 
 ISSUER, AUDIENCE = "https://login.example.com/staff", "zcproto"
 WALL_S = 1_800_000_000

@@ -12,8 +12,8 @@ import pytest
 
 from tests.auth.helpers import FunctionAuthenticator, identified
 from zcproto.auth import ApplicationAuthenticator, Identity, Login, Throttle
-from zcproto.auth.application import MAX_MESSAGES, mask_fields
 from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.auth.login import MAX_MESSAGES, mask_fields
 from zcproto.common.exceptions import MAX_EXCEPTIONS
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import (

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.auth.issuer import Published, jwk
-from zcproto.auth.issuer_keys import IssuerKeys
 from zcproto.auth.jwt import IssuerKey
+from zcproto.auth.oidc import IssuerKeys
 from zcproto.errors import Unavailable
 
 

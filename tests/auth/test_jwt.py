@@ -178,6 +178,9 @@ FORGED = {
     "type is a number": forged({"alg": "RS256", "kid": "one", "typ": 1}, claims()),
     "critical extension": token(header={"crit": ["exp"]}),
     "payload that is not encoded": token(header={"b64": False}),
+    "payload that is said to be not encoded": signed(
+        b'{"alg":"RS256","kid":"one","b64":false}', json.dumps(claims()).encode()
+    ),
     "repeated claim": forged({"alg": "RS256", "kid": "one"}, b'{"sub":"ada","sub":"root"}'),
     "repeated header": forged(b'{"alg":"RS256","alg":"none"}', claims()),
     "payload is a list": forged({"alg": "RS256", "kid": "one"}, [1]),
@@ -199,8 +202,9 @@ FORGED = {
 }
 
 
-def test_signed_token_of_usual_bytes_is_accepted() -> None:
-    assert accepted(signed(HEADER_JSON, json.dumps(claims()).encode())) == claims()
+@pytest.mark.parametrize("header", [HEADER_JSON, b'{"alg":"RS256","kid":"one","b64":true}'])
+def test_signed_token_of_usual_bytes_is_accepted(header: bytes) -> None:
+    assert accepted(signed(header, json.dumps(claims()).encode())) == claims()
 
 
 @pytest.mark.parametrize("text", FORGED.values(), ids=FORGED)

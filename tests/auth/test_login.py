@@ -12,9 +12,8 @@ import pytest
 
 from tests.auth.helpers import DIGEST, FunctionAuthenticator, directory, drive, identified
 from zcproto.auth import Identity, Login, Throttle, UserFile
-from zcproto.auth.application import ApplicationAuthenticator
 from zcproto.auth.identity import NO_CHANNEL, Authenticator
-from zcproto.auth.login import MAX_PENDING
+from zcproto.auth.login import MAX_PENDING, ApplicationAuthenticator
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable

@@ -14,9 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from tests.auth.issuer import ISSUER, RULES, WALL_S, Published, jwk, part, private_key, token
-from zcproto.auth.application import ApplicationAuthenticator
 from zcproto.auth.identity import NO_CHANNEL, Channel, Identity
-from zcproto.auth.login import Login
+from zcproto.auth.login import ApplicationAuthenticator, Login
 from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer, claim_at
 from zcproto.auth.schemes import certificate_key
 from zcproto.auth.throttle import Throttle
@@ -107,6 +106,11 @@ async def test_token_with_unusable_claims_is_refused(published: Published, claim
     with pytest.raises(Unauthenticated, match="the login was not accepted"):
         await scheme.ask(token(**claims))
     assert len(scheme.refused) == 1
+
+
+async def test_prefix_alone_is_not_the_name_of_a_user(published: Published) -> None:
+    with pytest.raises(Unauthenticated):
+        await Scheme(published.trusted(user_prefix="oidc:")).ask(token(sub=""))
 
 
 async def test_refused_tokens_get_one_answer_and_count_for_the_address(published: Published) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.auth.helpers import directory
 from zcproto.auth import UserFile
 from zcproto.auth.devices import DeviceFile
-from zcproto.auth.origin import Origins
+from zcproto.auth.directory import Origins
 from zcproto.common.roles import OPERATORS
 from zcproto.sessions.record import NO_ORIGIN, ORIGIN_SIZE
 

@@ -13,8 +13,7 @@ import pytest
 from tests.alerts.receiver import Answer, Receiver, answer
 from tests.auth.issuer import jwk, key_set
 from tests.conftest import ServerPairs
-from zcproto.auth.issuer_keys import KeysFailed
-from zcproto.auth.provider import MAX_KEY_SET, Provider
+from zcproto.auth.oidc import MAX_KEY_SET, KeysFailed, Provider
 from zcproto.common.https import verifying_context
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.alerts.receiver import Receiver, answer
 from tests.conftest import ServerPairs
-from zcproto.alerts.webhook import sign
+from zcproto.alerts.sinks import sign
 from zcproto.cli import main
 from zcproto.common.secret import Secret
 

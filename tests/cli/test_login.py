@@ -13,7 +13,7 @@ import pytest
 
 from tests.alerts.receiver import Receiver, answer
 from tests.conftest import ServerPairs
-from zcproto.auth.issuer_keys import KeysFailed
+from zcproto.auth.oidc import KeysFailed
 from zcproto.cli import main
 from zcproto.cli.login import FILE, device_login, stored_login
 from zcproto.common.home import Home

@@ -9,6 +9,7 @@ import pytest
 
 from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness, ended
 from tests.helpers import WALL
+from zcproto.connection.client import UNREQUESTED_BURST, UNREQUESTED_PER_S
 from zcproto.connection.client_calls import MAX_BLOCKED_REFUSALS, ClientCall, ClientCallState
 from zcproto.connection.events import (
     CallReceived,
@@ -348,8 +349,11 @@ def test_calls_count_as_frames_that_answer_no_request() -> None:
     harness = Calls()
     harness.request()
     harness.received(1)
+    for _ in range(UNREQUESTED_BURST - 1):
+        harness.receive_frame(PONG)
+    assert harness.client.reading_delay(harness.now) == pytest.approx(0, abs=1e-5)
     harness.receive_frame(PONG)
-    assert harness.client._unrequested > 1.9
+    assert harness.client.reading_delay(harness.now) == pytest.approx(1 / UNREQUESTED_PER_S, rel=0.1)
 
 
 @pytest.mark.parametrize(("more", "code"), [(0, Code.NOT_FOUND), (1, Code.INTERNAL)])

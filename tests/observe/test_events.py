@@ -16,7 +16,7 @@ from zcproto.alerts import Phase
 from zcproto.certs.notices import NoticeKind
 from zcproto.config.model import LogConfig
 from zcproto.observe.events import EVENTS, FIELDS, LogEvent
-from zcproto.observe.limits import WINDOW_S
+from zcproto.observe.limits import MINUTE_S
 from zcproto.observe.log import configure_logging, get_logger, report_suppressed
 from zcproto.observe.values import loggable
 
@@ -271,7 +271,7 @@ def test_flood_of_an_event_is_limited_and_suppressed_lines_are_reported(
     for _ in range(limit.lines + 7):
         harness.write(event, "192.0.2.1")
     assert len(harness.lines()) == limit.lines
-    harness.clock.advance(WINDOW_S)
+    harness.clock.advance(MINUTE_S)
     harness.write(event, "192.0.2.1")
     (line,) = harness.lines()
     assert (line["event"], line["suppressed"]) == (event.name, 7)
@@ -288,7 +288,7 @@ def test_many_addresses_together_are_limited(event: LogEvent, tmp_path: Path) ->
     written = len(harness.lines())
     most = limit.total or limit.lines
     assert written == min(most, STRANGERS * min(TRIES, limit.lines))
-    harness.clock.advance(WINDOW_S)
+    harness.clock.advance(MINUTE_S)
     report_suppressed()
     reports = harness.lines()
     assert sum(line["count"] for line in reports) == STRANGERS * TRIES - written

@@ -21,7 +21,7 @@ from tests.server.helpers import NO_TOKEN, TIMEOUT, AnsweredError, ServerThread,
 from zcproto.admin.metrics import server_metrics
 from zcproto.alerts import AlertKind
 from zcproto.alerts.service import STOP_S, ServerAlerts
-from zcproto.alerts.webhook import check_signature
+from zcproto.alerts.sinks import check_signature
 from zcproto.auth import UserFile
 from zcproto.certs import checker
 from zcproto.common.secret import Secret

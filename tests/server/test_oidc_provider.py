@@ -22,7 +22,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, ServerThread
 from tests.server.test_jwt_scheme import application, login
 from zcproto.auth.jwt import read_json
-from zcproto.auth.provider import Provider
+from zcproto.auth.oidc import Provider
 from zcproto.cli.login import device_login
 from zcproto.errors import Code
 

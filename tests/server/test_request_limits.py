@@ -10,8 +10,8 @@ import pytest
 
 from tests.server.protocol_harness import Harness, Peer
 from zcproto.app.context import Context
-from zcproto.common.counts import BURST_S
 from zcproto.common.deadlines import TICKS_PER_SECOND
+from zcproto.common.rates import BURST_S
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.server.dispatch import FRAMES_PER_TURN

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.common.counts import BURST_S
+from zcproto.common.rates import BURST_S
 from zcproto.config import Config
 from zcproto.workers import limits as module
 from zcproto.workers.limits import SharedMemory, memory_size, rows_for, share_of

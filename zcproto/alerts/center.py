@@ -41,6 +41,7 @@ from zcproto.alerts.alert import (
     clean_details,
     clean_text,
 )
+from zcproto.common.rates import TokenBucket
 
 MAX_OPEN: Final = 256
 """Open alerts per kind: more than the certificates of a configuration."""
@@ -89,18 +90,8 @@ class _KindState:
     rows: dict[str, _Row] = field(default_factory=dict)
     many: _Row | None = None
     summarised: int = 0  # open alerts that were not sent separately
-    tokens: float = float(BURST)
-    filled_at: float = 0.0
+    messages: TokenBucket = field(default_factory=lambda: TokenBucket(1 / REFILL_S, BURST * REFILL_S))
     history: deque[tuple[float, Alert]] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
-
-    def admits(self, now: float) -> bool:
-        """Take a token for one more message of this kind. Return False without one."""
-        self.tokens = min(BURST, self.tokens + max(0.0, now - self.filled_at) / REFILL_S)
-        self.filled_at = now
-        if self.many is not None or self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
 
 
 class AlertCenter:
@@ -158,7 +149,8 @@ class AlertCenter:
         has_room = not is_new or len(state.rows) < MAX_OPEN
         if is_new and has_room:
             state.rows[about] = row
-        if has_room and (is_new or row.sent_at is not None) and state.admits(now):
+        is_separate = has_room and (is_new or row.sent_at is not None)
+        if is_separate and state.many is None and state.messages.admit(now):
             self._send(row, Phase.BEGAN if is_new else Phase.CHANGED, wall, now)
         else:
             state.summarised += is_new and has_room

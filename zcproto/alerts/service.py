@@ -21,9 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from zcproto.alerts import CATALOGUE, Alert, AlertCenter, AlertKind, Message, Phase, Severity
 from zcproto.alerts.center import RateRule, RateWatch
-from zcproto.alerts.command import Command
-from zcproto.alerts.sinks import Sink, SinkQueue, Undelivered
-from zcproto.alerts.webhook import Webhook
+from zcproto.alerts.sinks import Command, Sink, SinkQueue, Undelivered, Webhook
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction
 from zcproto.common.deadlines import sleep_together
 from zcproto.common.files import read_secret

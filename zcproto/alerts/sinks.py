@@ -1,25 +1,58 @@
-"""Deliver messages to sinks, with a bounded queue and retries for each.
+"""Deliver messages to sinks: a webhook and a program, each with a bounded queue and retries.
 
     put -> queue -> sink.deliver -> delivered, retried after a delay, or lost
 
-Rules:
+Rules of a queue:
 - A slow sink delays nothing else. Messages are delivered in order, one at a time.
 - A message is retried with exponential backoff and jitter up to `MAX_AGE_S`, or as often as the failure allows.
 - A full queue drops its oldest message: current alerts matter more.
 - Lost messages are counted and logged.
 
-It must not know: the content of a message, how a sink works.
+Rules of the webhook, one POST for each message by HTTP/1.1 over TLS:
+
+    Zcproto-Signature: t=1767225600,v1=HEX
+    HEX = HMAC-SHA256(secret, b"1767225600" + b"." + body)
+
+- The secret is the text of its file in UTF-8. The time is signed with the body, so that a captured message cannot
+  be replayed later. Of several `v1` one must match, so that a secret can be rotated. Unknown parts of the header
+  are ignored. Comparisons take constant time.
+- A message is delivered if the status is 200 to 299; the rest of the response is not read.
+
+Rules of the command, a program run for each message, with the message as JSON on its standard input:
+- No shell: the arguments come from the configuration alone, never from a message.
+- The program gets a minimal environment, only the three standard descriptors, and its own session. After the
+  timeout it is killed with everything it has started there.
+- The first `MAX_OUTPUT` bytes of its output are kept for diagnosis; the rest is discarded.
+- The message is delivered if the program exits with code 0.
+
+It must not know: the content of a message.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import re
+import signal
+import stat
+import subprocess
+import tempfile
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Final, NamedTuple, Protocol, Self
 
+from zcproto.alerts.alert import clean_text
 from zcproto.common.backoff import HALF, backoff_s
-from zcproto.common.clock import Clock
+from zcproto.common.clock import MS_PER_SECOND, Clock
+from zcproto.common.files import OTHERS_WRITE, UnusableFileError, check_access, check_place
+from zcproto.common.https import Endpoint, Unreachable, verifying_context
+from zcproto.common.secret import Secret
+from zcproto.common.text import escape_text
+from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 
 QUEUED: Final = 256
@@ -202,3 +235,241 @@ class SinkQueue:
     def _lose(self, waiting: _Waiting, reason: str) -> None:
         self.lost += 1
         log.error("alert.lost", sink=self.name, reason=reason, what=waiting.what, lost=self.lost)
+
+
+# --- the webhook -------------------------------------------------------------------------------------------
+
+
+HEADER: Final = "Zcproto-Signature"
+TOLERANCE_S: Final = 300
+"""Maximum age of a signature, and maximum time in the future, in seconds."""
+
+MAX_HEADER: Final = 1024
+_TIME: Final = re.compile(r"[0-9]{1,12}")
+REFUSED_TRIES: Final = 3
+"""Attempts for a message that the receiver refuses: it may be misconfigured only briefly."""
+
+USER_AGENT: Final = "zcproto-alerts/1"
+_RETRIED: Final = frozenset({408, 425, 429})
+
+
+class Webhook:
+    """A sink that posts messages to a validated URL.
+
+    `secret` signs them; None for no signature. Raises ConfigError for an invalid CA file.
+    """
+
+    name = "webhook"
+
+    def __init__(
+        self, url: str, secret: Secret | None, *, ca_file: Path | None, timeout: float, clock: Clock
+    ) -> None:
+        is_tls = url.startswith("https:")
+        context = verifying_context(ca_file, "alerts.webhook_ca_file") if is_tls else None
+        self._endpoint = Endpoint(url, context)
+        self.where = self._endpoint.where
+        self._secret = secret
+        self._timeout = timeout
+        self._clock = clock
+
+    async def deliver(self, body: bytes) -> str:
+        headers = [("User-Agent", USER_AGENT), ("Content-Type", "application/json")]
+        if self._secret is not None:
+            headers.append((HEADER, sign(self._secret, body, self._clock.wall())))
+        try:
+            response = await self._endpoint.send("POST", headers, body, timeout=self._timeout)
+        except Unreachable as error:
+            raise Undelivered(str(error)) from error
+        host, status = self._endpoint.host, response.status
+        if 200 <= status < 300:
+            return f"{host} answered {status}"
+        why = ": redirects are not followed" if 300 <= status < 400 else ""
+        is_refused = status < 500 and status not in _RETRIED
+        raise Undelivered(f"{host} answered {status}{why}", tries=REFUSED_TRIES if is_refused else None)
+
+
+# --- signatures ----------------------------------------------------------------------------------------------
+
+
+def sign(secret: Secret, body: bytes, wall: int) -> str:
+    """Return the value of the header for a body sent now."""
+    seconds = wall // MS_PER_SECOND
+    return f"t={seconds},v1={_digest(secret, body, str(seconds))}"
+
+
+def check_signature(
+    secret: Secret, body: bytes, header: str, wall: int, tolerance_s: int = TOLERANCE_S
+) -> str:
+    """Return the reason why a message is invalid, or an empty string. Accepts any header."""
+    if len(header) > MAX_HEADER or not header.isascii():
+        return "the header is not a signature"
+    pairs = [pair.strip().partition("=") for pair in header.split(",")]
+    times = [value for name, _, value in pairs if name == "t"]
+    digests = [value for name, _, value in pairs if name == "v1"]
+    if len(times) != 1 or not _TIME.fullmatch(times[0]) or not digests:
+        return "the header is not a signature"
+    right = _digest(secret, body, times[0])
+    # Compare all, so that the time does not reveal which one matched.
+    if not sum(hmac.compare_digest(right, each) for each in digests):
+        return "the signature does not match: wrong secret or changed body"
+    age_s = wall // MS_PER_SECOND - int(times[0])
+    if abs(age_s) > tolerance_s:
+        return f"the signature is {age_s} s old: {tolerance_s} s are allowed"
+    return ""
+
+
+def _digest(secret: Secret, body: bytes, seconds: str) -> str:
+    signed = seconds.encode("ascii") + b"." + body
+    return hmac.new(secret.reveal().encode(), signed, hashlib.sha256).hexdigest()
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+MAX_OUTPUT: Final = 4_096
+SHOWN: Final = 200
+"""Characters of its output shown when it fails."""
+
+TRIES: Final = 3
+"""Few attempts, because a failed program may have done a part of its work."""
+
+PASSED_ON: Final = ("PATH", "HOME", "LANG", "TZ")
+"""Environment variables passed to the program. Others may contain passphrases."""
+
+_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
+_READ: Final = 65_536
+
+
+class Command:
+    """A sink that runs a program. Raises ConfigError if it cannot be run, or others can change or replace it."""
+
+    name = "command"
+
+    def __init__(self, arguments: Sequence[str], *, timeout: float, environ: Mapping[str, str]) -> None:
+        check_program(Path(arguments[0]))
+        self._arguments = list(arguments)
+        self.where = escape_text(arguments[0])
+        self._timeout = timeout
+        self._environ = {"PATH": _PATH, **{name: environ[name] for name in PASSED_ON if name in environ}}
+
+    async def deliver(self, body: bytes) -> str:
+        loop = asyncio.get_running_loop()
+        try:
+            with _file_of(body) as stdin, _Output() as output:
+                process = await self._begin(loop, stdin, output.write_end)
+                output.close_write_end()
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        printed = await output.read(loop)
+                        code = await loop.run_in_executor(None, process.wait)
+                except BaseException:
+                    _kill(process)
+                    await loop.run_in_executor(None, process.wait)
+                    raise
+        except TimeoutError:
+            raise Undelivered(f"the program did not end within {self._timeout:g} s", tries=TRIES) from None
+        except OSError as error:
+            raise Undelivered(f"the program cannot be run: {error.strerror}", tries=TRIES) from error
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        result = f"{ended}: {printed}" if printed else ended
+        if code:
+            raise Undelivered(f"the program ended with {result}", tries=TRIES)
+        return result
+
+    async def _begin(
+        self, loop: asyncio.AbstractEventLoop, stdin: IO[bytes], stdout: int
+    ) -> subprocess.Popen[bytes]:
+        # In a thread, because the disk may be slow; not with the loop's own subprocesses, because uvloop passes
+        # on every inheritable descriptor, such as a listening socket of systemd.
+        def run() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603 - the arguments come from the configuration
+                self._arguments,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                cwd="/",
+                start_new_session=True,
+            )
+
+        beginning = loop.run_in_executor(None, run)
+        try:
+            return await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(_kill_begun)
+            raise
+
+
+class _Output:
+    """A pipe for the output of a program, which can be closed while another process still holds its other end."""
+
+    def __init__(self) -> None:
+        read_end, self.write_end = os.pipe()
+        self._file = open(read_end, "rb", buffering=0)  # noqa: SIM115 - closed at the exit
+        self._transport: asyncio.BaseTransport | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_write_end()
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self._file.close()
+
+    def close_write_end(self) -> None:
+        """Close the write end, which the program has inherited."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    async def read(self, loop: asyncio.AbstractEventLoop) -> str:
+        """Read until every writer has closed the pipe. Return the beginning of the output."""
+        reader = asyncio.StreamReader(loop=loop)
+        self._transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader, loop=loop), self._file
+        )
+        kept = b""
+        while data := await reader.read(_READ):
+            kept += data[: MAX_OUTPUT - len(kept)]
+        return clean_text(kept.decode("utf-8", "replace").strip(), SHOWN)
+
+
+def _file_of(body: bytes) -> IO[bytes]:
+    """Return a file that contains the message, so that a program that does not read it blocks nothing."""
+    # In memory if possible: the alert may be about a full disk.
+    in_memory = hasattr(os, "memfd_create")
+    file: IO[bytes] = open(os.memfd_create("alert"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(body + b"\n")
+    file.seek(0)
+    return file
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the program with everything in its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kill_begun(beginning: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """Kill a program whose start was cancelled."""
+    if not beginning.cancelled() and beginning.exception() is None:
+        process = beginning.result()
+        _kill(process)
+        process.wait()
+
+
+def check_program(path: Path) -> None:
+    """Raise ConfigError unless this user may run the program, and others can neither change nor replace it."""
+    key = "alerts.command"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
+            raise ConfigError([f"{key}: {escape_text(str(path))} is not a program that this user may run"])
+        check_access(path, status, OTHERS_WRITE)
+        check_place(path)
+    except OSError as error:
+        raise ConfigError([f"{key}: {escape_text(str(path))} cannot be run: {error.strerror}"]) from error
+    except UnusableFileError as error:
+        raise ConfigError([f"{key}: {error}"]) from error

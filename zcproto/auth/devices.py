@@ -11,7 +11,6 @@ Decides: how devices are read, added, changed and removed, and which bytes are a
 Rules:
 - A device's name is unique among all users. Its public key is an Ed25519 key of 32 bytes. Points of small order are
   refused: anyone can sign for them.
-- The file is rewritten as a whole: comments are lost.
 - A device has the roles of its user; with `roles` only those of them that it lists.
 - A device is gone if removed or given another user, key or roles.
 
@@ -20,7 +19,6 @@ Must not know: sessions, who tries to log in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -28,7 +26,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from zcproto.auth.files import (
-    TableFile,
+    RewrittenFile,
     is_moment,
     name_faults,
     quoted,
@@ -39,11 +37,8 @@ from zcproto.auth.files import (
 )
 from zcproto.common.roles import Roles
 from zcproto.common.text import toml_string
-from zcproto.errors import AlreadyExists, NotFound
 from zcproto.sessions.token import token_from_text, token_text
 from zcproto.wire.message import PUBLIC_KEY_SIZE
-
-_HEADER: Final = "# The devices that may open sessions. Written by zcproto: comments are lost.\n"
 
 _P: Final = 2**255 - 19
 _D: Final = -121665 * pow(121666, -1, _P) % _P
@@ -78,14 +73,15 @@ class RegisteredDevice(NamedTuple):
         }
 
 
-class DeviceFile(TableFile[RegisteredDevice]):
-    """Devices in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
+class DeviceFile(RewrittenFile[RegisteredDevice]):
+    """Devices in a file."""
 
     what = "file of devices"
     kind = "device"
     keys = ("user", "public_key", "added", "roles")
     max_bytes = 64 << 20
     """Enough for about 400,000 devices."""
+    header = "# The devices that may open sessions. Written by zcproto: comments are lost.\n"
 
     def read_names(self) -> list[str]:
         """Return the names that are in the file now. `entries` stays as it is."""
@@ -115,8 +111,6 @@ class DeviceFile(TableFile[RegisteredDevice]):
         narrowed = None if roles is None else frozenset(roles)
         return RegisteredDevice(table["user"], raw, table["added"].astimezone(UTC), narrowed)
 
-    # Writing. `entries` stays as it is: any change, by this process or another, is seen by the next reading.
-
     def add(self, name: str, user: str, public_key: bytes, added: datetime) -> None:
         """Add a device. Raises AlreadyExists for a name in use."""
         faults = [*name_faults(name), *name_faults(user)]
@@ -124,42 +118,28 @@ class DeviceFile(TableFile[RegisteredDevice]):
             faults.append("the public key is not an Ed25519 key")
         if faults:
             raise self._fault(*(f"device {quoted(name)}: {fault}" for fault in faults))
-        with self._locked():
-            _, _, devices = self._read()
-            if name in devices:
-                raise AlreadyExists(f"a device is named {quoted(name)} already; choose another name")
-            self._write({**devices, name: RegisteredDevice(user, public_key, added.astimezone(UTC))})
-
-    def remove(self, name: str) -> RegisteredDevice:
-        """Remove and return a device. Raises NotFound for an unknown name."""
-        with self._locked():
-            _, _, devices = self._read()
-            device = self._known(devices, name)
-            del devices[name]
-            self._write(devices)
-        return device
+        with self._changing() as devices:
+            self._add(name, RegisteredDevice(user, public_key, added.astimezone(UTC)), devices)
 
     def set_roles(self, name: str, roles: Roles | None) -> RegisteredDevice:
         """Narrow a device to some roles of its user, or with None to all. Return the device as it was before.
 
         Raises NotFound for an unknown name.
         """
-        with self._locked():
-            _, _, devices = self._read()
+        with self._changing() as devices:
             before = self._known(devices, name)
             devices[name] = before._replace(roles=roles)
-            self._write(devices)
         return before
 
-    def _known(self, devices: Mapping[str, RegisteredDevice], name: str) -> RegisteredDevice:
-        if name not in devices:
-            raise NotFound(f"no device is named {quoted(name)}; zcproto device list shows the devices")
-        return devices[name]
-
-    def _write(self, devices: Mapping[str, RegisteredDevice]) -> None:
-        text = _HEADER + "".join(_entry(name, device) for name, device in devices.items())
-        self._parse(text)
-        self._replace_text(text)
+    @staticmethod
+    def _text_of(name: str, entry: RegisteredDevice) -> str:
+        return (
+            f"\n[devices.{toml_key(name)}]\n"
+            f"user = {toml_string(entry.user)}\n"
+            f'public_key = "{token_text(entry.public_key)}"\n'
+            f"added = {toml_moment(entry.added)}\n"
+            + ("" if entry.roles is None else f"roles = {toml_roles(entry.roles)}\n")
+        )
 
 
 def is_public_key(data: bytes) -> bool:
@@ -180,14 +160,3 @@ def is_signed(public_key: bytes, signature: bytes, message: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
-
-
-def _entry(name: str, device: RegisteredDevice) -> str:
-    """Return a device as TOML."""
-    return (
-        f"\n[devices.{toml_key(name)}]\n"
-        f"user = {toml_string(device.user)}\n"
-        f'public_key = "{token_text(device.public_key)}"\n'
-        f"added = {toml_moment(device.added)}\n"
-        + ("" if device.roles is None else f"roles = {toml_roles(device.roles)}\n")
-    )

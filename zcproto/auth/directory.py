@@ -1,14 +1,18 @@
 """Provide the users or the devices of a server as of now, and end the sessions of those that are gone.
 
-Decides: when a file is read again, when its faults are reported, and how often it is checked without logins.
+Decides: when a file is read again, when its faults are reported, how often it is checked without logins, and which
+changes of a user or a device end sessions that an older copy of a store brings back.
 
 Rules:
 - Each `refresh` looks at the file (one stat) and reads it in a thread if it has changed; otherwise it does not
   suspend. Concurrent refreshes share one reading.
 - A faulty file leaves the known entries as they were, and is logged once. Changes are logged by one process.
 - Every entry that is gone is reported until its sessions have been ended.
+- The origin of a session is a digest of what its user and device had when it was opened: key and roles. A session
+  of another origin than that of now is refused. A file that was changed and has not been read yet decides nothing:
+  another process may have read it before it opened the session.
 
-Must not know: how sessions are ended.
+Must not know: how sessions are ended, stores.
 """
 
 from __future__ import annotations
@@ -16,18 +20,27 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final, Generic, TypeVar
 
+from zcproto.auth.devices import RegisteredDevice
 from zcproto.auth.files import Entry, TableFile
+from zcproto.auth.users import User
 from zcproto.common.deadlines import sleep_together
+from zcproto.common.roles import Roles
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
+from zcproto.sessions.record import NO_ORIGIN, ORIGIN_SIZE
+from zcproto.sessions.session import DEVICE_KEY
 
 LOOKS_REMEMBERED: Final = 10
 """Checks for which an ended entry is remembered, at least: reports of other processes follow."""
 
 LOOK_INTERVAL: Final = 0.5
 """Seconds between checks of a file: sessions of a removed user or device end within a second."""
+
+_ORIGIN: Final = b"zcproto origin 1\0"
 
 T = TypeVar("T")
 
@@ -152,3 +165,32 @@ class Directory(Generic[Entry]):
                 del self._gone[gone]
                 self._ended.add(gone[0])
         return ended
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """The origins of sessions by the files of users and devices, as of the last reading."""
+
+    users: Directory[User]
+    devices: Directory[RegisteredDevice]
+
+    def of(self, user: str, key: str) -> bytes:
+        """Return the origin of a session that this user opens now. `key` is what it is bound to, empty for none."""
+        known = self.users.known(user)
+        if known is None:
+            return NO_ORIGIN
+        data = _ORIGIN + known.digest + _roles(known.roles)
+        if key.startswith(DEVICE_KEY):
+            device = self.devices.known(key.removeprefix(DEVICE_KEY))
+            if device is None:
+                return NO_ORIGIN
+            data += device.public_key + (b"all" if device.roles is None else _roles(device.roles))
+        return sha256(data).digest()[:ORIGIN_SIZE]
+
+    def applies(self, user: str, key: str, origin: bytes) -> bool:
+        """Return whether a session of this origin may be used."""
+        return origin == self.of(user, key) or self.users.changed() or self.devices.changed()
+
+
+def _roles(roles: Roles) -> bytes:
+    return " ".join(sorted(roles)).encode() + b"\0"

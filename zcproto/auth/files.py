@@ -1,17 +1,19 @@
-"""Store users, devices and pairing codes as TOML in private files of the home folder.
+"""Store users, devices, machine tokens and pairing codes as TOML in private files of the home folder.
 
-Decides: what a name may be, and which entries are gone.
+Decides: what a name may be, how files are read and written, and which entries are gone.
 
 Rules:
-- zcproto/common/files.py; writers hold a lock. Every fault is a ConfigError that names the file.
-- Entries are replaced only by a file without faults; all faults are reported at once, each with its entry.
-- An entry is gone if it was removed, or changed so that its sessions may belong to someone else.
+- Files are read and replaced as zcproto/common/files.py does; writers hold a lock. A fault is a ConfigError that
+  names the file.
+- Known entries are replaced only by those of a file without faults; all faults are reported at once.
+- An entry is gone if it was removed, or changed so that its sessions must end.
 
 Must not know: what entries are for.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -30,7 +32,7 @@ from zcproto.common.files import file_errors, locked, read_file, replace_file
 from zcproto.common.roles import MAX_ROLES, ROLE_WORDS, Roles, is_role
 from zcproto.common.text import escape_text, toml_string
 from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity, identity_of
-from zcproto.errors import ConfigError
+from zcproto.errors import AlreadyExists, ConfigError, NotFound
 
 LOCK_WAIT_S: Final = 10.0
 """Time another process needs to add a million users."""
@@ -176,7 +178,10 @@ class PrivateFile:
 
 
 class TableFile(PrivateFile, ABC, Generic[Entry]):
-    """Entries by name in a private file, each a TOML table such as `[users.alice]`. `load` reads them."""
+    """Entries by name in a private file, each a TOML table such as `[users.alice]`. `load` reads them.
+
+    Creating this object touches nothing. Faults raise ConfigError.
+    """
 
     kind: ClassVar[str]
     """What an entry is: "user". Its tables are in one of the plural."""
@@ -248,6 +253,14 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
     def _parse_values(self, table: dict[str, Any]) -> Entry | list[str]:
         """Return the entry of a table, or what is wrong with its values, without showing them."""
 
+    def _known(self, entries: Mapping[str, Entry], name: str) -> Entry:
+        """Return the entry of a name. Raises NotFound."""
+        if name not in entries:
+            raise NotFound(
+                f"no {self.kind} is named {quoted(name)}; zcproto {self.kind} list shows the {self.kind}s"
+            )
+        return entries[name]
+
     def _read(self) -> tuple[FileIdentity, str, dict[str, Entry]]:
         identity, text = self._read_text()
         return identity, text, self._parse(text)
@@ -280,3 +293,42 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
         entry = self._parse_values(table)
         faults = [*name_faults(name), *(entry if isinstance(entry, list) else []), *unknown]
         return faults or entry
+
+
+class RewrittenFile(TableFile[Entry]):
+    """A file that is rewritten as a whole by each change, so that comments are lost."""
+
+    header: ClassVar[str]
+
+    def remove(self, name: str) -> Entry:
+        """Remove and return an entry. Raises NotFound for an unknown name."""
+        with self._changing() as entries:
+            removed = self._known(entries, name)
+            del entries[name]
+        return removed
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Entry]]:
+        """Lock the file and yield its entries. What the body has changed is written, unless it raises.
+
+        `self.entries` stays as it is: any change, by this process or another, is seen by the next reading.
+        """
+        with self._locked():
+            _, _, entries = self._read()
+            before = dict(entries)
+            yield entries
+            if entries != before:
+                text = self.header + "".join(itertools.starmap(self._text_of, entries.items()))
+                self._parse(text)
+                self._replace_text(text)
+
+    def _add(self, name: str, entry: Entry, entries: dict[str, Entry]) -> None:
+        """Add an entry. Raises AlreadyExists for a name in use."""
+        if name in entries:
+            raise AlreadyExists(f"a {self.kind} is named {quoted(name)} already; choose another name")
+        entries[name] = entry
+
+    @staticmethod
+    @abstractmethod
+    def _text_of(name: str, entry: Entry) -> str:
+        """Return an entry as TOML."""

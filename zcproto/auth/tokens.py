@@ -13,7 +13,7 @@ Rules:
 - A token is 32 random bytes, shown once as text. The file holds the SHA-256 of the bytes: a plain hash is enough
   for 256 random bits.
 - A token is found by its digest, which is then compared in constant time.
-- The file is rewritten as a whole: comments are lost. `last_used` is a full hour, so that it is seldom written.
+- `last_used` is a full hour, so that the file is seldom written.
 
 Must not know: HTTP, sessions, clocks.
 """
@@ -25,11 +25,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
-from zcproto.auth.files import TableFile, is_moment, name_faults, quoted, toml_key, toml_moment
+from zcproto.auth.files import RewrittenFile, is_moment, name_faults, quoted, toml_key, toml_moment
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
 from zcproto.common.text import toml_string
-from zcproto.errors import AlreadyExists, NotFound, ResourceExhausted
+from zcproto.errors import ResourceExhausted
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_from_text, token_text
 
 SCOPES: Final = ("metrics", "status")
@@ -40,7 +40,6 @@ MAX_TOKENS: Final = 1_000
 CLOCK_STEP: Final = timedelta(days=1)
 """A last use that is further ahead was stored by a wrong clock."""
 
-_HEADER: Final = "# The machine tokens. Written by zcproto: comments are lost.\n"
 _MOMENT: Final = "a date and time with an offset, such as 2026-01-01T12:00:00Z"
 
 
@@ -68,14 +67,15 @@ class MachineToken(NamedTuple):
         return f"MachineToken(scopes={self.scopes}, expires={toml_moment(self.expires)})"
 
 
-class TokenFile(TableFile[MachineToken]):
-    """Tokens in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
+class TokenFile(RewrittenFile[MachineToken]):
+    """Tokens in a file."""
 
     what = "file of tokens"
     kind = "token"
     keys = ("sha256", "scopes", "added", "expires", "last_used")
     max_bytes = 1 << 20
     """Enough for MAX_TOKENS."""
+    header = "# The machine tokens. Written by zcproto: comments are lost.\n"
 
     def by_token(self, token: bytes) -> tuple[str, MachineToken] | None:
         """Return the name and the entry of a token, as of the last reading, even if it has expired."""
@@ -117,8 +117,6 @@ class TokenFile(TableFile[MachineToken]):
         moments = {key: value.astimezone(UTC) for key, value in times.items()}
         return MachineToken(digest, _sorted(scopes), **moments)
 
-    # Writing. `entries` stays as it is: any change, by this process or another, is seen by the next reading.
-
     def add(
         self,
         name: str,
@@ -133,46 +131,37 @@ class TokenFile(TableFile[MachineToken]):
         if faults:
             raise self._fault(*(f"token {quoted(name)}: {fault}" for fault in faults))
         token = entropy(TOKEN_SIZE)
-        with self._locked():
-            _, _, tokens = self._read()
-            if name in tokens:
-                raise AlreadyExists(f"a token is named {quoted(name)} already; choose another name")
-            if len(tokens) >= MAX_TOKENS:
+        entry = MachineToken(
+            digest_of(token), _sorted(scopes), added.astimezone(UTC), expires.astimezone(UTC)
+        )
+        with self._changing() as tokens:
+            self._add(name, entry, tokens)
+            if len(tokens) > MAX_TOKENS:
                 raise ResourceExhausted(f"there are {MAX_TOKENS} tokens already; revoke one first")
-            entry = MachineToken(
-                digest_of(token), _sorted(scopes), added.astimezone(UTC), expires.astimezone(UTC)
-            )
-            self._write({**tokens, name: entry})
         return SecretText(token_text(token))
-
-    def remove(self, name: str) -> MachineToken:
-        """Remove and return a token. Raises NotFound for an unknown name."""
-        with self._locked():
-            _, _, tokens = self._read()
-            if name not in tokens:
-                raise NotFound(f"no token is named {quoted(name)}; zcproto token list shows the tokens")
-            removed = tokens.pop(name)
-            self._write(tokens)
-        return removed
 
     def mark_used(self, uses: Mapping[str, tuple[bytes, datetime]]) -> None:
         """Store the last uses of tokens: by name the digest, and the time, of which the full hour is kept.
 
         A token that was removed or replaced meanwhile, or has a later use, stays as it is.
         """
-        with self._locked():
-            _, _, tokens = self._read()
-            marked = dict(tokens)
+        with self._changing() as tokens:
             for name, (digest, used) in uses.items():
-                entry = tokens.get(name)
-                hour = full_hour(used)
+                entry, hour = tokens.get(name), full_hour(used)
                 if entry is not None and entry.digest == digest and is_later(hour, entry.last_used):
-                    marked[name] = entry._replace(last_used=hour)
-            if marked != tokens:
-                self._write(marked)
+                    tokens[name] = entry._replace(last_used=hour)
 
-    def _write(self, tokens: Mapping[str, MachineToken]) -> None:
-        self._replace_text(_HEADER + "".join(_entry(name, token) for name, token in tokens.items()))
+    @staticmethod
+    def _text_of(name: str, entry: MachineToken) -> str:
+        used = "" if entry.last_used is None else f"last_used = {toml_moment(entry.last_used)}\n"
+        scopes = ", ".join(map(toml_string, entry.scopes))
+        return (
+            f"\n[tokens.{toml_key(name)}]\n"
+            f"sha256 = {toml_string(token_text(entry.digest))}\n"
+            f"scopes = [{scopes}]\n"
+            f"added = {toml_moment(entry.added)}\n"
+            f"expires = {toml_moment(entry.expires)}\n{used}"
+        )
 
 
 def full_hour(moment: datetime) -> datetime:
@@ -187,16 +176,3 @@ def is_later(hour: datetime, last_used: datetime | None) -> bool:
 def _sorted(scopes: object) -> tuple[str, ...]:
     assert isinstance(scopes, list | tuple)
     return tuple(sorted({*scopes}))
-
-
-def _entry(name: str, token: MachineToken) -> str:
-    """Return a token as TOML."""
-    used = "" if token.last_used is None else f"last_used = {toml_moment(token.last_used)}\n"
-    scopes = ", ".join(map(toml_string, token.scopes))
-    return (
-        f"\n[tokens.{toml_key(name)}]\n"
-        f"sha256 = {toml_string(token_text(token.digest))}\n"
-        f"scopes = [{scopes}]\n"
-        f"added = {toml_moment(token.added)}\n"
-        f"expires = {toml_moment(token.expires)}\n{used}"
-    )

@@ -37,7 +37,7 @@ from zcproto.common.roles import NO_ROLES, OPERATOR, Roles
 from zcproto.common.secret import SecretText
 from zcproto.common.text import toml_string
 from zcproto.common.watcher import file_identity
-from zcproto.errors import ConfigError, NotFound
+from zcproto.errors import ConfigError
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text, token_text
 
 KEY: Final = "key_sha256"
@@ -76,7 +76,7 @@ class User(NamedTuple):
 
 
 class UserFile(TableFile[User]):
-    """Users in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
+    """Users in a file."""
 
     what = "file of users"
     kind = "user"
@@ -187,10 +187,7 @@ class UserFile(TableFile[User]):
         """Edit the lines of one user, if that has the effect of `change` and no other."""
         with self._locked():
             self._identity, text, self.entries = self._read()
-            user = self.entries.get(name)
-            if user is None:
-                raise NotFound(f"no user is named {quoted(name)}; zcproto user list shows the users")
-            changed = change(user)
+            changed = change(self._known(self.entries, name))
             intended = dict(self.entries)
             if changed is None:
                 del intended[name]

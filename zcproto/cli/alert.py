@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import click
 
 from zcproto.alerts.service import LEAST_SECRET, sinks_of, try_sinks
-from zcproto.alerts.webhook import check_signature
+from zcproto.alerts.sinks import check_signature
 from zcproto.cli import EXIT_FAILED, Instance, command_group, file_option, instance_options
 from zcproto.cli.control import find_control, require_control
 from zcproto.cli.output import json_text, print_report, report_options, table, utc

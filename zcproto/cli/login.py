@@ -18,9 +18,8 @@ from urllib.parse import urlencode
 
 import click
 
-from zcproto.auth.issuer_keys import KeysFailed
 from zcproto.auth.jwt import read_json
-from zcproto.auth.provider import Provider
+from zcproto.auth.oidc import KeysFailed, Provider
 from zcproto.cli import Instance, file_option, instance_options
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.files import UnusableFileError, locked, read_file, replace_file

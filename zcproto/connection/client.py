@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from zcproto.common.rates import TokenBucket
 from zcproto.connection.client_calls import MAX_BLOCKED_REFUSALS, ClientCall, ClientCalls, Refused
 from zcproto.connection.client_streams import ClientStream, ClientStreams, ClientStreamState
 from zcproto.connection.events import (
@@ -182,8 +183,7 @@ class ClientConnection:
     _last_token: bytes = field(default=NO_TOKEN, init=False)  # of the last request
     _out: list[bytes] = field(default_factory=list, init=False)
     _owes_pong: bytes | None = field(default=None, init=False)  # token of the latest unanswered PING
-    _unrequested: float = field(default=0.0, init=False)  # of UNREQUESTED_BURST, at `_unrequested_at`
-    _unrequested_at: float = field(default=0.0, init=False)
+    _unrequested: TokenBucket = field(init=False)  # the frames that answer no request
     _last_heard: float = field(default=0.0, init=False)
     _sent_since_check: bool = field(default=False, init=False)
     _keepalive_interval: float = field(default=NEVER, init=False)
@@ -193,6 +193,7 @@ class ClientConnection:
 
     def __post_init__(self) -> None:
         self._decoder = FrameDecoder(Side.CLIENT, min(self.max_frame, MAX_FRAME_BEFORE_SESSION))
+        self._unrequested = TokenBucket(UNREQUESTED_PER_S, UNREQUESTED_BURST / UNREQUESTED_PER_S)
 
     # --- input ----------------------------------------------------------------------------------
 
@@ -394,15 +395,11 @@ class ClientConnection:
                 raise ProtocolError(Code.PROTOCOL_ERROR, "the server calls, but reads no answers")
 
     def _count_unrequested(self, body: bytes, now: float) -> None:
-        left = self._unrequested - (now - self._unrequested_at) * UNREQUESTED_PER_S
-        self._unrequested = max(left, 0.0) + 1 + len(body) / _UNREQUESTED_BYTES
-        self._unrequested_at = now
+        self._unrequested.charge(1 + len(body) / _UNREQUESTED_BYTES, now)
 
     def reading_delay(self, now: float) -> float:
         """Return the seconds for which to stop reading, because of a flood of frames that answer no request."""
-        if self._unrequested <= UNREQUESTED_BURST:
-            return 0.0
-        return (self._unrequested - UNREQUESTED_BURST) / UNREQUESTED_PER_S - (now - self._unrequested_at)
+        return max(self._unrequested.debt_s(now), 0.0)
 
     def _received_error(self, stream: int, body: bytes, wall: int) -> ClientEvent | None:
         try:

@@ -42,13 +42,10 @@ from zcproto.auth import (
     User,
     UserFile,
 )
-from zcproto.auth.directory import Directory
+from zcproto.auth.directory import Directory, Origins
 from zcproto.auth.identity import BuiltInSchemes
-from zcproto.auth.issuer_keys import IssuerKeys
 from zcproto.auth.jwt import IssuerKey, TokenRules
-from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
-from zcproto.auth.origin import Origins
-from zcproto.auth.provider import Provider
+from zcproto.auth.oidc import IssuerKeys, JwtAuthenticator, Provider, TrustedIssuer
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
 from zcproto.certs.acme.challenges import challenge_folder

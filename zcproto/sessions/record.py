@@ -53,8 +53,8 @@ class SessionRecord(NamedTuple):
     roles: str = ""
     """The names of its roles with ROLES in `flags`, see zcproto/common/roles.py."""
     origin: bytes = b""
-    """A digest of what opened it: of the user's key and roles, and of the device's (zcproto/auth/origin.py). Empty
-    for one of a version before, and where nothing is compared."""
+    """A digest of what opened it: of the user's key and roles, and of the device's (zcproto/auth/directory.py).
+    Empty for one of a version before, and where nothing is compared."""
 
 
 RecordFields = tuple[bytes, bytes, bytes, str, str, str, int, int, int, int, int, str, str, bytes]

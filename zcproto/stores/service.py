@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
+from zcproto.common.rates import EventRate
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
@@ -62,10 +63,9 @@ MAX_LOOKUPS: Final = 256
 """Look-ups in flight."""
 
 MISSES_PER_ADDRESS: Final = 100
-"""Unknown tokens from one address within `MISSES_S`; a client has one or two."""
+"""Unknown tokens from one address at once, and within `MISSES_S` in the long run; a client has one or two."""
 
 MISSES_S: Final = 10.0
-ADDRESSES: Final = 4_096
 
 OPENINGS_PER_USER: Final = 32
 """Sessions of one user that are opened at once: others would wait behind a user who logs in without end."""
@@ -205,7 +205,7 @@ class StoredSessionService(SessionService):
         self._undecided: OrderedDict[bytes, tuple[Rotation, bytes, bytes]] = OrderedDict()
         self._finding: dict[bytes, asyncio.Task[None]] = {}
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
-        self._missed: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._misses: EventRate[str] = EventRate(MISSES_PER_ADDRESS / MISSES_S, MISSES_S)
         self.lookups = 0
         self.misses = 0
 
@@ -562,29 +562,20 @@ class StoredSessionService(SessionService):
         elif found is not None:
             end_here(registry, found)
         else:
-            self._count_miss(network)
+            self.misses += 1
+            self._misses.charge(network, 1, self._clock.now())
         self._unknown[digest] = self._clock.now() + UNKNOWN_TOKEN_S
         if len(self._unknown) > UNKNOWN_TOKENS:
             self._unknown.popitem(last=False)
 
     def _check_rate(self, network: str, now: float) -> None:
         """Raise ResourceExhausted at too many look-ups, or too many misses from one network."""
-        until, misses = self._missed.get(network, (0.0, 0))
-        if misses >= MISSES_PER_ADDRESS and now < until:
+        if self._misses.left(network, now) < 1:
             raise ResourceExhausted(
-                "too many unknown tokens from this address",
-                {"retry_after_ms": round((until - now) * 1000) + 1},
+                "too many unknown tokens from this address", {"retry_after_ms": round(MISSES_S * 1000)}
             )
         if len(self._finding) >= MAX_LOOKUPS:
             raise ResourceExhausted("too many tokens to look up", {"retry_after_ms": _RETRY_BUSY_MS})
-
-    def _count_miss(self, network: str) -> None:
-        self.misses += 1
-        now = self._clock.now()
-        until, misses = self._missed.pop(network, (0.0, 0))
-        self._missed[network] = (until, misses + 1) if now < until else (now + MISSES_S, 1)
-        if len(self._missed) > ADDRESSES:
-            self._missed.popitem(last=False)
 
 
 def _cipher(spent_token: bytes, token_digest: bytes) -> AESGCM:

@@ -44,7 +44,8 @@ from math import ceil
 from struct import unpack
 from typing import Any, Final
 
-from zcproto.common.counts import BURST_S, Counting, Counts, EventRate
+from zcproto.common.counts import Counting, Counts
+from zcproto.common.rates import BURST_S, EventRate
 from zcproto.config.model import Config
 
 DEPTH: Final = 4
@@ -258,7 +259,7 @@ class SharedWindow:
         ]
 
 
-class SharedRate(EventRate):
+class SharedRate(EventRate[str]):
     """A rate that all workers count together."""
 
     __slots__ = ("_window",)

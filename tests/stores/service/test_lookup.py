@@ -90,7 +90,7 @@ async def test_address_with_many_unknown_tokens_is_limited(shared_process: Sessi
     for _ in range(MISSES_PER_ADDRESS):
         await shared_process.find(next(numbers).to_bytes(32, "big"))
     error = await refused(shared_process.find(next(numbers).to_bytes(32, "big")), ResourceExhausted)
-    assert 0 < error.details["retry_after_ms"] <= MISSES_S * 1000 + 1
+    assert error.details == {"retry_after_ms": MISSES_S * 1000}
     assert isinstance(await shared_process.find(opened.token, "192.0.2.8"), Session)
     await shared_process.find(next(numbers).to_bytes(32, "big"), "192.0.2.8")
     shared_process.clock.advance(MISSES_S)
@@ -99,19 +99,6 @@ async def test_address_with_many_unknown_tokens_is_limited(shared_process: Sessi
     await refused(shared_process.find(next(numbers).to_bytes(32, "big")), ResourceExhausted)
     assert shared_process.sessions.statistics()["misses"] == 2 * MISSES_PER_ADDRESS + 1
     await shared_process.find(next(numbers).to_bytes(32, "big"), "192.0.2.9")
-
-
-async def test_addresses_with_unknown_tokens_are_bounded(
-    shared_process: SessionProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service_module, "ADDRESSES", 2)
-    tokens = (number.to_bytes(32, "big") for number in itertools.count())
-    for _ in range(MISSES_PER_ADDRESS):
-        await shared_process.find(next(tokens))
-    await shared_process.find(next(tokens), "192.0.2.8")
-    await refused(shared_process.find(next(tokens)), ResourceExhausted)
-    await shared_process.find(next(tokens), "192.0.2.9")  # evicts the first address
-    assert await shared_process.find(next(tokens)) is Code.UNAUTHENTICATED
 
 
 async def test_ipv6_network_counts_as_one_address(shared_process: SessionProcess) -> None:

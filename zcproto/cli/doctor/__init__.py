@@ -21,9 +21,9 @@ from typing import Final
 import click
 
 from zcproto import accelerator
-from zcproto.alerts.command import check_program
-from zcproto.auth.issuer_keys import KeysFailed
+from zcproto.alerts.sinks import check_program
 from zcproto.auth.jwt import fits
+from zcproto.auth.oidc import KeysFailed
 from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
