@@ -184,7 +184,8 @@ def test_server_ends_at_once_while_it_waits_for_the_ca(serve_acme: ServeAcme, ca
     eventually(lambda: ca.orders)
     server.drain()
     source.wait(TIMEOUT)
-    assert not source._visits._thread or not source._visits._thread.is_alive()
+    assert source.visits.take_result() is None
+    assert not source.visits.is_running
     assert ca.orders[0]["status"] == "pending"
 
 
