@@ -63,8 +63,8 @@ async def started(home: Path, **changes: Any) -> CertificateManager:
 
 
 def source_of(manager: CertificateManager) -> AcmeSource:
-    assert manager._checker.acme is not None
-    return manager._checker.acme
+    assert manager.checker.acme is not None
+    return manager.checker.acme
 
 
 async def test_order_is_served_when_it_returns(home: Path, desk: Desk) -> None:
