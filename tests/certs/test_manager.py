@@ -300,7 +300,7 @@ async def test_process_that_does_not_maintain_checks_rarely_by_itself(
 ) -> None:
     config = configuration(tmp_path / "home", certificates__directory=certs, **ECDSA)
     manager = CertificateManager(config, system_clock, ["zcp/1"], maintains=False)
-    manager._checker = Mock(is_incomplete=is_incomplete)
+    manager.checker = Mock(is_incomplete=is_incomplete)
     steps: list[object] = []
 
     async def sleep(seconds: float) -> None:
@@ -352,7 +352,7 @@ def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path
         on_serving=partial(fail, AssertionError()),
         on_next_pins=partial(fail, AssertionError()),
     )
-    manager._interval = 0.0
+    manager.interval = 0.0
     ended = threading.Event()
     loop = asyncio.new_event_loop()
     checks = 0
@@ -426,7 +426,7 @@ async def test_changed_settings_are_checked_and_adopted_together_with_the_rest(
         assert not await manager.reconfigure(
             config(certificates__watch_interval="1h"), lambda: applied.append(len(served))
         )
-        assert (applied, manager._interval) == ([1], 3600.0)
+        assert (applied, manager.interval) == ([1], 3600.0)
     with pytest.raises(ValueError, match="not now"):
         await manager.reconfigure(
             config(certificates__renew_before="9d"), partial(fail, ValueError("not now"))
@@ -445,21 +445,21 @@ async def test_settings_that_cannot_be_applied_are_not_adopted(tmp_path: Path, c
     served: list[ServingCertificates] = []
     manager = CertificateManager(config(), system_clock, ["zcp/1"], on_serving=served.append)
     await manager.start()
-    before = manager._checker, manager._settings, manager._interval, manager._reported
+    before = manager.checker, manager.interval
     changed = config(certificates__renew_before="9d", certificates__watch_interval="1h")
     for _ in range(2):  # the second attempt finds the old settings
         with pytest.raises(ValueError, match="not now"):
             await manager.reconfigure(changed, partial(fail, ValueError("not now")))
-        assert (manager._checker, manager._settings, manager._interval, manager._reported) == before
+        assert (manager.checker, manager.interval) == before
     with pytest.raises(ValueError, match="not now"):
         await manager.reconfigure(
             config(certificates__watch_interval="1h"), partial(fail, ValueError("not now"))
         )
-    assert manager._interval == before[2]
+    assert manager.interval == before[1]
     assert len(served) == 1
     await manager.check()
     assert await manager.reconfigure(changed, lambda: None)
-    assert (manager._interval, len(served)) == (3600.0, 2)
+    assert (manager.interval, len(served)) == (3600.0, 2)
 
 
 def test_settings_are_not_adopted_after_the_end_of_the_loop(
@@ -473,7 +473,7 @@ def test_settings_are_not_adopted_after_the_end_of_the_loop(
     manager = CertificateManager(config, system_clock, ["zcp/1"])
     loop = asyncio.new_event_loop()
     loop.run_until_complete(manager.start())
-    before = manager._checker, manager._settings
+    before = manager.checker
     waits = threading.Semaphore(0)
 
     def count(futures: Any, timeout: float) -> Any:
@@ -488,7 +488,7 @@ def test_settings_are_not_adopted_after_the_end_of_the_loop(
         assert waits.acquire(timeout=TIMEOUT)
     loop.close()
     with manager._checking:  # the thread ends
-        assert (manager._checker, manager._settings) == before
+        assert manager.checker is before
     # Its loop is closed on purpose; asyncio would log that it never ended.
     reconfiguring._log_destroy_pending = False  # type: ignore[attr-defined]
 

@@ -326,7 +326,7 @@ def test_certificate_that_fails_its_test_raises_alert(start: Start, monkeypatch:
             raise CertificateError("the handshake fails")
 
         patched.setattr(checker, "proven_sites", refuse)
-        manager._checker._is_proven = False
+        manager.checker._is_proven = False
         check(alerting.server)
         assert alerting.until("certificate.not_used")["title"].endswith("the handshake fails")
     check(alerting.server)

@@ -176,13 +176,14 @@ def test_mode_can_be_changed_by_a_reload(serve: Serve, ca: FakeCa) -> None:
 def test_server_ends_at_once_while_it_waits_for_the_ca(serve_acme: ServeAcme, ca: FakeCa) -> None:
     server = serve_acme(certificates__watch_interval="100ms")
     ca.polls_until_checked = 10_000
-    source = server.server.parts.certificates._checker.acme
+    source = server.server.parts.certificates.checker.acme
     assert source is not None
     server.in_loop(lambda: source.order_now({"ecdsa"}))
     eventually(lambda: ca.orders)
     server.drain()
     source.wait(TIMEOUT)
-    assert not source._visits._thread or not source._visits._thread.is_alive()
+    assert source.visits.take_result() is None
+    assert not source.visits.is_running
     assert ca.orders[0]["status"] == "pending"
 
 

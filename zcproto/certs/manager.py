@@ -111,8 +111,8 @@ class CertificateManager:
         )
         self._maintains = maintains
         self._settings = certificate_settings(config)
-        self._checker = self._checker_for(self._settings)
-        self._interval = config.certificates.watch_interval
+        self.checker = self._checker_for(self._settings)
+        self.interval = config.certificates.watch_interval
         self.on_serving = on_serving
         self.on_next_pins = on_next_pins
         self._on_notice = on_notice
@@ -132,7 +132,7 @@ class CertificateManager:
     async def run(self) -> None:
         """Check periodically in a thread until cancelled; a check in progress then is the last."""
         while not self._maintains:  # too rarely to keep a thread
-            await asyncio.sleep(SOON if self._checker.is_incomplete else max(self._interval, RARE_S))
+            await asyncio.sleep(SOON if self.checker.is_incomplete else max(self.interval, RARE_S))
             await self.check()
         loop = asyncio.get_running_loop()
         ended = threading.Event()
@@ -140,10 +140,10 @@ class CertificateManager:
             while True:
                 if self._start_thread(loop, ended):
                     await loop.create_future()  # wait for the cancellation
-                await asyncio.sleep(self._interval)
+                await asyncio.sleep(self.interval)
         finally:
             ended.set()
-            self._checker.close()
+            self.checker.close()
 
     async def order(self, families: Collection[str]) -> None:
         """Order certificates of these key families from the public CA, and start serving them before returning.
@@ -160,7 +160,7 @@ class CertificateManager:
 
     def _order_now(self, families: Collection[str]) -> AcmeSource:
         with self._checking:
-            source = self._checker.acme
+            source = self.checker.acme
             if source is None:
                 raise CertificateError('certificates.mode must be "acme" to order certificates; set it')
             source.order_now(families)
@@ -191,18 +191,18 @@ class CertificateManager:
         settings, interval = certificate_settings(config), config.certificates.watch_interval
         if settings == self._settings:
             apply()
-            self._interval = interval
+            self.interval = interval
             return False
         loop, adopted = asyncio.get_running_loop(), Future[None]()
 
         def adopt(checker: CertificateChecker, result: CheckResult) -> None:
-            before = self._checker, self._settings, self._interval, self._reported
-            self._checker, self._settings, self._interval = checker, settings, interval
+            before = self.checker, self._settings, self.interval, self._reported
+            self.checker, self._settings, self.interval = checker, settings, interval
             self._reported = _Reported(result.next_pins, result.last_renewal)
             try:
                 apply()
             except Exception as error:  # raised in the thread, and from there to the caller
-                self._checker, self._settings, self._interval, self._reported = before
+                self.checker, self._settings, self.interval, self._reported = before
                 adopted.set_exception(error)
                 return
             adopted.set_result(None)
@@ -226,7 +226,7 @@ class CertificateManager:
 
     def status(self) -> tuple[CertificateStatus, ...]:
         """Return every certificate in use, with the seconds that it has left."""
-        return self._checker.status(self.now())
+        return self.checker.status(self.now())
 
     def now(self) -> datetime:
         """Return the wall time, aware, limited to what a datetime can express."""
@@ -248,7 +248,7 @@ class CertificateManager:
         waited = 0.0
         while True:
             # The interval may change meanwhile.
-            interval = min(self._interval, SOON) if self._checker.is_incomplete else self._interval
+            interval = min(self.interval, SOON) if self.checker.is_incomplete else self.interval
             part = min(max(interval - waited, 0.0), LONGEST_WAIT)
             if ended.wait(part) or not threading.main_thread().is_alive():
                 return False
@@ -279,7 +279,7 @@ class CertificateManager:
         raises.
         """
         with self._checking:
-            before, checker = self._checker, self._checker_for(settings)
+            before, checker = self.checker, self._checker_for(settings)
             try:
                 adopt(checker, checker.check(self.now(), self._clock.now()))
             except BaseException:
@@ -288,7 +288,7 @@ class CertificateManager:
             before.close()
 
     def _check(self) -> CheckResult:
-        return self._checker.check(self.now(), self._clock.now())
+        return self.checker.check(self.now(), self._clock.now())
 
     # --- in the loop ---------------------------------------------------------------------------------------
 

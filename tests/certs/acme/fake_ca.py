@@ -188,12 +188,12 @@ class FakeCa:
                 "names": wanted,
                 "replaces": payload.get("replaces"),
             }
-            order["authorizations"] = [self._authorization_of(name) for name in wanted]
+            order["authorizations"] = [self.authorization_of(name) for name in wanted]
             self.orders.append(order)
-            return 201, {"location": f"{ROOT}/order/{number}", **self.retry_after}, self._shown(int(number))
-        return 200, dict(self.retry_after), self._shown(int(number))
+            return 201, {"location": f"{ROOT}/order/{number}", **self.retry_after}, self.shown(int(number))
+        return 200, dict(self.retry_after), self.shown(int(number))
 
-    def _shown(self, number: int) -> dict[str, Any]:
+    def shown(self, number: int) -> dict[str, Any]:
         order = self.orders[number]
         states = {self._authorizations[each]["status"] for each in order["authorizations"]}
         if order["status"] == "pending" and states == {"valid"}:
@@ -212,7 +212,7 @@ class FakeCa:
         }
         return shown | ({"certificate": f"{ROOT}/certificate/{number}"} if order["status"] == "valid" else {})
 
-    def _authorization_of(self, name: str) -> int:
+    def authorization_of(self, name: str) -> int:
         for number, each in enumerate(self._authorizations):
             if self.reuses_authorizations and each["name"] == name and each["status"] == "valid":
                 return number
@@ -273,7 +273,7 @@ class FakeCa:
         assert [str(each.value) for each in san] == order["names"]
         self._issued[number] = self.issue(request.public_key(), self.names(order["names"]))
         order |= {"status": "processing", "polls": 0}
-        return 200, {}, self._shown(int(number))
+        return 200, {}, self.shown(int(number))
 
     def _certificate(self, number: str, payload: Any, thumbprint: str) -> Answered:
         assert payload is None

@@ -63,8 +63,8 @@ async def started(home: Path, **changes: Any) -> CertificateManager:
 
 
 def source_of(manager: CertificateManager) -> AcmeSource:
-    assert manager._checker.acme is not None
-    return manager._checker.acme
+    assert manager.checker.acme is not None
+    return manager.checker.acme
 
 
 async def test_order_is_served_when_it_returns(home: Path, desk: Desk) -> None:
@@ -102,7 +102,7 @@ async def test_other_settings_end_the_visit(home: Path, desk: Desk) -> None:
         raise AssertionError
 
     manager = await started(home)
-    source_of(manager)._visits._work = endless
+    source_of(manager).visits.work = endless
     await manager.check()
     assert await asyncio.to_thread(begun.wait, TIMEOUT)
     await manager.reconfigure(settings(home, acme__challenge="http-01", http__redirect_port=80), lambda: None)
@@ -131,4 +131,4 @@ async def test_end_of_the_manager_ends_the_visit(home: Path, desk: Desk) -> None
     await asyncio.sleep(0)
     running.cancel()
     await asyncio.wait([running])
-    assert source_of(manager)._visits._is_stopped
+    assert source_of(manager).visits.is_stopped

@@ -342,12 +342,12 @@ async def test_error_of_a_proxy_is_a_failure(desk: Desk) -> None:
 
 
 async def test_order_without_a_status_is_a_failure(desk: Desk) -> None:
-    real = desk.ca._shown
+    real = desk.ca.shown
 
     def shown(number: int) -> dict[str, Any]:
         return {name: value for name, value in real(number).items() if name != "status"}
 
-    desk.ca._shown = shown  # type: ignore[method-assign]
+    desk.ca.shown = shown  # type: ignore[method-assign]
     assert "the CA has refused the order: its status is missing" in (await order(desk)).problem
 
 
@@ -390,7 +390,7 @@ async def test_requests_go_over_verified_tls(
 
 
 async def test_refused_order_is_a_failure(desk: Desk) -> None:
-    real = desk.ca._shown
+    real = desk.ca.shown
 
     def refused(number: int) -> dict[str, Any]:
         shown = real(number)
@@ -398,13 +398,13 @@ async def test_refused_order_is_a_failure(desk: Desk) -> None:
             {"status": "invalid", "error": {"type": "x", "title": "no"}} if shown["status"] == "valid" else {}
         )
 
-    desk.ca._shown = refused  # type: ignore[method-assign]
+    desk.ca.shown = refused  # type: ignore[method-assign]
     assert "the CA has refused the order: no; check certificates.names" in (await order(desk)).problem
 
 
 async def test_name_that_was_not_ordered_is_not_answered(desk: Desk) -> None:
-    real = desk.ca._authorization_of
-    desk.ca._authorization_of = lambda name: real("evil.example")  # type: ignore[method-assign]
+    real = desk.ca.authorization_of
+    desk.ca.authorization_of = lambda name: real("evil.example")  # type: ignore[method-assign]
     assert "a name that was not ordered" in (await order(desk)).problem
 
 

@@ -43,7 +43,7 @@ class AcmeHarness(Harness):
     def restart(self, rest: Any = lambda: None) -> None:
         super().restart(rest)
         assert self.source is not None
-        self.source._visits._work = self.visit
+        self.source.visits.work = self.visit
 
     @property
     def source(self) -> AcmeSource:
@@ -133,7 +133,7 @@ def test_other_processes_serve_what_one_has_ordered(ordered: AcmeHarness, tmp_pa
     ordered.visited()
     assert kinds(*other.checks(2)) == ["loaded"]
     assert other.served == ordered.served
-    assert not other.checker.acme._visits.is_running  # type: ignore[union-attr]
+    assert not other.checker.acme.visits.is_running  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("unchanged", ["rsa", "ecdsa"])
@@ -518,7 +518,7 @@ def test_visit_of_another_process_is_waited_for(harness: AcmeHarness) -> None:
         return VisitResult(is_busy=True)
 
     harness.check()
-    harness.source._visits._work = busy
+    harness.source.visits.work = busy
     assert kinds(*harness.visited()) == []
     assert harness.source.problem.startswith("another process of this server")
     harness.visits.clear()
@@ -552,7 +552,7 @@ def test_close_ends_a_visit(harness: AcmeHarness) -> None:
         raise AssertionError
 
     harness.check()
-    harness.source._visits._work = endless
+    harness.source.visits.work = endless
     harness.check()
     assert begun.wait(TIMEOUT)
     assert harness.source.is_ordering

@@ -108,12 +108,12 @@ class VisitThread:
     """Carries out visits, one at a time. Only one thread may call its methods, except `stop`."""
 
     def __init__(self, work: Work) -> None:
-        self._work = work
+        self.work = work
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._result: VisitResult | None = None
         self._cancel: Callable[[], object] = lambda: None
-        self._is_stopped = False
+        self.is_stopped = False
 
     @property
     def is_running(self) -> bool:
@@ -143,7 +143,7 @@ class VisitThread:
     def stop(self) -> None:
         """End the visit now, and begin no other one."""
         with self._lock:
-            self._is_stopped = True
+            self.is_stopped = True
             self._cancel()
 
     def _run(self, visit: Visit, now: datetime) -> None:
@@ -160,11 +160,11 @@ class VisitThread:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         with self._lock:
-            if self._is_stopped:
+            if self.is_stopped:
                 raise asyncio.CancelledError
             self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
         try:
-            return await self._work(visit, now)
+            return await self.work(visit, now)
         finally:
             with self._lock:  # the loop is about to be closed
                 self._cancel = lambda: None

@@ -23,7 +23,7 @@ from typing import Final
 
 from zcproto.certs import files, lifecycle, notices, rollover
 from zcproto.certs.acme import schedule
-from zcproto.certs.acme.orders import Visit, VisitResult, VisitThread, Wanted, Work, carry_out
+from zcproto.certs.acme.orders import Visit, VisitResult, VisitThread, Wanted, carry_out
 from zcproto.certs.acme.schedule import OrderRecord, RenewalWindow
 from zcproto.certs.authority import Progress
 from zcproto.certs.keys import family
@@ -69,9 +69,7 @@ class AcmeSource(SiteSource):
         rest: Callable[[], None],
         *,
         maintains: bool = True,
-        work: Work | None = None,
     ) -> None:
-        """`work` replaces the visit to the CA."""
         self._site = site
         self._random = random
         self._maintains = maintains
@@ -84,7 +82,7 @@ class AcmeSource(SiteSource):
         self._pairs: dict[str, CertificatePair] = {}  # of the CA, by key type
         self._refused: dict[str, str] = {}  # why a certificate of the CA cannot be served, by key type
         self._is_incomplete = False
-        self._visits = VisitThread(partial(carry_out, site, progress=progress) if work is None else work)
+        self.visits = VisitThread(partial(carry_out, site, progress=progress))
         self._schedule = RenewalSchedule(site.directory, site.directory, random)
         self._record = OrderRecord()
         self._retry_at = 0.0  # monotonic: what a CA, a failure before a restart or another process demand
@@ -130,14 +128,14 @@ class AcmeSource(SiteSource):
 
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
         happened = self._managed.check(now, monotonic, force)
-        result = self._visits.take_result()
+        result = self.visits.take_result()
         has_changed = self._watcher.look()
         if has_changed or self._is_incomplete or result is not None:
             happened += self._load(now, () if result is None else result.issued)
         self._is_incomplete = has_changed and bool(self._refused)
         if result is not None:
             happened += self._visited(result, now, monotonic)
-        if self._maintains and not self._visits.is_running:
+        if self._maintains and not self.visits.is_running:
             self._begin(now, monotonic)
         self._update()
         return happened
@@ -148,14 +146,14 @@ class AcmeSource(SiteSource):
 
     @property
     def is_ordering(self) -> bool:
-        return (self._visits.is_running and self._is_order) or bool(self._requested)
+        return (self.visits.is_running and self._is_order) or bool(self._requested)
 
     def wait(self, seconds: float) -> None:
         """Wait until the visit to the CA has ended."""
-        self._visits.wait(seconds)
+        self.visits.wait(seconds)
 
     def close(self) -> None:
-        self._visits.stop()
+        self.visits.stop()
 
     # --- what is served
 
@@ -212,7 +210,7 @@ class AcmeSource(SiteSource):
         for one in asked:
             self._info(one).ask_at = monotonic + ASK_AGAIN_S
         try:
-            self._visits.begin(Visit(wanted, tuple(one.certificate for one in asked)), now)
+            self.visits.begin(Visit(wanted, tuple(one.certificate for one in asked)), now)
         except RuntimeError:  # no thread is available; there may be one later
             self._retry_at = monotonic + BUSY_RETRY_S
             return
