@@ -355,6 +355,18 @@ async def test_extra_connection_is_made_when_max_streams_are_in_flight() -> None
 
 
 @scripted
+async def test_extra_connections_are_made_while_calls_wait() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(user=None, max_connections=3) as client:
+        calls = [asyncio.create_task(client.call("echo")) for _ in range(3)]
+        fleet[A].script("echo", silence, silence, silence)
+        await turns()
+        assert fleet.dialled == {A: 3}
+        for call in calls:
+            call.cancel()
+
+
+@scripted
 async def test_waiting_calls_are_served_by_whichever_connection_has_room() -> None:
     fleet = Fleet(A, max_streams=2)
     async with fleet.client(max_connections=2) as client:
