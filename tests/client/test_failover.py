@@ -358,12 +358,25 @@ async def test_extra_connection_is_made_when_max_streams_are_in_flight() -> None
 async def test_extra_connections_are_made_while_calls_wait() -> None:
     fleet = Fleet(A, max_streams=1)
     async with fleet.client(user=None, max_connections=3) as client:
+        fleet[A].storing = 0.1
         calls = [asyncio.create_task(client.call("echo")) for _ in range(3)]
         fleet[A].script("echo", silence, silence, silence)
-        await turns()
+        await asyncio.sleep(1)
         assert fleet.dialled == {A: 3}
         for call in calls:
             call.cancel()
+
+
+@scripted
+async def test_server_that_reads_slowly_gets_no_extra_connection() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        fleet[A].link.pause()
+        call = asyncio.create_task(client.call("echo", x=1))
+        await asyncio.sleep(1)
+        assert fleet.dialled == {A: 1}
+        fleet[A].link.resume()
+        assert await call == {"x": 1}
 
 
 @scripted
