@@ -335,7 +335,8 @@ class ScriptedServer:
     """Answers each request of a method with the next action of its script, and then by default.
 
     `refuse` holds errors of the next attempts to connect, `on_welcome` actions after the next WELCOMEs. `lingers`
-    is the time between the end of a connection and its close, `delay` that to WELCOME, or to an error of `refuse`;
+    is the time between the end of a connection and its close, `delay` that to WELCOME, or to an error of `refuse`,
+    `storing` that from WELCOME to the use of the connection, as for storing its policy;
     `listens` is whether there is a TCP connection meanwhile. By default `session.open` and `session.refresh`
     return tokens, `echo` returns its params, and other methods return nil.
     """
@@ -350,6 +351,7 @@ class ScriptedServer:
         self.answers_pings = True
         self.lingers = 0.0
         self.delay = 0.0
+        self.storing = 0.0
         self.listens = True
         self.ahead_ms = 0
         self.session: dict[str, Any] = {}
@@ -430,6 +432,8 @@ class ScriptedServer:
         if self.on_welcome:
             self.on_welcome.pop(0)(link)
         await protocol.welcomed
+        if self.storing:
+            await asyncio.sleep(self.storing)
         return protocol
 
 

@@ -74,6 +74,20 @@ def test_invalid_address_is_refused_with_the_correct_form(text: str) -> None:
     assert fault.isprintable()
 
 
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("localhost:1:2", r"write HOST:PORT, or \[ADDRESS\]:PORT for IPv6"),
+        ("[localhost]:1", r"write an IPv6 address with a port as \[::1\]:7443"),
+        ("a/b", "not a host name or address; write HOST:PORT"),
+        ("localhost:x", "the port must be a number from 1 to 65535"),
+    ],
+)
+def test_each_fault_of_an_address_has_its_own_message(text: str, form: str) -> None:
+    with pytest.raises(ConfigError, match=form):
+        parse_address(text)
+
+
 @given(st.text(max_size=40))
 def test_any_text_is_parsed_or_raises_config_error(text: str) -> None:
     try:

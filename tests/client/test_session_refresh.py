@@ -430,25 +430,16 @@ async def test_renewal_waits_for_a_full_connection() -> None:
         await call
 
 
+@pytest.mark.parametrize("code", [Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED])
 @scripted
-async def test_token_expired_for_an_old_token_is_ignored() -> None:
+async def test_error_of_an_old_token_does_not_concern_the_session(code: Code) -> None:
     server = hourly_server()
     async with client_of(server) as client:
         call = await server.hold_call(client, x=1, timeout=None)
         await asyncio.sleep(AFTER_REFRESH_S)
-        server.calls()[0].fail(Code.TOKEN_EXPIRED)
+        server.calls()[0].fail(code)
         assert await call == {"x": 1}
         assert len(server.calls("session.refresh")) == 1
-
-
-@scripted
-async def test_revocation_of_an_old_token_does_not_end_the_session() -> None:
-    server = hourly_server()
-    async with client_of(server) as client:
-        call = await server.hold_call(client, x=1, timeout=None)
-        await asyncio.sleep(AFTER_REFRESH_S)
-        server.calls()[0].fail(Code.TOKEN_REVOKED)
-        assert await call == {"x": 1}
         assert [request.token for request in server.calls()] == [token(1), token(2)]
 
 

@@ -485,19 +485,10 @@ class SessionClient:
 
     # --- connections and events -------------------------------------------------------------------
 
-    @property
-    def _is_over(self) -> bool:
-        """Whether the server revoked or refused the session: only the application may open another one."""
-        return self._sessions.is_over
-
     def _show_session(self, connection: ClientProtocol, *, is_extra: bool = False) -> None:
         """Show the session on a new connection, and register its handlers there, before other requests."""
         if not self._registrar.connected(connection, is_extra=is_extra):
             self._sessions.present(connection)
-
-    def _owns(self, token: bytes) -> bool:
-        """Return whether an event with this token concerns this session."""
-        return self._sessions.owns(token)
 
     def _receive_event(self, event: EventReceived) -> None:
         """Process an event of the server about this session, or about the server itself."""
@@ -594,7 +585,7 @@ class Client(SessionClient):
             on_connected=self._connected,
             on_extra=self._extra_connected,
             shows_session=self._shows_session,
-            is_wanted=lambda: not all(each._is_over for each in (self, *self._users)),
+            is_wanted=lambda: not all(each._sessions.is_over for each in (self, *self._users)),
             max_extra=options.max_connections - 1,
             start_timeout=options.start_timeout,
             on_starting=lambda: report_wait(self.addresses, options.start_timeout),
@@ -726,8 +717,9 @@ class Client(SessionClient):
             user._show_session(connection)
 
     def _event_received(self, event: EventReceived) -> None:
-        owner: SessionClient = next((each for each in self._users if each._owns(event.token)), self)
-        if owner is self and self._had_users and event.token != NO_TOKEN and not self._owns(event.token):
+        token = event.token
+        owner: SessionClient = next((each for each in self._users if each._sessions.owns(token)), self)
+        if owner is self and self._had_users and token != NO_TOKEN and not self._sessions.owns(token):
             return  # of a session that was closed
         owner._receive_event(event)
 
