@@ -1,8 +1,8 @@
 """Choose what runs the functions of the request path: `_accelerator.c` if it was built, otherwise Python.
 
 The Python functions are the reference. The compiled ones return the same results and raise the same errors, because
-they pass every argument of another type or range on to them. Reading requests and answers is compiled alone: without
-it, and for all that it leaves, connections have a general path (zcproto/wire/request_fast_path.py).
+they pass every argument of another type or range on to them. The reading of requests and answers is compiled alone.
+Without it, and for all that it leaves, connections have a general path (zcproto/wire/request_fast_path.py).
 """
 
 from __future__ import annotations

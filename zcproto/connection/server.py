@@ -419,11 +419,10 @@ class ServerConnection:
     # --- frames by kind: each returns its events ------------------------------------------------
 
     def _receive_request(self, frame: RawFrame, wall: int, now: float) -> Iterator[ServerEvent]:
-        """Process a REQUEST or OPEN: its stream, its token, limits, then its body."""
+        """Process a REQUEST or OPEN: its stream, its token, limits, then its body. Raises ProtocolError."""
         length, head, stream, _, _, _, token, body = frame
         if stream in self._held:
-            yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
-            return
+            raise ProtocolError(Code.PROTOCOL_ERROR, "stream is in flight")
         tokens = self.tokens
         if not tokens.accepts(token, wall) and not (yield from self._check_token(frame, wall, now)):
             return
