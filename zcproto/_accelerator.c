@@ -80,10 +80,13 @@ is_bytes(PyObject *value, Allowed allowed, Py_ssize_t size, Bytes *out)
     return 1;
 }
 
-/* Return the result of a function in Python. */
+/* Return the result of the Python function of this name (zcproto/accelerator.py). */
 static PyObject *
-call(PyObject *function, PyObject *const *args, Py_ssize_t nargs)
+call_reference(const char *name, PyObject *const *args, Py_ssize_t nargs)
 {
+    PyObject *module = PyImport_ImportModule("zcproto.accelerator");
+    PyObject *references = module == NULL ? NULL : PyObject_GetAttrString(module, "references");
+    PyObject *function = references == NULL ? NULL : PyMapping_GetItemString(references, name);
     PyObject *all = function == NULL ? NULL : PyTuple_New(nargs), *result = NULL;
     for (Py_ssize_t i = 0; all != NULL && i < nargs; i++) {
         Py_INCREF(args[i]);
@@ -92,18 +95,8 @@ call(PyObject *function, PyObject *const *args, Py_ssize_t nargs)
     if (all != NULL)
         result = PyObject_CallObject(function, all);
     Py_XDECREF(all);
-    return result;
-}
-
-static PyObject *
-call_twin(const char *name, PyObject *const *args, Py_ssize_t nargs)
-{
-    PyObject *module = PyImport_ImportModule("zcproto.accelerator");
-    PyObject *twins = module == NULL ? NULL : PyObject_GetAttrString(module, "twins");
-    PyObject *twin = twins == NULL ? NULL : PyMapping_GetItemString(twins, name);
-    PyObject *result = call(twin, args, nargs);
-    Py_XDECREF(twin);
-    Py_XDECREF(twins);
+    Py_XDECREF(function);
+    Py_XDECREF(references);
     Py_XDECREF(module);
     return result;
 }
@@ -211,7 +204,7 @@ encode_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
         !is_bytes(args[3], ANY_SUBCLASS, SALT_SIZE, &frame.salt) ||
         !is_uint(args[4], UINT64_MAX, &frame.counter) ||
         !is_bytes(args[5], ANY_SUBCLASS, TOKEN_SIZE, &frame.token) || !read_body(args[6], &frame))
-        return call_twin("encode_frame", args, nargs);
+        return call_reference("encode_frame", args, nargs);
     PyObject *result = PyBytes_FromStringAndSize(NULL, BODY + frame.size);
     if (result != NULL)
         write_frame((unsigned char *)PyBytes_AsString(result), &frame);
@@ -235,7 +228,7 @@ encode_frames(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nar
     Frame frame;
     if (nargs != 3 || !PyList_CheckExact(args[0]) || !is_bytes(args[1], ANY_SUBCLASS, SALT_SIZE, &frame.salt) ||
         !is_uint(args[2], (uint64_t)1 << 63, &frame.counter))
-        return call_twin("encode_frames", args, nargs);
+        return call_reference("encode_frames", args, nargs);
     PyObject *frames = PyList_AsTuple(args[0]); /* another thread may change the list */
     if (frames == NULL)
         return NULL;
@@ -244,7 +237,7 @@ encode_frames(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nar
         size += BODY + frame.size;
         i++;
     }
-    PyObject *result = i < count ? call_twin("encode_frames", args, nargs) : PyBytes_FromStringAndSize(NULL, size);
+    PyObject *result = i < count ? call_reference("encode_frames", args, nargs) : PyBytes_FromStringAndSize(NULL, size);
     unsigned char *p = i < count || result == NULL ? NULL : (unsigned char *)PyBytes_AsString(result);
     for (i = 0; p != NULL && i < count; i++, frame.counter++) {
         if (read_frame(PyTuple_GetItem(frames, i), &frame))
@@ -323,7 +316,7 @@ scan_body(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     if (nargs == 2 && is_bytes(args[0], PLAIN, -1, &body) && is_uint(args[1], UINT64_MAX, &max_depth) &&
         is_plain(body, body + PyBytes_Size(args[0]), max_depth))
         Py_RETURN_TRUE;
-    return call_twin("scan_body", args, nargs);
+    return call_reference("scan_body", args, nargs);
 }
 
 /* Return whether memory is exhausted. Clears any other exception. */
@@ -386,12 +379,12 @@ fits(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != 4 || !PyDict_CheckExact(args[0]) || !PyDict_CheckExact(args[1]) ||
         (args[2] != Py_None && !PyFrozenSet_CheckExact(args[2])) || !PyFrozenSet_CheckExact(args[3]))
-        return call_twin("fits", args, nargs);
+        return call_reference("fits", args, nargs);
     PyObject *name, *value;
     Py_ssize_t at = 0, found = 0;
     while (PyDict_Next(args[0], &at, &name, &value)) {
         if (!PyUnicode_CheckExact(name))
-            return call_twin("fits", args, nargs);
+            return call_reference("fits", args, nargs);
         PyObject *expected = PyDict_GetItemWithError(args[1], name);
         if (expected == NULL && PyErr_Occurred())
             return NULL;
@@ -521,7 +514,7 @@ wall_ms(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     struct timespec now;
     if (nargs == 0 && timespec_get(&now, TIME_UTC) == TIME_UTC)
         return PyLong_FromLongLong((long long)now.tv_sec * 1000 + now.tv_nsec / 1000000);
-    return call_twin("wall_ms", args, nargs);
+    return call_reference("wall_ms", args, nargs);
 }
 
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}

@@ -1,7 +1,8 @@
 """Choose what runs the functions of the request path: `_accelerator.c` if it was built, otherwise Python.
 
 The Python functions are the reference. The compiled ones return the same results and raise the same errors, because
-they pass every unusual argument on to the Python function.
+they pass every argument of another type or range on to them. The reading of requests and answers is compiled alone.
+Without it, and for all that it leaves, connections have a general path (zcproto/wire/request_fast_path.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final, TypeVar, cast
 VARIABLE: Final = "ZCPROTO_ACCELERATOR"
 """The environment variable that selects Python: `off`. It is read once, when this module is imported."""
 
-twins: Final[dict[str, Callable[..., Any]]] = {}
+references: Final[dict[str, Callable[..., Any]]] = {}
 """The Python functions by name. `_accelerator.c` looks them up here."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -37,10 +38,10 @@ def _load() -> tuple[ModuleType | None, str]:
 compiled, missing = _load()
 
 
-def accelerated(twin: _Function) -> _Function:
+def accelerated(reference: _Function) -> _Function:
     """Return the compiled function of the same name if there is one, otherwise this one."""
-    twins[twin.__name__] = twin
-    return cast(_Function, getattr(compiled, twin.__name__, twin))
+    references[reference.__name__] = reference
+    return cast(_Function, getattr(compiled, reference.__name__, reference))
 
 
 def describe() -> str:

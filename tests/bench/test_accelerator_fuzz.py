@@ -17,8 +17,8 @@ FAULTS = {
     "a byte beyond a frame is read": ("    if (left < BODY)\n        return 0;", "", "AddressSanitizer"),
     "a byte beyond a body is read": ("        if (p == end)\n            return 0;", "", "AddressSanitizer"),
     "a byte beyond a frame is written": (
-        "memcpy(frame + BODY, body, (size_t)size)",
-        "memcpy(frame + BODY, body, (size_t)size + 64)",
+        "memcpy(p + BODY, frame->body, (size_t)frame->size)",
+        "memcpy(p + BODY, frame->body, (size_t)frame->size + 64)",
         "AddressSanitizer",
     ),
     "a shift that C does not define": (

@@ -186,7 +186,7 @@ def test_only_streams_that_may_not_go_on_are_cut(rotated: RotatedPair) -> None:
 
 
 def test_stream_is_cut_with_the_error_of_the_server(rotated: RotatedPair) -> None:
-    cut = rotated.server.cut_stream(rotated.stream, refusals.TOO_MUCH_HELD, rotated.clock.wall())
+    cut = rotated.server.cut(rotated.stream, refusals.TOO_MUCH_HELD, rotated.clock.wall())
     assert cut == RequestEnded(rotated.stream, Code.CANCELLED, "memory")
     assert (rotated.answer().code, rotated.server.in_flight) == (Code.CANCELLED, 0)
 

@@ -134,7 +134,7 @@ def outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 def check_call(name: str, *args: Any) -> None:
     """Assert that a call gives the same with either function."""
     found = outcome(getattr(compiled, name), args)
-    expected = outcome(accelerator.twins[name], args)
+    expected = outcome(accelerator.references[name], args)
     assert found == expected, f"{name}{args}: {found}, not {expected}"
 
 
@@ -142,7 +142,7 @@ def check_scan(body: Any, max_depth: Any) -> None:
     """Assert that the compiled scan refuses what its reference refuses, and vouches only for valid bodies."""
     found = outcome(compiled.scan_body, (body, max_depth))
     if found == (bool, True):
-        assert outcome(accelerator.twins["scan_body"], (body, max_depth)) == (bool, False)
+        assert outcome(accelerator.references["scan_body"], (body, max_depth)) == (bool, False)
         found = outcome(decode_by_python, (body, max_depth))
         assert found[0] is not MessageError or found[1] == "str is not UTF-8", (
             body,
@@ -156,7 +156,7 @@ def check_scan(body: Any, max_depth: Any) -> None:
 def decode_by_python(body: bytes, max_depth: int) -> Any:
     """Return what decode_body returns without the compiled module."""
     saved = message.scan_body, message._SCANNED_ABOVE
-    message.scan_body = accelerator.twins["scan_body"]  # type: ignore[assignment]
+    message.scan_body = accelerator.references["scan_body"]  # type: ignore[assignment]
     message._SCANNED_ABOVE = message._TRUSTED_SIZE  # type: ignore[misc]
     try:
         return message.decode_body(body, max_depth), outcome(message.decode_request, (body, max_depth))

@@ -276,7 +276,7 @@ def test_params_fit_alike() -> None:
 
 
 @needs_compiled
-@pytest.mark.parametrize("name", sorted(accelerator.twins))
+@pytest.mark.parametrize("name", sorted(accelerator.references))
 def test_wrong_number_of_arguments_is_refused_alike(name: str) -> None:
     for count in range(12):
         if (name, count) != ("wall_ms", 0):  # right, and later for the second
@@ -314,7 +314,7 @@ TRACED: dict[str, tuple[Any, ...]] = {
         *(REQUEST_RULES, 5, WALL),
     ),
 }
-FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
+FOR_THE_REFERENCE: dict[str, tuple[Any, ...]] = {
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
     "encode_frames": ([(REQUEST, 7, WALL, TOKEN, b"body"), (REQUEST, -1, WALL, TOKEN, b"")], SALT, 6),
     "scan_body": (b"\xc1" * 300, 32),
@@ -326,7 +326,7 @@ FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
 @needs_compiled
 @pytest.mark.parametrize(
     ("name", "args"),
-    [*CALLS.items(), *TRACED.items(), *FOR_THE_TWIN.items()],
+    [*CALLS.items(), *TRACED.items(), *FOR_THE_REFERENCE.items()],
     ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_calls_leak_nothing(name: str, args: tuple[Any, ...]) -> None:
@@ -345,8 +345,8 @@ def test_calls_leak_nothing(name: str, args: tuple[Any, ...]) -> None:
         return -call(function, 100) + call(function, 2_000)
 
     counts = [sys.getrefcount(each) for each in args]
-    twin = accelerator.twins.get(name)
-    assert growth(getattr(compiled, name)) < (0 if twin is None else max(0, growth(twin))) + 200
+    reference = accelerator.references.get(name)
+    assert growth(getattr(compiled, name)) < (0 if reference is None else max(0, growth(reference))) + 200
     leaked = [sys.getrefcount(each) - count for each, count in zip(args, counts, strict=True)]
     assert max(map(abs, leaked), default=0) < 1_000  # others use small ints, too
 
@@ -354,7 +354,7 @@ def test_calls_leak_nothing(name: str, args: tuple[Any, ...]) -> None:
 @needs_compiled
 @pytest.mark.parametrize(
     ("name", "args"),
-    [(name, calls[name]) for calls in (CALLS, FOR_THE_TWIN) for name in calls if name != "wall_ms"],
+    [(name, calls[name]) for calls in (CALLS, FOR_THE_REFERENCE) for name in calls if name != "wall_ms"],
     ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_lack_of_memory_is_raised(name: str, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_lack_of_memory_is_raised(name: str, args: tuple[Any, ...], monkeypatch:
         "_testcapi", reason="_testcapi makes allocations fail; this Python lacks it"
     )
     # A reference without frames: interpreters and msgpack do not survive a lack of memory everywhere.
-    monkeypatch.setitem(accelerator.twins, name, "".format)
+    monkeypatch.setitem(accelerator.references, name, "".format)
     function = getattr(compiled, name)
     failed, expected = 0, function(*args)
     for number in range(40):
@@ -380,7 +380,7 @@ def test_lack_of_memory_is_raised(name: str, args: tuple[Any, ...], monkeypatch:
 
 @needs_compiled
 def test_wall_time_is_that_of_the_reference() -> None:
-    reference = accelerator.twins["wall_ms"]
+    reference = accelerator.references["wall_ms"]
     before = reference()
     assert before <= compiled.wall_ms() <= reference()
     with pytest.raises(TypeError):
@@ -396,9 +396,9 @@ async def test_usual_calls_need_no_reference(monkeypatch: pytest.MonkeyPatch) ->
         return {"data": data, "tags": tags}
 
     async with connect_in_memory(app, user="ada") as client:
-        for name in accelerator.twins:
+        for name in accelerator.references:
             monkeypatch.setitem(
-                accelerator.twins, name, lambda *_, name=name: pytest.fail(f"{name} was called")
+                accelerator.references, name, lambda *_, name=name: pytest.fail(f"{name} was called")
             )
         calls = [client.call("echo", data=bytes(size), tags=["a"]) for size in range(40)]
         assert [len(answer["data"]) for answer in await asyncio.gather(*calls)] == [*range(40)]
@@ -452,9 +452,9 @@ def test_package_uses_the_chosen_functions() -> None:
     }
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
     chosen["wall_ms"] = clock.wall_ms
-    assert chosen.keys() == accelerator.twins.keys()
+    assert chosen.keys() == accelerator.references.keys()
     for name, function in chosen.items():
-        assert function is (accelerator.twins[name] if compiled is None else getattr(compiled, name))
+        assert function is (accelerator.references[name] if compiled is None else getattr(compiled, name))
     assert bool(accelerator.missing) is (compiled is None)
 
 

@@ -58,6 +58,10 @@ def test_streams_with_credit_alone_share_one_meta(meta: dict[str, Any]) -> None:
 
 def test_stream_without_credit_has_none_yet() -> None:
     assert decode_open(encode_request("m", {}, {"deadline_ms": 5}))[3] == (0, 0)
+    assert decode_open(encode_request("m", {}))[3] == (0, 0)
+    assert decode_credit(encode_body([1, 2])) == (1, 2)
+    with pytest.raises(MessageError, match="idempotency_key cannot be used with a stream"):
+        decode_open(encode_request("m", {}, {"idempotency_key": "k"}))
 
 
 @pytest.mark.parametrize("credit", [1, [1], [1, -1], [1, 2**53], [1, True], ["1", 2]])

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any, Final, Protocol
 
 from zcproto.connection import refusals
@@ -281,7 +280,7 @@ class ServerConnection:
         return (event,)
 
     def _read_again(self, batch: list[ReadRequest], data: bytes, at: int, wall: int) -> list[ReadRequest]:
-        """Return the requests if their token is still accepted; those with an earlier token if there are none."""
+        """Return the requests if their token is still accepted. Without any, read those with an earlier token."""
         accepted = self.tokens.last
         if not batch:
             earlier = self.tokens.earlier(data[at + _TOKEN_AT : at + HEADER_SIZE])
@@ -399,7 +398,7 @@ class ServerConnection:
             return (self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall),)
         held = self._held.get(stream) if ITEM <= head < RESULT else None
         if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
-            return (self._cut(held, refusals.stale_on_stream(wall), wall),)
+            return (self.cut(held, refusals.stale_on_stream(wall), wall),)
         if head in (REQUEST, OPEN):
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
             return None
@@ -420,11 +419,10 @@ class ServerConnection:
     # --- frames by kind: each returns its events ------------------------------------------------
 
     def _receive_request(self, frame: RawFrame, wall: int, now: float) -> Iterator[ServerEvent]:
-        """Process a REQUEST or OPEN: its stream, its token, limits, then its body."""
+        """Process a REQUEST or OPEN: its stream, its token, limits, then its body. Raises ProtocolError."""
         length, head, stream, _, _, _, token, body = frame
         if stream in self._held:
-            yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
-            return
+            raise ProtocolError(Code.PROTOCOL_ERROR, "stream is in flight")
         tokens = self.tokens
         if not tokens.accepts(token, wall) and not (yield from self._check_token(frame, wall, now)):
             return
@@ -473,7 +471,7 @@ class ServerConnection:
         if isinstance(found, bytes):
             self._refuse("token", stream, token, found, wall)
             return False
-        return True  # also a session that has left this connection since and was used again at once
+        return True  # a session that left during the event and is used again was reported by it
 
     def _attaching(self, wanted: KeyWanted, frame: RawFrame, wall: int) -> RawRequest | None:
         """Return a `session.attach` request for a token whose key is not proved; refuse any other.
@@ -503,7 +501,7 @@ class ServerConnection:
             self.count_wasted()
             return None
         is_stream = isinstance(held, ServerStream)
-        return (self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall),)
+        return (self.cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall),)
 
     def _receive_ping(self, frame: RawFrame, wall: int, now: float) -> None:
         self.outbox.send(PONG, 0, frame[6], b"", wall)
@@ -524,7 +522,7 @@ class ServerConnection:
         if not isinstance(outcome, bytes):
             return (outcome,)
         assert held is not None, "only a stream in flight can be cut"
-        return (self._cut(held, outcome, wall),)
+        return (self.cut(held, outcome, wall),)
 
     def _receive_answer(self, frame: RawFrame, wall: int, now: float) -> Iterable[ServerEvent] | None:
         """Process a RESULT or FAILURE, unless it is dropped."""
@@ -723,12 +721,12 @@ class ServerConnection:
         if self.state is _CLOSED:
             return []
         overdue = [held for held in self._held.values() if held.deadline <= now]
-        events: list[ServerEvent] = [self._cut(each, refusals.DEADLINE_EXCEEDED, wall) for each in overdue]
+        events: list[ServerEvent] = [self.cut(each, refusals.DEADLINE_EXCEEDED, wall) for each in overdue]
         events += self.withdraw_overdue(wall, now)
         streams = self._streams
         if streams is not None and streams.in_flight:
             slow = streams.take_slow(self._held, now)
-            events += [self._cut(stream, refusals.SLOW, wall) for stream in slow]
+            events += [self.cut(stream, refusals.SLOW, wall) for stream in slow]
             for session_id in streams.take_used(self._held, now) & self.sessions.keys():
                 session = self.registry.check(self.sessions[session_id].token, wall)
                 if isinstance(session, Session) and session.bound:
@@ -740,12 +738,12 @@ class ServerConnection:
             reason = GoAwayReason.NO_SESSION
             # Without an answer they would count as not run (zcp1.md, section 16).
             begun = [held for held in self._held.values() if held.session is not None]
-            events += [self._cut(request, refusals.NO_SESSION, wall) for request in begun]
+            events += [self.cut(request, refusals.NO_SESSION, wall) for request in begun]
         elif self._silent_at() <= now:
             if self._decoder is not None and self._decoder.header_at is not None:
                 reason = GoAwayReason.SLOW_FRAME
                 unanswered = [*self._held.values()]  # likewise
-                events += [self._cut(request, refusals.SLOW_FRAME, wall) for request in unanswered]
+                events += [self.cut(request, refusals.SLOW_FRAME, wall) for request in unanswered]
             elif streams is not None and streams.pinged_at > self._last_frame:
                 if not streams.ping.has_advanced(streams.sent_bytes - unsent):
                     self.end()
@@ -780,18 +778,17 @@ class ServerConnection:
             self.deadline_moved = True
 
     def respond(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded result. Return False if it was already answered or the end came
-        first."""
-        if (request.held and not self._release(request)) or self.state is _CLOSED:
-            return False
-        self.outbox.send(RESPONSE, request.stream, request.token, body, wall)
-        return True
+        """Answer with an encoded result. Return False if the request was answered or the end came before."""
+        return self._answer(RESPONSE, request, body, wall)
 
     def fail(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded error. Return False if it was already answered or the end came first."""
+        """Answer with an encoded error. Return False as `respond` does."""
+        return self._answer(ERROR, request, body, wall)
+
+    def _answer(self, head: int, request: Request, body: bytes, wall: int) -> bool:
         if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
-        self.outbox.send(ERROR, request.stream, request.token, body, wall)
+        self.outbox.send(head, request.stream, request.token, body, wall)
         return True
 
     def _release(self, request: Request) -> bool:
@@ -810,7 +807,7 @@ class ServerConnection:
         if isinstance(request, ServerStream) and self._streams is not None:
             self._streams.ended(request, lingers=lingers)
 
-    def _cut(self, request: Request, body: bytes, wall: int) -> RequestEnded:
+    def cut(self, request: Request, body: bytes, wall: int) -> RequestEnded:
         """Answer a request in flight with an ERROR, although its method has not ended."""
         self._remove(request, lingers=True)
         # The handler may still run for a while; it counts against max_streams until it has ended.
@@ -844,17 +841,13 @@ class ServerConnection:
             return []
         return [held for held in self._held.values() if isinstance(held, ServerStream)]
 
-    def cut_stream(self, stream: ServerStream, body: bytes, wall: int) -> RequestEnded:
-        """Cut a stream in flight, whatever its client sends, with an encoded error."""
-        return self._cut(stream, body, wall)
-
     def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
         """Cut the streams of a session that has ended."""
         return self._cut_streams(session_id, refusals.SESSION_ENDED[code], wall)
 
     def _cut_streams(self, session_id: str, body: bytes, wall: int) -> list[RequestEnded]:
         return [
-            self._cut(stream, body, wall)
+            self.cut(stream, body, wall)
             for stream in self.open_streams()
             if stream.session is not None and stream.session.id == session_id
         ]
@@ -862,7 +855,7 @@ class ServerConnection:
     def cut_denied(self, may_go_on: Callable[[ServerStream], bool], wall: int) -> list[RequestEnded]:
         """Cut the streams whose sessions may no longer call their methods."""
         denied = (stream for stream in self.open_streams() if not may_go_on(stream))
-        return [self._cut(stream, refusals.DENIED, wall) for stream in denied]
+        return [self.cut(stream, refusals.DENIED, wall) for stream in denied]
 
     def send_item(self, stream: ServerStream, body: bytes, wall: int) -> int:
         """Send an encoded item, and return its `length`. Only in flight, and while the credit allows it."""
@@ -917,7 +910,7 @@ class ServerConnection:
         Raises Unavailable if the client does not handle the method here, ResourceExhausted at a limit.
         """
         known = self.sessions.get(session_id)
-        if known is None or known.cut_at != inf or self._calls is None or self.state is _CLOSED:
+        if known is None or known.cut_at != NEVER or self._calls is None or self.state is _CLOSED:
             raise Unavailable("the client handles no methods on this connection")
         call = self._calls.begin(session_id, known.token, method, now + timeout_s)
         self.outbox.send(CALL, call.number, call.token, body, wall)
@@ -971,7 +964,7 @@ class ServerConnection:
         Raises MessageError if the data cannot be encoded or is too large.
         """
         known = self.sessions.get(session_id)
-        if known is None or known.cut_at != inf or self.state is _CLOSED:
+        if known is None or known.cut_at != NEVER or self.state is _CLOSED:
             return False
         body = encode_body([name, data])
         if len(body) > self.settings.max_body:

@@ -371,7 +371,7 @@ class Dispatcher:
     def cut_stream(self, stream: ServerStream) -> None:
         """End a stream whose user's items take too much memory."""
         if self._connection.state is not State.CLOSED:
-            self.stop(self._connection.cut_stream(stream, TOO_MUCH_HELD, self._state.clock.wall()))
+            self.stop(self._connection.cut(stream, TOO_MUCH_HELD, self._state.clock.wall()))
 
     def cut_denied_streams(self) -> None:
         """Cut the streams whose sessions may no longer call their methods."""

@@ -74,11 +74,11 @@ class FrameDecoder:
     __slots__ = (
         "_accepted_before",
         "_at",
+        "_common",
         "_data",
         "_filled",
         "_header",
         "_missing",
-        "_usual",
         "_whole",
         "accepted",
         "limit",
@@ -88,7 +88,9 @@ class FrameDecoder:
     def __init__(self, receiver: Side, limit: int) -> None:
         self.limit = limit
         self.accepted = ACCEPTED[receiver]
-        self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # the common kind costs one comparison
+        self._common = (
+            REQUEST if receiver is Side.SERVER else RESPONSE
+        )  # the common kind costs one comparison
         self._data = b""
         self._at = 0
         self.partial: bytearray | mmap.mmap | None = None  # an incomplete frame
@@ -156,14 +158,14 @@ class FrameDecoder:
         data = self._data
         at = self._at
         size = len(data)
-        usual = self._usual
+        common = self._common
         while size - at >= HEADER_SIZE:
             length, head, stream, timestamp, salt, counter, token = _unpack_header(data, at)
             if not MIN_LENGTH <= length <= self.limit:
                 if at or data is not self._accepted_before:
                     check_length(length, self.limit)
                 self._accepted_before = None
-            if head != usual or not stream:
+            if head != common or not stream:
                 check_head(head, stream, length, self.accepted)
             end = at + LENGTH_SIZE + length
             if end > size:

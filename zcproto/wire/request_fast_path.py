@@ -42,12 +42,7 @@ read_requests: Final[Callable[[bytes, int, RequestRules, int, int], list[ReadReq
 Arguments: the bytes of a read, the position, the rules, the counter of the last frame, wall time in milliseconds.
 """
 
-
-def _cut_nothing(*_: Any) -> list[FastAnswer]:
-    return []
-
-
-cut_values: Final[Callable[..., list[FastAnswer]]] = getattr(compiled, "cut_values", _cut_nothing)
+cut_values: Final[Callable[..., list[FastAnswer]]] = getattr(compiled, "cut_values", lambda *_: [])
 """Return the frames that a read begins with, up to the first other one.
 
 Arguments: the bytes, limit, head, salt, the last counter, token, wall time, tolerance, largest depth, `unpack`.
