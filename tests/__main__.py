@@ -42,9 +42,8 @@ class Group(NamedTuple):
 
 
 FRAMES = (
-    *("wire", "connection", "fuzz/test_fuzz.py", "properties/test_both_ends.py"),
+    *("wire", "connection", "properties/test_both_ends.py", "properties/test_wire.py"),
     *("properties/test_client_conversation.py", "properties/test_server_conversation.py"),
-    *("properties/test_wire.py", "app/test_app.py"),
 )
 """Tests of what the accelerator does: they are repeated without it."""
 
@@ -98,7 +97,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             "--another-python",
             "like --quick, without tests whose result does not depend on the version of Python",
         ),
-        ("--all", "also the slow tests: whole measurements at a small size"),
+        ("--all", "also the slow tests: long builds, searches and measurements"),
         ("--fix", "apply ruff's automatic fixes first"),
     ):
         parser.add_argument(option, action="store_true", help=meaning)

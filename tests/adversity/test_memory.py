@@ -7,8 +7,8 @@ from pathlib import Path
 from tests.server.helpers import Client
 from tests.server.process import ServerProcess
 
-WARM_UP = 1_000
-MEASURED = 3_000
+WARM_UP = 500
+MEASURED = 1_500
 MAX_KIB_EACH = 0.75
 BATCH = 100
 

@@ -37,7 +37,13 @@ def test_accelerator_has_no_fault() -> None:
     assert report.exit_code == 0
 
 
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=[pytest.mark.slow] if number else [])  # each needs a build
+        for number, what in enumerate(FAULTS)
+    ],
+)
 def test_fault_is_found(what: str, tmp_path: Path) -> None:
     right, wrong, found = FAULTS[what]
     text = SOURCE.read_text()

@@ -74,7 +74,11 @@ Client.call = slower_call
             ["sitecustomize.py slower_read (0.00 ->"],
             "call of a client",
         ),
-        (SLOWER_CALL, "call of a client: calls", ["slower_call (0.00 ->", "sum (0.00 -> 3.00)"], "request"),
+        pytest.param(
+            *(SLOWER_CALL, "call of a client: calls", ["slower_call (0.00 ->", "sum (0.00 -> 3.00)"]),
+            "request",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_planted_slowdown_fails_and_is_named(

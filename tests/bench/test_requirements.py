@@ -327,6 +327,7 @@ def test_failed_requirement_is_exit_code_1(
     assert "requirements do not hold: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_curves_are_measured_fitted_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

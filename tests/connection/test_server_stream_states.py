@@ -322,6 +322,17 @@ def test_late_items_are_not_wasted_up_to_the_allowance_and_fatal_beyond_it() -> 
     assert isinstance(ended, ConnectionEnded)
 
 
+def test_items_of_an_answered_stream_are_discarded() -> None:
+    pair = StreamPair()
+    opened = pair.open(takes_items=True)
+    assert pair.server.grant(opened, pair.wall)
+    pair.receive(pair.frame(ITEM, 1, encode_body(0)))
+    assert opened.items is not None
+    assert opened.items.held_bytes
+    pair.receive(pair.frame(CANCEL))
+    assert not opened.items.held_bytes
+
+
 def test_credit_for_each_item_is_not_wasted() -> None:
     pair = StreamPair()
     opened = pair.open(credit=(1, LARGE))

@@ -146,8 +146,19 @@ CLIENTS = [
     ),
 ]
 
+SLOW_BUILDS = ("rustls",)
+"""The client in Rust has the same stack, and its own tests."""
+
 clients = pytest.mark.parametrize(
-    "client", [pytest.param(each, id=each.stack, marks=needs(*each.commands)) for each in CLIENTS]
+    "client",
+    [
+        pytest.param(
+            each,
+            id=each.stack,
+            marks=[needs(*each.commands), *([pytest.mark.slow] if each.stack in SLOW_BUILDS else [])],
+        )
+        for each in CLIENTS
+    ],
 )
 
 

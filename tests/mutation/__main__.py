@@ -45,11 +45,6 @@ ALSO = {
         "properties/test_client_conversation.py",
     ),
     "server": ("runtime/test_server_log.py",),
-    "workers": (
-        *("runtime/test_workers.py", "runtime/test_workers_once.py", "runtime/test_upgrade.py"),
-        *("runtime/test_figures_of_workers.py", "runtime/test_joined_connections.py"),
-        "runtime/test_worker_role.py",
-    ),
     "sessions": (
         "properties/test_session_registry.py",
         "properties/test_session_tables.py",
@@ -129,8 +124,7 @@ class Room:
         self._version = int(time.time())
         ours, theirs = socket.socketpair()
         with theirs:
-            paths = [f"tests/{path}" for path in (name, *ALSO.get(name, ()))]
-            tests = [path for path in paths if (folder / path).exists()]
+            tests = [f"tests/{path}" for path in (name, *ALSO.get(name, ()))]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *OPTIONS, f"--basetemp={folder}/.tmp", *tests],
                 cwd=folder,

@@ -150,7 +150,11 @@ async def _restore_nothing(changes: ChangeTracker, call: Call, ids: Iterable[byt
         pytest.param(Revoker, "remember_rotation", lambda *_: None, id="rotations not remembered"),
         pytest.param(StallWatch, "handle_deadline", lambda watch, now: watch.resume(), id="stalls ignored"),
         pytest.param(SessionRegistry, "distrust", lambda registry: None, id="trusted after a stall"),
-        pytest.param(ChangeTracker, "_restore", _restore_nothing, id="lost sessions not restored"),
+        pytest.param(
+            *(ChangeTracker, "_restore", _restore_nothing),
+            id="lost sessions not restored",
+            marks=pytest.mark.slow,  # hundreds of examples
+        ),
     ],
 )
 def test_state_machine_detects_seeded_fault(

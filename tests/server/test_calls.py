@@ -18,6 +18,7 @@ from zcproto.errors import (
     ConnectionClosed,
     DeadlineExceeded,
     InvalidArgument,
+    NotFound,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
@@ -26,8 +27,8 @@ from zcproto.errors import (
 from zcproto.server.clients import CallLimits
 from zcproto.server.protocol_methods import HANDLED_METHODS, session_methods
 from zcproto.sessions import EndReason
-from zcproto.wire.frame import CALL, RESULT, WITHDRAW, Side, accepted_with_calls
-from zcproto.wire.message import decode_request, encode_body
+from zcproto.wire.frame import CALL, FAILURE, RESULT, WITHDRAW, Side, accepted_with_calls
+from zcproto.wire.message import decode_request, encode_body, encode_error
 
 __all__ = ["harness"]
 
@@ -182,6 +183,15 @@ def test_call_is_handed_over_at_once_and_its_result_returned(client: CallPeer, h
     assert (answer.stream, answer.value) == (5, True)
     assert harness.state.clients.ended == {"answered": 1}
     assert harness.state.clients.in_flight == harness.state.clients.most_in_flight == 0
+
+
+def test_error_of_a_client_is_shown_on_one_line_and_cut(client: CallPeer) -> None:
+    task = client.begin()
+    error = encode_error(Code.NOT_FOUND, "a\r\nb" + 2_000 * "x", {})
+    client.send(client.frame(FAILURE, 1, error))
+    message = client.fails(task, NotFound).message
+    assert message.startswith("a\\r\\nbx")
+    assert len(message) < 2_000
 
 
 def test_method_without_session_has_no_client(harness: Harness) -> None:

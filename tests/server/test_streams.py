@@ -32,6 +32,7 @@ from zcproto.errors import Code, NotFound
 from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import cut_afterwards
+from zcproto.server.request_limits import RequestSettings
 from zcproto.server.streams import STREAM_TURN_BYTES
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import (
@@ -534,8 +535,9 @@ def test_cuts_are_counted_and_those_of_slow_clients_are_logged(
 
 @pytest.mark.parametrize("how", ["cancelled", "lost"])
 def test_generator_that_ignores_its_cancellation_is_closed_at_its_next_item(
-    client: StreamPeer, how: str
+    client: StreamPeer, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    configure_logging(LogConfig(level="info"), clock=client.harness.clock)
     client.send(client.open("endless"))
     client.turn()
     if how == "lost":
@@ -544,6 +546,20 @@ def test_generator_that_ignores_its_cancellation_is_closed_at_its_next_item(
         client.send(client.frame(CANCEL, 1))
     client.harness.turn()
     assert client.harness.state.tasks.running == 0
+    assert "request.failed" not in capsys.readouterr().err
+
+
+def test_stream_is_a_request_in_progress_until_it_ends(client: StreamPeer) -> None:
+    limits = client.harness.state.request_limits
+    limits.reconfigure(RequestSettings(running_per_user=1))
+    client.send(client.open("ticks"))
+    client.turn()
+    assert limits.most_running_per_user == 1
+    client.send(client.open("ticks", stream=2))
+    assert client.turn()[-1].code == Code.RESOURCE_EXHAUSTED
+    client.send(client.frame(CANCEL, 1))
+    client.turn()
+    assert limits.most_running_per_user == 0
 
 
 # --- room -------------------------------------------------------------------------------------------------
@@ -631,6 +647,18 @@ def test_large_credit_does_not_keep_other_streams_waiting(client: StreamPeer) ->
     done = [(answer.kind, answer.stream) for answer in answers if answer.kind is not Kind.ITEM]
     assert (Kind.RESPONSE, 2) in done
     assert (Kind.RESPONSE, 1) not in done
+
+
+def test_turn_ends_when_the_room_of_a_connection_is_assigned(harness: Harness) -> None:
+    limits = replace(LIMITS, write_bytes=2 * STREAM_TURN_BYTES)
+    client = StreamPeer(harness, limits)
+    client.login()
+    client.send(*(client.open("count", {"n": 1, "size": 900}, stream=stream) for stream in (1, 2, 3)))
+    for _ in range(4):
+        harness.loop.run_until_complete(asyncio.sleep(0))
+    harness.timers.turn()
+    sent = {answer.stream for answer in client.answers() if answer.kind is Kind.ITEM}
+    assert sent == {1, 2}
 
 
 def test_all_items_arrive_in_order_over_many_turns(client: StreamPeer) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import pytest
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, get_value
 
 from tests.telemetry.helpers import TIMEOUT
 from zcproto.telemetry.export import MAX_BATCH, Batches
@@ -88,6 +89,19 @@ def test_end_has_a_limit_and_counts_what_is_lost() -> None:
     batches.put(3)
     assert batches.dropped == 2
     sink.gate.set()
+
+
+def test_exporter_is_not_traced_itself() -> None:
+    suppressed: list[object] = []
+
+    def export(batch: Sequence[int]) -> bool:
+        suppressed.append(get_value(_SUPPRESS_INSTRUMENTATION_KEY))
+        return True
+
+    batches = queue(export)
+    batches.put(1)
+    batches.close(TIMEOUT)
+    assert suppressed == [True]
 
 
 @pytest.mark.parametrize("raises", [False, True])

@@ -65,6 +65,7 @@ def test_histogram_keeps_its_bounds_and_counts() -> None:
     (point,) = metric.data.data_points
     assert (point.count, point.bucket_counts, point.explicit_bounds) == (4, [1, 2, 1], [0.1, 1.0])
     assert point.sum == pytest.approx(4.05)
+    assert (point.start_time_unix_nano, point.time_unix_nano) == (BEGAN, NOW)
 
 
 def test_both_forms_come_from_one_reading() -> None:

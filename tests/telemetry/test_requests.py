@@ -184,6 +184,20 @@ def test_ambient_trace_is_never_recorded_and_never_the_same() -> None:
     assert all(header is not None and sampled(header) == 0 for header in headers)
 
 
+@pytest.mark.parametrize("of_caller", [None, SAMPLED])
+async def test_client_gets_the_span_of_its_call_as_parent(of_caller: str | None) -> None:
+    spans, sent = Spans(1.0), []
+    async with MemoryServer(make_app()) as server:
+        tracing = spans.trace(server, make_app())
+
+        async def send(header: str | None) -> None:
+            sent.append(header)
+
+        await tracing.call_client("approve", "192.0.2.1", of_caller, send)
+    assert sent == [traceparent_of(trace.NonRecordingSpan(spans.only().context))]
+    assert (spans.only().parent is None) == (of_caller is None)
+
+
 async def test_calls_within_an_unrecorded_request_are_not_recorded() -> None:
     app, spans = make_app(), Spans(1.0)
     inner: App[Any] = App()

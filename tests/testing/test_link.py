@@ -9,6 +9,7 @@ import pytest
 import zcproto
 from zcproto import App
 from zcproto.testing import Link, MemoryServer, MovableClock, connect_in_memory
+from zcproto.testing.link import HIGH_WATER
 
 
 @pytest.fixture
@@ -187,3 +188,79 @@ async def test_close_of_a_client_ends_although_the_link_is_held(app: App) -> Non
             assert not closing.done()
             clock.advance(5)
         await closing
+
+
+# --- one end alone -----------------------------------------------------------------------------------------
+
+
+class Recorder(asyncio.Protocol):
+    """Records what an end of a connection receives."""
+
+    def __init__(self) -> None:
+        self.received: list[object] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append(data)
+
+    def eof_received(self) -> None:
+        self.received.append("end")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.received.append(error)
+
+
+def joined(link: Link) -> tuple[Recorder, Recorder]:
+    client, server = Recorder(), Recorder()
+    link.join(client, server)
+    return client, server
+
+
+async def test_end_that_closes_sends_its_end_once_after_its_bytes_and_nothing_more() -> None:
+    client, server = joined(Link())
+    client.transport.write(b"first")
+    client.transport.close()
+    client.transport.close()
+    client.transport.write(b"later")
+    await turns()
+    assert server.received == [b"first", "end", None]
+    assert client.received == [None]
+
+
+async def test_closing_end_receives_nothing_more() -> None:
+    client, server = joined(Link())
+    server.transport.write(b"on its way")
+    client.transport.close()
+    await turns()
+    assert client.received == [None]
+    assert server.received == ["end", None]
+
+
+@pytest.mark.usefixtures("stopped_time")
+async def test_end_of_a_connection_takes_the_delay_of_the_link() -> None:
+    clock = MovableClock()
+    with clock.drive(asyncio.get_running_loop()):
+        client, server = joined(Link(delay=1.0))
+        client.transport.close()
+        clock.advance(0.9)
+        await turns()
+        assert server.received == []
+        clock.advance(0.2)
+        await turns()
+        assert server.received == ["end", None]
+
+
+async def test_lost_end_is_closed_and_discards_what_arrives() -> None:
+    link = Link()
+    client, server = joined(link)
+    server.transport.write(b"lost")
+    link.cut()
+    await turns()
+    (error,) = client.received
+    assert isinstance(error, zcproto.TlsError)
+    client.transport.write(bytes(2 * HIGH_WATER))  # would pause a protocol
+    await turns()
+    assert len(server.received) == 1

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import zcproto
+from tests.limits import TIMEOUT
 from zcproto import (
     BUILT_IN_SCHEMES,
     App,
@@ -221,3 +222,22 @@ async def test_failing_lifespan_fails_the_start_or_the_end() -> None:
         with pytest.raises(LifespanError, match=f"did not {fails}"):
             async with MemoryServer(App(lifespan=lifespan)):
                 assert fails == "end"
+
+
+async def test_end_of_the_server_waits_for_the_threads_of_its_methods(app: App) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    @app.method("slow", thread=True)
+    def slow() -> None:
+        begun.set()
+        ended.wait(TIMEOUT)
+
+    async with MemoryServer(app) as server:
+        client = await server.connect("ada")
+        running = asyncio.create_task(client.call("slow", timeout=None))
+        await asyncio.to_thread(begun.wait, TIMEOUT)
+        asyncio.get_running_loop().call_later(0.05, ended.set)
+    assert ended.is_set()
+    with pytest.raises((zcproto.Cancelled, zcproto.ConnectionClosed)):
+        await running
+    await client.close()

@@ -185,7 +185,6 @@ class MemoryServer:
 
         def end_connections() -> None:
             self._state = None
-            state.draining = True
             state.stopping.set()
             for connection in list(state.connections):
                 connection.cancel_all()
