@@ -4,11 +4,11 @@
 use serde_json::{Value as Json, json};
 use std::fs;
 use std::path::{Path, PathBuf};
+use zcproto::Token;
 use zcproto::codec::{self, Value};
 use zcproto::core::{Conversation, Event, Settings};
 use zcproto::frame::HEADER_SIZE;
 use zcproto::message::Meta;
-use zcproto::Token;
 use zcproto_conform::typed::{from_hex, to_hex, typed, untyped};
 
 /// Files with vectors of frames.
