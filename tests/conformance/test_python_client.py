@@ -50,6 +50,8 @@ def test_every_vector_is_a_check() -> None:
     for file in vectors.FILES:
         count = json.loads((FOLDER / f"{file}.json").read_text()).get("count", 1)
         assert len([name for name in names if file_of(name) == file]) == count, file
+    files = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.json")}
+    assert files == {*vectors.FILES, "schema", "retry"}  # clients read those of retries
 
 
 async def test_python_client_passes_vectors_of_each_file() -> None:

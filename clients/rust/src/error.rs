@@ -171,80 +171,71 @@ impl fmt::Display for CallError {
 
 impl std::error::Error for CallError {}
 
-/// Why a TLS handshake failed or a server is not trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum TlsFailure {
+macro_rules! failures {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal;)*) => {
+        /// Why a TLS handshake failed or a server is not trusted.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum TlsFailure {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl TlsFailure {
+            /// Return the name for logs, such as `pin_mismatch`.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(TlsFailure::$variant => $name,)*
+                }
+            }
+        }
+    };
+}
+
+failures! {
     /// The server at the address does not use TLS.
-    NotTls,
+    NotTls = "not_tls";
     /// The server does not support TLS 1.3.
-    UnsupportedVersion,
+    UnsupportedVersion = "unsupported_version";
     /// The server supports no cipher suite of the protocol.
-    NoSharedSuite,
+    NoSharedSuite = "no_shared_suite";
     /// The server uses TLS and does not support `zcp/1`.
-    NoApplicationProtocol,
+    NoApplicationProtocol = "no_application_protocol";
     /// The server selected a version or a suite that is not allowed.
-    WrongParameters,
+    WrongParameters = "wrong_parameters";
     /// The connection ended during the handshake.
-    Disconnected,
+    Disconnected = "disconnected";
     /// A TLS record was damaged.
-    BadRecord,
+    BadRecord = "bad_record";
     /// The server refused the client's certificate.
-    PeerRejectedCertificate,
+    PeerRejectedCertificate = "peer_rejected_certificate";
     /// The server ended the handshake with another alert.
-    PeerAlert,
+    PeerAlert = "peer_alert";
     /// The server requires a client certificate.
-    CertificateRequired,
+    CertificateRequired = "certificate_required";
     /// The server's certificate is not trusted.
-    CertificateUntrusted,
+    CertificateUntrusted = "certificate_untrusted";
     /// The server's certificate has expired or is not valid yet.
-    CertificateExpired,
+    CertificateExpired = "certificate_expired";
     /// The server's certificate was revoked.
-    CertificateRevoked,
+    CertificateRevoked = "certificate_revoked";
     /// The server's certificate is for another name.
-    CertificateNameMismatch,
+    CertificateNameMismatch = "certificate_name_mismatch";
     /// The server matches no pin.
-    PinMismatch,
+    PinMismatch = "pin_mismatch";
     /// A pin is malformed.
-    PinMalformed,
+    PinMalformed = "pin_malformed";
     /// Verification is disabled for a host that requires it.
-    StsPolicy,
+    StsPolicy = "sts_policy";
     /// The connection ended without close_notify.
-    Truncated,
+    Truncated = "truncated";
     /// The connection was reset.
-    ConnectionReset,
+    ConnectionReset = "connection_reset";
     /// Any other failure.
-    Other,
+    Other = "other";
 }
 
 impl TlsFailure {
-    /// Return the name for logs, such as `pin_mismatch`.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::NotTls => "not_tls",
-            Self::UnsupportedVersion => "unsupported_version",
-            Self::NoSharedSuite => "no_shared_suite",
-            Self::NoApplicationProtocol => "no_application_protocol",
-            Self::WrongParameters => "wrong_parameters",
-            Self::Disconnected => "disconnected",
-            Self::BadRecord => "bad_record",
-            Self::PeerRejectedCertificate => "peer_rejected_certificate",
-            Self::PeerAlert => "peer_alert",
-            Self::CertificateRequired => "certificate_required",
-            Self::CertificateUntrusted => "certificate_untrusted",
-            Self::CertificateExpired => "certificate_expired",
-            Self::CertificateRevoked => "certificate_revoked",
-            Self::CertificateNameMismatch => "certificate_name_mismatch",
-            Self::PinMismatch => "pin_mismatch",
-            Self::PinMalformed => "pin_malformed",
-            Self::StsPolicy => "sts_policy",
-            Self::Truncated => "truncated",
-            Self::ConnectionReset => "connection_reset",
-            Self::Other => "other",
-        }
-    }
-
     /// Return whether another attempt may succeed. It does not for a wrong certificate, pin or peer.
     #[must_use]
     pub fn is_transient(self) -> bool {

@@ -12,18 +12,10 @@ import (
 
 // A Vector is one vector of frames.
 type Vector struct {
-	Name     string            `json:"name"`
-	Receiver string            `json:"receiver"`
-	Bytes    Hex               `json:"bytes"`
-	Context  json.RawMessage   `json:"context"`
-	Pieces   []Piece           `json:"pieces"`
-	Expect   []json.RawMessage `json:"expect"`
-}
-
-// A Piece is a part of a slow frame, and the receiver's clock at its arrival.
-type Piece struct {
-	Now   string `json:"now"`
-	Bytes Hex    `json:"bytes"`
+	Name    string            `json:"name"`
+	Bytes   Hex               `json:"bytes"`
+	Context json.RawMessage   `json:"context"`
+	Expect  []json.RawMessage `json:"expect"`
 }
 
 // Hex are bytes in hexadecimal.

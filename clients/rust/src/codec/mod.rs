@@ -71,7 +71,7 @@ pub fn encode(value: &Value) -> Result<Vec<u8>> {
 
 /// Append the encoding of a value. After an error `out` has a part of it.
 pub(crate) fn write_value(out: &mut Vec<u8>, value: &Value) -> Result<()> {
-    write::write_value(out, value, MAX_DEPTH)
+    value.serialize(&mut ser::Serializer::new(out, MAX_DEPTH))
 }
 
 /// Decode a body into a type of serde.

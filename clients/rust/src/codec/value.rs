@@ -111,45 +111,18 @@ fn gather<T>(size: u32, mut next: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
     Ok(parts)
 }
 
-impl From<bool> for Value {
-    fn from(value: bool) -> Self {
-        Self::Bool(value)
-    }
-}
-
-macro_rules! from_int {
-    ($($int:ty)*) => {$(
-        impl From<$int> for Value {
-            fn from(value: $int) -> Self {
-                Self::Int(value.into())
+macro_rules! from {
+    ($($type:ty => $variant:ident,)*) => {$(
+        impl From<$type> for Value {
+            fn from(value: $type) -> Self {
+                Self::$variant(value.into())
             }
         }
     )*};
 }
-from_int!(i8 u8 i16 u16 i32 u32 i64 u64);
-
-impl From<f32> for Value {
-    fn from(value: f32) -> Self {
-        Self::Float(value.into())
-    }
-}
-
-impl From<f64> for Value {
-    fn from(value: f64) -> Self {
-        Self::Float(value)
-    }
-}
-
-impl From<&str> for Value {
-    fn from(text: &str) -> Self {
-        Self::Str(text.into())
-    }
-}
-
-impl From<String> for Value {
-    fn from(text: String) -> Self {
-        Self::Str(text)
-    }
+from! {
+    bool => Bool, i8 => Int, u8 => Int, i16 => Int, u16 => Int, i32 => Int, u32 => Int, i64 => Int, u64 => Int,
+    f32 => Float, f64 => Float, &str => Str, String => Str,
 }
 
 impl From<Bytes> for Value {

@@ -2,7 +2,7 @@
 //!
 //! Sizes are at most 2^32 - 1: functions that take values of the application check that with [`check_size`].
 
-use super::{CodecError, Result, Value};
+use super::{CodecError, Result};
 
 pub(super) const TOO_DEEP: CodecError = CodecError::new("value cannot be sent: nested too deep");
 pub(super) const OUT_OF_RANGE: CodecError =
@@ -92,43 +92,6 @@ pub(crate) fn write_map(out: &mut Vec<u8>, size: usize) {
         Size::Short(size) => sized(out, 0xde, &size.to_be_bytes()),
         Size::Long(size) => sized(out, 0xdf, &size.to_be_bytes()),
     }
-}
-
-/// Append a value with at most `depth` levels of nesting. After an error `out` has a part of it.
-pub(super) fn write_value(out: &mut Vec<u8>, value: &Value, depth: usize) -> Result<()> {
-    match value {
-        Value::Nil => write_nil(out),
-        Value::Bool(value) => write_bool(out, *value),
-        Value::Int(value) => write_checked_int(out, *value)?,
-        Value::Float(value) => write_f64(out, *value),
-        Value::Str(text) => {
-            check_size(text.len())?;
-            write_str(out, text);
-        }
-        Value::Bin(bytes) => {
-            check_size(bytes.len())?;
-            write_bin(out, bytes);
-        }
-        Value::Array(values) => {
-            check_size(values.len())?;
-            let depth = depth.checked_sub(1).ok_or(TOO_DEEP)?;
-            write_array(out, values.len());
-            for value in values {
-                write_value(out, value, depth)?;
-            }
-        }
-        Value::Map(entries) => {
-            check_size(entries.len())?;
-            let depth = depth.checked_sub(1).ok_or(TOO_DEEP)?;
-            write_map(out, entries.len());
-            for (key, value) in entries {
-                check_size(key.len())?;
-                write_str(out, key);
-                write_value(out, value, depth)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// A size in the number of bytes that it needs.

@@ -2,6 +2,7 @@
 
 use super::private_file::{read, unusable, write_new};
 use crate::error::{Error, Result};
+use crate::secret::Token;
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use rustls::pki_types::PrivatePkcs8KeyDer;
@@ -14,6 +15,34 @@ use zeroize::Zeroizing;
 /// PKCS#8 of an Ed25519 key, up to the 32 bytes of its seed (RFC 8410 section 7).
 const SEED_PREFIX: [u8; 16] =
     [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
+
+/// The properties of a connection that a device's signature is bound to (zcp1.md, sections 9.4 and 9.5): it is useless on another
+/// connection, or when relayed through another server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Channel {
+    /// The salt of WELCOME.
+    pub salt: u64,
+    /// SHA-256 of the server's certificate (DER).
+    pub leaf: [u8; 32],
+}
+
+impl Channel {
+    /// Return the message for `session.open`.
+    #[must_use]
+    pub fn open_message(&self, device: &str) -> Vec<u8> {
+        self.message(b"zcp/1 open\0", device.as_bytes())
+    }
+
+    /// Return the message for `session.attach`.
+    #[must_use]
+    pub fn attach_message(&self, token: &Token) -> Vec<u8> {
+        self.message(b"zcp/1 attach\0", token.as_bytes())
+    }
+
+    fn message(&self, what: &[u8], last: &[u8]) -> Vec<u8> {
+        [what, &self.salt.to_be_bytes(), &self.leaf, last].concat()
+    }
+}
 
 /// The key of a device. Create it once with [`create`](Self::create), and read it with [`load`](Self::load) from then on.
 ///

@@ -5,9 +5,7 @@ mod device;
 pub(crate) mod known_hosts;
 mod pins;
 mod private_file;
-mod signing;
 pub(crate) mod tls;
 
-pub use device::Device;
-pub use signing::Channel;
+pub use device::{Channel, Device};
 pub(crate) use tls::{TlsOptions, Trust};

@@ -53,8 +53,7 @@ async fn a_refresh_shows_the_new_token_on_each_connection_at_once() {
         started.send(()).unwrap();
         let mut extra = server.accept();
         extra.send(&[welcome_with_calls(1)]);
-        let number = extra.expect("session.info");
-        extra.send(&[text(number, "")]);
+        extra.reply("session.info", "");
         let two = extra.expect("second"); // it has no more room
         first.send_with([1; 32], &[event("session.expiring")]);
         first.send(&[text(one, "1")]);
@@ -69,8 +68,7 @@ async fn a_refresh_shows_the_new_token_on_each_connection_at_once() {
         extra.expect("session.info");
         assert_eq!(extra.token, [3; 32]);
         extra.send(&[text(two, "2")]);
-        let number = first.expect("session.close");
-        first.send(&[text(number, "")]);
+        first.reply("session.close", "");
     });
     let client = Client::connect(options).await.unwrap();
     let first = start(&client, "first");
@@ -93,8 +91,7 @@ async fn a_session_is_refreshed_where_there_is_room() {
         started.send(()).unwrap();
         let mut extra = server.accept();
         extra.send(&[welcome_with_calls(4)]);
-        let number = extra.expect("session.info");
-        extra.send(&[text(number, "")]);
+        extra.reply("session.info", "");
         let two = extra.expect("second");
         first.send_with([1; 32], &[event("session.expiring")]);
         refresh(&mut extra, 2);
@@ -130,8 +127,7 @@ async fn a_device_registers_its_handlers_before_other_requests_on_a_new_connecti
         peer.send(&[welcome_with_calls(8)]);
         let number = peer.expect("session.open");
         peer.send(&[bound(session(number, 1))]);
-        let number = peer.expect("session.handle");
-        peer.send(&[text(number, "")]);
+        peer.reply("session.handle", "");
         drop(peer);
         let mut peer = server.accept();
         peer.send(&[welcome_with_calls(8)]);
@@ -140,8 +136,7 @@ async fn a_device_registers_its_handlers_before_other_requests_on_a_new_connecti
         std::thread::sleep(Duration::from_millis(50)); // for the call, which waits
         peer.send(&[text(number, "")]);
         for method in ["session.handle", "who"] {
-            let number = peer.expect(method);
-            peer.send(&[text(number, "ada")]);
+            peer.reply(method, "ada");
         }
         peer.close();
     });
@@ -160,14 +155,12 @@ async fn handlers_are_registered_on_each_connection_before_its_first_call() {
     let (started, first_is_sent) = mpsc::channel();
     let script = play(move || {
         let mut first = accept(&server, 1, 1);
-        let number = first.expect("session.handle");
-        first.send(&[text(number, "")]);
+        first.reply("session.handle", "");
         let one = first.expect("first");
         started.send(()).unwrap();
         let mut extra = server.accept();
         extra.send(&[welcome_with_calls(1)]);
-        let number = extra.expect("session.handle");
-        extra.send(&[text(number, "")]);
+        extra.reply("session.handle", "");
         let two = extra.expect("second");
         extra.send_with([1; 32], &[call(1, "approve")]);
         assert_eq!(extra.receive().unwrap(), (Kind::Result, 1, vec![0xc3]));
@@ -175,19 +168,16 @@ async fn handlers_are_registered_on_each_connection_before_its_first_call() {
         first.send_with([1; 32], &[event("session.expiring")]);
         first.send(&[text(one, "1")]);
         refresh(&mut first, 2);
-        let number = extra.expect("session.info");
-        extra.send(&[text(number, "")]);
+        extra.reply("session.info", "");
         extra.send_with([2; 32], &[call(2, "approve")]);
         assert_eq!(extra.receive().unwrap(), (Kind::Result, 2, vec![0xc3]));
         assert_eq!(extra.token, [2; 32]);
         extra.send(&[text(two, "2")]);
         // Another handler is registered on both.
         for peer in [&mut first, &mut extra] {
-            let number = peer.expect("session.handle");
-            peer.send(&[text(number, "")]);
+            peer.reply("session.handle", "");
         }
-        let number = first.expect("session.close");
-        first.send(&[text(number, "")]);
+        first.reply("session.close", "");
     });
     let client = Client::connect(options).await.unwrap();
     client.handle("approve", approve).await.unwrap();
@@ -207,26 +197,22 @@ async fn a_session_that_the_server_has_lost_is_opened_again_once_for_all_calls()
     let unknown = || Value::from([("reason", Value::from("unknown_token"))]);
     let script = play(move || {
         let mut peer = accept(&server, 8, 1);
-        let number = peer.expect("session.handle");
-        peer.send(&[text(number, "")]);
+        peer.reply("session.handle", "");
         let first = peer.receive().unwrap().1;
         let second = peer.receive().unwrap().1;
         peer.send(&[error(first, 16, unknown()), error(second, 16, unknown())]);
         let number = peer.expect("session.open"); // not session.refresh: the store has lost that, too
         peer.send(&[session(number, 2)]);
-        let number = peer.expect("session.handle"); // before the calls that wait
-        peer.send(&[text(number, "")]);
+        peer.reply("session.handle", ""); // before the calls that wait
         for _ in 0..2 {
-            let number = peer.expect("who");
+            peer.reply("who", "ada");
             assert_eq!(peer.token, [2; 32]);
-            peer.send(&[text(number, "ada")]);
         }
         let number = peer.expect("who");
         peer.send(&[error(number, 16, unknown())]);
         let number = peer.expect("session.open");
         peer.send(&[session(number, 3)]);
-        let number = peer.expect("session.handle");
-        peer.send(&[text(number, "")]);
+        peer.reply("session.handle", "");
         let number = peer.expect("who");
         peer.send(&[error(number, 16, unknown())]); // once
         let number = peer.expect("who");

@@ -120,6 +120,12 @@ impl Peer {
         number
     }
 
+    /// Wait for a REQUEST of a method, and answer it with a text.
+    pub fn reply(&mut self, method: &str, answer: &str) {
+        let number = self.expect(method);
+        self.send(&[text(number, answer)]);
+    }
+
     /// Answer a number of requests with a text. Return false if the client has ended before.
     pub fn answer(&mut self, count: usize, text: &str) -> bool {
         let mut answered = 0;

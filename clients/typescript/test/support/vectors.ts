@@ -2,33 +2,11 @@
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Context, Outcome } from "../../conform/outcomes.js";
-import type { Side } from "../../src/wire/frame.js";
+import type { Outcome } from "../../conform/outcomes.js";
 import { ROOT } from "./server.js";
 
-export const FRAME_FILES = [
-  "frames",
-  "headers",
-  "freshness",
-  "streams",
-  "bodies",
-  "bodies-invalid",
-  "segments",
-  "streaming/items",
-  "streaming/calls",
-];
-
 export interface Vector {
-  readonly name: string;
-  readonly receiver: Side;
-  readonly bytes: string;
-  readonly context: Context;
   readonly expect: readonly Outcome[];
-}
-
-/** Bytes that arrive in pieces, each at a time of the receiver's clock. */
-export interface SlowVector extends Omit<Vector, "bytes"> {
-  readonly pieces: readonly { readonly now: string; readonly bytes: string }[];
 }
 
 export interface VectorFile<Kind> {
