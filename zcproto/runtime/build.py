@@ -14,7 +14,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -46,7 +46,11 @@ from zcproto.auth import (
 )
 from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BuiltInSchemes
+from zcproto.auth.issuer_keys import IssuerKeys
+from zcproto.auth.jwt import IssuerKey, TokenRules
+from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
 from zcproto.auth.origin import Origins
+from zcproto.auth.provider import Provider
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
 from zcproto.certs.acme.challenges import challenge_folder
@@ -56,13 +60,16 @@ from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction,
 from zcproto.common.counts import ALONE, Counting
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
-from zcproto.config import Config, TelemetryConfig
+from zcproto.common.https import verifying_context
+from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,
+    on_issuer_answered,
+    on_issuer_failed,
     on_refresh_reused,
     on_revoked,
     on_store_event,
@@ -99,16 +106,6 @@ from zcproto.wire.frame import LENGTH_SIZE
 
 if TYPE_CHECKING:
     from zcproto.telemetry.export import Telemetry
-
-from collections.abc import Sequence
-
-from zcproto.auth.issuer_keys import IssuerKeys
-from zcproto.auth.jwt import IssuerKey, TokenRules
-from zcproto.auth.oidc import JwtAuthenticator, TrustedIssuer
-from zcproto.auth.provider import Provider
-from zcproto.common.https import verifying_context
-from zcproto.config import AuthConfig, OidcConfig
-from zcproto.runtime.alert_sources import on_issuer_answered, on_issuer_failed
 
 ReportGone = Callable[[str, str, str], Awaitable[None]]
 """Report that a user or a device is gone: the kind of its file, its name, and the user."""
