@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.limits import TIMEOUT
+from tests.server.helpers import KEY
 
 LIMITS = {
     "backends": ["TIMEOUT_S"],
@@ -32,3 +33,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder that does not exist yet, set in ZCPROTO_HOME."""
     monkeypatch.setenv("ZCPROTO_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """A private file with the key of ada."""
+    path = tmp_path / "key"
+    path.write_text(KEY + "\n")
+    path.chmod(0o600)
+    return path

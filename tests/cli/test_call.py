@@ -35,14 +35,6 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    path = tmp_path / "key"
-    path.write_text(KEY + "\n")
-    path.chmod(0o600)
-    return path
-
-
-@pytest.fixture
 def call(shared: ServerThread, key_file: Path, home: Path) -> Callable[..., int]:
     """Call a method of a server as ada."""
 

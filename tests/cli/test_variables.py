@@ -12,21 +12,13 @@ import pytest
 from tests.cli.helpers import LoopAhead, connect_patiently
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import ServerThread
 from zcproto.cli import connect, main
 from zcproto.client import client, dial
 
 __all__ = ["Serve"]
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    path = tmp_path / "key"
-    path.write_text(KEY + "\n")
-    path.chmod(0o600)
-    return path
 
 
 @pytest.fixture

@@ -41,7 +41,6 @@ from zcproto.http.messages import (
 )
 from zcproto.server.listener import AcceptLoop, bind
 from zcproto.server.state import ServerState, log
-from zcproto.tls.server import TlsServerTransport
 
 HTTP_ALPN: Final = "http/1.1"
 
@@ -77,7 +76,7 @@ class HttpSide:
             limited(state, self.router.find),
             SecurityHeaders(hsts_of(config.http)),
             _limits(config),
-            _tls_peer,
+            lambda transport: Peer(transport.peer, transport.peer_certificate),
         )
 
     def reconfigure(self, config: Config) -> None:
@@ -147,10 +146,6 @@ def limited(state: ServerState, find: Find) -> Find:
 
 def _limits(config: Config) -> HttpLimits:
     return HttpLimits(request_timeout=config.http.request_timeout, idle_timeout=config.http.idle_timeout)
-
-
-def _tls_peer(transport: TlsServerTransport) -> Peer:
-    return Peer(transport.peer, transport.peer_certificate)
 
 
 def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:

@@ -356,7 +356,7 @@ def _handler(method: str, path: str, run: Run) -> Handler:
                 _log_change(request, path, arguments, result)
             return json_response(200, result)
         if changes:
-            log.info("control.failed", **_about(request, path, arguments), reason=sentence)
+            _log_failure(request, path, arguments, sentence)
         return json_response(status, {"error": sentence, **answer})
 
     return handle
@@ -388,9 +388,17 @@ def _body(request: HttpRequest) -> dict[str, Any]:
 def _log_change(
     request: HttpRequest, path: str, arguments: Mapping[str, Any], result: Mapping[str, Any] = _NOTHING
 ) -> None:
+    peer = request.peer
+    assert isinstance(peer, ControlPeer)
+    name = arguments.get("name")
+    is_device = path.startswith("devices/")
     log.info(
         "control.asked",
-        **_about(request, path, arguments, result.get("user")),
+        what=path.replace("/", "."),
+        uid=peer.uid,
+        pid=peer.pid,
+        user=result["user"] if is_device else arguments.get("user", name),
+        device=name if is_device else None,
         roles=arguments.get("roles"),
         ids=arguments.get("ids"),
         all=arguments.get("all"),
@@ -398,16 +406,17 @@ def _log_change(
     )
 
 
-def _about(
-    request: HttpRequest, path: str, arguments: Mapping[str, Any], owner: str | None = None
-) -> dict[str, Any]:
-    """Return the operation, its process, and the user or device that it is about. `owner` is the device's user."""
-    peer, name, is_device = request.peer, arguments.get("name"), path.startswith("devices/")
+def _log_failure(request: HttpRequest, path: str, arguments: Mapping[str, Any], reason: str) -> None:
+    peer = request.peer
     assert isinstance(peer, ControlPeer)
-    return {
-        "what": path.replace("/", "."),
-        "uid": peer.uid,
-        "pid": peer.pid,
-        "user": owner if is_device else arguments.get("user", name),
-        "device": name if is_device else None,
-    }
+    name = arguments.get("name")
+    is_device = path.startswith("devices/")
+    log.info(
+        "control.failed",
+        what=path.replace("/", "."),
+        uid=peer.uid,
+        pid=peer.pid,
+        user=None if is_device else arguments.get("user", name),
+        device=name if is_device else None,
+        reason=reason,
+    )

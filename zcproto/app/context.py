@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, cast
 
 from zcproto.auth.identity import Channel
 from zcproto.common.roles import NO_ROLES
 from zcproto.connection.events import NEVER, Request
-from zcproto.errors import Unauthenticated
+from zcproto.errors import CallError, ConnectionClosed, Unauthenticated
 from zcproto.sessions import Session
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     State = TypeVarWithDefault("State", default=Any)
 else:
     State = TypeVar("State")
-
-from typing import Any, Final
-
-from zcproto.errors import CallError, ConnectionClosed
 
 DEFAULT_TIMEOUT: Final = 30.0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from zcproto.auth import DeviceFile, PairingFile, RegisteredDevice, User, UserFile
+from zcproto.auth import DeviceFile, PairingFile, User, UserFile
 from zcproto.cli import Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli.audit import recorded
 from zcproto.cli.backends import local_backend
@@ -262,7 +262,7 @@ def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
         (
             name,
             each.user,
-            _device_roles(each),
+            "of the user" if each.roles is None else ", ".join(sorted(each.roles)) or "-",
             f"{each.added:%Y-%m-%d %H:%M} UTC",
             token_text(each.public_key),
         )
@@ -270,10 +270,6 @@ def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
     ]
     text = table(("DEVICE", "USER", "ROLES", "ADDED", "PUBLIC KEY"), rows)
     print_report(as_json, [each.as_dict(name) for name, each in devices], text)
-
-
-def _device_roles(device: RegisteredDevice) -> str:
-    return "of the user" if device.roles is None else ", ".join(sorted(device.roles)) or "-"
 
 
 @device.command("roles")

@@ -486,10 +486,6 @@ def _is_webhook(text: str) -> bool:
     )
 
 
-def _is_https_url(text: str) -> bool:
-    return text.startswith("https:") and _is_webhook(text)
-
-
 def is_issuer(text: str) -> bool:
     """Return whether a text is the address of an identity provider."""
     return text != "" and _is_webhook(text) and not {"?", "#"} & {*text}
@@ -553,7 +549,7 @@ STORE_URL: Final = text(
 
 HTTPS_URL: Final = text(
     'an address such as "https://ca.example.com/directory", of printable ASCII and without a user or a fragment',
-    _is_https_url,
+    lambda url: url.startswith("https:") and _is_webhook(url),
 )
 EMAIL: Final = text('an e-mail address, such as "admin@example.com"', _EMAIL.fullmatch)
 EAB_KID: Final = text('up to 1024 printable characters of ASCII, or ""', _EAB_KID.fullmatch)

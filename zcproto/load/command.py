@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib
+import io
 import json
 import os
 import signal
@@ -24,13 +26,6 @@ from zcproto.load.plan import SPARE_FILES, Plan, check_plan, require_open_files
 from zcproto.load.progress import view_for
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-import base64
-import io
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

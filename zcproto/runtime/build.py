@@ -93,7 +93,6 @@ from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
 from zcproto.tls.context import SUITES, can_choose_suites
-from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.wire.frame import LENGTH_SIZE
@@ -513,9 +512,9 @@ def build_endpoints(
         loop,
         suites=frozenset(config.tls.suites),
         handshake_timeout=config.tls.handshake_timeout,
-        on_failure=_log_tls_failure,
+        on_failure=lambda failure, peer: log.info("tls.failed", cause=failure.value, peer=peer),
         challenge_context=partial(challenge_context, active),
-        on_challenge=_log_challenge,
+        on_challenge=lambda peer: log.info("tls.challenge_answered", peer=peer),
         client_pins=parse_pins(config.tls.client_pins),
     )
     return acceptor, Listener(acceptor, state, loop, config, counting), http
@@ -525,14 +524,6 @@ def challenge_context(active: ActiveConfig, server_name: str | None) -> ssl.SSLC
     """Return the context that answers a CA which checks a server name; None if none is expected."""
     folder = challenge_folder(active.config)
     return None if folder is None else folder.context(server_name)
-
-
-def _log_challenge(peer: str) -> None:
-    log.info("tls.challenge_answered", peer=peer)
-
-
-def _log_tls_failure(failure: TlsFailure, peer: str) -> None:
-    log.info("tls.failed", cause=failure.value, peer=peer)
 
 
 def build_telemetry(config: TelemetryConfig, clock: Clock, entropy: Entropy) -> Telemetry | None:

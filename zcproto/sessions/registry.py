@@ -178,7 +178,7 @@ class SessionRegistry:
         A valid token counts as used now; a bound one only by `use`, after its key has been proved. UNAUTHENTICATED:
         unknown, or without a tombstone any more. UNAVAILABLE: all tokens are refused.
         """
-        # Inlined for speed: every frame passes here.
+        # The fields are read at once, for speed: every new token of a connection passes here.
         self._wall = wall
         digest = sha256(token).digest()
         slot = self._tokens.find(digest)
