@@ -1,6 +1,6 @@
 """A server of several processes: what is prepared before the first fork, and what each process does.
 
-    supervisor    binds the sockets, owns the home folder, speaks to the service manager (zcproto/workers)
+    supervisor    binds the sockets, owns the home folder, speaks to the service manager (supervisor.py)
     coordinator   a Server that accepts nothing: what must exist once, and the control socket
     worker        a Server on the inherited sockets
 
@@ -248,9 +248,7 @@ class ForkedService:
 
     def reload(self) -> None:
         if self._read_config is not None:
-            with contextlib.suppress(
-                ConfigError
-            ):  # changed again: the coordinator has applied what was there
+            with contextlib.suppress(ConfigError):  # the file has changed again since the coordinator read it
                 new = at_home(self._read_config(), self._home)
                 LogChange(self._config.log, new.log).apply()
                 self._config = effective(self._config, new)

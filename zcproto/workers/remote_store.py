@@ -199,9 +199,10 @@ class StoreServer:
             raise _refusal(StoreUnavailable("this process has to connect again"))
         loop = asyncio.get_running_loop()
         began = loop.time()
+        operation = getattr(member, name)
         read, write = _OPERATIONS[name]
         try:
-            return write(await getattr(member, name)(*read(*arguments)))
+            return write(await operation(*read(*arguments)))
         except StoreUnavailable as error:
             if not isinstance(error, DamagedRecord):
                 self.on_failed(error.reason, loop.time() - began)
