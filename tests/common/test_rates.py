@@ -95,3 +95,13 @@ def test_full_table_drops_full_buckets_and_then_shares_one() -> None:
     assert [rate.admit("ada", 100.0) for _ in range(BURST)] == [*((BURST - 1) * [0]), 250]
     assert rate.admit("carol", 100.0 + BURST_S) == 0
     assert len(rate) <= 3
+
+
+def test_full_buckets_are_dropped_from_the_table() -> None:
+    rate = EventRate(RATE)
+    for key in ("ada", "bob", "ada"):
+        rate.admit(key, 100.0)
+    rate.drop_full(100.0 + 1 / RATE)
+    assert ("bob" in rate, "ada" in rate) == (False, True)
+    rate.drop_full(100.0 + 2 / RATE)
+    assert len(rate) == 0

@@ -11,6 +11,7 @@ These count for one process. It must not know: what is counted, the clock; `now`
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import takewhile
 from math import ceil
 from typing import Any, Final, Generic, TypeVar
 
@@ -109,11 +110,13 @@ class EventRate(Generic[Key]):
         left = (self._burst_s - max(self._full_at.get(key, now) - now, 0.0)) * self.per_second
         return round(left, 4)  # for the reason of _SLACK_S
 
+    def drop_full(self, now: float) -> None:
+        """Remove full buckets from the table, from the one charged first to one that is not full."""
+        for key in [*takewhile(lambda key: self._full_at[key] <= now, self._full_at)]:
+            del self._full_at[key]
+
     def _new_key(self, key: Key, now: float) -> Any:
         """Return the key, or that of the shared bucket if the table is full."""
-        while len(self._full_at) >= self._max_keys:
-            oldest, full = next(iter(self._full_at.items()))
-            if full > now:
-                return _SHARED
-            del self._full_at[oldest]
-        return key
+        if len(self._full_at) >= self._max_keys:
+            self.drop_full(now)
+        return key if len(self._full_at) < self._max_keys else _SHARED

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping
+from itertools import takewhile
 from math import ceil
 from typing import Any, Final
 
@@ -108,11 +109,8 @@ class LineLimiter:
         return self._suppressed.pop(key, (0, now))[0]
 
     def expired(self, now: float) -> list[int]:
-        """Return the suppressed lines of each key that had no line for a minute, once."""
-        expired = []
-        for key, (count, since) in [*self._suppressed.items()]:
-            if now - since < MINUTE_S:
-                break
-            expired.append(count)
-            del self._suppressed[key]
-        return expired
+        """Return the suppressed lines of each key that had no line for a minute, once. Removes keys out of use."""
+        self._keys.drop_full(now)
+        suppressed = self._suppressed
+        expired = [*takewhile(lambda key: now - suppressed[key][1] >= MINUTE_S, suppressed)]
+        return [suppressed.pop(key)[0] for key in expired]
