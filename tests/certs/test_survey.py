@@ -26,6 +26,7 @@ from zcproto.config import Config, load_config
 
 __all__ = ["folder"]
 
+SECOND = timedelta(seconds=1)
 NAMES = 'names = ["zcp.example.com"]\nkey_types = ["ecdsa-p256"]\n'
 
 
@@ -61,6 +62,21 @@ def test_state_follows_from_the_time(made: Path, days: int, state: str) -> None:
     found = survey_of(made, now=NOW + days * DAY)
     assert found.certificates[0].state.value == state
     assert found.is_good is (state in ("ok", "renewal due"))
+
+
+def test_renewal_is_due_from_its_time_on_and_expiry_counts_after_it(made: Path) -> None:
+    found = survey_of(made).certificates[0]
+    assert found.leaf is not None
+    assert found.renewal_due is not None
+    end = found.leaf.not_valid_after_utc
+    assert found.renewal_due == end - 30 * DAY
+    for now, state in (
+        (found.renewal_due - SECOND, "ok"),
+        (found.renewal_due, "renewal due"),
+        (end, "renewal due"),
+        (end + SECOND, "expired"),
+    ):
+        assert survey_of(made, now=now).certificates[0].state.value == state
 
 
 def test_authority_is_due_when_a_leaf_would_outlive_it(made: Path) -> None:

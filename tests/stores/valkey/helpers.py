@@ -8,12 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from tests.limits import TIMEOUT
-from tests.stores.valkey.server_process import ServerProcess
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.servers import Cluster, ValkeyConnection
 from zcproto.stores.valkey.store import ValkeyStore
 
 ALL = Change(ChangeKind.ALL)
+CLUSTER = "--cluster-enabled"
+KINDS = [*PROGRAMS, *(f"{program}, in a cluster" for program in PROGRAMS)]
+
+
+def url_of(server: ServerProcess) -> str:
+    return f"redis+cluster://{server.address}" if CLUSTER in server.options else server.url
 
 
 @asynccontextmanager

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.stores.contract import DurabilityContract, RepeatedRefreshContract, StoreContract, StoreTime
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
+from tests.stores.valkey.conftest import ServerOf
+from tests.stores.valkey.helpers import KINDS, url_of
+from tests.stores.valkey.server_process import ServerProcess
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, SessionStore
 from zcproto.stores.valkey.store import ValkeyStore
-
-CLUSTER = "--cluster-enabled"
 
 
 class ValkeyHarness:
@@ -38,40 +37,14 @@ class ValkeyHarness:
         pytest.fail(f"no other process changes this store: {change}")
 
 
-KINDS = [*PROGRAMS, *(f"{program}, in a cluster" for program in PROGRAMS)]
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ServerProcess]]:
-    """Start one server of each installed kind, all at once because a cluster takes a while."""
-    with ExitStack() as stack:
-        started = {}
-        for kind in KINDS:
-            program, _, cluster = kind.partition(", ")
-            if is_installed(program):
-                options = (CLUSTER, "yes") if cluster else ()
-                server = stack.enter_context(running(program, tmp_path_factory.mktemp("server"), *options))
-                if cluster:
-                    server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-                started[kind] = server
-        yield started
-
-
-@pytest.fixture(params=KINDS, scope="module")
-def server(request: pytest.FixtureRequest, servers: dict[str, ServerProcess]) -> ServerProcess:
-    needs(request.param.partition(", ")[0])
-    server = servers[request.param]
-    if CLUSTER in server.options:
-        wait_for(lambda: b"cluster_state:ok" in server.command("CLUSTER", "INFO"))
-    return server
+@pytest.fixture(params=KINDS)
+def server(request: pytest.FixtureRequest, server_of: ServerOf) -> ServerProcess:
+    return server_of(request.param)
 
 
 @pytest.fixture
 async def harness(server: ServerProcess) -> AsyncIterator[ValkeyHarness]:
-    assert server.command("FLUSHALL") == b"OK"
-    clustered = CLUSTER in server.options
-    url = f"redis+cluster://{server.address}" if clustered else server.url
-    harness = ValkeyHarness(url)
+    harness = ValkeyHarness(url_of(server))
     yield harness
     for store in harness.stores:
         await store.close()

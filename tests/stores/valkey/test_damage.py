@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,8 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, wait_for
+from tests.stores.valkey.helpers import url_of
+from tests.stores.valkey.server_process import ServerProcess
 from zcproto.errors import Code
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.token import id_text
@@ -29,22 +30,7 @@ from zcproto.stores.base import Created, DamagedRecord, NotRotated, StoreUnavail
 from zcproto.stores.valkey.scripts import tag_of
 from zcproto.stores.valkey.store import ValkeyStore
 
-KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]
-
 ONE, TWO, THREE = session(1), session(2), session(3, "bob")
-
-
-@pytest.fixture(params=KINDS, scope="module")
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    program, _, cluster = request.param.partition(", ")
-    options = ("--cluster-enabled", "yes") if cluster else ()
-    with running(program, tmp_path_factory.mktemp("server"), *options) as process:
-        if cluster:
-            process.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-            wait_for(lambda: b"cluster_state:ok" in process.command("CLUSTER", "INFO"))
-        yield process
 
 
 class Notices(list[tuple[str, str]]):
@@ -63,9 +49,7 @@ def notices() -> Notices:
 @pytest.fixture
 async def store(server: ServerProcess, notices: Notices) -> AsyncIterator[ValkeyStore]:
     """Return a store with two sessions of alice and one of bob."""
-    server.command("FLUSHALL")
-    scheme = "redis+cluster" if "--cluster-enabled" in server.options else "redis"
-    store = ValkeyStore(f"{scheme}://{server.address}", on_notice=notices)
+    store = ValkeyStore(url_of(server), on_notice=notices)
     await store.open(lambda change: None)
     for record in (ONE, TWO, THREE):
         assert await store.create(record, FIVE) == Created()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from hashlib import sha256
 from typing import Any
 
@@ -27,7 +27,8 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, wait_for
+from tests.stores.valkey.helpers import url_of
+from tests.stores.valkey.server_process import ServerProcess
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
@@ -36,26 +37,7 @@ from zcproto.stores.base import ClaimState, Created, LimitReached
 from zcproto.stores.valkey.scripts import SCRIPTS, tag_of
 from zcproto.stores.valkey.store import ValkeyStore
 
-KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]
 KEPT_FOR_EVER = {b"v", b"n"}
-
-
-@pytest.fixture(params=KINDS, scope="module")
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    program, _, cluster = request.param.partition(", ")
-    options = ("--cluster-enabled", "yes") if cluster else ()
-    plain = ("--rdbcompression", "no")  # so that DUMP shows the content
-    with running(program, tmp_path_factory.mktemp("server"), *plain, *options) as process:
-        if cluster:
-            process.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-            wait_for(lambda: b"cluster_state:ok" in process.command("CLUSTER", "INFO"))
-        yield process
-
-
-def url_of(server: ServerProcess) -> str:
-    return f"redis+cluster://{server.address}" if "--cluster-enabled" in server.options else server.url
 
 
 @pytest.fixture
@@ -65,7 +47,6 @@ def time() -> StoreTime:
 
 @pytest.fixture
 async def store(server: ServerProcess, time: StoreTime) -> AsyncIterator[ValkeyStore]:
-    server.command("FLUSHALL")
     limits = AnswerLimits(3 * 16, 100 * 16, 3, 60)
     store = ValkeyStore(url_of(server), answers=limits, time=time)
     await store.open(lambda change: pytest.fail(f"no other process changes this store: {change}"))
@@ -399,7 +380,6 @@ async def test_answers_are_bounded_in_total(store: ValkeyStore, server: ServerPr
 
 
 async def test_bytes_of_answers_are_bounded_in_total(server: ServerProcess) -> None:
-    server.command("FLUSHALL")
     store = ValkeyStore(url_of(server), answers=AnswerLimits(10_000, 16 * 100, 1_000, 60))
     await store.open(lambda change: None)
     for number in range(150):

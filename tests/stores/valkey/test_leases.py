@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
 
 from tests.stores.contract import DAY, HOUR, IDLE, KEEP_ENDED, WALL, StoreTime, ended, opened, session
 from tests.stores.valkey import helpers
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, wait_for
+from tests.stores.valkey.server_process import ServerProcess
 from zcproto.errors import Code
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
@@ -17,23 +17,9 @@ from zcproto.stores.base import CLOCK_SKEW_MS, LEASE_MS, Created, LimitReached
 from zcproto.stores.valkey.scripts import tag_of
 from zcproto.stores.valkey.store import ValkeyStore
 
-KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]
 ONE = UserLimit(1, "evict_disconnected", IDLE)
 ONE_OR_EXPIRED = UserLimit(1, "evict_disconnected", IDLE, counts_expired=True)
 OLD, NEW = session(1), session(2)
-
-
-@pytest.fixture(params=KINDS, scope="module")
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    program, _, cluster = request.param.partition(", ")
-    options = ("--cluster-enabled", "yes") if cluster else ()
-    with running(program, tmp_path_factory.mktemp("server"), *options) as process:
-        if cluster:
-            process.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-            wait_for(lambda: b"cluster_state:ok" in process.command("CLUSTER", "INFO"))
-        yield process
 
 
 @pytest.fixture
@@ -44,11 +30,9 @@ def time() -> StoreTime:
 @pytest.fixture
 async def stores(server: ServerProcess, time: StoreTime) -> AsyncIterator[tuple[ValkeyStore, ValkeyStore]]:
     """Return the stores of two processes, with a session that the first has opened."""
-    server.command("FLUSHALL")
-    scheme = "redis+cluster" if "--cluster-enabled" in server.options else "redis"
     async with AsyncExitStack() as stack:
         made = [
-            await stack.enter_async_context(helpers.opened(f"{scheme}://{server.address}", time=time))
+            await stack.enter_async_context(helpers.opened(helpers.url_of(server), time=time))
             for _ in range(2)
         ]
         one, other = (store for store, _ in made)
