@@ -479,7 +479,7 @@ async def test_events_of_a_session_come_once() -> None:
 
 @scripted
 async def test_refreshed_token_is_shown_on_extra_connections() -> None:
-    fleet = Fleet(A, max_streams=2)
+    fleet = Fleet(A, max_streams=2, calls={"max": 32})
     fleet[A].session = refreshable()
     async with fleet.client(max_connections=2) as client:
         held = [await fleet[A].hold_call(client, timeout=None) for _ in range(3)]
@@ -496,9 +496,11 @@ async def test_refreshed_token_is_shown_on_extra_connections() -> None:
 
 @scripted
 async def test_refreshed_token_is_shown_at_once_on_full_and_draining_connections() -> None:
-    fleet = Fleet(A, max_streams=2)
+    fleet = Fleet(A, max_streams=2, calls={"max": 32})
     fleet[A].session = refreshable()
-    async with fleet.client(max_connections=2) as client:
+    client = fleet.client(max_connections=2)
+    client.handler("ask")(lambda: 1)
+    async with client:
         held = [await fleet[A].hold_call(client, timeout=None) for _ in range(4)]
         draining, full = fleet[A].links
         draining.go_away()
