@@ -803,6 +803,23 @@ async def test_extra_connections_of_a_frozen_server_are_lost_with_the_first() ->
 
 
 @scripted
+async def test_idle_main_connection_is_probed_when_an_extra_one_is_silent() -> None:
+    fleet = Fleet(A, B, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        first = await fleet[A].hold_call(client)
+        fleet[A].script("echo", silence)
+        second = asyncio.create_task(client.call("echo", x=2, idempotency_key="once"))
+        await asyncio.sleep(1)
+        fleet[A].calls()[0].respond("done")
+        assert await first == "done"
+        freeze(fleet[A])
+        start = now()
+        assert await second == {"x": 2}
+        assert where(client) == B
+        assert now() - start < SILENT_AT + ANSWER_WITHIN + 1
+
+
+@scripted
 async def test_extra_connection_to_a_frozen_process_is_lost_alone() -> None:
     fleet = Fleet(A, B, max_streams=1)
     async with fleet.client(max_connections=2) as client:
