@@ -479,7 +479,7 @@ async def test_events_of_a_session_come_once() -> None:
 
 @scripted
 async def test_refreshed_token_is_shown_on_extra_connections() -> None:
-    fleet = Fleet(A, max_streams=2)
+    fleet = Fleet(A, max_streams=2, calls={"max": 32})
     fleet[A].session = refreshable()
     async with fleet.client(max_connections=2) as client:
         held = [await fleet[A].hold_call(client, timeout=None) for _ in range(3)]
@@ -496,9 +496,11 @@ async def test_refreshed_token_is_shown_on_extra_connections() -> None:
 
 @scripted
 async def test_refreshed_token_is_shown_at_once_on_full_and_draining_connections() -> None:
-    fleet = Fleet(A, max_streams=2)
+    fleet = Fleet(A, max_streams=2, calls={"max": 32})
     fleet[A].session = refreshable()
-    async with fleet.client(max_connections=2) as client:
+    client = fleet.client(max_connections=2)
+    client.handler("ask")(lambda: 1)
+    async with client:
         held = [await fleet[A].hold_call(client, timeout=None) for _ in range(4)]
         draining, full = fleet[A].links
         draining.go_away()
@@ -798,6 +800,23 @@ async def test_extra_connections_of_a_frozen_server_are_lost_with_the_first() ->
         assert await asyncio.gather(*calls) == [{"x": x} for x in range(3)]
         assert {link.ended for link in fleet[A].links} == {"aborted"}
         assert where(client) == B
+
+
+@scripted
+async def test_idle_main_connection_is_probed_when_an_extra_one_is_silent() -> None:
+    fleet = Fleet(A, B, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        first = await fleet[A].hold_call(client)
+        fleet[A].script("echo", silence)
+        second = asyncio.create_task(client.call("echo", x=2, idempotency_key="once"))
+        await asyncio.sleep(1)
+        fleet[A].calls()[0].respond("done")
+        assert await first == "done"
+        freeze(fleet[A])
+        start = now()
+        assert await second == {"x": 2}
+        assert where(client) == B
+        assert now() - start < SILENT_AT + ANSWER_WITHIN + 1
 
 
 @scripted

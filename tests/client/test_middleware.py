@@ -248,7 +248,9 @@ def test_blocking_client_has_middleware_for_calls_and_streams(
 ) -> None:
     with blocking(server, middleware=[recorder.named("a")]) as client:
         assert client.call("add", a=1, b=2) == 3
-        assert [*client.stream("count", n=2)] == [0, 1]
+        with client.stream("count", n=2) as stream:
+            assert [*stream] == [0, 1]
+            stream.close()  # the second time on leaving
     assert recorder.seen == [
         ("enter", "a", "add"),
         ("leave", "a", 3),

@@ -603,7 +603,6 @@ class ClientProtocol(asyncio.Protocol):
         owner, conversation = self._owner, self.conversation
         if owner is None or not owner.has_other_address:
             return NEVER
-        conversation.watch_silence()
         was_silent = conversation.silence is not None and conversation.silence.is_late
         check_at = conversation.check_silence(self._clock.wall(), now, self._unsent, after=after)
         if conversation.is_silent:
