@@ -239,20 +239,18 @@ class ClientProtocol(asyncio.Protocol):
                     call[0].set_result(value)
                 except asyncio.InvalidStateError:  # its task was cancelled in this turn
                     continue
-        others = self._receive_others(rest, wall, now) if rest else 0
-        if others is None:
+        if rest and not self._receive_others(rest, wall, now):
             return
-        self._had_one_answer = len(answers) + others == 1
+        self._had_one_answer = len(answers) == 1
         if not self.ready or self._waiting:
             self._update_ready()
             self._close_if_drained()
 
-    def _receive_others(self, data: bytes, wall: int, now: float) -> int | None:
-        """Process what was not read in C. Return the number of answers, or None if the connection has ended."""
-        pending, answers = self._pending, 0
+    def _receive_others(self, data: bytes, wall: int, now: float) -> bool:
+        """Process what is not a usual answer. Return False if the connection has ended."""
+        pending = self._pending
         for event in self.conversation.receive_data(data, wall, now):
             if event.__class__ is ResponseReceived:
-                answers += 1
                 call = pending.pop(event.stream, None)
                 if call is not None and not call[0].done():
                     call[0].set_result(event.value)
@@ -263,13 +261,13 @@ class ClientProtocol(asyncio.Protocol):
             else:
                 self._handle(event)
                 if self.error is not None:
-                    return None
+                    return False
         if self.conversation.queued_bytes:
             self._flush_soon()
         delay = self.conversation.reading_delay(now)
         if delay:
             self._pause_reading(max(delay, MIN_READING_PAUSE))
-        return answers
+        return True
 
     def _close_if_drained(self) -> None:
         """Close if the server is going away and nothing is in flight."""
