@@ -19,6 +19,7 @@ from tests.client.helpers import (
     silence,
     turns,
 )
+from tests.wire.fast_path import needs_compiled
 from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import ClientProtocol, PendingStream
 from zcproto.common.deadlines import DeadlineWheel
@@ -350,6 +351,7 @@ async def test_each_pending_call_fails_at_its_own_deadline() -> None:
     assert isinstance(again.exception(), DeadlineExceeded)
 
 
+@needs_compiled  # only answers that are read in C show that a call was alone
 @scripted
 async def test_call_alone_is_sent_at_once_and_several_in_one_write() -> None:
     ends = Ends()
