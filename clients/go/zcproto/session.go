@@ -62,7 +62,7 @@ func (s *Session) waitOpen(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	deadline := s.deadlineOf(ctx)
-	c, err := s.waitReady(ctx, deadline)
+	c, err := s.waitReady(ctx, deadline, false)
 	if err == nil {
 		s.shared.connections.hasRoom(c) // this one sends nothing
 	}
@@ -238,7 +238,7 @@ func (s *Session) run(r *request) (*pendingCall, error) {
 		c := s.readyConnection()
 		if c == nil {
 			var err error
-			if c, err = s.waitReady(r.ctx, r.deadline); err != nil {
+			if c, err = s.waitReady(r.ctx, r.deadline, r.register); err != nil {
 				return nil, err
 			}
 		}
@@ -302,9 +302,9 @@ func (s *Session) readyConnection() *connection {
 	return nil
 }
 
-// waitReady returns a connection that is ready for a request, with a session if one is required. It releases the mutex
+// waitReady returns a connection that is ready for a request, the main one if onMain, with a session if one is required. It releases the mutex
 // meanwhile.
-func (s *Session) waitReady(ctx context.Context, deadline time.Duration) (*connection, error) {
+func (s *Session) waitReady(ctx context.Context, deadline time.Duration, onMain bool) (*connection, error) {
 	ctx, cancel := s.limited(ctx, deadline, func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -322,7 +322,12 @@ func (s *Session) waitReady(ctx context.Context, deadline time.Duration) (*conne
 		if err != nil {
 			return nil, err
 		}
-		if c, err = s.shared.connections.waitAnyReady(ctx, c); err != nil {
+		if onMain {
+			err = s.shared.connections.waitReady(ctx, c)
+		} else {
+			c, err = s.shared.connections.waitAnyReady(ctx, c)
+		}
+		if err != nil {
 			return nil, err
 		}
 		if preparing := s.sessions.preparing(c); preparing != nil {

@@ -23,6 +23,7 @@ import {
   KEY,
   NO_RESPONSE,
   opened,
+  type Request,
   STREAMING,
   settled,
   tokenNumber,
@@ -199,6 +200,26 @@ describe("handlers", () => {
     assert.ok(!server.methods.includes("session.info"));
     await call("b");
     assert.deepEqual(answers(), [[1, 2]]);
+  });
+
+  test("session of a device registers them before its other requests on a new connection", async () => {
+    await client.close();
+    server.on("session.open", () => opened(1, { bound: true }));
+    client = await server.connect({ credentials: new DeviceKey({ sign: () => new Uint8Array(64) }, "laptop") });
+    await client.handle("a", () => 1);
+    const attaching: Request[] = [];
+    server.on("session.attach", (request) => {
+      attaching.push(request);
+      return NO_RESPONSE;
+    });
+    server.last.end();
+    await server.clock.advance(1_000);
+    const call = client.call("echo");
+    await settled();
+    assert.equal(server.methods.at(-1), "session.attach");
+    attaching[0]?.connection.respond(attaching[0], {});
+    await call;
+    assert.deepEqual(server.methods.slice(-3), ["session.attach", "session.handle", "echo"]);
   });
 
   test("lost connection aborts its handlers", async () => {

@@ -20,7 +20,6 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument, debug_span};
 
@@ -45,8 +44,6 @@ pub(crate) struct User {
     pub(crate) tokens: Mutex<Tokens>,
     pub(crate) sessions: Mutex<Sessions>,
     pub(crate) attaching: tokio::sync::Mutex<()>,
-    /// Handlers were registered on a connection, or that has failed.
-    pub(crate) prepared: Notify,
     pub(crate) is_closed: AtomicBool,
 }
 
@@ -86,7 +83,6 @@ impl User {
             tokens: Mutex::default(),
             sessions: Mutex::default(),
             attaching: tokio::sync::Mutex::default(),
-            prepared: Notify::new(),
             is_closed: AtomicBool::new(false),
         });
         user.hub.add(&user);

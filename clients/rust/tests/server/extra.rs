@@ -57,15 +57,13 @@ async fn an_extra_connection_takes_calls_that_the_server_allows_no_more_of() {
     let in_flight = other.expect("second");
     let third = call(&crowded.client, "third");
     other.send(&[fake::text(in_flight, "2")]);
-    let in_flight = other.expect("third"); // whichever has room first
-    other.send(&[fake::text(in_flight, "3")]);
+    other.reply("third", "3"); // whichever has room first
     assert_eq!(second.await.unwrap().unwrap(), "2");
     assert_eq!(third.await.unwrap().unwrap(), "3");
     crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
     let fourth = call(&crowded.client, "fourth");
-    let in_flight = crowded.first.expect("fourth");
-    crowded.first.send(&[fake::text(in_flight, "4")]);
+    crowded.first.reply("fourth", "4");
     assert_eq!(fourth.await.unwrap().unwrap(), "4");
     assert!(!crowded.server.has_waiting(), "there are more connections than allowed");
     let closing = tokio::task::spawn_blocking(move || other.close());
@@ -79,8 +77,7 @@ async fn extra_connections_are_off_by_default() {
     let second = call(&crowded.client, "second");
     crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
-    let in_flight = crowded.first.expect("second");
-    crowded.first.send(&[fake::text(in_flight, "2")]);
+    crowded.first.reply("second", "2");
     assert_eq!(second.await.unwrap().unwrap(), "2");
     assert!(!crowded.server.has_waiting());
     crowded.close().await;
@@ -93,8 +90,7 @@ async fn the_failure_of_an_extra_connection_fails_no_call() {
     drop(crowded.server.accept());
     crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
-    let in_flight = crowded.first.expect("second");
-    crowded.first.send(&[fake::text(in_flight, "2")]);
+    crowded.first.reply("second", "2");
     assert_eq!(second.await.unwrap().unwrap(), "2");
     crowded.close().await;
 }
@@ -123,8 +119,7 @@ async fn a_call_that_a_leaving_extra_connection_did_not_run_is_sent_elsewhere() 
     tokio::task::spawn_blocking(move || other.close()).await.unwrap();
     crowded.first.send(&[fake::text(number, "1")]);
     assert_eq!(first.await.unwrap().unwrap(), "1");
-    let in_flight = crowded.first.expect("second");
-    crowded.first.send(&[fake::text(in_flight, "2")]);
+    crowded.first.reply("second", "2");
     assert_eq!(second.await.unwrap().unwrap(), "2");
     crowded.close().await;
 }
@@ -151,8 +146,7 @@ async fn an_idle_extra_connection_is_closed() {
         let mut first = accept(&server);
         let one = first.expect("first");
         let mut other = accept(&server);
-        let two = other.expect("second");
-        other.send(&[fake::text(two, "2")]);
+        other.reply("second", "2");
         first.send(&[fake::text(one, "1")]);
         assert!(other.receive().is_none());
         first
@@ -186,8 +180,7 @@ async fn an_extra_connection_that_hangs_is_lost_alone_if_the_main_one_answers() 
         assert_eq!(first.receive().unwrap().0, Kind::Ping); // does it hang, too?
         first.send(&[(Kind::Pong, 0, Vec::new())]);
         sender.send(()).unwrap();
-        let three = first.expect("third");
-        first.send(&[fake::text(three, "3")]);
+        first.reply("third", "3");
         assert!(other.receive().is_none());
         first
     });

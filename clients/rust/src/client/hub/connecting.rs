@@ -224,7 +224,7 @@ impl Hub {
             return Err(error.into());
         }
         // Before calls are sent there: their methods may call back.
-        let users = self.users().into_iter().filter(|user| user.session().is_some());
+        let users = self.users().into_iter().filter(|user| user.can_present());
         let showing: Vec<_> = users.map(|user| user.introduce(&connection)).collect();
         let replaced = {
             let mut state = self.lock();
@@ -258,11 +258,9 @@ impl Hub {
         }
         let hub = self.arc();
         tokio::spawn(async move {
-            let mut working = JoinSet::new();
             for shown in showing {
-                working.spawn(shown);
+                let _ = shown.wait().await; // which does not fail
             }
-            while working.join_next().await.is_some() {}
             hub.report(&connection);
         });
         Ok(None)

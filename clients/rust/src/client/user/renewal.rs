@@ -52,7 +52,7 @@ pub(crate) struct Sessions {
     renewing: Option<Attempt>,
     attached_to: HashSet<u64>,     // the connections where the session of a device was attached
     registered: HashMap<u64, u64>, // by connection: the version of the handlers that were registered there
-    preparing: Vec<u64>,           // where they are being registered: other requests wait
+    preparing: HashMap<u64, Attempt>, // where they are being registered: other requests wait
     refreshed_early_at: Option<Instant>,
     not_before: Option<Instant>, // of the next renewal
     backoff: Backoff,            // of sessions that expire at once
@@ -119,7 +119,7 @@ impl User {
     /// Return whether a call can be sent on a connection now, as far as the session is concerned.
     pub(crate) fn is_usable_on(&self, connection: &Connection) -> bool {
         let sessions = self.lock();
-        sessions.is_usable(Instant::now()) && !sessions.preparing.contains(&connection.id)
+        sessions.is_usable(Instant::now()) && !sessions.preparing.contains_key(&connection.id)
     }
 
     /// Return why the renewal takes its time, if there is a reason.
@@ -571,11 +571,11 @@ impl User {
                 if let Some(old) = &old {
                     other.session_ended(old);
                 }
-                self.present_later(&other);
+                self.introduce(&other);
             }
         }
         if self.needs_proof(connection) {
-            self.present_later(connection);
+            self.introduce(connection);
         } else if self.needs_registration(connection) {
             // Before the calls that wait for this session: their methods may call back.
             let slot = connection.try_slot();
@@ -588,21 +588,10 @@ impl User {
         Ok(())
     }
 
-    /// Show the token on a connection, once no renewal runs.
-    fn present_later(self: &Arc<Self>, connection: &Arc<Connection>) {
-        let preparing = self.prepare(connection);
-        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
-        tokio::spawn(async move {
-            user.after_renewal().await;
-            user.present(&connection, None).await;
-            drop(preparing);
-        });
-    }
-
     /// Show the present token on a connection in use, unless it was shown there already and nothing else is missing.
     pub(crate) fn catch_up(self: &Arc<Self>, connection: &Arc<Connection>, shown: Option<&Token>) {
         if shown != Some(&self.token()) || self.needs_registration(connection) {
-            self.present_later(connection);
+            self.introduce(connection);
         }
     }
 

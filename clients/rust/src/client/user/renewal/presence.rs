@@ -1,6 +1,7 @@
 //! A session on connections: it is shown on each new one, with the application's handlers, and kept in use while only the server
 //! calls.
 
+use super::super::super::attempt::Attempt;
 use super::super::super::backoff::Backoff;
 use super::super::super::connection::{Connection, PendingCall, Slot};
 use super::super::super::options::Credentials;
@@ -49,36 +50,30 @@ impl User {
         Some(token)
     }
 
-    /// Show the session on a connection that is not in use yet, and send the registration of the application's handlers at once if
-    /// that is possible. Otherwise other requests of the session wait for it there.
-    pub(crate) fn introduce(self: &Arc<Self>, connection: &Arc<Connection>) -> impl Future<Output = ()> + Send + use<> {
+    /// Show the session on a connection, once no renewal runs. The application's handlers are registered at once if that is
+    /// possible. Otherwise other requests of the session wait for it there: methods call back where they were called.
+    pub(crate) fn introduce(self: &Arc<Self>, connection: &Arc<Connection>) -> Attempt {
         let registering = self.begin_registration(connection);
-        let preparing = if registering.is_none() && self.can_present() { self.prepare(connection) } else { None };
-        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
-        async move {
-            user.present(&connection, registering).await;
-            drop(preparing);
+        let is_awaited = registering.is_none() && self.needs_registration(connection);
+        let (user, to) = (Arc::clone(self), Arc::clone(connection));
+        let mut sessions = self.lock();
+        let attempt = Attempt::start(async move {
+            user.after_renewal().await;
+            user.present(&to, registering).await;
+            user.lock().preparing.remove(&to.id);
+            Ok(())
+        });
+        if is_awaited {
+            sessions.preparing.insert(connection.id, attempt.clone());
         }
-    }
-
-    /// Hold other requests of the session back on a connection that lacks the application's handlers, until the result is dropped:
-    /// methods call back where they were called.
-    pub(super) fn prepare(self: &Arc<Self>, connection: &Connection) -> Option<Preparing> {
-        if !self.needs_registration(connection) {
-            return None;
-        }
-        self.lock().preparing.push(connection.id);
-        Some(Preparing { user: Arc::clone(self), id: connection.id })
+        attempt
     }
 
     /// Wait until the application's handlers are registered on a connection, or that has failed.
     pub(crate) async fn prepared(&self, connection: &Connection) {
-        loop {
-            let prepared = self.prepared.notified();
-            if !self.lock().preparing.contains(&connection.id) {
-                return;
-            }
-            prepared.await;
+        let preparing = self.lock().preparing.get(&connection.id).cloned();
+        if let Some(attempt) = preparing {
+            let _ = attempt.wait().await; // which does not fail
         }
     }
 
@@ -100,7 +95,7 @@ impl User {
     }
 
     /// Return whether there is a token to show. During a renewal there will be another one.
-    fn can_present(&self) -> bool {
+    pub(crate) fn can_present(&self) -> bool {
         let sessions = self.lock();
         sessions.session.is_some() && sessions.renewing.is_none()
     }
@@ -334,23 +329,6 @@ impl User {
     fn time_left(&self) -> Option<Duration> {
         let sessions = self.lock();
         Some(sessions.session.as_ref()?.usable_until.saturating_duration_since(Instant::now()))
-    }
-}
-
-/// Holds requests back on a connection.
-pub(super) struct Preparing {
-    user: Arc<User>,
-    id: u64,
-}
-
-impl Drop for Preparing {
-    fn drop(&mut self) {
-        let mut sessions = self.user.lock();
-        if let Some(index) = sessions.preparing.iter().position(|&id| id == self.id) {
-            sessions.preparing.swap_remove(index);
-        }
-        drop(sessions);
-        self.user.prepared.notify_waiters();
     }
 }
 
