@@ -32,6 +32,8 @@ class Row(NamedTuple):
     below: float | None = None
     at_least: float | None = None
     equals: float | None = None
+    aim: float | None = None
+    """What the value should be below one day. A report shows where it is not, and does not fail."""
 
     @property
     def has_bar(self) -> bool:
@@ -155,14 +157,21 @@ def _table(columns: Mapping[str, Sequence[Row]]) -> Table:
             by_key.setdefault(row.key, {})[name] = row
     for found in by_key.values():
         first = next(iter(found.values()))
-        targets = {row.target for row in found.values() if row.has_bar}
+        targets = {_target(row) for row in found.values() if row.has_bar or row.aim is not None}
         cells = [_cell(found[name]) if name in found else Text() for name in columns]
         table.add_row(first.label, *cells, first.unit, targets.pop() if len(targets) == 1 else "")
     return table
 
 
+def _target(row: Row) -> str:
+    return row.target if row.aim is None else f"{row.target} (aim {row.aim:,.6g})".lstrip()
+
+
 def _cell(row: Row) -> Text:
-    return Text(row.figure) if row.holds else Text(f"{row.figure} FAIL", "bold red")
+    if not row.holds:
+        return Text(f"{row.figure} FAIL", "bold red")
+    is_missed = row.aim is not None and row.value is not None and row.value >= row.aim
+    return Text(f"{row.figure} aim: no" if is_missed else row.figure)
 
 
 def counted(words: str, counts: Mapping[str, int]) -> Iterable[str]:

@@ -83,6 +83,13 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
     )
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for a condition that this loop, a thread or another process fulfils."""
+    async with asyncio.timeout(TIMEOUT):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 class FakeClock:
     """Wall and monotonic time that the test advances."""
 

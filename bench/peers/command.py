@@ -49,9 +49,12 @@ REQUEST: Final = "request_us"
 ITEM: Final = "item_us"
 CONNECT: Final = "connect_us"
 MEMORY: Final = "memory_kib"
-CALL_BAR: Final = 3 / 4
-"""What a call may cost zcproto's client at most, one in flight, as a part of what it costs that of websockets with
-its defaults."""
+CALL_BARS: Final = {1: 0.90, 16: 0.40}
+"""What a call may cost zcproto's client at most, by calls in flight, as a part of what it costs that of websockets
+with its defaults."""
+
+CALL_AIM: Final = 0.6
+"""The aim for one call in flight."""
 
 FIGURES: Final = {
     REQUEST: ("server CPU of a request, depth 1", "us"),
@@ -60,8 +63,8 @@ FIGURES: Final = {
     MEMORY: ("server memory of a connection", "KiB"),
 }
 BARS: Final = {
-    REQUEST: {GRPC: 1 / 10, UVICORN: 1 / 2, WEBSOCKETS: 3 / 5, STREAMS: 3 / 4},
-    ITEM: {GRPC: 1 / 5},
+    REQUEST: {GRPC: 0.13, UVICORN: 1 / 2, WEBSOCKETS: 3 / 5, STREAMS: 3 / 4},
+    ITEM: {GRPC: 0.10},
     CONNECT: {},
     MEMORY: {STREAMS: 1 / 7, GRPC: 1.0, UVICORN: 1.0},
 }
@@ -124,10 +127,11 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
         for name, suffix in ((COMPRESSING, ""), (PLAIN, ", no compression")):
             key, theirs = f"call_{depth}_us{'_plain' if suffix else ''}", by_client[name]
             ratio = statistics.median(mine / other for mine, other in zip(own, theirs, strict=True))
-            bar = CALL_BAR if (name, depth) == (COMPRESSING, 1) else None
+            bar = CALL_BARS.get(depth) if name == COMPRESSING else None
+            aim = CALL_AIM if (name, depth) == (COMPRESSING, 1) else None
             columns[WEBSOCKETS] += [
                 Row(key, label + suffix, statistics.median(theirs), "us"),
-                Row(f"{key}_ratio", f"{label}{suffix}: zcproto / it", ratio, below=bar),
+                Row(f"{key}_ratio", f"{label}{suffix}: zcproto / it", ratio, below=bar, aim=aim),
             ]
     notes = [
         f"echo of {plan.payload_bytes} bytes; {plan.held:,} connections held",

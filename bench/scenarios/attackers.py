@@ -219,8 +219,16 @@ class Requests:
         return self._counts
 
 
-class Frames:
-    """Send all but the last byte of a large frame on each of many connections, of one user or of several."""
+class HandWritten(Connection):
+    """A connection that can send any frame."""
+
+    def frame_of(self, kind: int, stream: int, body: bytes = b"") -> bytes:
+        self.counter += 1
+        return encode_frame(kind, stream, system_clock.wall(), self.salt, self.counter, self.token, body)
+
+
+class Owned:
+    """Attack on many connections, with the sessions of one user or of several. They stay open until `end`."""
 
     def __init__(
         self, port: int, ca_file: Path, source: str, connections: int, users: Sequence[Credential]
@@ -228,32 +236,28 @@ class Frames:
         self._target = (port, context_for(ca_file, ALPN), source)
         self._connections = connections
         self._users = users
-        self._made: list[Connection] = []
+        self._made: list[HandWritten] = []
         self._counts: Counter[str] = Counter()
 
     async def begin(self) -> None:
-        """Send all of them; the connections stay open until `end`."""
         tokens = []
         for user in self._users:
-            self._made.append(Connection(*self._target))
-            self._made[-1].open_session(*user)
-            tokens.append(self._made[-1].token)
-        with ThreadPoolExecutor(THREADS) as threads:
-            work = (tokens[number % len(tokens)] for number in range(self._connections))
-            await asyncio.to_thread(lambda: [*threads.map(self._send, work)])
+            connection = self._connect()
+            connection.open_session(*user)
+            tokens.append(connection.token)
+        await asyncio.to_thread(
+            self._attack, [tokens[number % len(tokens)] for number in range(self._connections)]
+        )
 
-    def _send(self, token: bytes) -> None:
-        try:
-            connection = Connection(*self._target)
-            self._made.append(connection)
-            connection.token = token
-            connection.send([connection.frame("echo", {})])
-            connection.receive()  # a large frame needs a session that is known on this connection
-            connection.send([connection.frame("echo", {"data": bytes(LARGE_FRAME - 200)})[:-1]])
-        except (OSError, ZcprotoError):
-            self._counts["cut while sending"] += 1
-        else:
-            self._counts["sent"] += 1
+    def _connect(self, token: bytes = NO_TOKEN) -> HandWritten:
+        connection = HandWritten(*self._target)
+        self._made.append(connection)
+        connection.token = token
+        return connection
+
+    def _attack(self, tokens: Sequence[bytes]) -> None:
+        """Attack on a connection for each of these tokens."""
+        raise NotImplementedError
 
     async def end(self) -> Counter[str]:
         for connection in self._made:
@@ -262,12 +266,23 @@ class Frames:
         return self._counts
 
 
-class HandWritten(Connection):
-    """A connection that can send any frame."""
+class Frames(Owned):
+    """Send all but the last byte of a large frame on each connection."""
 
-    def frame_of(self, kind: int, stream: int, body: bytes = b"") -> bytes:
-        self.counter += 1
-        return encode_frame(kind, stream, system_clock.wall(), self.salt, self.counter, self.token, body)
+    def _attack(self, tokens: Sequence[bytes]) -> None:
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(self._send, tokens))
+
+    def _send(self, token: bytes) -> None:
+        try:
+            connection = self._connect(token)
+            connection.send([connection.frame("echo", {})])
+            connection.receive()  # a large frame needs a session that is known on this connection
+            connection.send([connection.frame("echo", {"data": bytes(LARGE_FRAME - 200)})[:-1]])
+        except (OSError, ZcprotoError):
+            self._counts["cut while sending"] += 1
+        else:
+            self._counts["sent"] += 1
 
 
 class Threaded:
@@ -349,40 +364,21 @@ class Occupants(Threaded):
         self._ended.wait(BLOCKING_PAUSE_S)
 
 
-class Hoarders:
-    """Open streams on many connections, and send all the items that the server has granted once it granted all."""
-
-    def __init__(
-        self, port: int, ca_file: Path, source: str, connections: int, users: Sequence[Credential]
-    ) -> None:
-        self._target = (port, context_for(ca_file, ALPN), source)
-        self._users = users
-        self._connections = connections
-        self._made: list[HandWritten] = []
-        self._counts: Counter[str] = Counter()
-
-    async def begin(self) -> None:
-        tokens = []
-        for user in self._users:
-            self._made.append(HandWritten(*self._target))
-            self._made[-1].open_session(*user)
-            tokens.append(self._made[-1].token)
-        await asyncio.to_thread(self._attack, tokens)
+class Hoarders(Owned):
+    """Open streams on each connection, and send all the items that the server has granted once it granted all."""
 
     def _attack(self, tokens: Sequence[bytes]) -> None:
         """Take a few seconds: this is about memory, and not about a flood."""
         granted = []
-        for number in range(self._connections):
-            granted.append(self._open(tokens[number % len(tokens)]))
+        for token in tokens:
+            granted.append(self._open(token))
             time.sleep(OPEN_PAUSE_S)
         for connection, streams in granted:
             self._send(connection, streams)
 
     def _open(self, token: bytes) -> tuple[HandWritten, dict[int, tuple[int, int]]]:
         """Open streams, and return what may be sent on each."""
-        connection = HandWritten(*self._target)
-        self._made.append(connection)
-        connection.token = token
+        connection = self._connect(token)
         connection.send([connection.frame("attack.hoard", {}, kind=Kind.OPEN) for _ in range(MAX_OPEN)])
         granted = dict[int, tuple[int, int]]()
         for _ in range(MAX_OPEN):
@@ -405,11 +401,6 @@ class Hoarders:
                 time.sleep(SEND_PAUSE_S)
         except OSError:
             self._counts["cut while sending"] += 1
-
-    async def end(self) -> Counter[str]:
-        for connection in self._made:
-            connection.close()
-        return self._counts
 
 
 @dataclass(slots=True)

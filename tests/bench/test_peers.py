@@ -43,7 +43,7 @@ def figures(**times: float) -> Figures:
         made.request_s[name] = [cost, cost * 10, cost]
         made.connect_s[name] = [cost * 50] * 3
     for name in ITEM_NAMES:
-        made.item_s[name] = [usual[name] / 1e7] * 3
+        made.item_s[name] = [usual[name] / (2e7 if name == ZCPROTO else 1e7)] * 3
     made.memory_kib = {ZCPROTO: 36.0, STREAMS: 280.0, GRPC: 54.0, UVICORN: 59.0, WEBSOCKETS: 64.0}
     return made
 
@@ -69,16 +69,18 @@ def test_unmet_bar_is_named(name: str) -> None:
     assert name in why
 
 
-@pytest.mark.parametrize(("own", "reasons"), [(37.0, 0), (38.0, 1)])
-def test_call_has_a_bar_with_one_in_flight(own: float, reasons: int) -> None:
+@pytest.mark.parametrize(("own", "of_sixteen", "missed"), [(44.0, 19.0, []), (46.0, 21.0, [1, 16])])
+def test_call_has_a_bar_by_the_number_in_flight(own: float, of_sixteen: float, missed: list[int]) -> None:
     made = figures()
     others = {COMPRESSING: [50.0] * 3, PLAIN: [20.0] * 3}
-    made.call_us = {1: {OWN: [own, 500.0, own], **others}, 16: {OWN: [50.0] * 3, **others}}
+    made.call_us = {1: {OWN: [own, 500.0, own], **others}, 16: {OWN: [of_sixteen] * 3, **others}}
     shown = report(made, QUICK, {})
     assert shown.row("call_1_us_ratio", WEBSOCKETS).value == pytest.approx(own / 50)
     assert shown.row("call_1_us_plain_ratio", WEBSOCKETS).value == pytest.approx(own / 20)
-    assert shown.row("call_16_us_ratio", WEBSOCKETS).value == pytest.approx(1)
-    assert len(shown.reasons()) == reasons
+    assert shown.row("call_16_us_ratio", WEBSOCKETS).value == pytest.approx(of_sixteen / 50)
+    for depth in (1, 16):
+        assert shown.row(f"call_{depth}_us_ratio", WEBSOCKETS).holds == (depth not in missed)
+    assert len(shown.reasons()) == len(missed)
 
 
 def test_memory_has_bars() -> None:

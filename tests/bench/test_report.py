@@ -17,6 +17,9 @@ def shown(report: Report, width: int = 110) -> str:
     return out.getvalue()
 
 
+CASES = {"missed": 1.1, "reached": 1.0, "failed": 1.3}
+
+
 @pytest.mark.parametrize(
     ("row", "holds"),
     [
@@ -35,6 +38,16 @@ def shown(report: Report, width: int = 110) -> str:
 def test_bar_holds_or_fails(row: Row, holds: bool) -> None:
     assert row.holds is holds
     assert Report({"figure": [row]}).exit_code == (0 if holds else 1)
+
+
+def test_missed_aim_is_shown_and_does_not_fail() -> None:
+    missed, reached, failed = (Row(name, name, value, below=1.2, aim=1.05) for name, value in CASES.items())
+    assert Report({"figure": [missed, reached]}).exit_code == 0
+    text = shown(Report({"figure": [missed, reached]}))
+    assert text.count("aim: no") == 1
+    assert text.count("< 1.2 (aim 1.05)") == 2
+    assert Report({"figure": [failed]}).reasons() == ["failed: 1.30, must be < 1.2"]
+    assert "aim: no" not in shown(Report({"figure": [failed]}))
 
 
 def test_unmeasured_figure_with_bar_is_named_as_reason() -> None:
@@ -100,7 +113,7 @@ def test_json_has_every_figure_with_its_bar() -> None:
     written = json.loads(json.dumps(report.as_json()))
     assert written["figures"]["figure"]["lost"] == {
         "key": "lost", "label": "requests lost", "value": 1, "unit": "", "below": None, "at_least": None,
-        "equals": 0, "holds": False,
+        "equals": 0, "aim": None, "holds": False,
     }  # fmt: skip
     assert written["seed"] == 7
     assert report.row("lost").value == 1

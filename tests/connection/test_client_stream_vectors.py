@@ -1,4 +1,18 @@
-"""Test a whole ClientConnection with every vector of streams that concerns a client."""
+"""Test a whole ClientConnection with every vector of streams that concerns a client.
+
+A vector of spec/vectors/streaming/items.json is a conversation that has already begun, the bytes that the client
+receives next, and what must come of each frame in them:
+
+    {"name": "client-item-longer-than-max-item",
+     "context": {"announced": {"streams": {...}}, "open": [{"stream": 1, "credit": [4, 1000], ...}], ...},
+     "bytes": "0000040101110000...",
+     "expect": [{"result": "error", "code": 65, "fatal": true, ...}]}
+
+`context.open` lists the streams that the client has opened: what the server has granted it (`credit`), what it has
+granted the server (`granted`), and the items and bytes that it has received. `context.in_flight` lists requests.
+A result is `frame` (delivered to the application), `error` (with its code; fatal ends the connection), `dropped`
+or `incomplete`. spec/vectors/README.md describes all fields.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +75,7 @@ class ClientStreamHarness:
             stream = client.open_stream("m", {}, token=TOKEN, window=window, wall=self.wall)
             assert stream.number == each["stream"]
             stream.credit = SendCredit((each["credit"][0], each["credit"][1]))
+            # No sequence of frames leads to totals like these in the time of a test.
             stream.items._received = stream.items._taken = each["received"][0], each["received"][1]
             self.streams[stream.number] = stream
         client.data_to_send()

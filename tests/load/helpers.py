@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import variables
+from tests.helpers import until, variables
 from tests.limits import TIMEOUT
 from tests.server.helpers import KEY, PATIENT, ServerThread
 from zcproto.app.app import App
@@ -147,16 +146,6 @@ async def all_phases(generator: Generator) -> None:
     await generator.load()
     await generator.verify()
     await generator.close()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait for a condition that this loop or the server's thread fulfils."""
-
-    async def poll() -> None:
-        while not condition():  # noqa: ASYNC110 - it happens in another thread
-            await asyncio.sleep(0.002)
-
-    await asyncio.wait_for(poll(), TIMEOUT)
 
 
 def wait_long(patch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tests.load.helpers import all_phases, app_with, share, timing_out, until
+from tests.helpers import until
+from tests.load.helpers import all_phases, app_with, share, timing_out
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.errors import Aborted

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.helpers import all_phases, app_with, share, until
+from tests.helpers import until
+from tests.load.helpers import all_phases, app_with, share
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import Method

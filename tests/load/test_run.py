@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.helpers import RecordingView, plan_for, share, until, users
+from tests.helpers import until
+from tests.load.helpers import RecordingView, plan_for, share, users
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import until
 from tests.limits import TIMEOUT
-from tests.load.helpers import RecordingView, all_phases, plan_for, share, timing_out, until, users
+from tests.load.helpers import RecordingView, all_phases, plan_for, share, timing_out, users
 from tests.server.conftest import Serve
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from tests.load.helpers import share, until
+from tests.helpers import until
+from tests.load.helpers import share
 from tests.server.conftest import Serve
 from zcproto.load import worker
 from zcproto.load.plan import Share

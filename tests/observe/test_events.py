@@ -1,4 +1,11 @@
-"""Compare the catalogue of events with all log calls in the source, and test its limits."""
+"""Compare the catalogue of events with all log calls in the source, and test its limits.
+
+The sources are parsed. A call such as `log.info("session.opened", user=user)` must have an entry with this level
+and these fields in zcproto/observe/events.py, and each entry must have a call. Two tables name the calls that
+cannot be read like this. HELPERS has functions that pass an event on: `log_event("session.opened", ...)` counts as
+a call with the level and the fields that the function adds. INDIRECT has files that put a name together at run
+time, as in `log.info(f"alert.{phase.value}")`, with every name that can result.
+"""
 
 from __future__ import annotations
 

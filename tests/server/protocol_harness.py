@@ -185,10 +185,12 @@ class Harness:
 class Peer:
     """The client's end of a connection: it makes frames and reads answers."""
 
+    kind = ServerProtocol
+
     def __init__(self, harness: Harness) -> None:
         self.harness = harness
         self.transport = FakeTransport()
-        self.protocol = ServerProtocol(harness.state)
+        self.protocol = self.kind(harness.state)
         self.transport.protocol = self.protocol
         transport: Any = self.transport
         self.protocol.connection_made(transport)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo, connect_to, home
+from tests.helpers import until
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
@@ -51,12 +52,6 @@ def blocker() -> Iterator[Blocker]:
     blocker = Blocker()
     yield blocker
     blocker.release.set()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():  # noqa: ASYNC110 - a thread changes it
-            await asyncio.sleep(0.001)
 
 
 def start(pool: ThreadPool, blocker: Blocker, name: str, owner: str | None = None) -> asyncio.Task[Any]:

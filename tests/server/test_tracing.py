@@ -56,15 +56,13 @@ class FakeTracing:
 class TracedPeer(Peer):
     """A connection of a server that records traces."""
 
-    def __init__(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tests.server.protocol_harness.ServerProtocol", TracedProtocol)
-        super().__init__(harness)
+    kind = TracedProtocol
 
 
 def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Harness,
 ) -> None:
-    peer = TracedPeer(harness, monkeypatch)
+    peer = TracedPeer(harness)
     peer.login()
     tracing = harness.state.tracing = FakeTracing()
     found: list[bool] = []
@@ -77,9 +75,9 @@ def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_rea
 
 
 def test_traced_connection_serves_before_traces_are_recorded(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Harness,
 ) -> None:
-    peer = TracedPeer(harness, monkeypatch)
+    peer = TracedPeer(harness)
     peer.login()
     peer.send(peer.request(1, "big", {"n": 1}))
     assert len(peer.answers()) == 1

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from tests.helpers import FakeClock
+from tests.helpers import FakeClock, until  # noqa: F401 - with the harness
 from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import StoreTime
@@ -89,9 +86,3 @@ class HubHarness:
             await store.close()
             await calls.close()
         await self.stop()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)

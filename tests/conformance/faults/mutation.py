@@ -1,18 +1,21 @@
 """Mutate functions of the client at run time, as in mutation testing.
 
-A fault has the name of a function, a part of its source and the replacement. The function object stays the same and
+A fault has the name of a function, a part of its code and the replacement. Function and part are parsed before they
+are compared: line breaks, parentheses, quotes and comments do not matter. The function object stays the same and
 only its code object is replaced, so modules that imported the function see the mutant, too. If the part is not in
-the source any more, applying the fault fails: a fault that is not applied would prove nothing.
+the function any more, applying the fault fails: a fault that is not applied would prove nothing.
 """
 
 from __future__ import annotations
 import __future__
 
+import ast
 import importlib
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, Final
@@ -44,19 +47,37 @@ class Mutant:
             clear_cache(found)
 
     def _code(self, function: FunctionType) -> Any:
-        source = inspect.getsource(function)
+        written = inspect.getsource(function)
+        tree = ast.parse(textwrap.dedent(written))
+        tree.body[0].decorator_list = []  # type: ignore[attr-defined]
+        source = ast.unparse(tree)
         for old, new in self.changes:
-            if source.count(old) != 1:
-                raise Unmatched(f"{self.target}: {old!r} occurs {source.count(old)} times in the source")
-            source = source.replace(old, new)
-        source = textwrap.dedent(source)
-        while source.startswith("@"):
-            source = source.partition("\n")[2]
+            found = max(([*re.finditer(each, source)] for each in _patterns(old)), key=len)
+            if len(found) != 1:
+                raise Unmatched(f"{self.target}: {old!r} occurs {len(found)} times in the source")
+            start, end = found[0].span()
+            indented = new.replace("\n    ", "\n") if written.startswith(" ") else new  # as in a class
+            source = source[:start] + indented.strip(" ") + source[end:]
         flags = __future__.annotations.compiler_flag
         namespace: dict[str, Any] = {}
         code = compile(source, f"<{self.target} with a fault>", "exec", flags=flags, dont_inherit=True)
         exec(code, function.__globals__, namespace)
         return namespace[function.__name__].__code__
+
+
+def _patterns(part: str) -> list[str]:
+    """Return what a part of a function may look like: statements, an expression, or the beginning of either."""
+    first, _, rest = textwrap.dedent(part.lstrip("\n")).strip().partition("\n")
+    plain = f"{first}\n{textwrap.dedent(rest)}" if rest else first
+    is_elif = plain.startswith("elif ")
+    found = [plain if "'" in plain else plain.replace('"', "'")]
+    for text, left_out in ((plain, ""), (f"{plain.removeprefix('el' * is_elif)}\n    pass", "\n    pass")):
+        with suppress(SyntaxError):
+            normal = ast.unparse(ast.parse(text)).removesuffix(left_out)
+            found.append("el" * is_elif + normal)
+            if normal.startswith("(") and not plain.startswith("("):  # of a tuple
+                found.append(normal[1:-1])
+    return [r"\s+".join(map(re.escape, each.split())) for each in found]
 
 
 def find(target: str) -> Any:

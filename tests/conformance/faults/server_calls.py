@@ -111,7 +111,11 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
     ),
     "handle-without-calls": fault(
         "registers methods whatever WELCOME announces",
-        (f"{_REGISTRAR}._step", 'if not any("calls" in', 'if False and not any("calls" in'),
+        (
+            f"{_REGISTRAR}._step",
+            'any("calls" in connection.conversation.welcome for connection in self._sent)',
+            "True",
+        ),
         (_REGISTER, 'if "calls" not in connection.conversation.welcome:', "if False:"),
         (f"{_OUTPUT}.handle", 'if self.state is State.OPEN and "calls" not in self.welcome:', "if False:"),
     ),

@@ -974,8 +974,8 @@ class ValkeyStore:
 class SignOfLife:
     """Shows other processes that this one, which has claimed requests, is still there, and looks for theirs.
 
-    After its first claim a process keeps renewing the key h:NODE. The key expires when the process has ended or lost
-    the store; then its claims may be given away. If it still runs, its answers are stored all the same.
+    After its first claim a process keeps renewing the key h:NODE. The key expires when the process has ended or
+    lost the store; then its claims may be given away. If it still runs, its answers are stored all the same.
 
     `call` sends a command whose first argument is a key, within the store's timeout.
     """
