@@ -446,7 +446,7 @@ ARRIVAL: Final[dict[str, Fault]] = {
     ),
     "response-behind-a-slow-one": fault(
         "judges the frames behind a slow one by its clock",
-        (_READ, "judged_at = wall\n                if", "if"),
+        (_READ, "judged_at = wall\n                if event", "if event"),
     ),
 }
 """By the name of a vector."""
