@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.auth.helpers import directory
-from tests.auth.test_directory import PUBLIC_KEY
-from zcproto.auth import DeviceFile, Enrollment, Identity, Login, PairingFile, Throttle, UserFile
-from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.auth import Throttle
 from zcproto.auth.throttle import QUIET_S
-from zcproto.errors import ResourceExhausted, Unauthenticated, ZcprotoError
+from zcproto.errors import ZcprotoError
 from zcproto.workers.limits import SharedMemory, memory_size
 from zcproto.workers.throttle import MAX_REMEMBERED, SharedThrottle, throttle_calls
 
@@ -161,85 +155,3 @@ async def test_own_limit_follows_the_configuration(company: Company) -> None:
     await company.fail(0, 1)
     assert await company.check(0) == 1_000
     assert len(company.workers[0]) == 3
-
-
-# --- what asks it ----------------------------------------------------------------------------------------
-
-
-class Own:
-    scheme = "own"
-
-    def __init__(self, waits: bool) -> None:
-        self.waits = waits
-
-    def authenticate(self, params: Any, address: str, channel: Channel = NO_CHANNEL) -> Any:
-        found = Identity(params["user"]) if params["right"] else None
-        if not self.waits:
-            return found
-
-        async def later() -> Identity | None:
-            await asyncio.sleep(0)
-            return found
-
-        return later()
-
-
-@pytest.mark.parametrize("waits", [False, True])
-async def test_login_is_refused_after_failures_in_another_worker(company: Company, waits: bool) -> None:
-    logins = [Login([Own(waits)], throttle) for throttle in company.workers]
-
-    async def login(worker: int, right: bool) -> Identity:
-        params = {"scheme": "own", "user": "ada", "right": right}
-        answer = logins[worker].open(params, HOME, company.now)
-        return answer if isinstance(answer, Identity) else await answer
-
-    for number in range(FREE):
-        with pytest.raises(Unauthenticated):
-            await login(number % 2, False)
-    for worker in (0, 1):
-        with pytest.raises(ResourceExhausted) as refused:
-            await login(worker, True)
-        assert refused.value.details == {"retry_after_ms": 1_000}
-    company.now += 1
-    assert (await login(1, True)).user == "ada"
-    assert [each.throttled for each in logins] == [1, 1]
-
-
-async def test_attached_session_is_refused_after_failures_in_another_worker(company: Company) -> None:
-    logins = [Login([Own(False)], throttle) for throttle in company.workers]
-
-    def attach(worker: int) -> Any:
-        return logins[worker].attach("device:a", "ada", b"", b"", HOME, company.now, NO_CHANNEL)
-
-    for number in range(FREE):
-        with pytest.raises(Unauthenticated):
-            await attach(number % 2)
-    with pytest.raises(ResourceExhausted):
-        await attach(1)
-
-
-async def test_tries_of_pairing_codes_in_several_workers_add_up(company: Company, tmp_path: Path) -> None:
-    users = UserFile(tmp_path / "users.toml")
-    users.add("ada")
-    enrollments = [
-        Enrollment(
-            PairingFile(tmp_path / "pairing.toml"),
-            DeviceFile(tmp_path / "devices.toml"),
-            directory(users),
-            each,
-        )
-        for each in company.workers
-    ]
-    wall = int(datetime.now(UTC).timestamp() * 1000)
-
-    async def try_code(number: int) -> None:
-        await enrollments[number % 2].enroll(
-            "AAAA-AAAA", PUBLIC_KEY, "laptop", address=HOME, wall=wall, now=company.now
-        )
-
-    for number in range(FREE):
-        with pytest.raises(Unauthenticated):
-            await try_code(number)
-    for number in range(2):
-        with pytest.raises(ResourceExhausted):
-            await try_code(number)
