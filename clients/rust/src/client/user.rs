@@ -164,15 +164,15 @@ impl User {
                 None => self.ready(!attempts.is_registration).await?,
             };
             let token = self.begin();
-            let outcome = match send(&connection, slot, &token) {
-                Ok(pending) => pending.await,
-                Err(error) => Err(error),
+            let (outcome, was_sent) = match send(&connection, slot, &token) {
+                Ok(pending) => (pending.await, true),
+                Err(error) => (Err(error), false),
             };
             match outcome {
                 Ok(body) => return Ok(body),
                 Err(error) => {
                     let retries = retries.get_or_insert_with(Retries::default);
-                    self.after_failure(error, attempts, retries, &connection, &token).await?;
+                    self.after_failure(error, was_sent, attempts, retries, &connection, &token).await?;
                 }
             }
         }
@@ -220,6 +220,7 @@ impl User {
     fn after_failure<'a>(
         self: &'a Arc<Self>,
         error: Error,
+        was_sent: bool,
         attempts: &'a Attempts<'_>,
         retries: &'a mut Retries,
         connection: &'a Arc<Connection>,
@@ -276,7 +277,7 @@ impl User {
                 }
                 Step::Attach => self.attach_after(error, attempts, retries, connection, token).await,
                 Step::Report => match error {
-                    Error::Call(failure) => self.reported(failure, left, retries, connection, token).await,
+                    Error::Call(failure) => self.reported(failure, was_sent, left, retries, connection, token).await,
                     error => Err(error),
                 },
             }
@@ -309,7 +310,7 @@ impl User {
                 if retry::action(&refusal) == Action::Later {
                     retries.done.retain(|&once| once != Once::Action(Action::Attach)); // it was not attached
                 }
-                self.after_failure(refusal.into(), attempts, retries, connection, token).await
+                self.after_failure(refusal.into(), true, attempts, retries, connection, token).await
             }
             Err(refusal) => Err(refusal),
         }
@@ -319,6 +320,7 @@ impl User {
     async fn reported(
         self: &Arc<Self>,
         failure: CallError,
+        was_sent: bool,
         left: Option<Duration>,
         retries: &mut Retries,
         connection: &Arc<Connection>,
@@ -331,12 +333,11 @@ impl User {
             self.mark_ended(token, &failure);
         } else if failure.code == Code::Unauthenticated {
             self.mark_unknown(token);
-        } else if failure.code == Code::InvalidArgument
-            && failure.details.get("size").is_some()
-            && !connection.has_session()
-            && retries.is_first(Once::Show)
-        {
-            // Too large for a connection without a session: show the token by a small request first.
+        } else if !was_sent && failure.details.get("size").is_some() && retries.is_first(Once::Show) {
+            // Too large for a connection without a session: show the token by a small request first, if it was not shown since.
+            if connection.has_session() {
+                return Ok(());
+            }
             return self.call("session.info", &[0xc0], Meta::default(), left).await.map(drop);
         }
         Err(failure.into())
