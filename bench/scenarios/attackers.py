@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -414,6 +414,28 @@ class Logins:
     lag: Latencies = field(default_factory=Latencies)
 
 
+async def begin_at(
+    rate: float, seconds: float, work: Callable[[float], Coroutine[None, None, None]], lag: Latencies
+) -> Counter[str]:
+    """Begin work at random times, `rate` times a second, each with the time at which it is due.
+
+    Return how much of it has not ended LAST_ANSWERS_S after the last one began. `lag` is how late each began.
+    """
+    tasks = set[asyncio.Task[None]]()
+
+    def begin(due: float) -> None:
+        lag.add(time.monotonic() - due)
+        task = asyncio.create_task(work(due))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    order = random.Random(1)  # noqa: S311 - no secret
+    await Pacer(asyncio.get_running_loop()).run(poisson_times(rate, seconds, order), begin)
+    if tasks:
+        await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
+    return Counter({"no answer": len(tasks)})
+
+
 class Steady(Others):
     """Clients of the library that stay connected and use one kind of method: one of `ACTS`."""
 
@@ -429,21 +451,14 @@ class Steady(Others):
             await client.__aenter__()
 
     async def load(self, seconds: float) -> Served:
-        served, tasks = Served(0, 0, len(self._clients)), set[asyncio.Task[None]]()
+        served = Served(0, 0, len(self._clients))
 
-        def begin(due: float) -> None:
-            served.lag.add(time.monotonic() - due)
+        def use(due: float) -> Coroutine[None, None, None]:
             client = self._clients[served.sent % len(self._clients)]
             served.sent += 1
-            task = asyncio.create_task(self._use(served, client, due))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            return self._use(served, client, due)
 
-        order = random.Random(1)  # noqa: S311 - no secret
-        await Pacer(asyncio.get_running_loop()).run(poisson_times(self._rate, seconds, order), begin)
-        if tasks:
-            await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
-        served.failed += Counter({"no answer": len(tasks)})
+        served.failed += await begin_at(self._rate, seconds, use, served.lag)
         return served
 
     async def _use(self, served: Served, client: Client, due: float) -> None:
@@ -473,21 +488,14 @@ class Newcomers(Others):
     """Clients that connect, open a session, send one request and leave."""
 
     async def load(self, seconds: float) -> Logins:
-        logins, tasks = Logins(), set[asyncio.Task[None]]()
+        logins = Logins()
 
-        def begin(due: float) -> None:
-            logins.lag.add(time.monotonic() - due)
+        def log_in(due: float) -> Coroutine[None, None, None]:
             user = self._users[logins.begun % len(self._users)]
             logins.begun += 1
-            task = asyncio.create_task(self._log_in(logins, user, due))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            return self._log_in(logins, user, due)
 
-        order = random.Random(1)  # noqa: S311 - no secret
-        await Pacer(asyncio.get_running_loop()).run(poisson_times(self._rate, seconds, order), begin)
-        if tasks:
-            await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
-        logins.failed += Counter({"no answer": len(tasks)})
+        logins.failed += await begin_at(self._rate, seconds, log_in, logins.lag)
         return logins
 
     async def _log_in(self, logins: Logins, user: Credential, due: float) -> None:
