@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.helpers import until
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import configuration
@@ -175,8 +176,7 @@ def test_lifespan_ends_after_the_methods(serve: Serve, connect_to: ConnectTo) ->
     async def main() -> None:
         async with connect_to(server) as client:
             call = asyncio.create_task(client.call("wait"))
-            while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
-                await asyncio.sleep(0.001)
+            await until(lambda: server.server.state.tasks.running)
             await asyncio.to_thread(server.drain)
             await asyncio.wait([call])
             assert call.exception() is not None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import Blocking, ConnectTo
+from tests.helpers import until
 from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
@@ -180,8 +181,7 @@ async def test_cancelled_user_of_a_stream_cancels_its_middleware(
                 await stream.receive()
 
         task = asyncio.create_task(use())
-        while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
-            await asyncio.sleep(0.001)
+        await until(lambda: server.server.state.tasks.running)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -269,8 +269,7 @@ async def test_cancelled_error_of_the_server_passes_the_middleware(
 ) -> None:
     async with connect_to(server, middleware=[recorder.named("a")]) as client:
         call = asyncio.create_task(client.call("wait"))
-        while not server.server.state.tasks.running:  # noqa: ASYNC110 - another thread runs it
-            await asyncio.sleep(0.001)
+        await until(lambda: server.server.state.tasks.running)
         await asyncio.to_thread(server.drain)
         with pytest.raises(Cancelled):
             await call
