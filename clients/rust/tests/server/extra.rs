@@ -8,6 +8,8 @@ use tokio::task::JoinHandle;
 use zcproto::frame::Kind;
 use zcproto::{Client, Error};
 
+type Answer = JoinHandle<zcproto::Result<String>>;
+
 /// A server that allows one request in flight on each connection, and its client. Its methods block.
 struct Crowded {
     server: Fake,
@@ -17,7 +19,7 @@ struct Crowded {
 
 impl Crowded {
     /// Connect, and leave a call without an answer.
-    async fn new(max_connections: usize) -> (Self, u32, JoinHandle<zcproto::Result<String>>) {
+    async fn new(max_connections: usize) -> (Self, u32, Answer) {
         let server = Fake::new();
         let options = server.options().max_connections(max_connections);
         let accepting = tokio::task::spawn_blocking(move || {
@@ -29,6 +31,14 @@ impl Crowded {
         let call = call(&client, "first");
         let (server, first, number) = accepting.await.unwrap();
         (Self { server, client, first }, number, call)
+    }
+
+    /// Answer the first call, whose number this is, and then the second one on the same connection.
+    async fn answer_both(&mut self, number: u32, first: Answer, second: Answer) {
+        self.first.send(&[fake::text(number, "1")]);
+        assert_eq!(first.await.unwrap().unwrap(), "1");
+        self.first.reply("second", "2");
+        assert_eq!(second.await.unwrap().unwrap(), "2");
     }
 
     async fn close(self) {
@@ -44,7 +54,7 @@ fn accept(server: &Fake) -> Peer {
     peer
 }
 
-fn call(client: &Client, method: &'static str) -> JoinHandle<zcproto::Result<String>> {
+fn call(client: &Client, method: &'static str) -> Answer {
     let client = client.clone();
     tokio::spawn(async move { client.call::<String>(method, &()).await })
 }
@@ -75,10 +85,7 @@ async fn an_extra_connection_takes_calls_that_the_server_allows_no_more_of() {
 async fn extra_connections_are_off_by_default() {
     let (mut crowded, number, first) = Crowded::new(1).await;
     let second = call(&crowded.client, "second");
-    crowded.first.send(&[fake::text(number, "1")]);
-    assert_eq!(first.await.unwrap().unwrap(), "1");
-    crowded.first.reply("second", "2");
-    assert_eq!(second.await.unwrap().unwrap(), "2");
+    crowded.answer_both(number, first, second).await;
     assert!(!crowded.server.has_waiting());
     crowded.close().await;
 }
@@ -88,10 +95,7 @@ async fn the_failure_of_an_extra_connection_fails_no_call() {
     let (mut crowded, number, first) = Crowded::new(2).await;
     let second = call(&crowded.client, "second");
     drop(crowded.server.accept());
-    crowded.first.send(&[fake::text(number, "1")]);
-    assert_eq!(first.await.unwrap().unwrap(), "1");
-    crowded.first.reply("second", "2");
-    assert_eq!(second.await.unwrap().unwrap(), "2");
+    crowded.answer_both(number, first, second).await;
     crowded.close().await;
 }
 
@@ -117,10 +121,7 @@ async fn a_call_that_a_leaving_extra_connection_did_not_run_is_sent_elsewhere() 
     other.expect("second");
     other.send(&[goaway("draining", 0)]);
     tokio::task::spawn_blocking(move || other.close()).await.unwrap();
-    crowded.first.send(&[fake::text(number, "1")]);
-    assert_eq!(first.await.unwrap().unwrap(), "1");
-    crowded.first.reply("second", "2");
-    assert_eq!(second.await.unwrap().unwrap(), "2");
+    crowded.answer_both(number, first, second).await;
     crowded.close().await;
 }
 
