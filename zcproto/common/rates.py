@@ -40,9 +40,10 @@ class TokenBucket:
 
     def admit(self, now: float) -> bool:
         """Take a token. Return False if the bucket is empty."""
-        if self.debt_s(now, 1) > _SLACK_S:
+        full_at = (self._full_at if self._full_at > now else now) + self._step
+        if full_at - now > self._burst_s + _SLACK_S:
             return False
-        self.charge(1, now)
+        self._full_at = full_at
         return True
 
     def charge(self, cost: float, now: float) -> None:
@@ -57,12 +58,13 @@ class TokenBucket:
 class EventRate(Generic[Key]):
     """A token bucket for each key. `per_second` is 0 for no limit."""
 
-    __slots__ = ("_burst_s", "_full_at", "_max_keys", "_step", "per_second")
+    __slots__ = ("_burst_s", "_full_at", "_max_keys", "_most_s", "_step", "per_second")
 
     def __init__(self, per_second: float = 0, burst_s: float = BURST_S, max_keys: int = MAX_KEYS) -> None:
         self._full_at: dict[Key, float] = {}
         """When each bucket will be full again, the one charged last at the end. Those without an entry are full."""
         self._burst_s = burst_s
+        self._most_s = burst_s + _SLACK_S
         self._max_keys = max_keys
         self.set_rate(per_second)
 
@@ -89,9 +91,8 @@ class EventRate(Generic[Key]):
             key = self._new_key(key, now)
             full = full_at.get(key, now)
         full = (full if full > now else now) + step
-        wait = full - now - self._burst_s - _SLACK_S
-        if wait > 0:
-            return ceil(wait * 1000)
+        if full - now > self._most_s:
+            return ceil((full - now - self._most_s) * 1000)
         full_at.pop(key, None)
         full_at[key] = full
         return 0

@@ -18,7 +18,7 @@ from math import ceil
 from typing import Any, Final
 
 from zcproto.common.network import network_of
-from zcproto.common.rates import MAX_KEYS, EventRate
+from zcproto.common.rates import MAX_KEYS, EventRate, TokenBucket
 from zcproto.observe.events import EVENTS, Limit, LogEvent
 
 MINUTE_S: Final = 60.0
@@ -94,19 +94,19 @@ class LineLimiter:
     def __init__(self, lines: int, max_keys: int, total: int | None = None) -> None:
         self._max_keys = max_keys
         self._keys: EventRate[Hashable] = EventRate(lines / MINUTE_S, MINUTE_S, max_keys)
-        self._all: EventRate[None] = EventRate(0 if total is None else total / MINUTE_S, MINUTE_S)
+        self._all = None if total is None else TokenBucket(total / MINUTE_S, MINUTE_S)
         self._suppressed: dict[Hashable, tuple[int, float]] = {}
         """The suppressed lines of a key since its last line, and when the first of them was. In this order."""
 
     def admit(self, key: Hashable, now: float) -> int | None:
         """Return the number suppressed since the last admitted line, or None if this one must be suppressed."""
-        if self._keys.admit(key, now) or self._all.admit(None, now):
+        if self._keys.admit(key, now) or not (self._all is None or self._all.admit(now)):
             if key not in self._suppressed and len(self._suppressed) >= self._max_keys:
                 key = _OTHERS
             count, since = self._suppressed.get(key, (0, now))
             self._suppressed[key] = count + 1, since
             return None
-        return self._suppressed.pop(key, (0, now))[0]
+        return self._suppressed.pop(key)[0] if key in self._suppressed else 0
 
     def expired(self, now: float) -> list[int]:
         """Return the suppressed lines of each key that had no line for a minute, once. Removes keys out of use."""

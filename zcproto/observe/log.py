@@ -112,12 +112,13 @@ class Logger:
 
     def _log(self, level: int, method: str, event: str, values: dict[str, Any]) -> None:
         state = _state
-        if level < state.level and state.audit is None:
+        is_written = level >= state.level
+        if not is_written and state.audit is None:
             return
         try:
             known = EVENTS.get(event) or (None if _EVENT.fullmatch(event) else EVENTS["log.misnamed"])
             audited = state.audit is not None and known is not None and known.audit != ""
-            if level < state.level and not audited:
+            if not (is_written or audited):
                 return
             suppressed: int | None = 0
             if known is not None and known.limit is not None:
@@ -130,7 +131,7 @@ class Logger:
             if audited:
                 assert known is not None
                 self._write_audit(_audit_line(known, shown))
-            if suppressed is not None and level >= state.level:
+            if is_written and suppressed is not None:
                 if state.trace_ids is not None and _AT not in values:  # a line of now
                     shown |= state.trace_ids(values.values())
                 if state.copy is not None:

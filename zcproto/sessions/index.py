@@ -242,7 +242,7 @@ class StringTable:
 
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
-        number = self.find(text)
+        number = self._last if text == self._last_text else self.find(text)
         if number != END:
             self.uses[number] += 1
             return number

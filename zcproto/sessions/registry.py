@@ -284,7 +284,7 @@ class SessionRegistry:
         self.opened += 1
         if self._ended:
             self._announce()
-        return self._opened(slot, token, refresh_token)
+        return self._opened(slot, token, refresh_token, record[1])
 
     def new_session(
         self, user: str, *, wall: int, **opening: Unpack[Opening]
@@ -350,7 +350,7 @@ class SessionRegistry:
         if slot == NONE:
             return None
         self.opened += 1
-        return self._opened(slot, token, refresh_token)
+        return self._opened(slot, token, refresh_token, self._table.tokens[slot])
 
     def _make_room(self, user: str, wall: int) -> None:
         """Make room at a limit for one more session of the user, or raise ResourceExhausted."""
@@ -493,7 +493,7 @@ class SessionRegistry:
         ):
             return None
         self._announce()
-        return self._opened(slot, spent.token, spent.refresh_token)
+        return self._opened(slot, spent.token, spent.refresh_token, table.tokens[slot])
 
     def _replace(self, slot: int, new: Rotation | SessionRecord, wall: int) -> bytes:
         """Replace the pair of a session. Return the digest of the invalidated token."""
@@ -520,11 +520,11 @@ class SessionRegistry:
         self._grace.keep(self._table.ids[slot], spent, token, refresh_token, wall)
         self.refreshed += 1
         self._announce()
-        return self._opened(slot, token, refresh_token)
+        return self._opened(slot, token, refresh_token, self._table.tokens[slot])
 
-    def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
+    def _opened(self, slot: int, token: bytes, refresh_token: bytes | None, digest: bytes) -> OpenedSession:
         record = self._read(self._bytes, slot * RECORD_SIZE)
-        session = self._session(slot, record, record[1] + self._idle, self._table.tokens[slot])
+        session = self._session(slot, record, record[1] + self._idle, digest)
         return OpenedSession(token, refresh_token, self._table.refresh_expires_at[slot] or None, session)
 
     def _session(
