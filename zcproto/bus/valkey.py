@@ -35,7 +35,7 @@ from zcproto.common.backoff import backoff_s
 from zcproto.common.clock import Entropy
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
-from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.base import KeysMoving, StoreUnavailable
 from zcproto.stores.valkey.link import Link
 from zcproto.stores.valkey.servers import Cluster, Hooks, ValkeyConnection
 
@@ -43,6 +43,7 @@ KEEP_MS: Final = 86_400_000
 """How long the number of a topic is kept after its last event. Then it begins again, with another epoch."""
 
 LONGEST_PAUSE_S: Final = 1.0
+MOVING_LIMIT_S: Final = 2.0
 EPOCH_SIZE: Final = 8
 
 _SCRIPT: Final = """
@@ -76,7 +77,7 @@ class ValkeyTopics:
         entropy: Entropy,
         timeout: float,
     ) -> None:
-        hooks = Hooks(timeout, self._prepare, lambda keys: None, self._lost, self._found, self._message)
+        hooks = Hooks(timeout, self._prepare, lambda keys: None, self._lost, self._reconnected, self._message)
         self._connect = partial(connect, hooks)
         self._servers = self._connect()
         self._is_cluster = isinstance(self._servers, Cluster)
@@ -146,6 +147,10 @@ class ValkeyTopics:
                 log.warning("topics.away", reason="the connection to the store was lost")
                 self._topics.down()
 
+    def _reconnected(self) -> None:
+        self._lost()  # a command may have needed the connection before its end was noticed
+        self._found()
+
     def _found(self) -> None:
         if not self._is_up and self._topics is not None:
             self._is_up = True
@@ -159,8 +164,16 @@ class ValkeyTopics:
         return self._prefix + b"{%s}" % name.encode()
 
     async def _call(self, key: bytes, *command: bytes | str | int) -> Any:
-        async with asyncio.timeout(self._timeout):
-            return await self._servers.call(key, *command)
+        """Send a command, again while a cluster moves its keys."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + MOVING_LIMIT_S
+        while True:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    return await self._servers.call(key, *command)
+            except KeysMoving:
+                if loop.time() >= until:
+                    raise
 
     # --- from this process -----------------------------------------------------------------------------
 
