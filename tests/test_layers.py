@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"errors", "common", "sessions", "observe"},
     "alerts": {"errors", "common", "config", "observe"},
     # the edge
-    "bus": {"errors", "common", "stores"},
+    "bus": {"errors", "common", "stores", "observe"},
     "app": {"bus", "errors", "common", "wire", "connection", "sessions", "auth", "observe"},
     "server": {"app"} | BELOW_THE_EDGE,
     "admin": {"server", "app"} | BELOW_THE_EDGE,

@@ -30,6 +30,8 @@ class LocalTopic:
 class Process:
     """A process, and its end of the carrier. What it sends and receives waits until `step`."""
 
+    unreadable = 0
+
     def __init__(self, medium: Medium) -> None:
         self.medium = medium
         self.topic = LocalTopic()

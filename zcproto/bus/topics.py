@@ -53,6 +53,9 @@ class Carrier(Protocol):
 
     async def stop(self) -> None: ...
 
+    unreadable: int
+    """Events that came and could not be opened."""
+
     @property
     def waiting(self) -> int:
         """The bytes that were published and are not sent yet."""
@@ -100,8 +103,14 @@ class SharedTopics:
         self.lost = 0
         self.missed = 0
 
-    def __len__(self) -> int:
-        return len(self._states)
+    def undelivered(self) -> dict[str, int]:
+        """Return the events that processes did not get, by reason."""
+        return {
+            "lost": self.lost,
+            "missed": self.missed,
+            "unreadable": self._carrier.unreadable,
+            "refused": self.refused,
+        }
 
     async def start(self) -> None:
         """Let the carrier connect."""

@@ -44,6 +44,7 @@ class TopicHub:
     """
 
     waiting = 0
+    unreadable = 0
 
     def __init__(self, entropy: Entropy) -> None:
         self._epoch = entropy(_EPOCH_SIZE)
@@ -104,7 +105,9 @@ class TopicHub:
 
 
 class WorkerTopics:
-    """The carrier of a worker's topics: its link to the coordinator at `path`. `topics` is set before `start`."""
+    """The carrier of a worker's topics: its link to the coordinator at `path`."""
+
+    unreadable = 0
 
     def __init__(self, path: Path, *, name: str, silence: float, random: Callable[[], float]) -> None:
         handlers = Topics(notices={AT: self._at, EVENT: self._received})
