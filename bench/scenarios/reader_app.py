@@ -1,4 +1,4 @@
-"""The application of the scenarios `readers` and `topics`: topics, and methods that count how many of them are alive."""
+"""The application of the scenarios `readers` and `topics`: topics, and methods that count those alive of them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ KINDS: Final = {"process": ("news", 1), "shared": ("shared", 1), "workers": ("sh
 EVENT_BYTES: Final = 100
 DELIVERY_S: Final = 60.0
 MAX_COST: Final = 1.25
-"""Cost of a subscriber on two workers over that in one process: both have their own turns of the loop to pay for."""
+"""Cost of a subscriber on two workers over that in one process: each has turns of the loop of its own."""
 
 MAX_SHARED_COST: Final = 1.1
 MAX_DELAY: Final = 2.0
