@@ -29,6 +29,7 @@ SCENARIOS: Final = {
     "kills": "Kill a server again and again: nothing acknowledged is lost.",
     "matrix": "Every operation of a session, under every fault, with every store.",
     "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
+    "topics": "A topic of 10,000 subscribers, in one process and on two workers: what one event costs.",
     "readers": "Topics, unread streams and rapid cancels: memory and time stay bounded.",
     "reloads": "Reload the configuration under load: no request fails.",
     "rolling_restart": "Replace the server by a new one under load: no request is lost, no connection refused.",

@@ -14,7 +14,7 @@ KIT = "clients/conformance"
 
 BELOW_THE_EDGE = {
     *("tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts", "http"),
-    *("errors", "common", "config", "accelerator"),
+    *("errors", "common", "config", "accelerator", "bus"),
 }
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"errors", "common", "sessions", "observe"},
     "alerts": {"errors", "common", "config", "observe"},
     # the edge
-    "app": {"errors", "common", "wire", "connection", "sessions", "auth", "observe"},
+    "bus": {"errors", "common", "stores", "observe"},
+    "app": {"bus", "errors", "common", "wire", "connection", "sessions", "auth", "observe"},
     "server": {"app"} | BELOW_THE_EDGE,
     "admin": {"server", "app"} | BELOW_THE_EDGE,
     "runtime": {"telemetry", "admin", "server", "app"} | BELOW_THE_EDGE,

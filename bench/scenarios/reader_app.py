@@ -1,4 +1,4 @@
-"""The application of the scenario `readers`: a topic, and methods that count how many of them are alive."""
+"""The application of the scenarios `readers` and `topics`: topics, and methods that count those alive of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ WATCHED_S: Final = 1.0
 
 app = default_app()
 news = app.topic("news", keep=16)
+shared = app.topic("shared", keep=16, scope="server")
 alive: Counter[str] = Counter()
 """Calls of `hold` that run now, by connection."""
 most_alive = 0
@@ -55,6 +56,14 @@ def count_alive() -> int:
 def subscribers() -> int:
     """Return the number of subscribers."""
     return news.subscribers
+
+
+@app.method("say", roles=OPERATORS)
+async def say(topic: str, number: int, size: int) -> float:
+    """Publish an event. Return when, by the machine's monotonic clock."""
+    began = time.monotonic()
+    (shared if topic == "shared" else news).publish({"number": number, "data": bytes(size)})
+    return began
 
 
 @app.method("publish", roles=OPERATORS)

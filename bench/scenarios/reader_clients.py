@@ -39,33 +39,36 @@ FIRST: Final = 100
 class Subscriber(Caller):
     """A connection with one stream of a topic."""
 
-    __slots__ = ("_stream", "numbers")
+    __slots__ = ("_stream", "last_at", "numbers")
 
-    def subscribe(self) -> None:
+    def subscribe(self, topic: str) -> None:
         self.numbers: list[int] = []
+        self.last_at = 0.0
         self._stream: ClientStream = self.conversation.open_stream(
-            "news", {}, token=self.token, window=WINDOW, wall=system_clock.wall()
+            topic, {}, token=self.token, window=WINDOW, wall=system_clock.wall()
         )
         self.flush()
 
     def item_received(self, stream: int) -> None:
         event = self.conversation.take_item(self._stream, system_clock.wall())
         self.numbers.append(event["number"])
+        self.last_at = time.monotonic()
 
 
 class Subscribers:
     """Clients that subscribe, each on its connection, and read what arrives."""
 
-    def __init__(self, port: int, ca_file: Path, users: Sequence[Credential]) -> None:
+    def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], topic: str) -> None:
         self._target = LoadTarget(HOST, HOST, port, ca_file)
         self._users = users
+        self._topic = topic
         self._made: list[Subscriber] = []
 
     async def open(self) -> None:
         async def open_one(user: Credential) -> None:
             subscriber = await self._target.connect(Subscriber(self._target.wheel))
             subscriber.token = (await open_session(subscriber, user)).token
-            subscriber.subscribe()
+            subscriber.subscribe(self._topic)
             self._made.append(subscriber)
 
         await for_each(self._users, open_one, AT_ONCE)
@@ -78,6 +81,10 @@ class Subscribers:
             if complete == len(self._made) or time.monotonic() > end:
                 return complete
             await asyncio.sleep(0.1)
+
+    async def last_at(self) -> float:
+        """Return when the last subscriber got its last event, by the machine's monotonic clock."""
+        return max(one.last_at for one in self._made)
 
 
 class StreamConnection(Connection):

@@ -80,7 +80,7 @@ async def topic(plan: ReadersPlan, server: Server, operator: Operator, stack: As
     stuck = await stack.enter_async_context(Helper(Unread, *where, users[:1]))
     await stuck.call("open", "news", {})
     await stuck.call("allow")
-    subscribers = await stack.enter_async_context(Helper(Subscribers, *where, users[1:]))
+    subscribers = await stack.enter_async_context(Helper(Subscribers, *where, users[1:], "news"))
     await subscribers.call("open")
 
     async def all_have_begun() -> bool:

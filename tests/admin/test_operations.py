@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -13,11 +14,13 @@ import pytest
 
 from tests.admin.control_helpers import Answered, ask
 from tests.audit_trail import lines_of
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.admin import operations
 from zcproto.admin.snapshot import readiness_report
 from zcproto.alerts import AlertKind
+from zcproto.app.app import App
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.config.model import LogConfig
 from zcproto.errors import InternalError, Unavailable
@@ -401,6 +404,41 @@ def test_alerts_are_listed_and_tested(serve: Serve, tmp_path: Path) -> None:
     assert result["said"].endswith("got it")
     kinds = [json.loads(line)["alert"]["kind"] for line in received.read_text().splitlines()]
     assert "alerts.test" in kinds  # the alert of the store may come before or after it
+
+
+def test_event_of_an_operator_reaches_the_subscribers(serve: Serve) -> None:
+    app = App()
+    news = app.topic("news", of=int)
+    server = serve(app=app)
+    events = server.in_loop(news.subscribe)
+    assert done(server, "topics/publish", {"topic": "news", "event": 7}) == {
+        "topic": "news",
+        "scope": "process",
+    }
+
+    async def next_value() -> Any:
+        return (await anext(events)).value
+
+    assert asyncio.run_coroutine_threadsafe(next_value(), server.loop).result(TIMEOUT) == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ({"topic": "other", "event": 7}, 404, "unknown topic 'other'; the topics are news"),
+        ({"topic": "echo", "event": 7}, 404, "unknown topic 'echo'"),
+        ({"topic": "news", "event": "7"}, 400, "topic news: event must be an int"),
+        ({"topic": "news", "event": 1 << 70}, 400, "an int of more than 64 bits"),
+    ],
+)
+def test_event_that_cannot_be_published_is_refused(
+    serve: Serve, fields: dict[str, Any], status: int, message: str
+) -> None:
+    app = App()
+    app.topic("news", of=int)
+    answer = post(serve(app=app), "topics/publish", fields)
+    assert answer.status == status
+    assert message in answer.value["error"]
 
 
 # --- the rest ----------------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ import gc
 import threading
 import tracemalloc
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from zcproto.app.app import App
 from zcproto.app.topics import KEPT_BYTES, SUBSCRIBERS_PER_TURN, Subscription, Topic
 from zcproto.common.roles import OPERATORS
-from zcproto.errors import Cancelled
+from zcproto.errors import Cancelled, InvalidArgument, ResourceExhausted
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_body
 
@@ -272,7 +272,7 @@ def test_topic_has_subscribers_in_one_event_loop_only() -> None:
     asyncio.run(subscribe()).__exit__()
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 1_025}, {"slow": "wait"}])
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 1_025}, {"slow": "wait"}, {"scope": "all"}])
 def test_unknown_policy_or_bound_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="topic jobs: "):
         App().topic("jobs", **options)
@@ -285,3 +285,104 @@ def test_topic_is_registered_as_a_stream() -> None:
     assert (method.name, method.shape, method.roles, method.topic) == ("jobs", "server", OPERATORS, topic)
     with pytest.raises(ValueError, match="registered twice"):
         app.topic("jobs")
+
+
+async def test_missed_events_of_other_processes_are_counted_before_the_next_one() -> None:
+    topic = Topic("news")
+    with topic.subscribe() as events, topic.subscribe() as others:
+        topic.receive(b"\x01")
+        assert [(await anext(each)).value for each in (events, others)] == [1, 1]
+        topic.receive(None, 2)
+        topic.receive(b"\x02", 1)
+        found = [await anext(each) for each in (events, others)]
+        assert [(event.value, event.missed) for event in found] == [(2, 3), (2, 3)]
+        assert (events.missed, topic.dropped, topic.published) == (3, 6, 2)
+        topic.publish(3)
+        assert (await anext(events)).missed == 0
+
+
+async def test_slow_subscriber_counts_what_the_carrier_has_lost_too() -> None:
+    topic = Topic("news", keep=2)
+    with topic.subscribe() as events:
+        for number in range(4):
+            topic.receive(bytes([number]), missed=number % 2)
+        event = await anext(events)
+        assert (event.value, event.missed, event.position) == (2, 3, 3)
+        event = await anext(events)
+        assert (event.value, event.missed) == (3, 1)
+
+
+async def test_missed_event_alone_ends_a_subscriber_whose_policy_is_end() -> None:
+    topic = Topic("news", slow="end")
+    with topic.subscribe() as events:
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        topic.receive(None, 1)
+        with pytest.raises(Cancelled, match="missed 1 event"):
+            await waiting
+    assert (topic.dropped, topic.ended) == (1, 1)
+
+
+async def test_missed_event_alone_does_not_wake_other_subscribers_for_good() -> None:
+    topic, stopping = Topic("news"), asyncio.Event()
+    with topic.subscribe(until=stopping) as events:
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        topic.receive(None, 1)
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        stopping.set()
+        with pytest.raises(StopAsyncIteration):
+            await waiting
+
+
+async def test_value_of_another_process_has_the_type_of_the_topic() -> None:
+    topic = Topic("orders", of=JobEvent)
+    with topic.subscribe() as events:
+        topic.receive(encode_body({"id": 2, "state": "runs"}))
+        topic.receive(encode_body({"id": "x"}))
+        assert (await anext(events)).value == JobEvent(2, "runs")
+        event = await anext(events)
+        with pytest.raises(InvalidArgument):
+            event.value  # noqa: B018  it is decoded now
+
+
+class Carrier:
+    """A carrier that refuses events if it is full."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.is_full = False
+
+    def publish(self, name: str, body: bytes) -> None:
+        if self.is_full:
+            raise ResourceExhausted("full")
+        self.calls.append(("publish", name, body))
+
+    def follow(self, name: str) -> None:
+        self.calls.append(("follow", name))
+
+    def unfollow(self, name: str) -> None:
+        self.calls.append(("unfollow", name))
+
+
+async def test_topic_is_followed_while_it_has_subscribers() -> None:
+    topic, carrier = Topic("news", scope="server"), Carrier()
+    topic.carrier = cast("Any", carrier)
+    with topic.subscribe() as first, topic.subscribe():
+        topic.publish(1)
+        assert (await anext(first)).value == 1
+    assert carrier.calls == [("follow", "news"), ("publish", "news", b"\x01"), ("unfollow", "news")]
+
+
+async def test_event_that_the_carrier_refuses_reaches_no_subscriber() -> None:
+    topic, carrier = Topic("news", scope="server"), Carrier()
+    topic.carrier = cast("Any", carrier)
+    with topic.subscribe() as events:
+        carrier.is_full = True
+        with pytest.raises(ResourceExhausted):
+            topic.publish(1)
+        carrier.is_full = False
+        topic.publish(2)
+        event = await anext(events)
+        assert (event.value, event.missed) == (2, 0)

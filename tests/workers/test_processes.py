@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from tests.helpers import until
 from tests.limits import TIMEOUT
 from tests.server.helpers import ROOT, AnsweredError, Client, configuration, eventually
 from tests.server.process import ServerProcess, home_with
+from zcproto import connect
 from zcproto.auth import UserFile
+from zcproto.client import Client as UserClient
 from zcproto.config import Config
 from zcproto.errors import Code, ConfigError
 from zcproto.runtime import process_setup
@@ -602,3 +605,64 @@ def test_cores_are_those_that_a_container_may_use(
     if limit is not None:
         path.write_text(limit)
     assert usable_cores(path) == cores
+
+
+TOPICS = """
+import os
+
+from zcproto import App
+
+app = App()
+news = app.topic("news", scope="server")
+own = app.topic("own")
+
+
+@app.method("say")
+def say(event: int) -> int:
+    news.publish(event)
+    return os.getpid()
+"""
+
+
+async def test_events_reach_subscribers_in_all_workers_and_after_the_coordinator_was_killed(
+    home: Path, certs: Path, key: str
+) -> None:
+    (home / "topical.py").write_text(TOPICS)
+    with ServerProcess(home, certs, "--workers", "2", app="topical:app") as server:
+        async with contextlib.AsyncExitStack() as stack:
+            by_worker: dict[int, UserClient] = {}
+            while len(by_worker) < 2:
+                connecting = connect(
+                    f"localhost:{server.port}",
+                    user="ada",
+                    key=key,
+                    ca_file=home / "certs" / "ca.crt",
+                    connect_timeout=TIMEOUT,
+                )
+                each = await stack.enter_async_context(connecting)
+                by_worker[await each.call("say", event=0)] = each
+            first, second = by_worker.values()
+            heard: list[int] = []
+
+            async def listen(reader: UserClient) -> None:
+                async for event in reader.stream("news"):
+                    heard.append(event)
+
+            tasks = [asyncio.create_task(listen(each)) for each in (first, second)]
+
+            async def say_until_both_hear(event: int) -> None:
+                while heard.count(event) < 2:
+                    heard[:] = [each for each in heard if each != event]
+                    await first.call("say", event=event)
+                    await asyncio.sleep(0.05)
+
+            await say_until_both_hear(1)
+            published = zcproto(home, "topic", "publish", "news", "2")
+            assert published.returncode == 0, published.stderr
+            await until(lambda: heard.count(2) == 2)
+            refused = zcproto(home, "topic", "publish", "own", "2")
+            assert "belongs to each worker" in refused.stderr
+            os.kill(pids(server)["coordinator"], signal.SIGKILL)
+            await say_until_both_hear(3)
+            for task in tasks:
+                task.cancel()

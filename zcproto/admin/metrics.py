@@ -234,6 +234,10 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_topic_events_total", method.topic.published, name
             yield "zcproto_topic_dropped_total", method.topic.dropped, name
             yield "zcproto_topic_ended_total", method.topic.ended, name
+    if state.topics is not None:
+        yield "zcproto_topics_away", int(not state.topics.is_up)
+        for reason, count in state.topics.undelivered().items():
+            yield "zcproto_topic_undelivered_total", count, reason
     for name in LIMIT_NAMES:
         yield "zcproto_requests_limited_total", state.request_limits.refused[name], name
     yield "zcproto_thread_calls_refused_total", state.threads.refused

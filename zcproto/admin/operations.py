@@ -39,12 +39,22 @@ from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.common.parameters import Signature
 from zcproto.common.roles import Roles, roles_from
-from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
+from zcproto.common.text import escape_text
+from zcproto.errors import (
+    CallError,
+    CertificateError,
+    Code,
+    ConfigError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level as current_level
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log
 from zcproto.sessions.token import token_from_text
+from zcproto.wire.message import MessageError
 
 LISTED_NAMES: Final = 10_000
 """Users or devices in one list."""
@@ -118,6 +128,7 @@ class Operations:
             ("POST", "certificates/cancel", self.cancel_rotation),
             ("GET", "alerts", self.list_alerts),
             ("POST", "alerts/test", self.test_alerts),
+            ("POST", "topics/publish", self.publish_event),
             ("POST", "reload", self.reload),
             ("POST", "drain", self.drain),
             ("GET", "upgrade", self.upgrade_state),
@@ -309,8 +320,28 @@ class Operations:
         sinks = [queue.sink for queue in alerts.queues]
         return {"sinks": await try_sinks(sinks, self._parts.clock, alerts.origin, alerts.source)}
 
+    # --- requests and responses ----------------------------------------------------------------------------------
 
-# --- requests and responses ----------------------------------------------------------------------------------
+    # --- topics ----------------------------------------------------------------------------------------
+
+    async def publish_event(self, topic: str, event: Any = None) -> dict[str, Any]:
+        method = self._parts.state.methods.get(topic)
+        found = None if method is None else method.topic
+        if found is None:
+            topics = sorted(
+                name for name, each in self._parts.state.methods.items() if each.topic is not None
+            )
+            offered = f"the topics are {', '.join(topics)}" if topics else "this application has none"
+            raise NotFound(f"unknown topic {escape_text(topic, 60)!r}; {offered}")
+        if self._parts.fleet is not None and found.scope != "server":
+            raise FailedPrecondition(
+                f"the topic {topic} belongs to each worker; publish in a method, or make it with scope='server'"
+            )
+        try:
+            found.publish(event)
+        except (TypeError, MessageError) as error:
+            raise InvalidArgument(str(error)) from None
+        return {"topic": topic, "scope": found.scope}
 
 
 def _bounded(name: str, rows: Iterable[dict[str, Any]], limit: int) -> dict[str, Any]:

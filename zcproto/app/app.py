@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, overload
 
 from zcproto.app.context import Context, State
-from zcproto.app.topics import Slow, Topic
+from zcproto.app.topics import Scope, Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
 from zcproto.common.middleware import Middleware, around, check_middleware
 from zcproto.common.parameters import Signature
@@ -408,6 +408,7 @@ class App(Generic[State]):
         keep: int = 16,
         slow: Slow = "drop_oldest",
         of: Any = Any,
+        scope: Scope = "process",
         allow: Callable[[Context], bool] | None = None,
         roles: Collection[str] = (),
     ) -> Topic:
@@ -415,11 +416,12 @@ class App(Generic[State]):
 
         At most `keep` events, and 64 KiB, wait for a slow subscriber; then `slow` either drops the oldest for it or
         ends its stream. `of` is the type of the events, checked like that of a parameter: for a dataclass, an
-        instance or a dict of its fields. `allow` returns whether a caller may subscribe; `roles` are as for
-        methods. Raises ValueError like `method`, and for other values of `keep` and `slow`; TypeError for an `of`
-        that cannot be used.
+        instance or a dict of its fields. With the `scope` "server" an event reaches the subscribers of all workers,
+        and of all servers with the same store; otherwise those of the process that publishes it. `allow` returns
+        whether a caller may subscribe; `roles` are as for methods. Raises ValueError like `method`, and for other
+        values of `keep`, `slow` and `scope`; TypeError for an `of` that cannot be used.
         """
-        topic = Topic(name, keep=keep, slow=slow, of=of)
+        topic = Topic(name, keep=keep, slow=slow, of=of, scope=scope)
 
         async def subscribe(context: Context) -> AsyncIterator[Any]:
             """Send every event of this topic from now on."""

@@ -22,6 +22,7 @@ from urllib.parse import urlencode
 import click
 
 from zcproto.cli import Instance, command_group
+from zcproto.cli.json_values import read_json
 from zcproto.cli.output import json_text, print_report, print_result, report_options, table
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
@@ -245,6 +246,22 @@ def _wait_for_end(home: Home, seconds: float) -> None:
         found.close()
         time.sleep(POLL_S)
     raise ControlError(f"the server still runs after {seconds:g} s; see its log")
+
+
+topic = command_group("topic", "Publish events in the topics of a running server.")
+
+
+@topic.command()
+@click.argument("name")
+@click.argument("event", metavar="JSON")
+@report_options
+def publish(instance: Instance, name: str, event: str, as_json: bool) -> None:
+    """Publish an event in a topic of the server, for all its subscribers.
+
+    JSON is the event, or @FILE for a file with it, as in: zcproto topic publish jobs '{"id": 7}'
+    """
+    done = require_control(instance.home).post("/v1/topics/publish", topic=name, event=read_json(event))
+    print_result(as_json, done, f"published in {name}")
 
 
 log = command_group("log", "Show and set the log level of a running server.")

@@ -43,6 +43,8 @@ class Home:
         """Sessions, with digests of their tokens."""
         self.revocations = path / "revocations.pending"
         """Revocations to replay when the session store is writable again."""
+        self.store_key = path / "store.key"
+        """The keys that seal what servers send each other through their store."""
         self.control = path / "control.sock"
         """The control socket of a running server."""
 

@@ -395,6 +395,14 @@ revocations.not_kept error (reason) by peer, limit per event
 revocations.not_removed warning (reason), limit per event
     Revocations already in the store could not be removed from the pending ones; they are replayed again.
 
+# Topics of all processes
+topics.away warning (reason), limit per event
+    Events of topics with the scope "server" cannot be sent: they reach the subscribers of their own process alone.
+topics.back info (), limit per event
+    Events reach all processes again. Subscribers of others have missed those published meanwhile.
+topics.refused warning (topic reason), limit per event
+    The store has refused events of a topic; subscribers of other processes have missed them.
+
 # Alerts
 alert.began warning (kind about severity title details count) by peer, limit per event
     An alert began, see docs/alerts.md.

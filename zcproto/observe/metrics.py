@@ -209,6 +209,12 @@ zcproto_topic_dropped_total counter (topic)
     Events that slow subscribers have missed. Counted when the subscriber reads again.
 zcproto_topic_ended_total counter (topic)
     Streams that were cancelled because their subscriber had missed events of a topic with slow="end".
+zcproto_topics_away gauge
+    Processes whose topics with the scope "server" are cut off from those of the others.
+zcproto_topic_undelivered_total counter (reason)
+    Events of topics with the scope "server" that processes did not get: lost (published while the process was cut
+    off, or not acknowledged), missed (counted by the process that did not get them), unreadable (sealed by another
+    key), refused (publishing failed because too much waited).
 
 # Calls to clients
 zcproto_client_handlers gauge

@@ -14,7 +14,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -28,6 +28,7 @@ from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
+from zcproto.app.topics import Topic
 from zcproto.auth import (
     BUILT_IN_SCHEMES,
     ApplicationAuthenticator,
@@ -48,6 +49,7 @@ from zcproto.auth.jwt import IssuerKey, TokenRules
 from zcproto.auth.oidc import IssuerKeys, JwtAuthenticator, Provider, TrustedIssuer
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
+from zcproto.bus.topics import Carrier, SharedTopics
 from zcproto.certs.acme.challenges import challenge_folder
 from zcproto.certs.client_user import user_of
 from zcproto.certs.manager import CertificateManager
@@ -70,7 +72,7 @@ from zcproto.runtime.alert_sources import (
     on_store_event,
     watch_rates,
 )
-from zcproto.runtime.store_setup import NEAR_CACHE, build_store
+from zcproto.runtime.store_setup import NEAR_CACHE, build_carrier, build_store
 from zcproto.server.access import access_of
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
@@ -134,6 +136,8 @@ class WorkerRole:
     """The prefix of connection ids; None for a random one."""
     fleet: Callable[[Parts], FleetFigures] | None = None
     """Makes the reports of all processes from the parts of this one."""
+    topics: Carrier | None = None
+    """Takes events to the topics of the other processes."""
     connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
     """Makes the lookup of connections in other processes from the state of this one."""
 
@@ -207,6 +211,10 @@ async def build(
     state.traffic_begins = loop_lag.traffic_begins
     await asyncio.sleep(0)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment, app), *app])
+    topics = [method.topic for method in app if method.topic is not None and method.topic.scope == "server"]
+    if topics:
+        carrier = role.topics or await asyncio.to_thread(build_carrier, store, config, home, entropy)
+        state.topics = None if carrier is None else share_topics(topics, carrier, clock)
     parts = Parts(
         active=active,
         home=home,
@@ -244,6 +252,15 @@ async def build(
         for route in Resources(parts).routes():
             http.router.add(route)
     return parts
+
+
+def share_topics(topics: Iterable[Topic], carrier: Carrier, clock: Clock) -> SharedTopics:
+    """Join topics with those of the other processes of the server."""
+    shared = SharedTopics(carrier, clock.now)
+    for topic in topics:
+        if topic.carrier is None:  # else another server of this process has joined it
+            shared.add(topic)
+    return shared
 
 
 def _log_hold(hold: Hold) -> None:

@@ -197,6 +197,9 @@ class Server:
             if parts.store is not None:
                 await parts.store.start()
                 stack.push_async_callback(parts.store.stop)
+            if parts.state.topics is not None:
+                await parts.state.topics.start()
+                stack.push_async_callback(parts.state.topics.stop)
             stack.push_async_callback(self._stop_lifespans, parts)
             await parts.lifespans.start(parts.config.server.lifespan_timeout, self.begin_drain)
             stack.callback(parts.listener.close)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
+from zcproto.bus.sealing import Opener, Sealer, load_keys
+from zcproto.bus.topics import Carrier
+from zcproto.common.clock import Entropy
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
 from zcproto.config import Config
@@ -68,6 +71,23 @@ def build_store(
         answers=limits,
         on_notice=partial(report_notice, on_event),
     )
+
+
+def build_carrier(store: SessionStore | None, config: Config, home: Home, entropy: Entropy) -> Carrier | None:
+    """Return what takes events to the other servers of the store; None if no other server has it.
+
+    Creates the key that seals them if it is missing. Raises ConfigError.
+    """
+    if config.store.url in (MEMORY, SQLITE) or store is None:
+        return None
+    from zcproto.bus.valkey import ValkeyTopics  # noqa: PLC0415 - likewise
+    from zcproto.stores.valkey.store import PREFIX, ValkeyStore  # noqa: PLC0415 - likewise
+
+    assert isinstance(store, ValkeyStore)
+    keys = load_keys(home.store_key, entropy)
+    sealer, opener = Sealer(keys, entropy), Opener(keys)
+    timeout = config.store.timeout
+    return ValkeyTopics(store.make_servers, PREFIX.encode(), sealer, opener, entropy, timeout)
 
 
 def report_notice(on_event: OnEvent, name: str, **values: object) -> None:

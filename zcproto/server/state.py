@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 from zcproto.app.app import Access, App, Method
 from zcproto.app.context import CallConnection
+from zcproto.bus.topics import SharedTopics
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
@@ -203,6 +204,8 @@ class ServerState:
     )
     threads: ThreadPool = field(default_factory=ThreadPool)
     methods: dict[str, Method] = field(default_factory=dict)
+    topics: SharedTopics | None = None
+    """The topics of all processes of the server, if there are some, and other processes."""
     lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
     """What the lifespans of the application have yielded."""
     counters: Counters = field(default_factory=Counters)

@@ -55,6 +55,7 @@ from zcproto.workers.limits import WorkerCounting
 from zcproto.workers.link import SILENCE_S, Link, LinkClient, LinkServer, Topics
 from zcproto.workers.remote_store import RemoteStore, StoreServer
 from zcproto.workers.throttle import SharedThrottle, throttle_calls
+from zcproto.workers.topics import TopicHub, WorkerTopics
 
 LOG_LEVEL: Final = "log.level"
 """Notice of the coordinator: the level of the log, which an operator has set."""
@@ -174,6 +175,8 @@ async def coordinator(
     collector = Collector(member.pid, workers, system_clock)
     collector.serve(server)
     serve_connections(server)
+    topic_hub = TopicHub(system_entropy)
+    topic_hub.serve(server)
     await server.start()
     if hub is not None:
         # First of all, because the workers wait for it. A failure is reported when the server opens the store.
@@ -188,6 +191,7 @@ async def coordinator(
             heartbeat=HEARTBEAT_S if hub is None else inf,
             alerts=alerts,
             throttle=throttle,
+            topics=None if hub is None else topic_hub,
             fleet=partial(
                 collector.read_parts, member, count_sessions=None if hub is None else lambda: hub.sessions
             ),
@@ -234,13 +238,14 @@ async def worker(
     topics = Topics(notices={LOG_LEVEL: lambda link, name: set_level(name)})
     # On a busy machine the coordinator may have to wait for a processor, and its end is noticed at once.
     silence = max(SILENCE_S, config.store.timeout)
+    random = partial(random_fraction, system_entropy)
     client = LinkClient(
         path,
         topics,
         name=member.name,
         facts=member.facts,
         silence=silence,
-        random=partial(random_fraction, system_entropy),
+        random=random,
     )
     alerts = WorkerAlerts(config.alerts, client.notify, clock=system_clock, entropy=system_entropy)
     client.on_up.append(alerts.link_made)
@@ -248,8 +253,9 @@ async def worker(
     client.on_down.append(throttle.link_lost)
     reporter = Reporter()
     reporter.serve(topics)
-    store = None
+    store = shared = None
     if config.store.url in (MEMORY, SQLITE):
+        shared = WorkerTopics(path, name=member.name, silence=silence, random=random)
         store = RemoteStore(
             path,
             client,
@@ -268,6 +274,7 @@ async def worker(
             throttle=throttle,
             report_gone=partial(client.call, GONE, within=GONE_WITHIN_S),
             run=f"{member.number:x}{system_entropy(_RUN_SIZE).hex()}",
+            topics=shared,
             fleet=partial(reporter.read_parts, member, client),
             connections=partial(connections_elsewhere, client, topics),
         )

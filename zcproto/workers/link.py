@@ -287,6 +287,7 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
+        self._unwritten = 0
         self._is_paused = False
         self._is_ending = False
         self._timer: asyncio.TimerHandle | None = None
@@ -326,6 +327,12 @@ class Link(asyncio.Protocol):
         """Send what `pack` returned: a notice for many peers is packed once."""
         if not self.lost:
             self._send(data)
+
+    @property
+    def waiting(self) -> int:
+        """The bytes that the peer has not read, and its socket has no room for."""
+        buffered = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        return self._unwritten + buffered
 
     def lose(self, reason: str, *, abort: bool = True) -> None:
         """End the connection. Calls that wait fail with LinkLost."""
@@ -449,11 +456,12 @@ class Link(asyncio.Protocol):
 
     def _send(self, data: bytes) -> None:
         self._out.append(data)
+        self._unwritten += len(data)
         if len(self._out) == 1:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        out, self._out = self._out, []
+        out, self._out, self._unwritten = self._out, [], 0
         if not self.lost:
             assert self._transport is not None
             self._transport.write(b"".join(out))

@@ -32,6 +32,7 @@ from typing import Any, Final
 
 from zcproto.admin.control import BACKLOG as CONTROL_BACKLOG
 from zcproto.admin.control import open_control, renewed_socket
+from zcproto.bus.sealing import load_keys
 from zcproto.common.clock import Clock, system_clock, system_entropy
 from zcproto.common.files import is_locked
 from zcproto.common.process import import_event_loop, new_event_loop
@@ -54,7 +55,7 @@ from zcproto.runtime.process_setup import (
 from zcproto.runtime.reload import ReadConfig
 from zcproto.runtime.server import Server, at_home, no_redirect
 from zcproto.runtime.service_manager import ServiceManager
-from zcproto.runtime.store_setup import SQLITE
+from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind, listen
 from zcproto.server.state import log
 from zcproto.workers import fleet
@@ -71,7 +72,7 @@ ORPHAN_LIMIT: Final = 0.3
 """Seconds that a process has to end after its supervisor: for GOAWAY, and the answers that wait to be sent."""
 
 LINK_BACKLOG: Final = 1_024
-"""Workers, with two links each, that wait for a new coordinator."""
+"""Workers, with three links each, that wait for a new coordinator."""
 
 LEAST_START: Final = 30.0
 """Seconds that a process has to start, in addition to its lifespan, whatever the limit of hung ones is: it imports,
@@ -190,6 +191,8 @@ class ForkedService:
         self._link = open_link(self._link_file)
         if config.store.url == SQLITE:
             wait_unlocked(self._home.sessions)
+        elif config.store.url != MEMORY:
+            load_keys(self._home.store_key, system_entropy)  # create it once
         if not self._sockets:
             self._sockets = bind_patiently(config.server.host, config.server.port)
         if self._redirect_sockets and not config.http.enabled:

@@ -4,7 +4,8 @@ Decides: the order of commands and replies, and when a connection counts as lost
 
 Rules:
 - Commands are sent in the order of `call`, those of one turn of the loop together. Replies come in that order.
-- Client tracking messages come on the same connection, so never before the reply to an earlier command.
+- Client tracking messages come on the same connection, so never before the reply to an earlier command. So do the
+  messages of channels, and what confirms a subscription in place of a reply.
 - A connection that receives nothing for `silence` seconds while a reply is due is lost. Commands in flight then
   fail, but may have been executed.
 
@@ -34,8 +35,14 @@ MAX_WAITING: Final = 8_192
 
 _SLACK: Final = 0.9  # of the timeout: event loops wake a little early
 
+_CONFIRMED: Final = ("SUBSCRIBE", "UNSUBSCRIBE", "SSUBSCRIBE", "SUNSUBSCRIBE")
+"""Commands of one channel that are confirmed by a push message."""
+
 LAST_CHECK_S: Final = 0.005
 """How long a silent connection has left to receive something before it is dropped."""
+
+
+OnMessage = Callable[[bytes, bytes | None], None]
 
 
 @dataclass(slots=True, repr=False)
@@ -74,7 +81,8 @@ class Target:
 class Link:
     """A connection, up until `lost` is set.
 
-    `on_keys_changed` is called with changed keys, or None if all were deleted. `on_lost` is called once, unless the
+    `on_keys_changed` is called with changed keys, or None if all were deleted. `on_message` is called with a
+    channel, and a message or None if the server has ended the subscription. `on_lost` is called once, unless the
     connection is closed.
     """
 
@@ -84,11 +92,14 @@ class Link:
         silence: float,
         on_keys_changed: Callable[[list[bytes] | None], None],
         on_lost: Callable[[], None],
+        on_message: OnMessage,
     ) -> None:
         self._connection = connection
         self._silence = silence
         self._on_keys_changed = on_keys_changed
         self._on_lost = on_lost
+        self._on_message = on_message
+        self._confirming: dict[asyncio.Future[Any], list[bytes]] = {}
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._wake = asyncio.Event()
@@ -99,6 +110,7 @@ class Link:
         """Why it was lost; empty while it is up."""
         parser: Any = connection._parser
         parser.set_invalidation_push_handler(self._read_invalidation)
+        parser.set_pubsub_push_handler(self._read_push)
         self._tasks = [self._loop.create_task(self._read()), self._loop.create_task(self._write())]
 
     @classmethod
@@ -108,6 +120,7 @@ class Link:
         silence: float,
         on_keys_changed: Callable[[list[bytes] | None], None] = lambda keys: None,
         on_lost: Callable[[], None] = lambda: None,
+        on_message: OnMessage = lambda channel, message: None,
     ) -> Link:
         """Connect and log in, without a time limit. Raises StoreUnavailable, or ConfigError."""
         connection: Any = target.connection()
@@ -123,7 +136,7 @@ class Link:
         except BaseException:
             await _disconnect(connection)
             raise
-        return cls(connection, silence, on_keys_changed, on_lost)
+        return cls(connection, silence, on_keys_changed, on_lost, on_message)
 
     @property
     def is_silent(self) -> bool:
@@ -152,6 +165,11 @@ class Link:
         self._wake.set()
         future = self._loop.create_future()
         self._waiting.append(future)
+        if command[0] in _CONFIRMED:
+            kind, channel = command
+            assert isinstance(kind, str)
+            assert isinstance(channel, bytes)
+            self._confirming[future] = [kind.lower().encode(), channel]
         return future
 
     def lose(self, reason: str) -> None:
@@ -200,6 +218,7 @@ class Link:
             reply = error
         self._received += 1
         future = self._waiting.popleft()
+        self._confirming.pop(future, None)
         if future.done():
             return
         if isinstance(reply, ResponseError):
@@ -220,6 +239,19 @@ class Link:
     async def _read_invalidation(self, message: list[Any]) -> None:
         self._received += 1
         self._on_keys_changed(message[1])
+
+    async def _read_push(self, message: list[Any]) -> None:
+        self._received += 1
+        kind, channel, content = message[0], message[1], message[-1]
+        if kind in (b"message", b"smessage"):
+            self._on_message(channel, content)
+        elif self._waiting and self._confirming.get(self._waiting[0]) == [kind, channel]:
+            future = self._waiting.popleft()
+            del self._confirming[future]
+            if not future.done():
+                future.set_result(None)
+        elif kind == b"sunsubscribe":  # its slot is moved to another server
+            self._on_message(channel, None)
 
 
 async def _disconnect(connection: AbstractConnection) -> None:

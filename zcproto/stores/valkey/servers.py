@@ -38,7 +38,7 @@ from redis.exceptions import (
 from zcproto.common.backoff import backoff_s
 from zcproto.errors import ConfigError
 from zcproto.stores.base import HEARTBEAT_S, KeysMoving, StoreUnavailable
-from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
+from zcproto.stores.valkey.link import LAST_CHECK_S, Link, OnMessage, Target
 from zcproto.stores.valkey.url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
@@ -79,6 +79,8 @@ class Hooks:
     """Called when a connection is lost, and again before each attempt to make a new one in the background."""
     on_reconnected: Callable[[], None]
     """Called before anything is sent on the new connection."""
+    on_message: OnMessage = lambda channel, message: None
+    """Called with a message of a channel, or None if another server has the channel now."""
 
 
 class NotPrimary(StoreUnavailable):
@@ -184,7 +186,10 @@ class ValkeyConnection:
             async with asyncio.timeout(within):
                 target = self._target = await self._find()
                 where = repr(target)
-                link = await Link.connect(target, self._hooks.timeout, self._keys_changed, self._lost.set)
+                hooks = self._hooks
+                link = await Link.connect(
+                    target, hooks.timeout, self._keys_changed, self._lost.set, hooks.on_message
+                )
                 try:
                     await check_server(link, clustered=self._clustered)
                     await self._hooks.prepare(link, self._was_flushed)

@@ -26,6 +26,7 @@
 --   w:{N} o:{N}    place, TAG and DIGEST of running and of answered requests, by the time when they expire
 --   b:{N}          bytes of answers
 --   h:NODE         a process that has claimed requests, while it lives
+--   e:{TOPIC}      a map: the epoch and the last number of a topic (zcproto/bus/valkey.py); and its channel
 --   n              counts sessions and requests, to keep them in order
 --   v:{N}          the version of this layout and a mark, which is missing if the server has lost its data
 --

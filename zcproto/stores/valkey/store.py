@@ -297,7 +297,9 @@ class ValkeyStore:
         """
         assert self._servers is None, "the store is open"
         self._marks.clear()
-        servers = self._make_servers()
+        servers = self.make_servers(
+            Hooks(self._timeout, self._prepare, self._keys_changed, self._lost, self._reconnected)
+        )
         await servers.open()  # leaves no connection open if it fails
         self._servers = servers
         self._life.store_reached()
@@ -878,9 +880,9 @@ class ValkeyStore:
 
     # --- servers -----------------------------------------------------------------------------------
 
-    def _make_servers(self) -> ValkeyConnection | Cluster:
+    def make_servers(self, hooks: Hooks) -> ValkeyConnection | Cluster:
+        """Return the servers of this store with other hooks, not connected."""
         url = self._url
-        hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._lost, self._reconnected)
         if url.kind is ServerKind.SENTINEL:
             return ValkeyConnection(Sentinels(url.addresses, url.service, self._target, self._timeout), hooks)
         if self._is_clustered:
