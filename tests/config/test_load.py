@@ -20,7 +20,6 @@ port = 7443
 drain_timeout = "30s"
 
 [tls]
-suites = ["TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"]
 handshake_timeout = "5s"
 max_handshakes = 256
 client_auth = "off"
@@ -138,7 +137,7 @@ def test_option_may_be_a_duration_in_seconds(home: Path) -> None:
 def test_variables_can_hold_every_kind_of_value(home: Path) -> None:
     environ = {
         "ZCPROTO_SERVER__HOST": "::1, 127.0.0.1",
-        "ZCPROTO_TLS__SUITES": '["TLS_CHACHA20_POLY1305_SHA256"]',
+        "ZCPROTO_HTTP__ALLOW": '["10.0.0.0/8", "::1/128"]',
         "ZCPROTO_CERTIFICATES__ALERT_DAYS": "7,1",
         "ZCPROTO_CERTIFICATES__NAMES": "",
         "ZCPROTO_SESSIONS__IDLE_TIMEOUT": "off",
@@ -156,7 +155,7 @@ def test_variables_can_hold_every_kind_of_value(home: Path) -> None:
     }
     config = load(home, environ=environ)
     assert config.server.host == ("::1", "127.0.0.1")
-    assert config.tls.suites == ("TLS_CHACHA20_POLY1305_SHA256",)
+    assert config.http.allow == ("10.0.0.0/8", "::1/128")
     assert config.certificates.alert_days == (7, 1)
     assert config.certificates.names == ()
     assert config.certificates.announce_key == 259_200.0

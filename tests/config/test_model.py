@@ -30,7 +30,6 @@ DEFAULTS = {
     "server.hang_timeout": 30.0,
     "server.workers": 1,
     "server.proxy_protocol_from": (),
-    "tls.suites": ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"),
     "tls.handshake_timeout": 5.0,
     "tls.max_handshakes": 256,
     "tls.max_pending": 4096,

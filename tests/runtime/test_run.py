@@ -27,7 +27,6 @@ from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
-from zcproto.runtime import build as build_module
 from zcproto.runtime import process_setup, run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.process_setup import GC_THRESHOLDS, SWITCH_INTERVAL
@@ -385,14 +384,6 @@ async def test_users_file_readable_by_others_is_refused(home: Path, key: str) ->
     (home / "users.toml").chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         await Server(config=configuration(home), home=home).start()
-
-
-@pytest.mark.usefixtures("nothing_is_bound")
-async def test_unsupported_order_of_suites_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "can_choose_suites", lambda: False)
-    config = configuration(home, tls__suites=["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"])
-    with pytest.raises(ConfigError, match="TLS_AES_256_GCM_SHA384 must come first"):
-        await Server(config=config, home=home).start()
 
 
 def test_default_home_and_configuration_match_the_cli(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

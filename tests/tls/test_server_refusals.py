@@ -30,8 +30,9 @@ from tests.tls.support import (
     is_refused,
     records,
 )
+from zcproto.tls import server as tls_server
 from zcproto.tls.client_hello import AlertDescription, alert_record
-from zcproto.tls.context import SUITES, client_context, server_context
+from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import MAX_LARGE_HELLOS, MAX_QUEUED, PLAINTEXT_ANSWER
 from zcproto.tls.transport import TlsPhase
@@ -296,14 +297,18 @@ def test_hello_invalid_only_for_openssl_is_refused_by_it(tls_pair: TlsPair) -> N
 
 @pytest.mark.parametrize("what", ["suite", "protocol"])
 def test_wrong_negotiated_parameters_end_connection(
-    what: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    what: str,
+    timers: FakeTimers,
+    server_tls: ssl.SSLContext,
+    client_tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if the ClientHello had been misread or the context misconfigured."""
     pair = TlsPair(timers, server_tls, client_tls)
     pair.raw.deliver(pair.step())
     pair.hear()
     if what == "suite":
-        pair.acceptor.suites = frozenset(SUITES[1:])
+        monkeypatch.setattr(tls_server, "suites_are_allowed", lambda tls: False)
     else:
         pair.acceptor.protocols = {"http/1.1": lambda: pair.protocol}
     pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))

@@ -241,7 +241,6 @@ class CertificateChecker:
         contexts = proven_sites(
             self.sites,
             self._protocols,
-            self._settings.suites,
             self._settings.clients,
             proven=self._proven,
             rest=self._rest,

@@ -39,7 +39,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         Effect.NEW_CONNECTIONS: (
             "handshake_timeout max_handshakes max_pending client_name client_ca_file client_crl_file client_pins"
         ),
-        Effect.RESTART: "suites client_auth",
+        Effect.RESTART: "client_auth",
     },
     "certificates": {
         Effect.NEW_CONNECTIONS: (

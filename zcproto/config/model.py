@@ -59,7 +59,6 @@ from zcproto.config.types import (
     whole,
     whole_or_auto,
 )
-from zcproto.tls.context import SUITES
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 """Those of zcproto/auth/jwt.py: a test compares them."""
@@ -104,9 +103,6 @@ class ServerConfig(Settings):
 class TlsConfig(Settings):
     """The TLS endpoint. It speaks TLS 1.3 only; no key changes that."""
 
-    suites: Annotated[tuple[str, ...], list_of(one_of(*SUITES), 1, 2)] = SUITES
-    """The cipher suites in order of preference. Both have 256-bit keys; the second suits clients without AES
-    in hardware."""
     handshake_timeout: Annotated[float, duration("100ms", "30s")] = 5.0
     """Time from accept to the end of the handshake: two round trips, room for several lost packets, and
     little for a slow attacker."""

@@ -92,7 +92,6 @@ from zcproto.stores.base import HEARTBEAT_S, SessionStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
-from zcproto.tls.context import SUITES, can_choose_suites
 from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.wire.frame import LENGTH_SIZE
@@ -153,9 +152,6 @@ async def build(
     entropy: Entropy = system_entropy,
 ) -> Parts:
     """Build all parts of a server. Raises ConfigError or CertificateError."""
-    first = config.tls.suites[0]
-    if first != SUITES[0] and not can_choose_suites():
-        raise ConfigError([f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"])
     await asyncio.to_thread(home.ensure)
     active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
@@ -510,7 +506,6 @@ def build_endpoints(
         protocols,
         wheel,
         loop,
-        suites=frozenset(config.tls.suites),
         handshake_timeout=config.tls.handshake_timeout,
         on_failure=lambda failure, peer: log.info("tls.failed", cause=failure.value, peer=peer),
         challenge_context=partial(challenge_context, active),

@@ -94,7 +94,6 @@ class TlsAcceptor:
     wheel: DeadlineWheel
     timers: Timers
     _: KW_ONLY
-    suites: frozenset[str]
     client_pins: frozenset[str] = frozenset()
     handshake_timeout: float = 5.0
     on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None
@@ -118,9 +117,7 @@ class TlsAcceptor:
     """Seconds of signing in this window."""
 
     def __post_init__(self) -> None:
-        self.judge = ClientHelloJudge(
-            frozenset(SUITE_IDS[name] for name in self.suites), frozenset(self.protocols)
-        )
+        self.judge = ClientHelloJudge(frozenset(SUITE_IDS.values()), frozenset(self.protocols))
 
     @property
     def handshakes_in_progress(self) -> int:
@@ -329,7 +326,7 @@ class TlsServerTransport(TlsTransport):
         # Defence in depth: an error in the checks above must not go unnoticed.
         alpn = self._tls.selected_alpn_protocol()
         factory = acceptor.protocols.get(alpn)
-        if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
+        if factory is None or not suites_are_allowed(self._tls):
             if alpn == ACME_PROTOCOL:
                 self._challenge_answered()
             else:
