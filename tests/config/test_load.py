@@ -53,7 +53,6 @@ bind_client = false
 url = "sqlite"
 timeout = "250ms"
 grace = "5m"
-cleanup_interval = "30s"
 
 [freshness]
 tolerance = "30s"
@@ -67,7 +66,6 @@ partial_frame_bytes = 50331648
 partial_frame_bytes_per_user = 16777216
 frame_timeout = "5m"
 max_streams = 128
-max_depth = 32
 idle_timeout = "5m"
 write_buffer_bytes = 1048576
 write_timeout = "20s"
@@ -119,10 +117,10 @@ def test_missing_named_file_is_a_fault(home: Path) -> None:
 
 
 def test_command_line_overrides_environment_overrides_file(home: Path) -> None:
-    toml = "[server]\nport = 1\n[limits]\nmax_streams = 1\nmax_depth = 9"
+    toml = "[server]\nport = 1\n[limits]\nmax_streams = 1\nthreads = 9"
     environ = {"ZCPROTO_SERVER__PORT": "2", "ZCPROTO_LIMITS__MAX_STREAMS": "2"}
     config = load(home, toml, environ, {"server.port": 3})
-    assert (config.server.port, config.limits.max_streams, config.limits.max_depth) == (3, 2, 9)
+    assert (config.server.port, config.limits.max_streams, config.limits.threads) == (3, 2, 9)
 
 
 def test_missing_option_overrides_nothing(home: Path) -> None:

@@ -21,7 +21,7 @@ UNKNOWN = [
     (
         '[server]\nidle_timeout = "5m"',
         'server.idle_timeout = "5m" (config.toml): unknown key;'
-        " did you mean sessions.idle_timeout or limits.idle_timeout or http.idle_timeout?",
+        " did you mean sessions.idle_timeout or limits.idle_timeout?",
     ),
     (
         "[server]\nmax_streems = 5",
@@ -104,7 +104,7 @@ def test_unknown_name_is_reported_with_the_nearest_one(home: Path, toml: str, fa
             " calls, http, auth, alerts, log, telemetry",
         ),
         ("ZCPROTO_SERVER_PORT", "server.port = 1 (…): two underscores must follow the section"),
-        ("ZCPROTO_HTTP__HSTSS", "http.hstss = 1 (…): unknown key; did you mean http.hsts?"),
+        ("ZCPROTO_HTTP__METRIC", "http.metric = 1 (…): unknown key; did you mean http.metrics?"),
         (
             "ZCPROTO_SERVER__",
             "server. = 1 (…): unknown key;"

@@ -90,7 +90,6 @@ def start(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path)
                 "alerts__webhook": receiver.url,
                 "alerts__webhook_secret_file": str(secret),
                 "alerts__webhook_ca_file": str(ca_file),
-                "alerts__webhook_timeout": "1m",
                 **settings,
             }
             server = ServerThread(home or tmp_path / "home", certs, users_file=users_file, **chosen)

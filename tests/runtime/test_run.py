@@ -27,7 +27,7 @@ from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
-from zcproto.runtime import process_setup, run
+from zcproto.runtime import background, process_setup, run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.process_setup import GC_THRESHOLDS, SWITCH_INTERVAL
 from zcproto.runtime.run import serve
@@ -402,8 +402,9 @@ def test_own_configuration_keeps_certificates_in_home(tmp_path: Path) -> None:
     assert server.config.certificates.directory == tmp_path / "elsewhere"
 
 
-async def test_ended_sessions_are_cleaned_up(home: Path) -> None:
-    config = configuration(home, store__cleanup_interval="100ms", sessions__refresh=False)
+async def test_ended_sessions_are_cleaned_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "CLEANUP_S", 0.1)
+    config = configuration(home, sessions__refresh=False)
     async with Server(config=config, home=home) as server:
         registry = server.state.registry
         registry.open("ada", client="", address="", wall=0)

@@ -74,17 +74,13 @@ def make_app() -> App[Any]:
 
 
 def server_of(home: Path, certs: Path, collector: Collector, **settings: Any) -> Server:
-    """Return a server that sends what it has when it ends, as long as that takes, unless `settings` differ."""
+    """Return a server that sends what it has when it ends."""
     home.mkdir(mode=0o700, exist_ok=True)
     shutil.copytree(certs, home / "certs")
     usual = {"telemetry__traces": True, "telemetry__endpoint": collector.address}
-    config = configuration(home, **{**usual, **settings})
-    patient = dict.fromkeys(
-        {"delay", "flush_timeout", "timeout"} - config.telemetry.model_fields_set, TIMEOUT
-    )
     return Server(
         make_app(),
-        config.model_copy(update={"telemetry": config.telemetry.model_copy(update=patient)}),
+        configuration(home, **{**usual, **settings}),
         home=home,
         authenticators=[CallableAuthenticator("api_key", identify)],
         control=False,
@@ -136,15 +132,12 @@ async def test_server_without_a_ratio_of_traces_sends_none(
 
 
 async def test_collector_that_is_down_costs_no_call_and_the_end_has_a_limit(
-    tmp_path: Path, certs: Path, collector: Collector
+    tmp_path: Path, certs: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collector.gate.clear()  # it accepts, and never answers
-    settings = {
-        "telemetry__queue": 64,
-        "telemetry__delay": "100ms",
-        "telemetry__flush_timeout": "0s",
-    }
-    server = server_of(tmp_path / "home", certs, collector, **settings)
+    for name, value in {"QUEUE": 64, "DELAY_S": 0.1, "FLUSH_S": 0.0}.items():
+        monkeypatch.setattr(export, name, value)
+    server = server_of(tmp_path / "home", certs, collector)
     async with server, client_of(server) as client:
         await client.call("hello")
         await asyncio.to_thread(collector.wait_for, "/v1/traces")
@@ -193,9 +186,10 @@ async def test_metrics_are_sent_at_their_interval(tmp_path: Path, certs: Path, c
 
 
 async def test_page_counts_what_was_sent_and_dropped(
-    tmp_path: Path, certs: Path, collector: Collector
+    tmp_path: Path, certs: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = server_of(tmp_path / "home", certs, collector, telemetry__delay="100ms")
+    monkeypatch.setattr(export, "DELAY_S", 0.1)
+    server = server_of(tmp_path / "home", certs, collector)
     async with server:
         async with client_of(server) as client:
             await client.call("hello")
@@ -241,9 +235,6 @@ def test_each_worker_sends_what_it_has_when_it_ends(
         traces = true
         metrics = true
         endpoint = "{collector.address}"
-        delay = "1m"
-        timeout = "1m"
-        flush_timeout = "8s"
         """
     home = home_with(tmp_path, certs, config)
     options: dict[str, Any] = {
@@ -321,7 +312,7 @@ async def test_keys_that_are_not_set_leave_the_choice_to_the_variables(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-from=variable")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "named")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
-    telemetry = built(traces=True, flush_timeout=8.0)
+    telemetry = built(traces=True)
     assert telemetry is not None
     assert telemetry.ratio is None
     assert telemetry.tracer_provider is not None

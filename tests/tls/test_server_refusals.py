@@ -146,12 +146,12 @@ def test_early_data_after_hello_is_skipped(
     pair = TlsPair(timers, server_tls, client_tls)
     hello, early = offering_early_data(pair.step(), retry=retry), EARLY * 100
     if wait == "queued":
-        pair.acceptor.set_limits(0, 10, (24, 48))
+        pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(hello + early if wait == "none" else hello)
     if wait != "none":
         pair.raw.deliver(early)
     if wait == "queued":
-        pair.acceptor.set_limits(1, 10, (24, 48))
+        pair.acceptor.set_limits(1, 10)
         timers.run()
     assert pair.failures == {}
     assert pair.phase is TlsPhase.HANDSHAKE
@@ -165,11 +165,11 @@ def test_queued_data_without_early_data_is_refused(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls)
-    pair.acceptor.set_limits(0, 10, (24, 48))
+    pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(pair.step())
     pair.raw.deliver(EARLY * 400)
     assert pair.failures == {}
-    pair.acceptor.set_limits(1, 10, (24, 48))
+    pair.acceptor.set_limits(1, 10)
     timers.run()
     is_refused(pair, TlsFailure.BAD_RECORD)
 

@@ -126,7 +126,7 @@ certificate.key_replaced: error, ends quiet; file
     Cure: Give clients the new pin, or restore the key and its certificate from a backup. `certificates.repair =
     false` refuses to start instead.
 tls.failures: warning, ends rate; cause
-    Many TLS connections failed for one cause within `alerts.rate_window`: more than `alerts.tls_failures`, or
+    Many TLS connections failed for one cause within five minutes: more than `alerts.tls_failures`, or
     ten times as many for causes that any scanner produces.
     Cure: `peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,
     `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.
@@ -135,7 +135,7 @@ session.revoked: warning, ends quiet; by whom
     `alerts.revocations = "any"` also by users themselves.
     Cure: Nothing, if it was intended. Otherwise an operator's key has been stolen.
 session.revocation_rate: error, ends rate
-    Many sessions were revoked within `alerts.rate_window`, by anyone: more than `alerts.revocation_rate`.
+    Many sessions were revoked within five minutes, by anyone: more than `alerts.revocation_rate`.
     Cure: Ask the operators. If none of them did it, disable them with `zcproto user disable NAME`.
 session.refresh_reused: error, ends quiet; session
     A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly. The
@@ -151,12 +151,12 @@ connection.stale_frames: warning, ends rate
     Many requests were refused because their timestamps are off by more than `freshness.tolerance`.
     Cure: Check NTP on the server and on its clients.
 login.throttled: warning, ends rate
-    Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys are being
+    Many logins were delayed within five minutes: at least `alerts.throttled_logins`. Keys are being
     guessed, or a program keeps using a wrong one.
     Cure: The log event `login.failed` has the addresses and the names that they sent. Block attackers in the
     firewall.
 oidc.keys_failed: warning, ends resolved; issuer
-    The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`; without any, as
+    The keys of an identity provider cannot be fetched. The last ones serve for a day; without any, as
     after a start, it is an error: logins by its tokens get UNAVAILABLE. Logins fetch the keys, so the alert ends
     with the first one after the provider is back.
     Cure: `zcproto doctor` checks the provider, its certificate, its keys and the clock.
@@ -205,7 +205,7 @@ worker.ended: error, ends quiet; process
     Cure: The log event `worker.ended` has the signal or the error. SIGKILL is often the system, which was short of
     memory.
 audit.not_written: error, ends rate
-    Lines of the audit trail could not be written to `log.audit_file` within `alerts.rate_window`: its disk is full,
+    Lines of the audit trail could not be written to `log.audit_file` within five minutes: its disk is full,
     or the reader of a named pipe is slow. 1 MiB of lines waits in memory; further ones are lost and counted.
     Cure: Make room on the disk, or restart the reader. `audit.lost` says how many lines are missing.
 alerts.undelivered: error, ends resolved; sink

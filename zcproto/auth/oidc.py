@@ -79,9 +79,10 @@ class IssuerKeys:
     fetch: Callable[[], Awaitable[list[IssuerKey]]]
     now: Callable[[], float]
     events: KeyEvents
-    refresh_s: float
-    min_interval_s: float
-    stale_s: float
+    refresh_s: float = 3_600.0
+    min_interval_s: float = 30.0
+    stale_s: float = 86_400.0
+    """A provider that is down for a night does not stop logins with the tokens it has issued."""
     fetched: int = 0
     failures: int = 0
     is_failing: bool = False
@@ -145,6 +146,9 @@ class IssuerKeys:
             self._fetching = None
 
 
+TIMEOUT_S: Final = 5.0
+"""Time for one request to the provider. A login may wait for two."""
+
 MAX_METADATA: Final = 131_072
 MAX_KEY_SET: Final = 262_144
 MAX_URL: Final = 2_048
@@ -156,7 +160,7 @@ _FORM: Final = ("Content-Type", "application/x-www-form-urlencoded")
 class Provider:
     """An OpenID provider. `context` verifies its certificate; `timeout` is for each request."""
 
-    def __init__(self, issuer: str, context: ssl.SSLContext, timeout: float) -> None:
+    def __init__(self, issuer: str, context: ssl.SSLContext, timeout: float = TIMEOUT_S) -> None:
         self.issuer = issuer
         self._context = context
         self._timeout = timeout

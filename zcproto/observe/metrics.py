@@ -66,7 +66,7 @@ zcproto_incidents_total counter
     id.
 zcproto_telemetry_items_total counter (signal result)
     What was to be sent to a collector. `signal`: traces (spans), metrics (readings of all of them), logs (records);
-    `result`: sent, failed (the collector did not take it), dropped (telemetry.queue was full, or the server ended).
+    `result`: sent, failed (the collector did not take it), dropped (the queue was full, or the server ended).
 zcproto_config_reloads_total counter (result)
     Reloads of the configuration. A refused one was invalid and changed nothing.
 

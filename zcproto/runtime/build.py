@@ -57,7 +57,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.common.https import verifying_context
 from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
-from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
+from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
 from zcproto.runtime.alert_sources import (
@@ -310,7 +310,6 @@ def build_state(
             random=partial(random_fraction, entropy),
             timeout=config.store.timeout,
             grace=config.store.grace,
-            cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
             heartbeat=heartbeat,
             maintains=maintains,
@@ -561,7 +560,7 @@ def build_jwt(config: AuthConfig, clock: Clock, alerts: ServerAlerts) -> JwtAuth
 
 def provider_of(config: OidcConfig, key: str) -> Provider:
     """Return the provider of a table, whose key is `key`. Raises ConfigError for an unusable file."""
-    return Provider(config.issuer, verifying_context(config.ca_file, f"{key}.ca_file"), config.timeout)
+    return Provider(config.issuer, verifying_context(config.ca_file, f"{key}.ca_file"))
 
 
 def _issuer(config: OidcConfig, key: str, clock: Clock, alerts: ServerAlerts) -> TrustedIssuer:
@@ -570,17 +569,11 @@ def _issuer(config: OidcConfig, key: str, clock: Clock, alerts: ServerAlerts) ->
             issuer=config.issuer,
             audience=frozenset(config.audience),
             algorithms=frozenset(config.algorithms),
-            types=frozenset(each.lower() for each in config.types),
-            leeway_s=config.leeway,
-            max_bytes=config.max_token_bytes,
         ),
         keys=IssuerKeys(
             fetch=provider_of(config, key).keys,
             now=clock.now,
             events=_ReportedKeys(config.issuer, alerts),
-            refresh_s=config.keys_refresh,
-            min_interval_s=config.keys_min_interval,
-            stale_s=config.keys_stale,
         ),
         user_claim=config.user_claim,
         user_prefix=config.user_prefix,
@@ -616,13 +609,10 @@ def connection_settings(config: Config) -> ConnectionSettings:
         max_frame=limits.max_frame_bytes,
         max_frame_before_session=limits.max_frame_bytes_before_session,
         max_streams=limits.max_streams,
-        max_depth=limits.max_depth,
         tolerance_ms=to_ms(config.freshness.tolerance),
         idle_timeout_s=limits.idle_timeout,
         frame_timeout_s=limits.frame_timeout,
         open_timeout_s=config.sessions.open_timeout,
-        # Independent of http.hsts, which is for browsers: these clients use TLS only.
-        sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
         streams=stream_limits(config),
         max_calls=config.calls.max,
     )
@@ -639,7 +629,6 @@ def stream_limits(config: Config) -> StreamLimits | None:
         window_items=streams.window_items,
         window_bytes=streams.window_bytes,
         memory_bytes=streams.memory_bytes,
-        write_bytes=streams.write_bytes,
         stall_timeout_s=streams.stall_timeout,
     )
 
@@ -647,7 +636,7 @@ def stream_limits(config: Config) -> StreamLimits | None:
 def call_limits(config: Config) -> CallLimits:
     """Return the limits of calls to clients, beside that of each connection."""
     calls = config.calls
-    return CallLimits(calls.per_user, calls.total, calls.names_per_user)
+    return CallLimits(calls.per_user, calls.total)
 
 
 def thread_limits(config: Config) -> ThreadLimits:

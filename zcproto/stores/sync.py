@@ -46,6 +46,9 @@ from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker,
 SLOTS: Final = 2_000
 """Sessions looked at in one turn of the event loop, about a millisecond."""
 
+CLEANUP_S: Final = 30.0
+"""Seconds between two removals of ended sessions. They are refused from their end on, removed or not."""
+
 TOUCH_INTERVAL_S: Final = 30.0
 """How often last uses are written; idle limits are minutes."""
 
@@ -105,7 +108,6 @@ class StoreSync:
     random: Callable[[], float]
     timeout: float
     grace: float
-    cleanup_interval: float
     keep_ended_ms: int
     heartbeat: float = HEARTBEAT_S
     maintains: bool = True
@@ -178,7 +180,7 @@ class StoreSync:
         if self.store.shared and isfinite(self.heartbeat):
             self.stalls.resume()
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
-        self.tasks.repeat(self.cleanup_interval, self.clean)
+        self.tasks.repeat(CLEANUP_S, self.clean)
         if self.store.shared and self.maintains:
             self.tasks.run_in_background(self.examine())
             self.tasks.repeat(EXAMINE_INTERVAL_S, self.examine)

@@ -76,6 +76,15 @@ from zcproto.telemetry.spans import NO_CONTEXT, SCHEMA, SCOPE, ids_for_log, trac
 MAX_BATCH: Final = 256
 """Items of a batch: about five milliseconds of encoding, during which the event loop waits for the interpreter."""
 
+QUEUE: Final = 2_048
+"""Spans, and as many log records, that wait to be sent. More are dropped: no request waits."""
+
+DELAY_S: Final = 5.0
+"""How long a span or a log record waits for others."""
+
+FLUSH_S: Final = 5.0
+"""How long the end of the server waits for what has not been sent. A worker is killed after ten seconds."""
+
 T = TypeVar("T")
 
 
@@ -437,7 +446,7 @@ class Telemetry:
 
     async def stop(self) -> None:
         """Send the queues, within the limit of the configuration."""
-        loop, limit = asyncio.get_running_loop(), self._config.flush_timeout
+        loop, limit = asyncio.get_running_loop(), FLUSH_S
         done = asyncio.Event()
 
         def close() -> None:
@@ -474,9 +483,8 @@ class Telemetry:
         most: int | None = None,
         size: int = MAX_BATCH,
     ) -> Batches[Any]:
-        config = self._config
         batches: Batches[Any] = Batches(
-            export, most=most or config.queue, delay=config.delay, name=f"telemetry-{signal}", size=size
+            export, most=most or QUEUE, delay=DELAY_S, name=f"telemetry-{signal}", size=size
         )
         self.batches[signal] = batches
         self._exporters.append(exporter)
@@ -492,8 +500,6 @@ def target_of(config: TelemetryConfig, headers: Mapping[str, str], signal: str) 
         found["certificate_file"] = str(config.ca_file)
     if headers:
         found["headers"] = headers
-    if "timeout" in config.model_fields_set:
-        found["timeout"] = config.timeout
     return found
 
 
@@ -506,7 +512,7 @@ def try_collector(config: TelemetryConfig, signals: Iterable[str]) -> Iterator[t
         "logs": lambda **target: OTLPLogExporter(**target).export([]),
     }
     for signal in signals:
-        target = {**target_of(config, headers, signal), "timeout": min(config.timeout, TRY_S)}
+        target = {**target_of(config, headers, signal), "timeout": TRY_S}
         with _reported() as reasons:
             has_arrived = empty[signal](**target).name == "SUCCESS"
         yield signal, "" if has_arrived else masked(reasons[-1] if reasons else "it does not answer")
