@@ -12,9 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk._logs import LoggerProvider, ReadWriteLogRecord
 
 from tests.limits import TIMEOUT
 from tests.server.helpers import KEY, PATIENT_CLIENT, configuration, identify
@@ -34,7 +37,15 @@ from zcproto.observe.metrics import METRICS
 from zcproto.runtime.build import build_telemetry
 from zcproto.runtime.server import Server
 from zcproto.telemetry import export, trace_calls
-from zcproto.telemetry.export import Telemetry, check_environment, headers_of, name_and_unit
+from zcproto.telemetry.export import (
+    BatchedLogs,
+    Batches,
+    LogRecords,
+    Telemetry,
+    check_environment,
+    headers_of,
+    name_and_unit,
+)
 
 HEADERS = "Authorization: Bearer c2VjcmV0LW9mLXRoZS1jb2xsZWN0b3I\n\nX-Scope: tests\n"
 
@@ -222,6 +233,21 @@ async def test_lines_of_the_log_are_sent_with_their_trace(
     opened = [record for record in collector.records() if record.event_name == "session.opened"]
     assert len(opened) == 1
     assert opened[0].trace_id == b""
+
+
+def test_line_without_a_trace_is_a_record_without_one() -> None:
+    """Whatever span is current."""
+    records: list[ReadWriteLogRecord] = []
+    provider = LoggerProvider(shutdown_on_exit=False)
+    processor = BatchedLogs(cast("Batches[ReadWriteLogRecord]", SimpleNamespace(put=records.append)))
+    provider.add_log_record_processor(processor)
+    context = trace.SpanContext(0x1234, 0x5678, is_remote=False, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        LogRecords(provider)("info", 0, {"event": "session.opened"})
+        LogRecords(provider)("info", 0, {"event": "session.opened", "trace_id": "ab", "span_id": "c"})
+    found = [each.log_record for each in records]
+    assert [(each.trace_id, each.span_id) for each in found] == [(0, 0), (0xAB, 0xC)]
+    assert [int(each.trace_flags or 0) for each in found] == [0, 1]
 
 
 def test_each_worker_sends_what_it_has_when_it_ends(

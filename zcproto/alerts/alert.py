@@ -166,7 +166,7 @@ token.expiry: warning, ends resolved; token
     Cure: `zcproto token create` another one, give it to the machine, then `zcproto token revoke` the old one.
 store.degraded: error, ends resolved
     The session store has not answered for five seconds. Known sessions remain valid for `store.grace`, new ones are
-    refused, and revocations are queued on disk.
+    refused, and revocations are queued on disk. The alert ends when the store has answered for five seconds.
     Cure: The message has the reason. Restore the store or the disk; the server recovers without further
     action.
 store.grace_over: critical, ends resolved

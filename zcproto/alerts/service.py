@@ -281,11 +281,16 @@ def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
     return sinks
 
 
-async def try_sinks(sinks: Iterable[Sink], clock: Clock, origin: str, source: str) -> list[dict[str, Any]]:
-    """Deliver a test alert to each sink in turn, for `zcproto alert test`. Return the results as JSON fields."""
+async def try_sinks(
+    sinks: Iterable[Sink], clock: Clock, entropy: Entropy, source: str
+) -> list[dict[str, Any]]:
+    """Deliver a test alert to each sink in turn, for `zcproto alert test`. Return the results as JSON fields.
+
+    Its id is that of no other message, so that receivers which skip repeated ids take it.
+    """
     kind, wall = AlertKind.TEST, clock.wall()
     alert = Alert(kind, "", CATALOGUE[kind].severity, TEST_TITLE, {}, wall, wall, None, 1)
-    body = Message(1, Phase.BEGAN, alert).as_json(origin, source)
+    body = Message(1, Phase.BEGAN, alert).as_json(entropy(_ORIGIN_SIZE).hex(), source)
     results = []
     for sink in sinks:
         began = clock.now()

@@ -436,6 +436,8 @@ certificate.expiry warning (file message pins days_left threshold_days), limit p
     A certificate or revocation list (CRL) expires soon or has expired.
 certificate.expiry_ended info (file message pins days_left threshold_days), limit per event
     An expiring certificate or revocation list (CRL) was replaced.
+certificate.progress info (message)
+    What happens to the server's certificates and keys; printed instead if standard error is a terminal.
 certificate.not_used warning (message), limit per event, audit failure
     New certificates failed a test handshake and are not used.
 certificate.look_failed error (exc_info), limit per event

@@ -277,23 +277,21 @@ class LogRecords:
     def __call__(self, level: str, wall: int, fields: Mapping[str, Any]) -> None:
         """Emit a line with these fields, which are loggable. `wall` is in milliseconds since the Unix epoch."""
         trace_id, span_id = fields.get("trace_id"), fields.get("span_id")
-        in_trace: dict[str, Any] = {}
+        span: trace.Span = trace.INVALID_SPAN  # the span of an empty context would be the current one
         if trace_id is not None and span_id is not None:
-            in_trace = {
-                "trace_id": int(trace_id, 16),
-                "span_id": int(span_id, 16),
-                "trace_flags": TraceFlags(TraceFlags.SAMPLED),
-            }
+            sampled = TraceFlags(TraceFlags.SAMPLED)
+            span = trace.NonRecordingSpan(
+                trace.SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=sampled)
+            )
         self._logger.emit(
             LogRecord(
                 timestamp=wall * NS_PER_MS,
-                context=NO_CONTEXT,
+                context=trace.set_span_in_context(span, NO_CONTEXT),
                 severity_text=level,
                 severity_number=SEVERITY[level],
                 body=fields["event"],
                 attributes={name: value for name, value in fields.items() if name not in _HEAD},
                 event_name=fields["event"],
-                **in_trace,
             )
         )
 
