@@ -371,6 +371,7 @@ def test_certificate_expiry_and_renewal_are_reported(serve: Serve) -> None:
     labels = {"path": path, "source": "own", "site": "", "key_type": "ecdsa-p256"}
     left = value(server, "zcproto_certificate_left_seconds", **labels)
     assert 89 * 86_400 < left <= 90 * 86_400
+    assert left <= value(server, "zcproto_certificate_lifetime_seconds", **labels) <= 91 * 86_400
     ends = value(server, "zcproto_certificate_expires_timestamp_seconds", **labels)
     assert abs(ends - wall() / 1000 - left) < TIMEOUT
     assert value(server, "zcproto_certificate_left_seconds", **{**labels, "path": path[:-16] + "ca.crt"}) == 0

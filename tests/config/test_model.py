@@ -127,6 +127,7 @@ DEFAULTS = {
     "alerts.repeat": 86_400.0,
     "alerts.tls_failures": 100,
     "alerts.throttled_logins": 100,
+    "alerts.internal_errors": 10,
     "alerts.stale_frames": 100,
     "alerts.revocation_rate": 100,
     "alerts.refused_connections": 10,
@@ -199,8 +200,8 @@ def test_misspelt_key_in_python_is_refused() -> None:
 
 
 def test_contradicting_settings_in_python_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"renew_before must be less than certificates\.lifetime"):
-        Config.model_validate({"certificates": {"lifetime": "30d"}})
+    with pytest.raises(ValidationError, match=r"lifetime must, .* be at most sessions\.refresh_lifetime"):
+        Config.model_validate({"sessions": {"lifetime": "31d"}})
 
 
 def test_keys_of_all_checks_exist() -> None:

@@ -134,6 +134,19 @@ def test_many_stale_frames_raise_alert(start: Start) -> None:
     assert alerting.until("connection.stale_frames")["details"]["in_window"] == 3
 
 
+def test_many_internal_errors_raise_alert(start: Start) -> None:
+    alerting = start(alerts__internal_errors=3)
+    state = alerting.server.server.state
+
+    def fail() -> None:
+        for _ in range(3):
+            state.incident("greet", ValueError("no"), peer="", connection="")
+
+    alerting.server.in_loop(fail)
+    alert = alerting.until("request.internal_errors")
+    assert (alert["severity"], alert["title"]) == ("error", "3 requests failed with INTERNAL within 300 s")
+
+
 @pytest.mark.requirement("alerting")
 def test_tls_failures_raise_alert_by_cause(start: Start) -> None:
     alerting = start(alerts__tls_failures=2)

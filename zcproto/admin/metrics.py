@@ -170,6 +170,8 @@ def _certificates(snapshot: Snapshot) -> Iterator[Reading]:
         labels = str(one.path), one.source.value, one.site[0] if one.site else "", one.key_type
         yield "zcproto_certificate_expires_timestamp_seconds", one.not_after.timestamp(), *labels
         yield "zcproto_certificate_left_seconds", one.seconds_left, *labels
+        if one.lifetime_s:
+            yield "zcproto_certificate_lifetime_seconds", one.lifetime_s, *labels
     for kind in NoticeKind:
         yield "zcproto_certificate_events_total", certificates.notices[kind], kind.value
     if certificates.last_renewal is not None:

@@ -80,6 +80,7 @@ class AlertKind(Enum):
     STORE_EMPTIED = "store.emptied"
     STORE_MISCONFIGURED = "store.misconfigured"
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
+    INTERNAL_ERRORS = "request.internal_errors"
     SERVER_FULL = "server.full"
     WORKER_ENDED = "worker.ended"
     AUDIT_NOT_WRITTEN = "audit.not_written"
@@ -195,6 +196,10 @@ store.revocations_not_kept: critical, ends quiet
     A revocation could be written neither to the store nor to the disk, because writing failed or too many are
     queued. It applies to this process only, which its caller was informed of.
     Cure: Restore the store before you restart the server, then revoke again.
+request.internal_errors: error, ends rate
+    Requests failed with INTERNAL within five minutes: at least `alerts.internal_errors`. Methods raise exceptions
+    that are not for callers, or the server has a fault.
+    Cure: The log event `request.failed` has the method, the traceback and the incident that the client got.
 server.full: error, ends rate; limit
     Connections were refused: `max_connections` is reached, or the system has no more file descriptors or
     memory (`descriptors`).

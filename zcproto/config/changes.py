@@ -87,7 +87,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "alerts": {
         Effect.NOW: (
             "webhook webhook_secret_file webhook_ca_file command repeat"
-            " tls_failures throttled_logins stale_frames revocation_rate"
+            " tls_failures internal_errors throttled_logins stale_frames revocation_rate"
             " refused_connections revocations"
         ),
     },

@@ -55,11 +55,6 @@ CHECKS: Final = (
         lambda before, after: before <= after,
     ),
     Check(
-        "certificates.renew_before certificates.lifetime",
-        "must be less than",
-        lambda renew, life: renew < life,
-    ),
-    Check(
         "sessions.lifetime sessions.refresh_lifetime sessions.refresh",
         "must, while sessions.refresh is true, be at most",
         lambda lifetime, refresh_lifetime, refresh: lifetime <= refresh_lifetime or not refresh,

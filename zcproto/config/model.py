@@ -192,8 +192,8 @@ class CertificatesConfig(Settings):
     """How long a new certificate is valid. Short lifetimes limit the damage of a lost key; 397 days is the
     most that web clients accept."""
     renew_before: Annotated[float, duration("1s", "396d")] = 30 * 86_400.0
-    """How long before its expiry a certificate is renewed: time to notice a failure. At most a third of the
-    lifetime counts."""
+    """How long before its expiry a certificate is renewed: time to notice a failure. At most a third of its
+    lifetime counts, so that a short lifetime needs no other value."""
     renew_key: Annotated[bool, FLAG] = False
     """Whether a new certificate gets a new key. The default keeps the pins of clients valid."""
     announce_key: Annotated[float, duration("0s", "396d")] = 7 * 86_400.0
@@ -522,6 +522,8 @@ class AlertsConfig(Settings):
     port scanner triggers."""
     throttled_logins: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
     """Throttled logins within the window. A program that retries a wrong key forever causes only a few."""
+    internal_errors: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 10
+    """Requests within the window that failed with INTERNAL: an exception of a method, or a fault of the server."""
     stale_frames: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
     """Requests refused within the window because of a timestamp that is too far off."""
     revocation_rate: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100

@@ -109,6 +109,8 @@ zcproto_certificate_expires_timestamp_seconds gauge min (path source site key_ty
     (the CA of managed certificates), client_authority.
 zcproto_certificate_left_seconds gauge min (path source site key_type)
     Remaining validity of a certificate in use by the server's clock; negative if it has expired.
+zcproto_certificate_lifetime_seconds gauge min (path source site key_type)
+    The whole validity of a certificate in use, without authorities.
 zcproto_certificate_events_total counter (event)
     Certificate events: loaded, renewed, invalid files, expiry and others.
 zcproto_certificate_last_renewal_timestamp_seconds gauge max

@@ -179,6 +179,12 @@ def watch_rates(parts: Parts) -> None:
         "{count} frames were refused as replays within {window}",
     )
     watch(
+        AlertKind.INTERNAL_ERRORS,
+        config.internal_errors,
+        lambda: counters.incidents,
+        "{count} requests failed with INTERNAL within {window}",
+    )
+    watch(
         AlertKind.STALE_FRAMES,
         config.stale_frames,
         lambda: counters.refused.get(("stale", Code.STALE_TIMESTAMP), 0) + counters.dropped_stale,
