@@ -20,15 +20,15 @@ from bench.micro.timing import time_rows
 from bench.report import Row
 from zcproto.common.clock import system_clock
 from zcproto.http.connection import HttpConnection, HttpLimits
-from zcproto.http.messages import SecurityHeaders, StrictTransportSecurity, text_response
+from zcproto.http.messages import SecurityHeaders, text_response
 
 REQUEST: Final = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/8\r\nAccept: */*\r\n\r\n"
 HEADER: Final = b"strict-transport-security: max-age=31536000; includesubdomains\r\n"
 LEAST: Final = 100
 MAX_COST_NS: Final = 1_000.0
 
-WITH: Final = SecurityHeaders(StrictTransportSecurity())
-WITHOUT: Final = SecurityHeaders(None)
+WITH: Final = SecurityHeaders(tls=True)
+WITHOUT: Final = SecurityHeaders(tls=False)
 
 
 def measure(responses: int) -> list[Row]:

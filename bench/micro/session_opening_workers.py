@@ -99,7 +99,6 @@ class Worker:
             random=partial(random_fraction, system_entropy),
             timeout=STORE_TIMEOUT_S,
             grace=60.0,
-            cleanup_interval=3_600.0,
             keep_ended_ms=self.registry.settings.dead_keep_ms,
         )
         self.sessions = StoredSessionService(self.sync, system_clock)

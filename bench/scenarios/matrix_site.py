@@ -42,7 +42,6 @@ SETTINGS: Final = {
     # Longer than the hour by which a clock is set:
     "sessions.idle_timeout": "6h",
     "sessions.refresh_grace": "1m",
-    "store.cleanup_interval": "1s",
     "limits.connections_per_address": 0,
     "limits.public_requests_per_address": 0,
 }

@@ -36,8 +36,8 @@ CHANGES: Final[tuple[dict[str, tuple[Any, Any]], ...]] = (
     {"limits.max_streams": (100, 120), "freshness.tolerance": ("20s", "25s")},
     {"sessions.per_user": (10, 20), "sessions.idle_timeout": ("40m", "50m")},
     {"certificates.alert_days": ([20], [21])},
-    {"alerts.replays": (3, 4), "alerts.quiet": ("10m", "11m")},
-    {"http.hsts_max_age_seconds": (100, 200), "http.metrics": ("off", "open")},
+    {"alerts.stale_frames": (3, 4), "alerts.repeat": ("10m", "11m")},
+    {"http.metrics": ("off", "open")},
     {"limits.login_failures": (7, 8), "limits.write_timeout": ("15s", "16s")},
 )
 """Keys that are changed together, each from one value to the other and back."""

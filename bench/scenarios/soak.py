@@ -129,7 +129,6 @@ class SoakPlan:
             "limits.connections_per_address": 0,
             "limits.max_streams": max_streams,
             "certificates.watch_interval": "500ms",
-            "store.cleanup_interval": "2s",
             **ECDSA_ONLY,
         }
 

@@ -121,6 +121,19 @@ def assert_no_other_requests(tab: Tab, server: ServerThread) -> None:
 # --- figures ---------------------------------------------------------------------------------------------
 
 
+def test_ready_server_with_internal_errors_shows_them(serve: Serve, show: Open) -> None:
+    server = serve(alerts__internal_errors=1)
+    with server.client("operator") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        server.in_loop(lambda: server.server.state.incident("greet", ValueError(), peer="", connection=""))
+        server.in_loop(server.server.parts.alerts.tick)
+        tab.advance(60)
+        shows(tab, "#state", "Ready, with errors")
+        shows(tab, "#alerts", "requests failed with INTERNAL")
+
+
 def test_figures_update_and_nothing_else_is_requested(serve: Serve, show: Open) -> None:
     server = serve(store__url="sqlite")
     server.in_loop(

@@ -256,6 +256,19 @@ async def test_use_by_a_clock_that_was_ahead_is_replaced_and_no_alert(tmp_path: 
     assert [about for about, _, _ in upkeep.raised] == ["used"]
 
 
+async def test_last_use_is_not_stored_through_a_link(tmp_path: Path) -> None:
+    """As to the file of a Secret: the link would become a copy, which no longer follows it."""
+    upkeep = Upkeep(tmp_path / "home")
+    token = upkeep.add("used", 90 * DAY)
+    upkeep.home.tokens.rename(tmp_path / "tokens.toml")
+    upkeep.home.tokens.symlink_to(tmp_path / "tokens.toml")
+    before = (tmp_path / "tokens.toml").read_text()
+    assert await upkeep.use(token) is None
+    await upkeep.tick()
+    assert upkeep.home.tokens.is_symlink()
+    assert (tmp_path / "tokens.toml").read_text() == before
+
+
 async def test_alert_ends_when_the_token_is_not_used_any_more(tmp_path: Path) -> None:
     upkeep = Upkeep(tmp_path / "home")
     token = upkeep.add("used", 20 * DAY)

@@ -21,6 +21,7 @@ from zcproto.app.app import App, Items, default_app
 from zcproto.client.blocking import connect_blocking
 from zcproto.errors import CallError
 from zcproto.observe.metrics import METRICS, TABLE
+from zcproto.runtime import background
 from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_text
 from zcproto.stores.base import StoreUnavailable
@@ -182,8 +183,11 @@ def test_ended_sessions_are_counted_by_reason(serve: Serve, store: str) -> None:
         assert value(server, ended, reason="other") == 0
 
 
-def test_expired_and_evicted_sessions_have_different_reasons(serve: Serve) -> None:
-    server = serve(sessions__per_user=1, sessions__when_full="evict_oldest", store__cleanup_interval=0.1)
+def test_expired_and_evicted_sessions_have_different_reasons(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "CLEANUP_S", 0.1)
+    server = serve(sessions__per_user=1, sessions__when_full="evict_oldest")
     with server.client("ada") as client:
         with grows(server, "zcproto_sessions_ended_total", reason="replaced"):
             client.open_session("ada")
@@ -367,6 +371,7 @@ def test_certificate_expiry_and_renewal_are_reported(serve: Serve) -> None:
     labels = {"path": path, "source": "own", "site": "", "key_type": "ecdsa-p256"}
     left = value(server, "zcproto_certificate_left_seconds", **labels)
     assert 89 * 86_400 < left <= 90 * 86_400
+    assert left <= value(server, "zcproto_certificate_lifetime_seconds", **labels) <= 91 * 86_400
     ends = value(server, "zcproto_certificate_expires_timestamp_seconds", **labels)
     assert abs(ends - wall() / 1000 - left) < TIMEOUT
     assert value(server, "zcproto_certificate_left_seconds", **{**labels, "path": path[:-16] + "ca.crt"}) == 0

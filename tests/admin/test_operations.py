@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -402,8 +403,14 @@ def test_alerts_are_listed_and_tested(serve: Serve, tmp_path: Path) -> None:
     (result,) = done(server, "alerts/test")["sinks"]
     assert result["arrived"]
     assert result["said"].endswith("got it")
-    kinds = [json.loads(line)["alert"]["kind"] for line in received.read_text().splitlines()]
-    assert "alerts.test" in kinds  # the alert of the store may come before or after it
+    done(server, "alerts/test")
+
+    def messages() -> list[dict[str, Any]]:  # the alert of the store may come before, between or after
+        return [json.loads(line) for line in received.read_text().splitlines()]
+
+    eventually(lambda: len(messages()) == 3)
+    assert Counter(each["alert"]["kind"] for each in messages()) == {"alerts.test": 2, "store.degraded": 1}
+    assert len({each["id"] for each in messages()}) == 3
 
 
 def test_event_of_an_operator_reaches_the_subscribers(serve: Serve) -> None:

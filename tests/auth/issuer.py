@@ -22,9 +22,6 @@ RULES = TokenRules(
     issuer=ISSUER,
     audience=frozenset({AUDIENCE, "other-name"}),
     algorithms=frozenset({"RS256", "PS256", "ES256", "EdDSA"}),
-    types=frozenset({"jwt", "at+jwt"}),
-    leeway_s=30.0,
-    max_bytes=8_192,
 )
 
 

@@ -18,7 +18,7 @@ def of(kid: str) -> Callable[[Sequence[IssuerKey]], list[IssuerKey]]:
 
 
 async def found(keys: IssuerKeys, kid: str = "one") -> bool:
-    return bool(await keys.find(of(kid)))
+    return bool(await keys.find(of(kid), kid))
 
 
 async def settled() -> None:
@@ -47,19 +47,40 @@ async def test_new_key_is_found_by_its_first_token() -> None:
     published.now += 3600
     assert await found(keys)  # in the background
     await settled()
+    with pytest.raises(Unavailable):  # it may be new again
+        await found(keys)
+    published.now += 30
     assert not await found(keys)
-    assert published.fetches == 3
+    assert published.fetches == 4
 
 
-async def test_invented_key_ids_cause_one_fetch_in_an_interval() -> None:
+async def test_invented_key_ids_cause_one_fetch_in_an_interval_and_are_undecided_until_then() -> None:
     published = Published()
     keys = published.issuer_keys()
     assert await found(keys)
-    for _ in range(10):
+    for left_s in range(27, 0, -3):
         published.now += 3
-        assert not any(await asyncio.gather(*(found(keys, f"k{number}") for number in range(50))))
+        tried = (found(keys, f"k{number}") for number in range(50))
+        for error in await asyncio.gather(*tried, return_exceptions=True):
+            assert isinstance(error, Unavailable)
+            assert error.details == {"retry_after_ms": 1000 * left_s}
+    published.now += 3
+    assert not any(await asyncio.gather(*(found(keys, f"k{number}") for number in range(50))))
     assert published.fetches == 2
     assert published.events == ["loaded one"]
+
+
+async def test_unknown_key_of_a_provider_that_is_down_is_undecided() -> None:
+    published = Published()
+    keys = published.issuer_keys()
+    assert await found(keys)
+    published.is_down = True
+    published.now += 30
+    for _ in range(2):  # the second finds that no fetch may begin
+        with pytest.raises(Unavailable, match="does not answer") as error:
+            await found(keys, "two")
+        assert error.value.details == {"retry_after_ms": 30_000}
+        assert await found(keys)
 
 
 async def test_last_keys_serve_while_the_provider_is_down() -> None:

@@ -116,7 +116,7 @@ async def test_prefix_alone_is_not_the_name_of_a_user(published: Published) -> N
 async def test_refused_tokens_get_one_answer_and_count_for_the_address(published: Published) -> None:
     scheme = Scheme(published.trusted())
     answers = set()
-    for text in (token(aud="x"), token(exp=WALL_S - 60), "nonsense", token(kid="two"), token(number=1)):
+    for text in (token(aud="x"), token(exp=WALL_S - 60), "nonsense", token(iss=5), token(number=1)):
         with pytest.raises(Unauthenticated) as error:
             await scheme.ask(text)
         answers.add((str(error.value), str(error.value.details)))
@@ -134,6 +134,17 @@ async def test_malformed_fields_are_the_mistake_of_the_client(
     with pytest.raises(InvalidArgument):
         await scheme.ask(**{"text": fields.pop("token"), **fields})
     assert scheme.refused == []
+
+
+async def test_unknown_key_soon_after_a_fetch_counts_no_failed_login(published: Published) -> None:
+    scheme = Scheme(published.trusted())
+    await scheme.ask(token())
+    for _ in range(10):
+        with pytest.raises(Unavailable) as error:
+            await scheme.ask(token(kid="two"))
+        assert error.value.details == {"retry_after_ms": 30_000}
+    assert scheme.login.refused["jwt"] == 0
+    await scheme.ask(token())
 
 
 async def test_provider_that_is_down_counts_no_failed_login(published: Published) -> None:

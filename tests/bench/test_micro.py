@@ -119,7 +119,7 @@ def test_steps_of_hot_path_add_up_to_whole() -> None:
 
 
 def test_hsts_benchmark_checks_that_header_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hsts_header, "WITH", SecurityHeaders(None))
+    monkeypatch.setattr(hsts_header, "WITH", SecurityHeaders(tls=False))
     with pytest.raises(AssertionError):
         hsts_header.measure(100)
 

@@ -25,7 +25,6 @@ from zcproto.certs import proof
 from zcproto.certs.pair import CertificatePair, Site, load_pair
 from zcproto.errors import CertificateError
 from zcproto.tls.context import (
-    SUITES,
     ClientTrust,
     ServerContext,
     SiteContexts,
@@ -42,20 +41,20 @@ def files_of(pair: CertificatePair) -> tuple[Path, Path]:
     return pair.certificate, pair.key
 
 
-def prove(context: ssl.SSLContext, pairs: Sequence[CertificatePair], suites: Sequence[str] = SUITES) -> None:
-    proof.prove(context, pairs, "zcp/1", suites)
+def prove(context: ssl.SSLContext, pairs: Sequence[CertificatePair]) -> None:
+    proof.prove(context, pairs, "zcp/1")
 
 
 def proven_context(
     pairs: Sequence[CertificatePair], *protocols: str, clients: ClientTrust | None = None
 ) -> ServerContext:
-    return proof.proven_context(pairs, protocols or ("zcp/1",), SUITES, clients, rest=lambda: None)
+    return proof.proven_context(pairs, protocols or ("zcp/1",), clients, rest=lambda: None)
 
 
 def proven_sites(
     sites: Sequence[Site], clients: ClientTrust | None = None, rest: Callable[[], None] = lambda: None
 ) -> SiteContexts:
-    return proof.proven_sites(sites, ("zcp/1",), SUITES, clients, proven={}, rest=rest)
+    return proof.proven_sites(sites, ("zcp/1",), clients, proven={}, rest=rest)
 
 
 @pytest.fixture
@@ -211,9 +210,10 @@ def test_other_alpn_protocol_is_detected(pairs: list[CertificatePair]) -> None:
         prove(context, [pairs[0]])
 
 
-def test_disallowed_suite_is_detected(pairs: list[CertificatePair]) -> None:
+def test_disallowed_suite_is_detected(pairs: list[CertificatePair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "suites_are_allowed", lambda tls: False)
     with pytest.raises(CertificateError, match=r"negotiates TLSv1\.3 and .*TLS_AES_256_GCM_SHA384"):
-        prove(server_context([files_of(pairs[0])], ["zcp/1"]), pairs[:1], SUITES[1:])
+        prove(server_context([files_of(pairs[0])], ["zcp/1"]), pairs[:1])
 
 
 def test_context_that_never_answers_is_detected(pairs: list[CertificatePair]) -> None:

@@ -52,14 +52,14 @@ def test_init_writes_the_certificate_folder_of_the_home(home: Path) -> None:
 @pytest.mark.requirement("configuration")
 def test_check_prints_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
-    (home / "config.toml").write_text("[server]\nprot = 7443\nport = 70000\n[limits]\nmax_depth = 99")
+    (home / "config.toml").write_text("[server]\nprot = 7443\nport = 70000\n[limits]\nmax_streams = 0")
     assert main(["config", "check"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
         "server.prot = 7443 (config.toml): unknown key; did you mean server.port?",
         "server.port = 70000 (config.toml): must be a whole number from 1 to 65535, or 0 for any free port",
-        "limits.max_depth = 99 (config.toml): must be a whole number from 4 to 32",
+        "limits.max_streams = 0 (config.toml): must be a whole number from 1 to 65535",
     ]
 
 

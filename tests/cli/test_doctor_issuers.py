@@ -55,7 +55,7 @@ def check(home: Path, doctor: Doctor, receiver: Receiver, ca_file: Path) -> Chec
         home.mkdir(0o700)
         (home / "config.toml").write_text(
             f"[server]\nport = {free_port()}\n[store]\nurl = 'memory'\n[auth.oidc]\nissuer = '{issuer}'\n"
-            f"audience = 'zcproto'\nca_file = '{ca_file}'\ntimeout = '1m'\n{more}"
+            f"audience = 'zcproto'\nca_file = '{ca_file}'\n{more}"
         )
         return doctor()
 
@@ -74,7 +74,7 @@ def test_clock_that_differs_by_more_than_the_leeway_is_a_warning(
 ) -> None:
     found = check(jwk("RS256"), ahead_s=ahead_s).one("issuer", "warning")
     assert f" s {direction} that of https://localhost:" in found
-    assert "auth.oidc[0].leeway = 30 s" in found
+    assert "beyond 30 s" in found
 
 
 def test_issuer_with_an_invalid_date_has_no_clock(check: Check) -> None:

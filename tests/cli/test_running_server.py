@@ -235,13 +235,13 @@ def test_reload_prints_changes_and_faults(running: ServerThread, capsys: Capture
     assert "secret" not in printed.out
     assert printed.err == "restart the server to apply 1 change\n"
     assert [each["key"] for each in json_of(capsys, "reload")["restart"]] == ["idempotency.keep"]
-    running.settings = {**running.settings, "limits__max_streams": 0, "limits__max_depth": 0}
+    running.settings = {**running.settings, "limits__max_streams": 0, "limits__threads": 0}
     assert main(["reload"]) == 2
     printed = capsys.readouterr()
     faults = [
         line for line in printed.err.splitlines() if not line.startswith("{")
     ]  # the log of this process goes there too
-    assert [fault.split()[0] for fault in faults] == ["limits.max_streams", "limits.max_depth"]
+    assert [fault.split()[0] for fault in faults] == ["limits.max_streams", "limits.threads"]
 
 
 def test_log_level_is_printed_and_set(running: ServerThread, capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -16,8 +17,9 @@ from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.cli.serve import load_app
 from zcproto.common.files import try_lock
-from zcproto.config import Config
+from zcproto.config import Config, LogConfig
 from zcproto.errors import ConfigError
+from zcproto.observe.log import configure_logging
 from zcproto.runtime import process_setup, run
 
 Capture = pytest.CaptureFixture[str]
@@ -178,13 +180,24 @@ def test_wrong_options_start_nothing(
     assert started.count == 0
 
 
-def test_serve_prints_addresses_and_progress(home: Path, started: Started, capsys: Capture) -> None:
+def test_serve_prints_addresses_and_progress(
+    home: Path, started: Started, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(["serve"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     started.options["listening"]([("127.0.0.1", 7443), ("::1", 7443)])
     started.options["progress"]("Making keys.")
     out, err = capsys.readouterr()
     assert out == "zcproto: listening on 127.0.0.1:7443\nzcproto: listening on [::1]:7443\n"
     assert err == "zcproto: Making keys.\n"
+
+
+def test_progress_is_logged_without_a_terminal(home: Path, started: Started, capsys: Capture) -> None:
+    main(["serve"])
+    configure_logging(LogConfig(format="json"))
+    started.options["progress"]("Making keys.")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line).items() >= {"event": "certificate.progress", "message": "Making keys."}.items()
 
 
 # --- no start without what it needs ----------------------------------------------------------------------------

@@ -87,8 +87,7 @@ def server_config(tmp_path: Path) -> Config:
 def compose_config(tmp_path: Path) -> Config:
     """Return the configuration of the server in the compose file."""
     variables = SERVICES["server"]["environment"].items()
-    environ = {name: re.sub(r"\$\{.+?\}", "secret", value) for name, value in variables}
-    return load_config(None, home=tmp_path, environ=environ)
+    return load_config(None, home=tmp_path, environ=dict(variables))
 
 
 def size_of(text: str) -> int:
@@ -180,9 +179,7 @@ def test_memory_suffices_for_the_connections(tmp_path: Path) -> None:
     sessions = VALKEY["args"][VALKEY["args"].index("--maxmemory") + 1]
     assert size_of(VALKEY["resources"]["limits"]["memory"]) >= 2 * size_of(sessions)
     assert VALKEY["args"][VALKEY["args"].index("--maxmemory-policy") + 1] == "noeviction"
-    assert [re.sub(r"\$[({].*", "$", each) for each in VALKEY["args"]] == [
-        re.sub(r"\$[({].*", "$", each) for each in SERVICES["valkey"]["command"]
-    ]
+    assert VALKEY["args"][3:] == SERVICES["valkey"]["command"][2:]
 
 
 def test_configuration_names_files_that_are_mounted(tmp_path: Path) -> None:
@@ -191,7 +188,7 @@ def test_configuration_names_files_that_are_mounted(tmp_path: Path) -> None:
     volumes = {each["name"]: each for each in POD["volumes"]}
     assert {each["name"] for each in mounts.values()} == volumes.keys()
     assert all("subPath" not in each for each in mounts.values()), "a subPath does not follow its Secret"
-    users = Path(POD["initContainers"][0]["args"][-1])
+    users = Path(POD["initContainers"][0]["args"][-1]) / "users.toml"
     config_file = Path(SERVER["args"][1])
     assert config.store.password_file is not None
     for path in (
@@ -203,6 +200,7 @@ def test_configuration_names_files_that_are_mounted(tmp_path: Path) -> None:
         mount = mounts[str(path.parent)]
         assert mount["readOnly"] is True
         assert volumes[mount["name"]]["secret"]["defaultMode"] == 0o440
+        assert "optional" not in volumes[mount["name"]]["secret"]
     assert config_file.name in named("ConfigMap")["data"]
     assert volumes[mounts[str(config_file.parent)]["name"]]["configMap"] == {"name": "zcproto"}
     (home,) = [each["value"] for each in SERVER["env"] if each["name"] == "ZCPROTO_HOME"]
@@ -210,14 +208,19 @@ def test_configuration_names_files_that_are_mounted(tmp_path: Path) -> None:
     assert POD["initContainers"][0]["args"][1] == home
 
 
-def test_init_container_links_the_users(tmp_path: Path) -> None:
+def test_init_container_links_users_and_tokens(tmp_path: Path) -> None:
     container = POD["initContainers"][0]
-    home, users = tmp_path / "a" / "home", tmp_path / "users.toml"
+    home, secret = tmp_path / "a" / "home", tmp_path / "secret"
+    command = [*container["command"], container["args"][0], home, secret]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=TIMEOUT)
+    assert (done.returncode, home.exists()) == (1, False)
+    assert "has no users.toml" in done.stderr
+    secret.mkdir()
+    (secret / "users.toml").touch()
     for _ in range(2):  # also when the container is started again
-        subprocess.run(
-            [*container["command"], container["args"][0], home, users], check=True, timeout=TIMEOUT
-        )
-    assert (home / "users.toml").readlink() == users
+        subprocess.run(command, check=True, timeout=TIMEOUT)
+    for name in ("users.toml", "tokens.toml"):
+        assert (home / name).readlink() == secret / name
     assert home.stat().st_mode & 0o777 == 0o700
 
 
@@ -240,7 +243,12 @@ def test_parts_refer_to_each_other(tmp_path: Path) -> None:
 
 
 def test_environment_of_the_compose_file_is_a_valid_configuration(tmp_path: Path) -> None:
-    assert compose_config(tmp_path).store.url == "valkey://:secret@valkey:6379"
+    store = compose_config(tmp_path).store
+    assert store.url == "valkey://valkey:6379"
+    assert store.password_file == Path("/run/secrets") / SERVICES["server"]["secrets"][0]
+    assert SERVICES["valkey"]["command"][1] == f"/run/secrets/{SERVICES['valkey']['secrets'][0]}"
+    assert {each for service in SERVICES.values() for each in service["secrets"]} == COMPOSE["secrets"].keys()
+    assert "environment" not in SERVICES["valkey"]
     assert SERVICES["server"]["networks"] == ["clients", "store"]
     assert SERVICES["valkey"]["networks"] == ["store"]
     assert COMPOSE["networks"]["store"] == {"internal": True}
@@ -271,20 +279,26 @@ def test_manifests_fit_the_schemas_of_kubernetes(version: str) -> None:
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
 def test_compose_accepts_its_file() -> None:
-    def run(**environ: str) -> subprocess.CompletedProcess[str]:
-        command = ["docker-compose", "--file", str(DEPLOY / "compose" / "compose.yaml"), "config", "--quiet"]
-        return subprocess.run(
-            command,
-            env={**os.environ, **environ},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-
-    done = run(VALKEY_PASSWORD="secret")
+    command = ["docker-compose", "--file", str(DEPLOY / "compose" / "compose.yaml"), "config", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert "VALKEY_PASSWORD is missing a value: set it in .env" in run(VALKEY_PASSWORD="").stderr
+
+
+def test_headless_service_names_the_pods_of_its_stateful_set() -> None:
+    service = named("Service", "valkey")
+    assert service["spec"]["clusterIP"] == "None"
+    assert named("StatefulSet", "valkey")["spec"]["serviceName"] == service["metadata"]["name"]
+
+
+def test_pod_monitor_scrapes_each_pod_with_a_machine_token(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "containers.md").read_text()
+    (block,) = [each for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "PodMonitor" in each]
+    spec = yaml.safe_load(block)["spec"]
+    labels = named("Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    (endpoint,) = spec["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["scheme"]) == (SERVER["ports"][0]["name"], "https")
+    assert server_config(tmp_path).http.metrics == "token"
 
 
 def test_hadolint_accepts_the_containerfile() -> None:

@@ -206,7 +206,7 @@ from importlib import metadata
 with open({str(ROOT / "pyproject.toml")!r}, "rb") as file:
     own = tomllib.load(file)["project"]["optional-dependencies"]
 for requirement in sys.argv[2:]:
-    name, *extras = re.findall(r"[a-z0-9-]+", requirement)
+    name, *extras = re.findall(r"[a-z0-9-]+", re.sub(r"^[.](?=[[])", "zcproto", requirement))
     known = own if name == "zcproto" else metadata.metadata(name).get_all("Provides-Extra", [])
     assert set(extras) <= set(known), requirement
 """

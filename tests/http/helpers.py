@@ -14,7 +14,6 @@ from zcproto.http.messages import (
     HttpRequest,
     HttpResponse,
     SecurityHeaders,
-    StrictTransportSecurity,
     text_response,
 )
 
@@ -29,7 +28,7 @@ LIMITS = HttpLimits(
     answer_timeout=20.0,
     idle_timeout=30.0,
 )
-SECURITY = SecurityHeaders(StrictTransportSecurity())
+SECURITY = SecurityHeaders(tls=True)
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 

@@ -343,7 +343,7 @@ def test_invalid_response_raises_and_another_can_be_sent(method: str, bad: HttpR
 
 def test_hsts_is_absent_without_tls() -> None:
     for data in (GET, b"\0"):
-        answer = Conversation(security=SecurityHeaders(None)).feed(data).answer
+        answer = Conversation(security=SecurityHeaders(tls=False)).feed(data).answer
         assert answer.all("strict-transport-security") == []
         assert answer.one("x-content-type-options") == "nosniff"
 

@@ -437,3 +437,31 @@ def test_any_values_give_one_printable_line_in_both_formats(values: dict[str, An
             sys.stderr = stream
         assert text.endswith("\n")
         assert text[:-1].isprintable()
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_lines_for_the_journal_begin_with_their_priority(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "journal").open("w+") as stream:
+        status = os.fstat(stream.fileno())
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        configure(format=format, level="debug")
+        for level in ("debug", "info", "warning"):
+            getattr(log, level)("session.opened", user="ada")
+        log.error("server.fault", exc_info=ValueError("one\ntwo"))
+        lines = (tmp_path / "journal").read_text().splitlines()
+    assert [line[:3] for line in lines[:3]] == ["<7>", "<6>", "<4>"]
+    assert {line[:3] for line in lines[3:]} == {"<3>"}
+    assert len(lines) == 4 or format == "console"
+
+
+@pytest.mark.parametrize("stream", ["", "1:2"])
+def test_lines_for_anything_else_have_no_priority(
+    stream: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", stream)
+    configure(format="json")
+    log.error("server.fault")
+    assert capfd.readouterr().err.startswith("{")

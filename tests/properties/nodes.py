@@ -418,7 +418,6 @@ class Node:
             timeout=TIMEOUT_S,
             grace=GRACE_S,
             heartbeat=HEARTBEAT_S,
-            cleanup_interval=3_600.0,
             keep_ended_ms=settings.dead_keep_ms,
         )
         self.sessions = StoredSessionService(self.sync, clock)

@@ -90,7 +90,6 @@ def start(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path)
                 "alerts__webhook": receiver.url,
                 "alerts__webhook_secret_file": str(secret),
                 "alerts__webhook_ca_file": str(ca_file),
-                "alerts__webhook_timeout": "1m",
                 **settings,
             }
             server = ServerThread(home or tmp_path / "home", certs, users_file=users_file, **chosen)
@@ -133,6 +132,19 @@ def test_many_stale_frames_raise_alert(start: Start) -> None:
         for _ in range(3):
             assert refused(lambda: client.call("echo", {}, timestamp=1)) == Code.STALE_TIMESTAMP
     assert alerting.until("connection.stale_frames")["details"]["in_window"] == 3
+
+
+def test_many_internal_errors_raise_alert(start: Start) -> None:
+    alerting = start(alerts__internal_errors=3)
+    state = alerting.server.server.state
+
+    def fail() -> None:
+        for _ in range(3):
+            state.incident("greet", ValueError("no"), peer="", connection="")
+
+    alerting.server.in_loop(fail)
+    alert = alerting.until("request.internal_errors")
+    assert (alert["severity"], alert["title"]) == ("error", "3 requests failed with INTERNAL within 300 s")
 
 
 @pytest.mark.requirement("alerting")

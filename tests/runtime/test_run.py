@@ -27,8 +27,7 @@ from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
-from zcproto.runtime import build as build_module
-from zcproto.runtime import process_setup, run
+from zcproto.runtime import background, process_setup, run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.process_setup import GC_THRESHOLDS, SWITCH_INTERVAL
 from zcproto.runtime.run import serve
@@ -387,14 +386,6 @@ async def test_users_file_readable_by_others_is_refused(home: Path, key: str) ->
         await Server(config=configuration(home), home=home).start()
 
 
-@pytest.mark.usefixtures("nothing_is_bound")
-async def test_unsupported_order_of_suites_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "can_choose_suites", lambda: False)
-    config = configuration(home, tls__suites=["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"])
-    with pytest.raises(ConfigError, match="TLS_AES_256_GCM_SHA384 must come first"):
-        await Server(config=config, home=home).start()
-
-
 def test_default_home_and_configuration_match_the_cli(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_HOME", str(home))
     (home / "config.toml").write_text("[server]\nport = 7444")
@@ -411,8 +402,9 @@ def test_own_configuration_keeps_certificates_in_home(tmp_path: Path) -> None:
     assert server.config.certificates.directory == tmp_path / "elsewhere"
 
 
-async def test_ended_sessions_are_cleaned_up(home: Path) -> None:
-    config = configuration(home, store__cleanup_interval="100ms", sessions__refresh=False)
+async def test_ended_sessions_are_cleaned_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "CLEANUP_S", 0.1)
+    config = configuration(home, sessions__refresh=False)
     async with Server(config=config, home=home) as server:
         registry = server.state.registry
         registry.open("ada", client="", address="", wall=0)

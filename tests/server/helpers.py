@@ -46,8 +46,6 @@ def wall() -> int:
 
 
 PATIENT = {
-    "http__idle_timeout": "1h",
-    "http__request_timeout": "5m",
     "limits__login_timeout": "10m",
     "limits__write_timeout": "10m",
     "server__lifespan_timeout": "1h",

@@ -24,6 +24,7 @@ from tests.server.helpers import AnsweredError, Client, ServerThread, eventually
 from zcproto import App, CallableAuthenticator, Context
 from zcproto.admin.metrics import server_metrics
 from zcproto.app.app import default_app
+from zcproto.auth.jwt import LEEWAY_S
 from zcproto.config import AuthConfig, LogConfig, OidcConfig, config_as_toml, load_config
 from zcproto.errors import Code, ConfigError
 from zcproto.observe.log import configure_logging
@@ -141,18 +142,17 @@ def test_forged_tokens_get_one_answer_and_are_not_logged(
 
 
 def test_client_opens_another_session_with_a_fresh_token(serve: Serve, company: Company) -> None:
-    settings = {**company.settings, "leeway": "0s"}
-    server = serve(application(), users_file=True, auth__oidc=settings)
+    server = serve(application(), users_file=True, auth__oidc=company.settings)
     given: list[float] = []
 
     def fresh() -> dict[str, Any]:
-        given.append(2.0 if not given else 600.0)
+        given.append(2.0 - LEEWAY_S if not given else 600.0)
         return login(company.token(given[-1]))
 
     with zcproto.connect_blocking(f"localhost:{server.port}", login=fresh, ca_file=server.ca_file) as client:
         assert client.call("who") == ["ada"]
         eventually(lambda: client.call("who") == ["ada"] and len(given) > 1)
-    assert given == [2.0, 600.0]
+    assert given == [2.0 - LEEWAY_S, 600.0]
 
 
 def test_keys_are_logged_when_they_are_loaded_and_when_they_cannot_be(
@@ -177,8 +177,7 @@ def test_keys_are_logged_when_they_are_loaded_and_when_they_cannot_be(
 def test_keys_that_cannot_be_fetched_are_an_alert_and_in_the_metrics(serve: Serve, company: Company) -> None:
     works = company.receiver.answers[:]
     company.receiver.answers[:] = [answer(503)]
-    settings = {**company.settings, "keys_min_interval": "1s"}
-    server = serve(application(), users_file=True, auth__oidc=settings)
+    server = serve(application(), users_file=True, auth__oidc=company.settings)
     issuer = f'{{issuer="{company.issuer}"'
     assert f"zcproto_oidc_keys_failing{issuer}}} 0.0" in scraped(server)
     with server.client() as client:
@@ -192,6 +191,7 @@ def test_keys_that_cannot_be_fetched_are_an_alert_and_in_the_metrics(serve: Serv
         assert f'zcproto_oidc_fetches_total{issuer},result="failed"}} 1.0' in text
         assert "zcproto_oidc_keys_age_seconds{" not in text
         company.receiver.answers[:] = works
+        server.clock.ahead_s += 30
         eventually(lambda: is_opened(client, company.token()))
     assert server.server.parts.alerts.report()["open"] == []
     text = scraped(server)

@@ -81,9 +81,8 @@ def chain(spans: tuple[ReadableSpan, ...]) -> list[ReadableSpan]:
 
 
 def patient_config(address: str) -> TelemetryConfig:
-    """Return a configuration that sends spans to a collector, as long as that takes."""
-    config = TelemetryConfig(traces=True, endpoint=address)
-    return config.model_copy(update={"timeout": TIMEOUT, "flush_timeout": TIMEOUT})
+    """Return a configuration that sends spans to a collector."""
+    return TelemetryConfig(traces=True, endpoint=address)
 
 
 class Collector:

@@ -12,9 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk._logs import LoggerProvider, ReadWriteLogRecord
 
 from tests.limits import TIMEOUT
 from tests.server.helpers import KEY, PATIENT_CLIENT, configuration, identify
@@ -34,7 +37,15 @@ from zcproto.observe.metrics import METRICS
 from zcproto.runtime.build import build_telemetry
 from zcproto.runtime.server import Server
 from zcproto.telemetry import export, trace_calls
-from zcproto.telemetry.export import Telemetry, check_environment, headers_of, name_and_unit
+from zcproto.telemetry.export import (
+    BatchedLogs,
+    Batches,
+    LogRecords,
+    Telemetry,
+    check_environment,
+    headers_of,
+    name_and_unit,
+)
 
 HEADERS = "Authorization: Bearer c2VjcmV0LW9mLXRoZS1jb2xsZWN0b3I\n\nX-Scope: tests\n"
 
@@ -74,17 +85,13 @@ def make_app() -> App[Any]:
 
 
 def server_of(home: Path, certs: Path, collector: Collector, **settings: Any) -> Server:
-    """Return a server that sends what it has when it ends, as long as that takes, unless `settings` differ."""
+    """Return a server that sends what it has when it ends."""
     home.mkdir(mode=0o700, exist_ok=True)
     shutil.copytree(certs, home / "certs")
     usual = {"telemetry__traces": True, "telemetry__endpoint": collector.address}
-    config = configuration(home, **{**usual, **settings})
-    patient = dict.fromkeys(
-        {"delay", "flush_timeout", "timeout"} - config.telemetry.model_fields_set, TIMEOUT
-    )
     return Server(
         make_app(),
-        config.model_copy(update={"telemetry": config.telemetry.model_copy(update=patient)}),
+        configuration(home, **{**usual, **settings}),
         home=home,
         authenticators=[CallableAuthenticator("api_key", identify)],
         control=False,
@@ -136,15 +143,12 @@ async def test_server_without_a_ratio_of_traces_sends_none(
 
 
 async def test_collector_that_is_down_costs_no_call_and_the_end_has_a_limit(
-    tmp_path: Path, certs: Path, collector: Collector
+    tmp_path: Path, certs: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collector.gate.clear()  # it accepts, and never answers
-    settings = {
-        "telemetry__queue": 64,
-        "telemetry__delay": "100ms",
-        "telemetry__flush_timeout": "0s",
-    }
-    server = server_of(tmp_path / "home", certs, collector, **settings)
+    for name, value in {"QUEUE": 64, "DELAY_S": 0.1, "FLUSH_S": 0.0}.items():
+        monkeypatch.setattr(export, name, value)
+    server = server_of(tmp_path / "home", certs, collector)
     async with server, client_of(server) as client:
         await client.call("hello")
         await asyncio.to_thread(collector.wait_for, "/v1/traces")
@@ -193,9 +197,10 @@ async def test_metrics_are_sent_at_their_interval(tmp_path: Path, certs: Path, c
 
 
 async def test_page_counts_what_was_sent_and_dropped(
-    tmp_path: Path, certs: Path, collector: Collector
+    tmp_path: Path, certs: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = server_of(tmp_path / "home", certs, collector, telemetry__delay="100ms")
+    monkeypatch.setattr(export, "DELAY_S", 0.1)
+    server = server_of(tmp_path / "home", certs, collector)
     async with server:
         async with client_of(server) as client:
             await client.call("hello")
@@ -230,6 +235,21 @@ async def test_lines_of_the_log_are_sent_with_their_trace(
     assert opened[0].trace_id == b""
 
 
+def test_line_without_a_trace_is_a_record_without_one() -> None:
+    """Whatever span is current."""
+    records: list[ReadWriteLogRecord] = []
+    provider = LoggerProvider(shutdown_on_exit=False)
+    processor = BatchedLogs(cast("Batches[ReadWriteLogRecord]", SimpleNamespace(put=records.append)))
+    provider.add_log_record_processor(processor)
+    context = trace.SpanContext(0x1234, 0x5678, is_remote=False, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        LogRecords(provider)("info", 0, {"event": "session.opened"})
+        LogRecords(provider)("info", 0, {"event": "session.opened", "trace_id": "ab", "span_id": "c"})
+    found = [each.log_record for each in records]
+    assert [(each.trace_id, each.span_id) for each in found] == [(0, 0), (0xAB, 0xC)]
+    assert [int(each.trace_flags or 0) for each in found] == [0, 1]
+
+
 def test_each_worker_sends_what_it_has_when_it_ends(
     tmp_path: Path, certs: Path, collector: Collector
 ) -> None:
@@ -241,9 +261,6 @@ def test_each_worker_sends_what_it_has_when_it_ends(
         traces = true
         metrics = true
         endpoint = "{collector.address}"
-        delay = "1m"
-        timeout = "1m"
-        flush_timeout = "8s"
         """
     home = home_with(tmp_path, certs, config)
     options: dict[str, Any] = {
@@ -321,7 +338,7 @@ async def test_keys_that_are_not_set_leave_the_choice_to_the_variables(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-from=variable")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "named")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
-    telemetry = built(traces=True, flush_timeout=8.0)
+    telemetry = built(traces=True)
     assert telemetry is not None
     assert telemetry.ratio is None
     assert telemetry.tracer_provider is not None

@@ -30,8 +30,6 @@ key_types = ["ecdsa-p256"]
 traces = true
 service_name = "{name}"
 endpoint = "{endpoint}"
-delay = "100ms"
-timeout = "1m"
 """
 
 LAST = """

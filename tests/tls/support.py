@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from tests.helpers import FakeTimers, MockTransport
 from tests.limits import TIMEOUT
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.tls.context import SUITES, SiteContexts
+from zcproto.tls.context import SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import TlsPhase
@@ -193,7 +193,6 @@ def new_acceptor(
     **options: Any,
 ) -> TlsAcceptor:
     options.setdefault("protocols", {"zcp/1": factory, "http/1.1": factory, None: factory})
-    options.setdefault("suites", frozenset(SUITES))
     options.setdefault("perf_counter", lambda: 0.0)  # on a busy machine, no handshake uses up a turn
     return TlsAcceptor(
         context if isinstance(context, SiteContexts) else SiteContexts(context),

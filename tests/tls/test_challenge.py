@@ -107,11 +107,11 @@ def test_ca_waits_for_a_slot_like_any_other(
     timers: FakeTimers, server_tls: ssl.SSLContext, of_ca: ssl.SSLContext, server_pairs: Any
 ) -> None:
     pair, _, events = answering(timers, server_tls, of_ca, server_pairs)
-    pair.acceptor.set_limits(0, 100, (24, 48))
+    pair.acceptor.set_limits(0, 100)
     pair.raw.deliver(pair.step())
     assert pair.raw.take() == b""
     pair.raw.deliver(b"\x14\x03\x03\x00\x01\x01")  # what follows is queued, too
-    pair.acceptor.set_limits(1, 100, (24, 48))
+    pair.acceptor.set_limits(1, 100)
     timers.run()
     pair.hear()
     pair.raw.deliver(pair.step())

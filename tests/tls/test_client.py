@@ -27,7 +27,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.client import SHOWN_PINS, TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
 from zcproto.tls.client_hello import AlertDescription, alert_record
-from zcproto.tls.context import SUITES, SiteContexts, client_context, server_context
+from zcproto.tls.context import SiteContexts, client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, parse_pins
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
@@ -273,7 +273,7 @@ def test_server_without_zcp_alpn_gets_no_byte(
 
 
 def test_disallowed_suite_is_refused(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls_client, "suites_are_allowed", lambda tls, suites: False)
+    monkeypatch.setattr(tls_client, "suites_are_allowed", lambda tls: False)
     peer.connect().pump()
     assert peer.failure.failure == "wrong_parameters"
     assert not peer.agreed
@@ -555,7 +555,7 @@ async def test_client_and_server_over_loopback(server_pairs: ServerPairs, ca_fil
 
     pair = getattr(server_pairs, kind)
     context = server_context([(pair.certificate, pair.key)], ["zcp/1"])
-    acceptor = TlsAcceptor(SiteContexts(context), {"zcp/1": Greeter}, wheel, loop, suites=frozenset(SUITES))
+    acceptor = TlsAcceptor(SiteContexts(context), {"zcp/1": Greeter}, wheel, loop)
     accepted = TlsServerTransport(acceptor, "peer")
     server = await loop.create_server(lambda: accepted, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()

@@ -96,7 +96,7 @@ def listening(
         loop = runner.get_loop()
         wheel = DeadlineWheel(loop)
         protocols = dict.fromkeys(("zcp/1", "http/1.1", None), lambda: RecordingProtocol(data=answer))
-        acceptor = TlsAcceptor(SiteContexts(server_tls), protocols, wheel, loop, suites=frozenset(SUITES))
+        acceptor = TlsAcceptor(SiteContexts(server_tls), protocols, wheel, loop)
         connections: list[TlsServerTransport] = []
         server = runner.run(_listen(acceptor, connections))
         yield Listening(runner, acceptor, server.sockets[0].getsockname()[1], ca_file)

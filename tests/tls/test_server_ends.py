@@ -17,7 +17,7 @@ from tests.tls.support import (
     new_acceptor,
 )
 from zcproto.errors import TlsError
-from zcproto.tls.context import SUITES, SiteContexts
+from zcproto.tls.context import SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME, TlsPhase
@@ -235,7 +235,6 @@ def test_acceptor_works_without_callbacks(
         {None: RecordingProtocol},
         DeadlineWheel(timers),
         timers,
-        suites=frozenset(SUITES),
     )
     pair = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
     pair.raw.deliver(captured_hello(client_tls))

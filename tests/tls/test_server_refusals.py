@@ -30,8 +30,9 @@ from tests.tls.support import (
     is_refused,
     records,
 )
+from zcproto.tls import server as tls_server
 from zcproto.tls.client_hello import AlertDescription, alert_record
-from zcproto.tls.context import SUITES, client_context, server_context
+from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import MAX_LARGE_HELLOS, MAX_QUEUED, PLAINTEXT_ANSWER
 from zcproto.tls.transport import TlsPhase
@@ -145,12 +146,12 @@ def test_early_data_after_hello_is_skipped(
     pair = TlsPair(timers, server_tls, client_tls)
     hello, early = offering_early_data(pair.step(), retry=retry), EARLY * 100
     if wait == "queued":
-        pair.acceptor.set_limits(0, 10, (24, 48))
+        pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(hello + early if wait == "none" else hello)
     if wait != "none":
         pair.raw.deliver(early)
     if wait == "queued":
-        pair.acceptor.set_limits(1, 10, (24, 48))
+        pair.acceptor.set_limits(1, 10)
         timers.run()
     assert pair.failures == {}
     assert pair.phase is TlsPhase.HANDSHAKE
@@ -164,11 +165,11 @@ def test_queued_data_without_early_data_is_refused(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls)
-    pair.acceptor.set_limits(0, 10, (24, 48))
+    pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(pair.step())
     pair.raw.deliver(EARLY * 400)
     assert pair.failures == {}
-    pair.acceptor.set_limits(1, 10, (24, 48))
+    pair.acceptor.set_limits(1, 10)
     timers.run()
     is_refused(pair, TlsFailure.BAD_RECORD)
 
@@ -296,14 +297,18 @@ def test_hello_invalid_only_for_openssl_is_refused_by_it(tls_pair: TlsPair) -> N
 
 @pytest.mark.parametrize("what", ["suite", "protocol"])
 def test_wrong_negotiated_parameters_end_connection(
-    what: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    what: str,
+    timers: FakeTimers,
+    server_tls: ssl.SSLContext,
+    client_tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if the ClientHello had been misread or the context misconfigured."""
     pair = TlsPair(timers, server_tls, client_tls)
     pair.raw.deliver(pair.step())
     pair.hear()
     if what == "suite":
-        pair.acceptor.suites = frozenset(SUITES[1:])
+        monkeypatch.setattr(tls_server, "suites_are_allowed", lambda tls: False)
     else:
         pair.acceptor.protocols = {"http/1.1": lambda: pair.protocol}
     pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))

@@ -67,7 +67,7 @@ class ControlSocket(AcceptLoop):
         super().__init__(asyncio.get_running_loop(), backlog=BACKLOG)
         self._file = SocketFile(home.control)
         self._own_uid = os.geteuid() if own_uid is None else own_uid
-        self.endpoint = HttpEndpoint(state, router.find, SecurityHeaders(None), LIMITS, _peer)
+        self.endpoint = HttpEndpoint(state, router.find, SecurityHeaders(tls=False), LIMITS, _peer)
         self.refused = 0
 
     def open(self) -> bool:

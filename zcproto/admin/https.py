@@ -27,7 +27,6 @@ from zcproto.certs.acme.challenges import HTTP_PREFIX, challenge_folder
 from zcproto.common.counts import ALONE, Counting, Counts
 from zcproto.common.network import network_of, plain_address
 from zcproto.config import Config
-from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import (
     Handler,
@@ -36,7 +35,6 @@ from zcproto.http.messages import (
     Peer,
     Router,
     SecurityHeaders,
-    StrictTransportSecurity,
     text_response,
 )
 from zcproto.server.listener import AcceptLoop, bind
@@ -74,16 +72,14 @@ class HttpSide:
         self.endpoint = HttpEndpoint(
             state,
             limited(state, self.router.find),
-            SecurityHeaders(hsts_of(config.http)),
-            _limits(config),
+            SecurityHeaders(tls=True),
+            HttpLimits(),
             lambda transport: Peer(transport.peer, transport.peer_certificate),
         )
 
     def reconfigure(self, config: Config) -> None:
-        """Apply another configuration to future connections."""
+        """Expect the challenges of another configuration."""
         self._config = config
-        self.endpoint.security = SecurityHeaders(hsts_of(config.http))
-        self.endpoint.limits = _limits(config)
 
     @property
     def protocols(self) -> dict[str | None, Callable[[], asyncio.Protocol]]:
@@ -142,19 +138,6 @@ def limited(state: ServerState, find: Find) -> Find:
         return text_response(429, str(refusal), headers=(("Retry-After", str(seconds)),))
 
     return admit
-
-
-def _limits(config: Config) -> HttpLimits:
-    return HttpLimits(request_timeout=config.http.request_timeout, idle_timeout=config.http.idle_timeout)
-
-
-def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
-    """Return the configured Strict-Transport-Security policy, or None if it is off."""
-    if not config.hsts:
-        return None
-    return StrictTransportSecurity(
-        config.hsts_max_age_seconds, config.hsts_include_subdomains, config.hsts_preload
-    )
 
 
 # --- the port without TLS --------------------------------------------------------------------------------------
@@ -228,7 +211,7 @@ class RedirectListener(AcceptLoop):
         self.endpoint = HttpEndpoint(
             state,
             limited(state, redirects.find),
-            SecurityHeaders(None),
+            SecurityHeaders(tls=False),
             REDIRECT_LIMITS,
             _plain_peer,
         )

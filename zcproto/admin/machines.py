@@ -145,9 +145,10 @@ class MachineTokens:
     async def store_uses(self) -> None:
         """Store the uses since the last call. After a failure they are forgotten, until the next hour."""
         uses, self._uses = self._uses, {}
-        if not uses:
+        path = self.directory.file.path
+        if not uses or path.is_symlink():  # the file of a Secret: writing would replace the link by a copy
             return
-        file = TokenFile(self.directory.file.path)  # of its own: that of the directory may be read meanwhile
+        file = TokenFile(path)  # of its own: that of the directory may be read meanwhile
         try:
             await asyncio.to_thread(file.mark_used, uses)
         except ConfigError as error:

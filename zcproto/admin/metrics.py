@@ -87,14 +87,13 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
 _LIMITS: Final = (
     *("limits.max_connections", "limits.connections_per_address", "limits.failed_handshakes_per_network"),
     *("limits.partial_frame_bytes", "limits.partial_frame_bytes_per_user", "limits.max_streams"),
-    *("limits.max_frame_bytes", "limits.max_frame_bytes_before_session", "limits.max_depth"),
+    *("limits.max_frame_bytes", "limits.max_frame_bytes_before_session"),
     *("limits.write_buffer_bytes", "limits.login_failures", "limits.logins_pending"),
     *("limits.requests_per_user", "limits.requests_per_address", "limits.public_requests_per_address"),
     *("limits.running_per_user", "limits.running_per_address"),
     *("limits.threads", "limits.waiting_for_thread"),
     *("streams.max_open", "streams.max_item_bytes", "streams.window_items", "streams.window_bytes"),
-    *("streams.memory_bytes", "streams.write_bytes"),
-    *("calls.max", "calls.per_user", "calls.total", "calls.names_per_user"),
+    *("streams.memory_bytes", "calls.max", "calls.per_user", "calls.total"),
     *("idempotency.running_per_user", "tls.max_handshakes", "tls.max_pending", "sessions.per_user"),
     *("idempotency.per_user", "idempotency.max_bytes"),
 )
@@ -171,6 +170,8 @@ def _certificates(snapshot: Snapshot) -> Iterator[Reading]:
         labels = str(one.path), one.source.value, one.site[0] if one.site else "", one.key_type
         yield "zcproto_certificate_expires_timestamp_seconds", one.not_after.timestamp(), *labels
         yield "zcproto_certificate_left_seconds", one.seconds_left, *labels
+        if one.lifetime_s:
+            yield "zcproto_certificate_lifetime_seconds", one.lifetime_s, *labels
     for kind in NoticeKind:
         yield "zcproto_certificate_events_total", certificates.notices[kind], kind.value
     if certificates.last_renewal is not None:

@@ -318,7 +318,7 @@ class Operations:
     async def test_alerts(self) -> dict[str, Any]:
         alerts = self._parts.alerts
         sinks = [queue.sink for queue in alerts.queues]
-        return {"sinks": await try_sinks(sinks, self._parts.clock, alerts.origin, alerts.source)}
+        return {"sinks": await try_sinks(sinks, self._parts.clock, self._parts.state.entropy, alerts.source)}
 
     # --- requests and responses ----------------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ class AlertKind(Enum):
     STORE_EMPTIED = "store.emptied"
     STORE_MISCONFIGURED = "store.misconfigured"
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
+    INTERNAL_ERRORS = "request.internal_errors"
     SERVER_FULL = "server.full"
     WORKER_ENDED = "worker.ended"
     AUDIT_NOT_WRITTEN = "audit.not_written"
@@ -126,7 +127,7 @@ certificate.key_replaced: error, ends quiet; file
     Cure: Give clients the new pin, or restore the key and its certificate from a backup. `certificates.repair =
     false` refuses to start instead.
 tls.failures: warning, ends rate; cause
-    Many TLS connections failed for one cause within `alerts.rate_window`: more than `alerts.tls_failures`, or
+    Many TLS connections failed for one cause within five minutes: more than `alerts.tls_failures`, or
     ten times as many for causes that any scanner produces.
     Cure: `peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,
     `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.
@@ -135,7 +136,7 @@ session.revoked: warning, ends quiet; by whom
     `alerts.revocations = "any"` also by users themselves.
     Cure: Nothing, if it was intended. Otherwise an operator's key has been stolen.
 session.revocation_rate: error, ends rate
-    Many sessions were revoked within `alerts.rate_window`, by anyone: more than `alerts.revocation_rate`.
+    Many sessions were revoked within five minutes, by anyone: more than `alerts.revocation_rate`.
     Cure: Ask the operators. If none of them did it, disable them with `zcproto user disable NAME`.
 session.refresh_reused: error, ends quiet; session
     A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly. The
@@ -151,12 +152,12 @@ connection.stale_frames: warning, ends rate
     Many requests were refused because their timestamps are off by more than `freshness.tolerance`.
     Cure: Check NTP on the server and on its clients.
 login.throttled: warning, ends rate
-    Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys are being
+    Many logins were delayed within five minutes: at least `alerts.throttled_logins`. Keys are being
     guessed, or a program keeps using a wrong one.
     Cure: The log event `login.failed` has the addresses and the names that they sent. Block attackers in the
     firewall.
 oidc.keys_failed: warning, ends resolved; issuer
-    The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`; without any, as
+    The keys of an identity provider cannot be fetched. The last ones serve for a day; without any, as
     after a start, it is an error: logins by its tokens get UNAVAILABLE. Logins fetch the keys, so the alert ends
     with the first one after the provider is back.
     Cure: `zcproto doctor` checks the provider, its certificate, its keys and the clock.
@@ -166,7 +167,7 @@ token.expiry: warning, ends resolved; token
     Cure: `zcproto token create` another one, give it to the machine, then `zcproto token revoke` the old one.
 store.degraded: error, ends resolved
     The session store has not answered for five seconds. Known sessions remain valid for `store.grace`, new ones are
-    refused, and revocations are queued on disk.
+    refused, and revocations are queued on disk. The alert ends when the store has answered for five seconds.
     Cure: The message has the reason. Restore the store or the disk; the server recovers without further
     action.
 store.grace_over: critical, ends resolved
@@ -195,6 +196,10 @@ store.revocations_not_kept: critical, ends quiet
     A revocation could be written neither to the store nor to the disk, because writing failed or too many are
     queued. It applies to this process only, which its caller was informed of.
     Cure: Restore the store before you restart the server, then revoke again.
+request.internal_errors: error, ends rate
+    Requests failed with INTERNAL within five minutes: at least `alerts.internal_errors`. Methods raise exceptions
+    that are not for callers, or the server has a fault.
+    Cure: The log event `request.failed` has the method, the traceback and the incident that the client got.
 server.full: error, ends rate; limit
     Connections were refused: `max_connections` is reached, or the system has no more file descriptors or
     memory (`descriptors`).
@@ -205,7 +210,7 @@ worker.ended: error, ends quiet; process
     Cure: The log event `worker.ended` has the signal or the error. SIGKILL is often the system, which was short of
     memory.
 audit.not_written: error, ends rate
-    Lines of the audit trail could not be written to `log.audit_file` within `alerts.rate_window`: its disk is full,
+    Lines of the audit trail could not be written to `log.audit_file` within five minutes: its disk is full,
     or the reader of a named pipe is slow. 1 MiB of lines waits in memory; further ones are lost and counted.
     Cure: Make room on the disk, or restart the reader. `audit.lost` says how many lines are missing.
 alerts.undelivered: error, ends resolved; sink

@@ -44,6 +44,18 @@ TEST_TITLE: Final = "test alert of zcproto: alerts are delivered here"
 NO_DETAILS: Final[Mapping[str, object]] = {}
 _ORIGIN_SIZE: Final = 8
 
+WINDOW_S: Final = 300.0
+"""The window in which events are counted that raise an alert only in large numbers."""
+
+QUIET_S: Final = 900.0
+"""How long it must be quiet before such an alert ends, and how long the same event is not reported again."""
+
+WEBHOOK_S: Final = 10.0
+"""Time for one attempt, from the name lookup to the end of the answer."""
+
+COMMAND_S: Final = 10.0
+"""Time for one run of the program."""
+
 log = get_logger("zcproto.alerts")
 
 
@@ -63,7 +75,7 @@ class ServerAlerts:
     ) -> None:
         self.config = config
         self.source = source
-        self.center = AlertCenter(repeat_s=config.repeat, quiet_s=config.quiet)
+        self.center = AlertCenter(repeat_s=config.repeat, quiet_s=QUIET_S)
         self._clock = clock
         self.origin = entropy(_ORIGIN_SIZE).hex()
         """Random id of this process in the ids of messages."""
@@ -86,7 +98,7 @@ class ServerAlerts:
         `STOP_S` or dropped.
         """
         self.config = config
-        self.center.repeat_s, self.center.quiet_s = config.repeat, config.quiet
+        self.center.repeat_s = config.repeat
         self._replace_sinks(sinks)
 
     def _replace_sinks(self, sinks: Sequence[Sink]) -> None:
@@ -154,7 +166,7 @@ class ServerAlerts:
 
         Called again for a counter, it starts over if the threshold or the window has changed.
         """
-        rule = RateRule(threshold, self.config.rate_window, self.config.quiet)
+        rule = RateRule(threshold, WINDOW_S, QUIET_S)
         old = self._watched.pop((kind, about), None)
         if old is not None and old.watch.rule == rule:
             self._watched[kind, about] = _WatchedCounter(read, old.watch, title)
@@ -260,20 +272,25 @@ def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
                 config.webhook,
                 secret,
                 ca_file=config.webhook_ca_file,
-                timeout=config.webhook_timeout,
+                timeout=WEBHOOK_S,
                 clock=clock,
             )
         )
     if config.command:
-        sinks.append(Command(config.command, timeout=config.command_timeout, environ=os.environ))
+        sinks.append(Command(config.command, timeout=COMMAND_S, environ=os.environ))
     return sinks
 
 
-async def try_sinks(sinks: Iterable[Sink], clock: Clock, origin: str, source: str) -> list[dict[str, Any]]:
-    """Deliver a test alert to each sink in turn, for `zcproto alert test`. Return the results as JSON fields."""
+async def try_sinks(
+    sinks: Iterable[Sink], clock: Clock, entropy: Entropy, source: str
+) -> list[dict[str, Any]]:
+    """Deliver a test alert to each sink in turn, for `zcproto alert test`. Return the results as JSON fields.
+
+    Its id is that of no other message, so that receivers which skip repeated ids take it.
+    """
     kind, wall = AlertKind.TEST, clock.wall()
     alert = Alert(kind, "", CATALOGUE[kind].severity, TEST_TITLE, {}, wall, wall, None, 1)
-    body = Message(1, Phase.BEGAN, alert).as_json(origin, source)
+    body = Message(1, Phase.BEGAN, alert).as_json(entropy(_ORIGIN_SIZE).hex(), source)
     results = []
     for sink in sinks:
         began = clock.now()

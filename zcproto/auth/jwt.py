@@ -35,6 +35,9 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
 }
 """The type and the curve of the keys of each algorithm that can be allowed."""
 
+LEEWAY_S: Final = 30.0
+"""How far the clocks of the provider and of this server may differ."""
+
 MAX_KEYS: Final = 64
 MAX_KID: Final = 256
 MAX_TRIED: Final = 4
@@ -73,10 +76,11 @@ class TokenRules:
     issuer: str
     audience: frozenset[str]
     algorithms: frozenset[str]
-    types: frozenset[str]
+    types: frozenset[str] = frozenset({"jwt", "at+jwt"})
     """The values of the header `typ`, in lower case; a token without one is a "jwt"."""
-    leeway_s: float
-    max_bytes: int
+    leeway_s: float = LEEWAY_S
+    max_bytes: int = 8_192
+    """Tokens with many groups exceed 4 KiB."""
 
 
 def fits(key: IssuerKey, algorithm: str) -> bool:

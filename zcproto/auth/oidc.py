@@ -17,9 +17,10 @@ Rules of keys:
 - They are fetched when they are first needed, and then once in `refresh_s` in the background. Concurrent logins
   share one fetch.
 - An unknown key id fetches them too, but not within `min_interval_s` of the last attempt: tokens with invented key
-  ids cannot make the server ask more often.
-- While the provider does not answer, the last keys serve for `stale_s`. Without any, logins are undecided
-  (Unavailable), and not counted as failed.
+  ids cannot make the server ask more often. A login whose key may be new then is undecided (Unavailable), and not
+  counted as failed.
+- While the provider does not answer, the last keys serve for `stale_s`. Logins by other keys, or without any, are
+  undecided, too.
 
 Rules of the provider (OpenID Connect Discovery 1.0):
 - The metadata must be by the configured issuer. Its addresses are used over verified TLS, or without TLS only if
@@ -79,9 +80,10 @@ class IssuerKeys:
     fetch: Callable[[], Awaitable[list[IssuerKey]]]
     now: Callable[[], float]
     events: KeyEvents
-    refresh_s: float
-    min_interval_s: float
-    stale_s: float
+    refresh_s: float = 3_600.0
+    min_interval_s: float = 30.0
+    stale_s: float = 86_400.0
+    """A provider that is down for a night does not stop logins with the tokens it has issued."""
     fetched: int = 0
     failures: int = 0
     is_failing: bool = False
@@ -91,8 +93,13 @@ class IssuerKeys:
     _could_serve: bool = True  # at the last report of a failure
     _fetching: asyncio.Task[None] | None = None
 
-    async def find(self, choose: Callable[[Sequence[IssuerKey]], list[IssuerKey]]) -> list[IssuerKey]:
-        """Return the keys that `choose` returns, fetched again if it returns an empty list. Raises Unavailable."""
+    async def find(
+        self, choose: Callable[[Sequence[IssuerKey]], list[IssuerKey]], kid: str | None
+    ) -> list[IssuerKey]:
+        """Return the keys that `choose` returns, fetched again if it returns an empty list; `kid` is their id.
+
+        Raises Unavailable if another fetch might find some.
+        """
         age = self.age()
         found = choose(self._keys) if self.can_serve else []
         if not found or age is None or age >= self.refresh_s:
@@ -100,12 +107,18 @@ class IssuerKeys:
             if fetching is not None and not found:
                 await asyncio.shield(fetching)
                 found = choose(self._keys)
-            if not self.can_serve:
+            is_unknown = kid is not None and all(kid != key.kid for key in self._keys)
+            if not self.can_serve or (is_unknown and (fetching is None or self.is_failing)):
+                why = "does not answer" if self.is_failing else "may have a new key"
                 raise Unavailable(
-                    "the identity provider does not answer; try again",
-                    {"retry_after_ms": round(self.min_interval_s * 1000)},
+                    f"the identity provider {why}; try again",
+                    {"retry_after_ms": round(self._next_fetch_s() * MS_PER_SECOND)},
                 )
         return found
+
+    def _next_fetch_s(self) -> float:
+        """Return the seconds until the keys may be fetched again."""
+        return 0.0 if self._tried_at is None else max(0.0, self._tried_at + self.min_interval_s - self.now())
 
     def age(self) -> float | None:
         """Return the seconds since the keys were fetched; None without any."""
@@ -120,10 +133,9 @@ class IssuerKeys:
     def _begin(self) -> asyncio.Task[None] | None:
         """Return the fetch that is running or may begin now."""
         if self._fetching is None:
-            now = self.now()
-            if self._tried_at is not None and now < self._tried_at + self.min_interval_s:
+            if self._next_fetch_s() > 0:
                 return None
-            self._tried_at = now
+            self._tried_at = self.now()
             self._fetching = asyncio.get_running_loop().create_task(self._fetch(), name="zcproto-keys")
         return self._fetching
 
@@ -145,6 +157,9 @@ class IssuerKeys:
             self._fetching = None
 
 
+TIMEOUT_S: Final = 5.0
+"""Time for one request to the provider. A login may wait for two."""
+
 MAX_METADATA: Final = 131_072
 MAX_KEY_SET: Final = 262_144
 MAX_URL: Final = 2_048
@@ -156,7 +171,7 @@ _FORM: Final = ("Content-Type", "application/x-www-form-urlencoded")
 class Provider:
     """An OpenID provider. `context` verifies its certificate; `timeout` is for each request."""
 
-    def __init__(self, issuer: str, context: ssl.SSLContext, timeout: float) -> None:
+    def __init__(self, issuer: str, context: ssl.SSLContext, timeout: float = TIMEOUT_S) -> None:
         self.issuer = issuer
         self._context = context
         self._timeout = timeout
@@ -298,7 +313,7 @@ class JwtAuthenticator:
             raise TokenRefused("it is by another issuer")
         rules = issuer.rules
         check_token(token, rules)
-        token.verify(await issuer.keys.find(token.keys_of))
+        token.verify(await issuer.keys.find(token.keys_of, token.kid))
         expires_s = check_claims(token.claims, rules, self._wall() / MS_PER_SECOND)
         certificate = channel.certificate()
         key = ""

@@ -67,7 +67,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class CertificateStatus:
-    """One certificate in use, for metrics and for people. The last three fields are empty for authorities."""
+    """One certificate in use, for metrics and for people. The last four fields are empty for authorities."""
 
     source: Origin
     path: Path
@@ -81,6 +81,7 @@ class CertificateStatus:
     """The names for which it is served; empty for the default site."""
     key_type: str = ""
     pin: str = ""
+    lifetime_s: float = 0.0
 
 
 class CertificateChecker:
@@ -178,6 +179,7 @@ class CertificateChecker:
                 site=site.names,
                 key_type=one.key_type,
                 pin=one.pin,
+                lifetime_s=(one.not_after - one.not_before).total_seconds(),
             )
             for source, site in zip(self._site_sources, self.sites, strict=True)
             for one in site.pairs
@@ -241,7 +243,6 @@ class CertificateChecker:
         contexts = proven_sites(
             self.sites,
             self._protocols,
-            self._settings.suites,
             self._settings.clients,
             proven=self._proven,
             rest=self._rest,

@@ -36,9 +36,7 @@ ROUNDS: Final = 4
 """Maximum flights of the client: its hello, another one after a HelloRetryRequest, and its Finished."""
 
 
-def prove(
-    context: ssl.SSLContext, pairs: Sequence[CertificatePair], protocol: str, suites: Sequence[str]
-) -> None:
+def prove(context: ssl.SSLContext, pairs: Sequence[CertificatePair], protocol: str) -> None:
     """Raise CertificateError unless a handshake with the context presents the certificate of one of these pairs."""
     try:
         client = _shake_hands(context, protocol)
@@ -48,7 +46,7 @@ def prove(
             raise CertificateError(
                 "the served certificate differs from the checked one: its file has changed meanwhile; try again"
             )
-        if not suites_are_allowed(client, frozenset(suites)):
+        if not suites_are_allowed(client):
             raise CertificateError(f"a handshake negotiates {client.version()} and {client.cipher()}")
         if client.selected_alpn_protocol() != protocol:
             raise CertificateError(f"a handshake does not negotiate the protocol {protocol}")
@@ -87,7 +85,6 @@ def _advance(end: ssl.SSLObject) -> bool:
 def proven_context(
     pairs: Sequence[CertificatePair],
     protocols: Sequence[str],
-    suites: Sequence[str],
     clients: ClientTrust | None,
     *,
     rest: Callable[[], None],
@@ -98,14 +95,14 @@ def proven_context(
     thread can yield the processor. Raises CertificateError.
     """
     files = [(pair.certificate, pair.key, pair.passphrase) for pair in pairs]
-    context = server_context(files, protocols, suites, clients)
+    context = server_context(files, protocols, clients)
     for pair, its_files in zip(pairs, files, strict=True):
         rest()
-        alone = context if len(pairs) == 1 else server_context([its_files], protocols, suites)
-        prove(alone, [pair], protocols[0], suites)
+        alone = context if len(pairs) == 1 else server_context([its_files], protocols)
+        prove(alone, [pair], protocols[0])
     if len(pairs) > 1:
         rest()
-        prove(context, pairs, protocols[0], suites)
+        prove(context, pairs, protocols[0])
     context.leaves = frozenset(pair.leaf_sha256 for pair in pairs)
     return context
 
@@ -113,7 +110,6 @@ def proven_context(
 def proven_sites(
     sites: Sequence[Site],
     protocols: Sequence[str],
-    suites: Sequence[str],
     clients: ClientTrust | None,
     *,
     proven: dict[Site, ServerContext],
@@ -128,7 +124,7 @@ def proven_sites(
     for site in sites:
         context = proven.get(site)
         if context is None:
-            context = proven_context(site.pairs, protocols, suites, clients, rest=rest)
+            context = proven_context(site.pairs, protocols, clients, rest=rest)
         contexts[site] = context
     proven.clear()
     proven.update(contexts)

@@ -12,7 +12,7 @@ from zcproto.certs.external import ExternalSite, PassphraseSource
 from zcproto.certs.managed import ManagedSettings
 from zcproto.certs.names import check_names
 from zcproto.config.model import CertificatesConfig, Config, SiteConfig
-from zcproto.tls.context import SUITES, ClientTrust
+from zcproto.tls.context import ClientTrust
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,6 @@ class CertificateSettings:
     """None if clients show no certificates. The files must exist, unless they are in `client_directory`."""
     client_directory: Path | None = None
     """The folder of the managed client authority, if this is it: it is created, and its list is kept up to date."""
-    suites: tuple[str, ...] = SUITES
 
 
 def certificate_settings(config: Config) -> CertificateSettings:
@@ -89,7 +88,6 @@ def certificate_settings(config: Config) -> CertificateSettings:
         alert_days=certificates.alert_days,
         clients=_client_trust(config),
         client_directory=None if config.tls.client_ca_file else certificates.directory,
-        suites=config.tls.suites,
     )
 
 

@@ -20,7 +20,6 @@ from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError
 
 MAX_BODY = 1_048_576
-_ORIGIN_SIZE = 8
 
 
 alert = command_group("alert", "List alerts, test their delivery, and verify the signature of a message.")
@@ -59,8 +58,7 @@ def test(instance: Instance, as_json: bool) -> int:
         results = control.post("/v1/alerts/test")["sinks"]
     else:
         sinks = sinks_of(instance.existing_config().alerts, system_clock)
-        origin = system_entropy(_ORIGIN_SIZE).hex()
-        results = asyncio.run(try_sinks(sinks, system_clock, origin, socket.gethostname()))
+        results = asyncio.run(try_sinks(sinks, system_clock, system_entropy, socket.gethostname()))
     rows = [
         (
             each["sink"],

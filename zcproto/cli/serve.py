@@ -80,9 +80,19 @@ def serve(
         config,
         home=instance.home.path,
         listening=_print_addresses,
-        progress=lambda message: click.echo(f"zcproto: {message}", err=True),
+        progress=_report_progress,
         read_config=partial(_read_again, instance, overrides),
     )
+
+
+def _report_progress(sentence: str) -> None:
+    """Print what happens to certificates for people; a program reads one format."""
+    from zcproto.server.state import log  # noqa: PLC0415 - as above
+
+    if sys.stderr.isatty():
+        click.echo(f"zcproto: {sentence}", err=True)
+    else:
+        log.info("certificate.progress", message=sentence)
 
 
 def _read_again(instance: Instance, overrides: Mapping[str, Any]) -> Config:

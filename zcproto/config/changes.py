@@ -39,7 +39,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         Effect.NEW_CONNECTIONS: (
             "handshake_timeout max_handshakes max_pending client_name client_ca_file client_crl_file client_pins"
         ),
-        Effect.RESTART: "suites client_auth",
+        Effect.RESTART: "client_auth",
     },
     "certificates": {
         Effect.NEW_CONNECTIONS: (
@@ -56,9 +56,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         Effect.NEW_CONNECTIONS: "open_timeout bind_address",
     },
     "store": {
-        Effect.RESTART: (
-            "url password_file ca_file certificate_file key_file timeout grace cleanup_interval"
-        ),
+        Effect.RESTART: ("url password_file ca_file certificate_file key_file timeout grace"),
     },
     "idempotency": {Effect.RESTART: "keep max_bytes per_user running_per_user"},
     "freshness": {Effect.NEW_CONNECTIONS: "tolerance"},
@@ -70,37 +68,33 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " partial_frame_bytes_per_user"
         ),
         Effect.NEW_CONNECTIONS: (
-            "max_connections connections_per_address failed_handshakes_per_network ipv4_network_bits"
-            " ipv6_network_bits max_frame_bytes max_frame_bytes_before_session max_streams max_depth idle_timeout"
+            "max_connections connections_per_address failed_handshakes_per_network"
+            " max_frame_bytes max_frame_bytes_before_session max_streams idle_timeout"
             " frame_timeout write_buffer_bytes"
         ),
     },
     "streams": {
         Effect.NEW_CONNECTIONS: (
-            "max_open max_item_bytes window_items window_bytes memory_bytes write_bytes stall_timeout"
+            "max_open max_item_bytes window_items window_bytes memory_bytes stall_timeout"
         )
     },
-    "calls": {Effect.NOW: "per_user total names_per_user", Effect.NEW_CONNECTIONS: "max"},
+    "calls": {Effect.NOW: "per_user total", Effect.NEW_CONNECTIONS: "max"},
     "http": {
         Effect.NOW: "metrics allow",
-        Effect.NEW_CONNECTIONS: (
-            "hsts hsts_max_age_seconds hsts_include_subdomains hsts_preload request_timeout idle_timeout"
-        ),
         Effect.RESTART: "enabled redirect_port",
     },
     "auth": {Effect.NOW: "role", Effect.RESTART: "oidc"},
     "alerts": {
         Effect.NOW: (
-            "webhook webhook_secret_file webhook_ca_file webhook_timeout command command_timeout repeat"
-            " rate_window quiet tls_failures throttled_logins replays stale_frames revocation_rate"
+            "webhook webhook_secret_file webhook_ca_file command repeat"
+            " tls_failures internal_errors throttled_logins stale_frames revocation_rate"
             " refused_connections revocations"
         ),
     },
     "log": {Effect.NOW: "level format exceptions file audit_file"},
     "telemetry": {
         Effect.RESTART: (
-            "traces metrics logs endpoint headers_file ca_file service_name sample_ratio trust timeout delay queue"
-            " metrics_interval flush_timeout"
+            "traces metrics logs endpoint headers_file ca_file service_name sample_ratio trust metrics_interval"
         ),
     },
 }

@@ -48,19 +48,11 @@ def _key_checks(prefix: str = "") -> tuple[Check, ...]:
 SITE_CHECKS: Final = _key_checks()
 """Checks between the keys of a site. Those of [certificates] have the same names and checks."""
 
-PRELOAD_MAX_AGE: Final = 31_536_000
-"""The least max-age, in seconds, that the preload lists of browsers accept."""
-
 CHECKS: Final = (
     Check(
         "limits.max_frame_bytes_before_session limits.max_frame_bytes",
         "must be at most",
         lambda before, after: before <= after,
-    ),
-    Check(
-        "certificates.renew_before certificates.lifetime",
-        "must be less than",
-        lambda renew, life: renew < life,
     ),
     Check(
         "sessions.lifetime sessions.refresh_lifetime sessions.refresh",
@@ -135,24 +127,6 @@ CHECKS: Final = (
             'set client_auth = "optional" or "required" to check clients with it',
         )
         for key in ("client_ca_file", "client_crl_file", "client_pins")
-    ),
-    *(
-        Check(
-            f"http.hsts_preload http.{key}",
-            "must be false with",
-            lambda preload, other: other or not preload,
-            fix,
-        )
-        for key, fix in (
-            ("hsts", "set hsts = true to be listed by browsers"),
-            ("hsts_include_subdomains", "the lists of browsers require subdomains"),
-        )
-    ),
-    Check(
-        "http.hsts_preload http.hsts_max_age_seconds",
-        "must be false with",
-        lambda preload, max_age: max_age >= PRELOAD_MAX_AGE or not preload,
-        f"the lists of browsers require {PRELOAD_MAX_AGE} seconds",
     ),
     Check(
         "http.redirect_port http.enabled",

@@ -59,7 +59,6 @@ from zcproto.config.types import (
     whole,
     whole_or_auto,
 )
-from zcproto.tls.context import SUITES
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 """Those of zcproto/auth/jwt.py: a test compares them."""
@@ -104,9 +103,6 @@ class ServerConfig(Settings):
 class TlsConfig(Settings):
     """The TLS endpoint. It speaks TLS 1.3 only; no key changes that."""
 
-    suites: Annotated[tuple[str, ...], list_of(one_of(*SUITES), 1, 2)] = SUITES
-    """The cipher suites in order of preference. Both have 256-bit keys; the second suits clients without AES
-    in hardware."""
     handshake_timeout: Annotated[float, duration("100ms", "30s")] = 5.0
     """Time from accept to the end of the handshake: two round trips, room for several lost packets, and
     little for a slow attacker."""
@@ -196,8 +192,8 @@ class CertificatesConfig(Settings):
     """How long a new certificate is valid. Short lifetimes limit the damage of a lost key; 397 days is the
     most that web clients accept."""
     renew_before: Annotated[float, duration("1s", "396d")] = 30 * 86_400.0
-    """How long before its expiry a certificate is renewed: time to notice a failure. At most a third of the
-    lifetime counts."""
+    """How long before its expiry a certificate is renewed: time to notice a failure. At most a third of its
+    lifetime counts, so that a short lifetime needs no other value."""
     renew_key: Annotated[bool, FLAG] = False
     """Whether a new certificate gets a new key. The default keeps the pins of clients valid."""
     announce_key: Annotated[float, duration("0s", "396d")] = 7 * 86_400.0
@@ -307,8 +303,6 @@ class StoreConfig(Settings):
     outage."""
     grace: Annotated[float, duration("0s", "24h")] = 300.0
     """How long known sessions stay valid during an outage of the store. After that they are refused."""
-    cleanup_interval: Annotated[float, duration("100ms", "1h")] = 30.0
-    """How often ended sessions are deleted. They are refused from their end on, deleted or not."""
 
 
 class IdempotencyConfig(Settings):
@@ -343,11 +337,6 @@ class LimitsConfig(Settings):
     """Concurrent connections. Each takes about 40 KiB and a file descriptor: 800 MB at the default."""
     connections_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 1000
     """Concurrent connections of one address: room for many clients behind one gateway, but not for all."""
-    ipv4_network_bits: Annotated[int, whole(8, 32)] = 24
-    """The prefix length of an IPv4 network, which shares handshakes with others as in [tls]. A /24 is the smallest
-    network that is routed on the internet, so an attacker who has one uses all its addresses."""
-    ipv6_network_bits: Annotated[int, whole(16, 64)] = 48
-    """The prefix length of an IPv6 network. A /48 is what one site usually gets."""
     failed_handshakes_per_network: Annotated[int, whole(1, 1_000_000, "no limit")] = 200
     """Connections a second of one network that end before their handshake is complete, on average; twice as many
     at once. One whose handshake had begun counts as four. Beyond it new connections of the network are reset. Set 0
@@ -364,8 +353,6 @@ class LimitsConfig(Settings):
     `max_frame_bytes` always fits."""
     max_streams: Annotated[int, whole(1, 65_535)] = 128
     """Requests in flight on one connection. HTTP/2 servers commonly allow 100 to 128."""
-    max_depth: Annotated[int, whole(4, 32)] = 32
-    """How deep the body of a frame may nest. 32 is the protocol's limit; opening a session takes 2."""
     idle_timeout: Annotated[float, duration("100ms", "24h")] = 300.0
     """A connection that is silent for this long is closed. Clients learn the timeout and ping in time."""
     frame_timeout: Annotated[float, duration("1s", "24h")] = 300.0
@@ -419,8 +406,6 @@ class StreamsConfig(Settings):
     hold as much as it leaves free: half of it, or a third each of two users. Beyond it the user's own streams are
     cancelled and its new ones refused. What may still be sent counts, too: windows shrink, down to one item, before
     all is promised. Divided among workers."""
-    write_bytes: Annotated[int, whole(16_384, 67_108_864)] = 65_536
-    """Bytes of items that wait for a client that reads slowly, beyond which its methods wait."""
     stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0
     """How long an item may wait for a client to ask for it; then its stream is cancelled."""
 
@@ -434,8 +419,6 @@ class CallsConfig(Settings):
     """Calls in flight to the clients of one user, in one worker."""
     total: Annotated[int, whole(1, 10_000_000)] = 16_384
     """Calls in flight to all clients, in one worker."""
-    names_per_user: Annotated[int, whole(1, 1_000_000)] = 4_096
-    """Names of methods that the clients of one user handle, together."""
 
 
 class RoleConfig(Settings):
@@ -469,9 +452,6 @@ class OidcConfig(Settings):
     )
     """The algorithms of signatures to accept. All of them are asymmetric; the default has those that providers
     use."""
-    types: Annotated[tuple[str, ...], list_of(one_of("JWT", "at+jwt"), 1, 2)] = ("JWT", "at+jwt")
-    """The types of tokens to accept (`typ` in the header; a token without one is a JWT). ["at+jwt"] is for
-    providers that mark access tokens by RFC 9068, so that no ID token is accepted."""
     user_claim: Annotated[str, CLAIM_TEXT] = "sub"
     """The claim that names the user. "sub" never changes and is never given to another person; names and email
     addresses may be."""
@@ -484,27 +464,12 @@ class OidcConfig(Settings):
     roles: Annotated[tuple[str, ...], each_of(ROLE_OF_CLAIM, 0, 1000)] = ()
     """The values of that claim that are roles here: "billing", or "Finance Team=billing" for another name. None by
     default, so that people who name groups at the provider cannot make operators."""
-    leeway: Annotated[float, duration("0s", "5m")] = 30.0
-    """How far the clocks of the provider and of this server may differ."""
     outlive_token: Annotated[bool, FLAG] = False
     """Whether a session may last longer than its token, as `sessions` says. By default it ends with the token, and
     the client opens another one with a fresh token; then a user who is disabled at the provider is out when the
     token expires."""
-    max_token_bytes: Annotated[int, whole(512, 16_384)] = 8_192
-    """The largest token. Tokens with many groups exceed 4 KiB. `limits.max_frame_bytes_before_session` applies
-    too."""
     ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
     """The CA certificates for the provider. Empty: those of the system."""
-    timeout: Annotated[float, duration("100ms", "1m")] = 5.0
-    """How long one request to the provider may take. A login may wait for two."""
-    keys_refresh: Annotated[float, duration("1m", "24h")] = 3600.0
-    """How often the provider's keys are fetched, in the background."""
-    keys_min_interval: Annotated[float, duration("1s", "1h")] = 30.0
-    """How soon they are fetched again for a token with an unknown key, or after a failure. Tokens with invented
-    keys cannot make the server ask more often."""
-    keys_stale: Annotated[float, duration("1m", "30d")] = 86_400.0
-    """How long the last keys are used while the provider does not answer. A provider that is down for a night does
-    not stop logins with the tokens it has issued."""
 
 
 def _distinct(name: str, role: str) -> Callable[[Mapping[int, Any]], Iterator[Fault]]:
@@ -547,27 +512,18 @@ class AlertsConfig(Settings):
     that authenticate by a secret address."""
     webhook_ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
     """The CA certificates for the webhook. Empty: those of the system."""
-    webhook_timeout: Annotated[float, duration("100ms", "1m")] = 10.0
-    """How long one attempt may take, from the name lookup to the end of the answer."""
     command: Annotated[tuple[str, ...], COMMAND] = ()
     """A program that gets each message as JSON on its standard input, without a shell, one message at a time.
     Empty: none."""
-    command_timeout: Annotated[float, duration("100ms", "5m")] = 10.0
-    """How long the program may run before it is killed with all its children."""
     repeat: Annotated[float | None, duration("1m", "365d", off=True)] = 86_400.0
     """After this time an alert that is still open is sent again: once a day is hard to forget."""
-    rate_window: Annotated[float, duration("10s", "1h")] = 300.0
-    """The window in which events are counted that raise an alert only in large numbers."""
-    quiet: Annotated[float, duration("1s", "24h")] = 900.0
-    """How long it must be quiet before such an alert is closed, and how long the same event is not reported
-    again."""
     tls_failures: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
     """Failed TLS connections of one cause within the window. The threshold is tenfold for causes that any
     port scanner triggers."""
     throttled_logins: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
     """Throttled logins within the window. A program that retries a wrong key forever causes only a few."""
-    replays: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 1
-    """Frames refused as replays within the window. Replays have no innocent cause."""
+    internal_errors: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 10
+    """Requests within the window that failed with INTERNAL: an exception of a method, or a fault of the server."""
     stale_frames: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
     """Requests refused within the window because of a timestamp that is too far off."""
     revocation_rate: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
@@ -585,27 +541,12 @@ class HttpConfig(Settings):
     enabled: Annotated[bool, FLAG] = True
     """Whether clients that offer http/1.1, or no protocol at all, are served. If not, they get the TLS alert
     no_application_protocol."""
-    hsts: Annotated[bool, FLAG] = True
-    """Whether every response has Strict-Transport-Security, which makes browsers use TLS only from then on
-    (RFC 6797)."""
-    hsts_max_age_seconds: Annotated[int, whole(0, 315_360_000)] = 31_536_000
-    """How long browsers remember that, in seconds. A year is what their preload lists require; 0 makes them
-    forget."""
-    hsts_include_subdomains: Annotated[bool, FLAG] = True
-    """Whether it also applies to every name below the server's name."""
-    hsts_preload: Annotated[bool, FLAG] = False
-    """Whether browsers may ship the server's name in their preload lists. That is hard to undo."""
     metrics: Annotated[str, one_of("session", "token", "address", "open", "off")] = "session"
     """Who can read /metrics. "session": holders of a session token; "token": machines, with a token of
     `zcproto token create` that has the scope metrics; "address": the networks of allow; "open":
     anyone; "off": no one."""
     allow: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ("127.0.0.1/32", "::1/128")
     """The networks that can read /metrics with metrics = "address"."""
-    request_timeout: Annotated[float, duration("100ms", "5m")] = 10.0
-    """How long the head of a request may take to arrive, and again its body. Both fit into a few packets."""
-    idle_timeout: Annotated[float, duration("100ms", "1h")] = 60.0
-    """How long a connection is kept open for the next request: longer than a monitor's usual interval of 15
-    or 30 seconds, since a new one costs a handshake."""
     redirect_port: Annotated[int, whole(1, 65_535, "none")] = 0
     """A port without TLS that redirects browsers to https. None by default: programs must not get used to
     plaintext."""
@@ -656,19 +597,8 @@ class TelemetryConfig(Settings):
     trust: Annotated[str, one_of("all", "sessions", "none")] = "sessions"
     """Whose `traceparent` is followed. "sessions": that of requests with a session, since a stranger could have all
     requests recorded by it. For others a trace begins here."""
-    timeout: Annotated[float, duration("100ms", "1m")] = 10.0
-    """How long sending one batch may take, with its repetitions. If it is not set, OTEL_EXPORTER_OTLP_TIMEOUT
-    applies."""
-    delay: Annotated[float, duration("100ms", "1m")] = 5.0
-    """How long a span or a log record waits for others before it is sent."""
-    queue: Annotated[int, whole(64, 1_000_000)] = 2048
-    """Spans, and as many log records, that wait to be sent. More are dropped and counted: a collector that is down
-    costs no request its time."""
     metrics_interval: Annotated[float, duration("1s", "1h")] = 60.0
     """How often metrics are sent."""
-    flush_timeout: Annotated[float, duration("0s", "8s")] = 5.0
-    """How long the end of the server waits for what has not been sent: less than the ten seconds after which
-    a worker that does not end is killed."""
 
 
 class Config(Settings):

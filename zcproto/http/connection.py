@@ -69,8 +69,8 @@ class HttpLimits:
     """Time for the complete head, and again for the complete body."""
     answer_timeout: float = 30.0
     """Time for a handler."""
-    idle_timeout: float = 30.0
-    """Time between two requests."""
+    idle_timeout: float = 60.0
+    """Time between two requests: longer than the 15 or 30 seconds of a monitor, to save it a handshake."""
 
 
 class _ParserState(Enum):

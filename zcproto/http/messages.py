@@ -21,6 +21,8 @@ from typing import Any, Final
 YEAR_S: Final = 31_536_000
 """The minimum max-age of the browsers' preload lists."""
 
+STRICT_TRANSPORT_SECURITY: Final = f"max-age={YEAR_S}; includeSubDomains"
+
 DEFAULT_POLICY: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 """The Content-Security-Policy of responses other than pages. default-src does not cover the other three."""
 
@@ -48,27 +50,11 @@ SECURITY_FIELDS: Final = frozenset(
 """The names of all these fields in lower case."""
 
 
-@dataclass(frozen=True, slots=True)
-class StrictTransportSecurity:
-    """The policy of RFC 6797 section 6.1. With `max_age_s` 0, browsers delete it."""
-
-    max_age_s: int = YEAR_S
-    include_subdomains: bool = True
-    preload: bool = False
-
-    @property
-    def value(self) -> str:
-        """Return the value of the header field."""
-        subdomains = "; includeSubDomains" if self.include_subdomains else ""
-        return f"max-age={self.max_age_s}{subdomains}{'; preload' if self.preload else ''}"
-
-
 class SecurityHeaders:
-    """The fields of every response of one endpoint. `hsts` is None without TLS or when it is switched off."""
+    """The fields of every response of one endpoint, with Strict-Transport-Security if it uses TLS."""
 
-    def __init__(self, hsts: StrictTransportSecurity | None) -> None:
-        self.hsts = hsts
-        first = () if hsts is None else (("Strict-Transport-Security", hsts.value),)
+    def __init__(self, *, tls: bool) -> None:
+        first = (("Strict-Transport-Security", STRICT_TRANSPORT_SECURITY),) if tls else ()
         self._before = "".join(f"{name}: {value}\r\n" for name, value in (*first, *_ALWAYS)).encode("ascii")
         self._usual = self._with(DEFAULT_POLICY)
 

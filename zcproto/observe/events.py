@@ -285,7 +285,7 @@ session.refresh_reused warning (session user peer) by peer, limit per address, a
 oidc.keys_loaded info (issuer count)
     The keys of an identity provider were fetched: for the first time, after a failure, or others than before.
 oidc.keys_failed warning (issuer reason can_serve)
-    The keys of an identity provider cannot be fetched. `can_serve`: the last ones serve, for `keys_stale`.
+    The keys of an identity provider cannot be fetched. `can_serve`: the last ones serve, for a day.
 login.failed info (user peer connection scheme) by peer, limit per address, audit failure
     A login failed. `user` is the name for which it counts, as sent: not proved, `device:NAME` for a device.
 login.certificate_refused info (peer reason) by peer, limit per address, audit failure
@@ -319,7 +319,7 @@ sessions.left_out error (sessions cure)
 telemetry.sdk warning (text), limit rare
     OpenTelemetry's SDK reported a problem, such as a collector that does not answer.
 telemetry.lost warning (signal count)
-    The server has ended before all spans, log records or metrics were sent: telemetry.flush_timeout was over.
+    The server has ended before all spans, log records or metrics were sent: five seconds were over.
 
 # Users, devices and machine tokens: files of the home folder
 users.changed info (count added changed removed), limit per event, audit success
@@ -444,6 +444,8 @@ certificate.expiry warning (file message pins days_left threshold_days), limit p
     A certificate or revocation list (CRL) expires soon or has expired.
 certificate.expiry_ended info (file message pins days_left threshold_days), limit per event
     An expiring certificate or revocation list (CRL) was replaced.
+certificate.progress info (message)
+    What happens to the server's certificates and keys; printed instead if standard error is a terminal.
 certificate.not_used warning (message), limit per event, audit failure
     New certificates failed a test handshake and are not used.
 certificate.look_failed error (exc_info), limit per event

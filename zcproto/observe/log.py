@@ -5,6 +5,7 @@ Rules:
 - No value can begin a new line or move a cursor. As text, a traceback follows its line, indented.
 - The limits of the catalogue apply to every caller.
 - A disabled level costs one comparison.
+- A line for systemd's journal begins with its priority.
 - A line that cannot be written is counted; logging never waits and never raises (`output`).
 - With a file for the audit trail, events of the trail are written there too (`audit`), whatever the level of the
   log. The limits drop only what a peer can cause at will.
@@ -70,6 +71,9 @@ _AT = "_at"
 """Name of a value with the time of an event, in milliseconds since the Unix epoch; without it the time is now."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_PRIORITIES = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>"}
+"""What systemd's journal reads as the priority of a line (sd-daemon(3))."""
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes an encoder per line
 _EVENT = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _OWN_NAMES = frozenset({"timestamp", "level", "event", "text"})
@@ -449,11 +453,15 @@ def _line(method: str, event: str, values: dict[str, Any]) -> str:
     wall = values.pop(_AT, None)
     timestamp = _timestamp(_state.clock.wall() if wall is None else wall)
     as_text = _state.format == "console" or (_state.format == "auto" and _state.output.is_terminal())
+    line = None
     if not as_text and _are_plain(values.values()):  # most lines of a busy server
         form = _json_form(method, event, tuple(values))
-        if form is not None:
-            return form % (timestamp, *values.values())
-    return _render(_prepare(method, event, timestamp, values), as_text)
+        line = None if form is None else form % (timestamp, *values.values())
+    if line is None:
+        line = _render(_prepare(method, event, timestamp, values), as_text)
+    if _state.output.is_journal():
+        line = re.sub("^(?=.)", _PRIORITIES[method], line, flags=re.MULTILINE)
+    return line
 
 
 def _send_copy(copy: Copy, method: str, event: str, shown: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ zcproto_incidents_total counter
     id.
 zcproto_telemetry_items_total counter (signal result)
     What was to be sent to a collector. `signal`: traces (spans), metrics (readings of all of them), logs (records);
-    `result`: sent, failed (the collector did not take it), dropped (telemetry.queue was full, or the server ended).
+    `result`: sent, failed (the collector did not take it), dropped (the queue was full, or the server ended).
 zcproto_config_reloads_total counter (result)
     Reloads of the configuration. A refused one was invalid and changed nothing.
 
@@ -109,6 +109,8 @@ zcproto_certificate_expires_timestamp_seconds gauge min (path source site key_ty
     (the CA of managed certificates), client_authority.
 zcproto_certificate_left_seconds gauge min (path source site key_type)
     Remaining validity of a certificate in use by the server's clock; negative if it has expired.
+zcproto_certificate_lifetime_seconds gauge min (path source site key_type)
+    The whole validity of a certificate in use, without authorities.
 zcproto_certificate_events_total counter (event)
     Certificate events: loaded, renewed, invalid files, expiry and others.
 zcproto_certificate_last_renewal_timestamp_seconds gauge max

@@ -143,7 +143,7 @@ class StandardError:
     def __init__(self) -> None:
         self._stream: TextIO | None = None
         self._descriptor: Descriptor | None = None
-        self._is_terminal = False
+        self._is_terminal = self._is_journal = False
 
     def write(self, lines: str) -> int:
         stream = self._now()
@@ -157,7 +157,7 @@ class StandardError:
         stream = sys.stderr
         if stream is not self._stream:
             self._stream, self._descriptor = stream, _descriptor_of(stream)
-            self._is_terminal = stream.isatty()
+            self._is_terminal, self._is_journal = stream.isatty(), _is_journal(stream)
         return stream
 
     def flush(self) -> int:
@@ -180,6 +180,11 @@ class StandardError:
         self._now()
         return self._is_terminal
 
+    def is_journal(self) -> bool:
+        """Whether systemd passes the lines to its journal (systemd.exec(5), JOURNAL_STREAM)."""
+        self._now()
+        return self._is_journal
+
     def close(self) -> int:
         # Standard error stays open.
         return 0 if self._descriptor is None else self._descriptor.close(keep=True)
@@ -190,6 +195,17 @@ def _descriptor_of(stream: TextIO) -> Descriptor | None:
         return Descriptor(stream.fileno())
     except (OSError, ValueError, AttributeError):  # an in-memory stream, or no stream
         return None
+
+
+def _is_journal(stream: TextIO) -> bool:
+    wanted = os.environ.get("JOURNAL_STREAM")
+    if not wanted:
+        return False
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return wanted == f"{found.st_dev}:{found.st_ino}"
 
 
 class LogFile(Descriptor):
@@ -208,6 +224,9 @@ class LogFile(Descriptor):
             raise ConfigError([f'{key} = "{path}": cannot be opened: {error.strerror}']) from error
 
     def is_terminal(self) -> bool:
+        return False
+
+    def is_journal(self) -> bool:
         return False
 
 

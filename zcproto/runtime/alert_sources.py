@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from zcproto.admin.parts import Parts
 from zcproto.alerts import AlertKind, Severity
-from zcproto.alerts.service import ServerAlerts
+from zcproto.alerts.service import WINDOW_S, ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.common.text import counted
 from zcproto.errors import Code
@@ -159,7 +159,7 @@ def watch_rates(parts: Parts) -> None:
     """Watch the counters whose fast growth is an alert."""
     alerts, state, acceptor, login = parts.alerts, parts.state, parts.acceptor, parts.login
     config, counters = alerts.config, state.counters
-    window = f"{config.rate_window:g} s"
+    window = f"{WINDOW_S:g} s"
 
     def watch(kind: AlertKind, threshold: int, read: Callable[[], int], title: str, about: str = "") -> None:
         alerts.watch(kind, read, threshold, lambda count: title.format(count=count, window=window), about)
@@ -174,9 +174,15 @@ def watch_rates(parts: Parts) -> None:
         )
     watch(
         AlertKind.REPLAYED,
-        config.replays,
+        1,  # replays have no innocent cause
         lambda: counters.errors[Code.REPLAYED],
         "{count} frames were refused as replays within {window}",
+    )
+    watch(
+        AlertKind.INTERNAL_ERRORS,
+        config.internal_errors,
+        lambda: counters.incidents,
+        "{count} requests failed with INTERNAL within {window}",
     )
     watch(
         AlertKind.STALE_FRAMES,

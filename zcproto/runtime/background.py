@@ -21,6 +21,7 @@ from zcproto.common.deadlines import sleep_together
 from zcproto.common.process import heap_trim
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.server.state import log
+from zcproto.stores.sync import CLEANUP_S
 from zcproto.wire.message import encode_body
 
 CLEANUP_SLOTS: Final = 2_000
@@ -98,10 +99,10 @@ def background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
 
 
 async def clean_sessions(parts: Parts) -> None:
-    """Remove expired sessions in small slices, once in `store.cleanup_interval`, until cancelled."""
+    """Remove expired sessions in small slices, once in `CLEANUP_S`, until cancelled."""
     registry = parts.state.registry
     while True:
-        await asyncio.sleep(parts.config.store.cleanup_interval)
+        await asyncio.sleep(CLEANUP_S)
         sweeps = registry.sweeps
         while registry.sweeps == sweeps:
             registry.clean(parts.clock.wall(), CLEANUP_SLOTS)

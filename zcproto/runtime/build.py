@@ -59,7 +59,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.common.https import verifying_context
 from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
-from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
+from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
 from zcproto.runtime.alert_sources import (
@@ -94,7 +94,6 @@ from zcproto.stores.base import HEARTBEAT_S, SessionStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
-from zcproto.tls.context import SUITES, can_choose_suites
 from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.wire.frame import LENGTH_SIZE
@@ -157,9 +156,6 @@ async def build(
     entropy: Entropy = system_entropy,
 ) -> Parts:
     """Build all parts of a server. Raises ConfigError or CertificateError."""
-    first = config.tls.suites[0]
-    if first != SUITES[0] and not can_choose_suites():
-        raise ConfigError([f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"])
     await asyncio.to_thread(home.ensure)
     active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
@@ -331,7 +327,6 @@ def build_state(
             random=partial(random_fraction, entropy),
             timeout=config.store.timeout,
             grace=config.store.grace,
-            cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
             heartbeat=heartbeat,
             maintains=maintains,
@@ -527,7 +522,6 @@ def build_endpoints(
         protocols,
         wheel,
         loop,
-        suites=frozenset(config.tls.suites),
         handshake_timeout=config.tls.handshake_timeout,
         on_failure=lambda failure, peer: log.info("tls.failed", cause=failure.value, peer=peer),
         challenge_context=partial(challenge_context, active),
@@ -583,7 +577,7 @@ def build_jwt(config: AuthConfig, clock: Clock, alerts: ServerAlerts) -> JwtAuth
 
 def provider_of(config: OidcConfig, key: str) -> Provider:
     """Return the provider of a table, whose key is `key`. Raises ConfigError for an unusable file."""
-    return Provider(config.issuer, verifying_context(config.ca_file, f"{key}.ca_file"), config.timeout)
+    return Provider(config.issuer, verifying_context(config.ca_file, f"{key}.ca_file"))
 
 
 def _issuer(config: OidcConfig, key: str, clock: Clock, alerts: ServerAlerts) -> TrustedIssuer:
@@ -592,17 +586,11 @@ def _issuer(config: OidcConfig, key: str, clock: Clock, alerts: ServerAlerts) ->
             issuer=config.issuer,
             audience=frozenset(config.audience),
             algorithms=frozenset(config.algorithms),
-            types=frozenset(each.lower() for each in config.types),
-            leeway_s=config.leeway,
-            max_bytes=config.max_token_bytes,
         ),
         keys=IssuerKeys(
             fetch=provider_of(config, key).keys,
             now=clock.now,
             events=_ReportedKeys(config.issuer, alerts),
-            refresh_s=config.keys_refresh,
-            min_interval_s=config.keys_min_interval,
-            stale_s=config.keys_stale,
         ),
         user_claim=config.user_claim,
         user_prefix=config.user_prefix,
@@ -638,13 +626,10 @@ def connection_settings(config: Config) -> ConnectionSettings:
         max_frame=limits.max_frame_bytes,
         max_frame_before_session=limits.max_frame_bytes_before_session,
         max_streams=limits.max_streams,
-        max_depth=limits.max_depth,
         tolerance_ms=to_ms(config.freshness.tolerance),
         idle_timeout_s=limits.idle_timeout,
         frame_timeout_s=limits.frame_timeout,
         open_timeout_s=config.sessions.open_timeout,
-        # Independent of http.hsts, which is for browsers: these clients use TLS only.
-        sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
         streams=stream_limits(config),
         max_calls=config.calls.max,
     )
@@ -661,7 +646,6 @@ def stream_limits(config: Config) -> StreamLimits | None:
         window_items=streams.window_items,
         window_bytes=streams.window_bytes,
         memory_bytes=streams.memory_bytes,
-        write_bytes=streams.write_bytes,
         stall_timeout_s=streams.stall_timeout,
     )
 
@@ -669,7 +653,7 @@ def stream_limits(config: Config) -> StreamLimits | None:
 def call_limits(config: Config) -> CallLimits:
     """Return the limits of calls to clients, beside that of each connection."""
     calls = config.calls
-    return CallLimits(calls.per_user, calls.total, calls.names_per_user)
+    return CallLimits(calls.per_user, calls.total)
 
 
 def thread_limits(config: Config) -> ThreadLimits:

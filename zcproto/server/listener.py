@@ -311,7 +311,6 @@ class Listener(AcceptLoop):
         self._acceptor.set_limits(
             config.tls.max_handshakes,
             config.tls.max_pending,
-            (config.limits.ipv4_network_bits, config.limits.ipv6_network_bits),
         )
         self._wasted.set_rate(config.limits.failed_handshakes_per_network)
         self._max_connections = config.limits.max_connections

@@ -46,6 +46,9 @@ from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker,
 SLOTS: Final = 2_000
 """Sessions looked at in one turn of the event loop, about a millisecond."""
 
+CLEANUP_S: Final = 30.0
+"""Seconds between two removals of ended sessions. They are refused from their end on, removed or not."""
+
 TOUCH_INTERVAL_S: Final = 30.0
 """How often last uses are written; idle limits are minutes."""
 
@@ -70,8 +73,8 @@ CHANGES: Final = 4_096
 """Changed sessions that are remembered, for `has_changed`."""
 
 HOLD_S: Final = 5.0
-"""How long an outage may last without an alert, and how soon after an order it may begin. A new process opens the
-store in less than a second."""
+"""How long an outage may last without an alert, an alert outlasts it, and how soon after an order one may begin. A
+new process opens the store in less than a second."""
 
 REPEATED: Final = 3
 """Outages within STEADY_S of which the last raises an alert at once."""
@@ -105,7 +108,6 @@ class StoreSync:
     random: Callable[[], float]
     timeout: float
     grace: float
-    cleanup_interval: float
     keep_ended_ms: int
     heartbeat: float = HEARTBEAT_S
     maintains: bool = True
@@ -178,7 +180,7 @@ class StoreSync:
         if self.store.shared and isfinite(self.heartbeat):
             self.stalls.resume()
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
-        self.tasks.repeat(self.cleanup_interval, self.clean)
+        self.tasks.repeat(CLEANUP_S, self.clean)
         if self.store.shared and self.maintains:
             self.tasks.run_in_background(self.examine())
             self.tasks.repeat(EXAMINE_INTERVAL_S, self.examine)
@@ -231,7 +233,8 @@ class StoreSync:
         else:
             self.registry.stop_refusing()
             self.leases.begin()
-            self.report.end(round(self.clock.now() - self.health.since, 3), self.revoker.replayed)
+            now = self.clock.now()
+            self.report.end(now, round(now - self.health.since, 3), self.revoker.replayed)
             self.on_reached()
             if self.store.shared and self.maintains:
                 self.tasks.run_in_background(self.examine())  # after a failover it is another server
@@ -746,6 +749,7 @@ class OutageReport:
     - An outage that begins soon after an order to be away (ChangeKind.AWAY), as in an upgrade, is logged only if it
       lasts longer than HOLD_S. The new process may be busy with its start, so the store may come back in several
       attempts.
+    - An alert ends when the store has answered for HOLD_S: an outage that begins before then continues it.
 
     `read` returns the figures of a report. `on_event` is called with the name and the values of a log event that
     may raise an alert.
@@ -755,6 +759,8 @@ class OutageReport:
         self._read = read
         self._on_event = on_event
         self._away_until = self._alert_at = 0.0
+        self._ends_at = NEVER
+        self._end: dict[str, Any] = {}
         self._is_ordered = False
         self._is_logged = False
         self._has_alert = False
@@ -770,7 +776,8 @@ class OutageReport:
         """Log that an outage has begun, by a late answer or otherwise, or that its grace is over."""
         if alert is HealthAlert.BEGAN:
             self._is_ordered = now < self._away_until
-            self._is_logged = self._has_alert = False
+            self._is_logged = False
+            self._ends_at = NEVER
             self._alert_at = now + HOLD_S
             if not is_slow and not self._is_ordered:
                 self._recent.append(now)
@@ -788,7 +795,10 @@ class OutageReport:
         self.handle_time(now)
 
     def handle_time(self, now: float) -> None:
-        """Raise the alerts that were held back, if the outage has lasted for long enough."""
+        """Raise or end the alerts that were held back, if the outage or its end has lasted for long enough."""
+        if now >= self._ends_at:
+            self._ends_at, self._has_alert = NEVER, False
+            self._on_event("store.recovered", self._end)
         if now < self._alert_at:
             return
         held, self._held = self._held, []
@@ -814,9 +824,9 @@ class OutageReport:
 
     def next_deadline(self) -> float:
         """Return the latest time for the next call of `handle_time`, or NEVER."""
-        return self._alert_at if self._held else NEVER
+        return min(self._ends_at, self._alert_at if self._held else NEVER)
 
-    def end(self, seconds: float, replayed: int) -> None:
+    def end(self, now: float, seconds: float, replayed: int) -> None:
         """Report that an outage has ended after so many seconds, with so many revocations that waited."""
         self._held.clear()
         self._unlogged.clear()
@@ -825,4 +835,4 @@ class OutageReport:
         else:
             log.info("store.moved", seconds=seconds)
         if self._has_alert:
-            self._on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
+            self._ends_at, self._end = now + HOLD_S, {"seconds": seconds, "replayed": replayed}

@@ -76,6 +76,15 @@ from zcproto.telemetry.spans import NO_CONTEXT, SCHEMA, SCOPE, ids_for_log, trac
 MAX_BATCH: Final = 256
 """Items of a batch: about five milliseconds of encoding, during which the event loop waits for the interpreter."""
 
+QUEUE: Final = 2_048
+"""Spans, and as many log records, that wait to be sent. More are dropped: no request waits."""
+
+DELAY_S: Final = 5.0
+"""How long a span or a log record waits for others."""
+
+FLUSH_S: Final = 5.0
+"""How long the end of the server waits for what has not been sent. A worker is killed after ten seconds."""
+
 T = TypeVar("T")
 
 
@@ -268,23 +277,21 @@ class LogRecords:
     def __call__(self, level: str, wall: int, fields: Mapping[str, Any]) -> None:
         """Emit a line with these fields, which are loggable. `wall` is in milliseconds since the Unix epoch."""
         trace_id, span_id = fields.get("trace_id"), fields.get("span_id")
-        in_trace: dict[str, Any] = {}
+        span: trace.Span = trace.INVALID_SPAN  # the span of an empty context would be the current one
         if trace_id is not None and span_id is not None:
-            in_trace = {
-                "trace_id": int(trace_id, 16),
-                "span_id": int(span_id, 16),
-                "trace_flags": TraceFlags(TraceFlags.SAMPLED),
-            }
+            sampled = TraceFlags(TraceFlags.SAMPLED)
+            span = trace.NonRecordingSpan(
+                trace.SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=sampled)
+            )
         self._logger.emit(
             LogRecord(
                 timestamp=wall * NS_PER_MS,
-                context=NO_CONTEXT,
+                context=trace.set_span_in_context(span, NO_CONTEXT),
                 severity_text=level,
                 severity_number=SEVERITY[level],
                 body=fields["event"],
                 attributes={name: value for name, value in fields.items() if name not in _HEAD},
                 event_name=fields["event"],
-                **in_trace,
             )
         )
 
@@ -437,7 +444,7 @@ class Telemetry:
 
     async def stop(self) -> None:
         """Send the queues, within the limit of the configuration."""
-        loop, limit = asyncio.get_running_loop(), self._config.flush_timeout
+        loop, limit = asyncio.get_running_loop(), FLUSH_S
         done = asyncio.Event()
 
         def close() -> None:
@@ -474,9 +481,8 @@ class Telemetry:
         most: int | None = None,
         size: int = MAX_BATCH,
     ) -> Batches[Any]:
-        config = self._config
         batches: Batches[Any] = Batches(
-            export, most=most or config.queue, delay=config.delay, name=f"telemetry-{signal}", size=size
+            export, most=most or QUEUE, delay=DELAY_S, name=f"telemetry-{signal}", size=size
         )
         self.batches[signal] = batches
         self._exporters.append(exporter)
@@ -492,8 +498,6 @@ def target_of(config: TelemetryConfig, headers: Mapping[str, str], signal: str) 
         found["certificate_file"] = str(config.ca_file)
     if headers:
         found["headers"] = headers
-    if "timeout" in config.model_fields_set:
-        found["timeout"] = config.timeout
     return found
 
 
@@ -506,7 +510,7 @@ def try_collector(config: TelemetryConfig, signals: Iterable[str]) -> Iterator[t
         "logs": lambda **target: OTLPLogExporter(**target).export([]),
     }
     for signal in signals:
-        target = {**target_of(config, headers, signal), "timeout": min(config.timeout, TRY_S)}
+        target = {**target_of(config, headers, signal), "timeout": TRY_S}
         with _reported() as reasons:
             has_arrived = empty[signal](**target).name == "SUCCESS"
         yield signal, "" if has_arrived else masked(reasons[-1] if reasons else "it does not answer")

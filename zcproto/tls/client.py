@@ -30,13 +30,12 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
-from zcproto.tls.context import SUITES, suites_are_allowed
+from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
 from zcproto.tls.transport import TlsPhase, TlsTransport, receive_buffer
 
 ALPN: Final = "zcp/1"
-_SUITES: Final = frozenset(SUITES)
 _MS: Final = 1000
 
 _SENTENCES: Final = {
@@ -174,7 +173,7 @@ class TlsClientTransport(TlsTransport):
 
     def _judge(self) -> tuple[TlsFailure, str] | None:
         """Return the failure of a handshake that OpenSSL completed, or None if it is acceptable."""
-        if not suites_are_allowed(self._tls, _SUITES):
+        if not suites_are_allowed(self._tls):
             return TlsFailure.WRONG_PARAMETERS, ""
         if self._tls.selected_alpn_protocol() != ALPN:
             return TlsFailure.NO_APPLICATION_PROTOCOL, ""

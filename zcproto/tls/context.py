@@ -84,7 +84,6 @@ class ClientTrust:
 def server_context(
     pairs: Iterable[Pair],
     protocols: Sequence[str],
-    suites: Sequence[str] = SUITES,
     clients: ClientTrust | None = None,
 ) -> ServerContext:
     """Return a server context with one certificate and key per key type.
@@ -92,7 +91,6 @@ def server_context(
     Args:
         pairs: certificates to serve.
         protocols: ALPN names in the server's order.
-        suites: names of the allowed suites.
         clients: how to verify client certificates; None requests none.
 
     Raises:
@@ -101,7 +99,7 @@ def server_context(
     """
     # Not create_default_context: it honours SSLKEYLOGFILE, which a server must never do.
     context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
-    _restrict(context, suites)
+    _restrict(context)
     # A resumed handshake saves less than the tickets cost, and a ticket would outlive a rotation.
     # OP_NO_TICKET does not stop TLS 1.3 tickets; this does.
     context.num_tickets = 0
@@ -180,7 +178,7 @@ def client_context(
         ConfigError: the key log cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _restrict(context, SUITES)
+    _restrict(context)
     context.set_alpn_protocols(list(protocols))
     if not verify:
         context.check_hostname = False
@@ -244,21 +242,16 @@ def _require_private(key: Path) -> None:
             raise OSError(errno.EINVAL, "the path contains a NUL") from error
 
 
-def _restrict(context: ssl.SSLContext, suites: Sequence[str]) -> None:
+def _restrict(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.options |= ssl.OP_NO_COMPRESSION
     set_suites = getattr(context, "set_ciphersuites", None)  # Python 3.15
     if set_suites is not None:
-        set_suites(":".join(suites))
+        set_suites(":".join(SUITES))
     check_suite_order(
         [cipher["name"] for cipher in context.get_ciphers() if cipher["name"].startswith("TLS_")]
     )
-
-
-def can_choose_suites() -> bool:
-    """Return True if this Python can set the suites of TLS 1.3 (3.15 and later)."""
-    return hasattr(ssl.SSLContext, "set_ciphersuites")
 
 
 def check_suite_order(names: Sequence[str]) -> None:
@@ -273,7 +266,7 @@ def check_suite_order(names: Sequence[str]) -> None:
         )
 
 
-def suites_are_allowed(tls: ssl.SSLObject, suites: frozenset[str]) -> bool:
-    """Return True if a completed handshake negotiated TLS 1.3 and one of the suites."""
+def suites_are_allowed(tls: ssl.SSLObject) -> bool:
+    """Return True if a completed handshake negotiated TLS 1.3 and one of the two suites."""
     cipher = tls.cipher()
-    return tls.version() == "TLSv1.3" and cipher is not None and cipher[0] in suites
+    return tls.version() == "TLSv1.3" and cipher is not None and cipher[0] in SUITES

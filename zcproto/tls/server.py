@@ -55,6 +55,10 @@ LARGE_HELLO: Final = 16_384
 MAX_LARGE_HELLOS: Final = 64
 """Connections whose ClientHello may exceed LARGE_HELLO at a time, so that incomplete ones cannot fill memory."""
 
+NETWORK_BITS: Final = (24, 48)
+"""The prefix lengths of networks that share handshakes: the smallest IPv4 network that is routed on the internet,
+since an attacker who has one uses all its addresses, and what one site usually gets of IPv6."""
+
 READ_BUDGET: Final = 0.001
 """Seconds that a full read may take before the connection waits for its next turn."""
 
@@ -94,7 +98,6 @@ class TlsAcceptor:
     wheel: DeadlineWheel
     timers: Timers
     _: KW_ONLY
-    suites: frozenset[str]
     client_pins: frozenset[str] = frozenset()
     handshake_timeout: float = 5.0
     on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None
@@ -110,7 +113,6 @@ class TlsAcceptor:
     failures: dict[TlsFailure, int] = field(init=False, default_factory=lambda: dict.fromkeys(TlsFailure, 0))
     pending: PendingHandshakes[TlsServerTransport] = field(init=False, default_factory=PendingHandshakes)
     handshakes_completed: int = field(init=False, default=0)
-    _network_bits: tuple[int, int] = field(init=False, default=(24, 48))
     large_hellos: set[TlsServerTransport] = field(init=False, default_factory=set)
     _turn_planned: bool = field(init=False, default=False)
     _window_ends: float = field(init=False, default=0.0)
@@ -118,24 +120,21 @@ class TlsAcceptor:
     """Seconds of signing in this window."""
 
     def __post_init__(self) -> None:
-        self.judge = ClientHelloJudge(
-            frozenset(SUITE_IDS[name] for name in self.suites), frozenset(self.protocols)
-        )
+        self.judge = ClientHelloJudge(frozenset(SUITE_IDS.values()), frozenset(self.protocols))
 
     @property
     def handshakes_in_progress(self) -> int:
         """Handshakes that hold a slot: begun with a complete ClientHello, and not ended."""
         return self.pending.slots
 
-    def set_limits(self, handshakes: int, pending: int, network_bits: tuple[int, int]) -> None:
-        """Limit handshakes and pending connections, and set the prefix lengths of IPv4 and IPv6 networks."""
+    def set_limits(self, handshakes: int, pending: int) -> None:
+        """Limit handshakes and pending connections."""
         self.pending.max_slots = handshakes
         self.pending.max_places = pending
-        self._network_bits = network_bits
         self._plan_turn()
 
     def network_of(self, peer: str) -> Network[TlsServerTransport]:
-        return self.pending.network(network_of(peer, *self._network_bits))
+        return self.pending.network(network_of(peer, *NETWORK_BITS))
 
     def schedule(self, transport: TlsServerTransport) -> None:
         """Begin a handshake now if budget and slots allow it, otherwise in a later turn."""
@@ -329,7 +328,7 @@ class TlsServerTransport(TlsTransport):
         # Defence in depth: an error in the checks above must not go unnoticed.
         alpn = self._tls.selected_alpn_protocol()
         factory = acceptor.protocols.get(alpn)
-        if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
+        if factory is None or not suites_are_allowed(self._tls):
             if alpn == ACME_PROTOCOL:
                 self._challenge_answered()
             else:

@@ -74,11 +74,11 @@ TRUST: Final[dict[str, Fault]] = {
             "context.minimum_version = ssl.TLSVersion.TLSv1_2",
         ),
         ("zcproto.tls.context:suites_are_allowed", 'tls.version() == "TLSv1.3" and', ""),
-        ("zcproto.tls.context:suites_are_allowed", "cipher[0] in suites", "True"),
+        ("zcproto.tls.context:suites_are_allowed", "cipher[0] in SUITES", "True"),
     ),
     "other-suite": fault(
         "accepts any suite",
-        ("zcproto.tls.context:suites_are_allowed", "cipher[0] in suites", "True"),
+        ("zcproto.tls.context:suites_are_allowed", "cipher[0] in SUITES", "True"),
     ),
     "no-alpn": fault("does not check ALPN", (_JUDGE, _JUDGE_ALPN, "if False:")),
     "no-tls": fault(

@@ -67,7 +67,6 @@ class SessionProcess:
             timeout=TIMEOUT,
             grace=grace,
             heartbeat=heartbeat,
-            cleanup_interval=3_600.0,
             keep_ended_ms=self.settings.dead_keep_ms,
         )
         self.sessions = StoredSessionService(self.sync, clock)

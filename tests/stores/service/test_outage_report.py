@@ -36,7 +36,9 @@ def test_outage_is_logged_at_once_and_raises_an_alert_if_it_lasts(
     assert events == [("store.degraded", {"reason": "it is gone", "sessions": 7})]
     report.handle(HealthAlert.GRACE_OVER, 20.0)
     assert report.next_deadline() == NEVER
-    report.end(12.5, 3)
+    report.end(22.5, 12.5, 3)
+    assert len(events) == 2
+    report.handle_time(22.5 + HOLD_S)
     assert events[1:] == [
         ("store.grace_over", {"reason": "it is gone"}),
         ("store.recovered", {"seconds": 12.5, "replayed": 3}),
@@ -56,7 +58,7 @@ def test_short_outage_raises_no_alert(
         report.handle(HealthAlert.BEGAN, now, is_slow=is_slow)
         report.handle(HealthAlert.GRACE_OVER, now, is_slow=is_slow)
         report.handle_time(now + HOLD_S - 0.1)
-        report.end(HOLD_S - 0.1, 0)
+        report.end(now + HOLD_S - 0.1, HOLD_S - 0.1, 0)
     assert names(events, log) == ([], [name, "store.grace_over", "store.recovered"] * 3)
 
 
@@ -65,7 +67,8 @@ def test_slow_store_is_degraded_after_a_while(
 ) -> None:
     report.handle(HealthAlert.BEGAN, 10.0, is_slow=True)
     report.handle_time(10.0 + HOLD_S)
-    report.end(HOLD_S, 0)
+    report.end(10.0 + HOLD_S, HOLD_S, 0)
+    report.handle_time(10.0 + 2 * HOLD_S)
     assert names(events, log) == (
         ["store.degraded", "store.recovered"],
         ["store.slow", "store.degraded", "store.recovered"],
@@ -78,8 +81,28 @@ def test_store_that_fails_again_and_again_raises_an_alert(
 ) -> None:
     for now in (10.0, 30.0, 69.0):
         report.handle(HealthAlert.BEGAN, now, is_slow=is_slow)
-        report.end(1.0, 0)
-    assert [name for name, _ in events] == ([] if is_slow else ["store.degraded", "store.recovered"])
+        report.end(now, 1.0, 0)
+    assert [name for name, _ in events] == ([] if is_slow else ["store.degraded"])
+
+
+def test_alert_of_a_store_that_comes_and_goes_stays_open(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]]
+) -> None:
+    now = 10.0
+    report.handle(HealthAlert.BEGAN, now)
+    for _ in range(20):
+        report.handle_time(now + HOLD_S)
+        now += HOLD_S + 0.2
+        report.end(now, HOLD_S, 0)
+        assert report.next_deadline() == now + HOLD_S
+        now += HOLD_S - 0.1
+        report.handle_time(now)
+        report.handle(HealthAlert.BEGAN, now)
+    assert {name for name, _ in events} == {"store.degraded"}
+    report.end(now + 0.2, 0.2, 0)  # shorter than what raises an alert
+    report.handle_time(now + 0.2 + HOLD_S)
+    assert events[-1] == ("store.recovered", {"seconds": 0.2, "replayed": 0})
+    assert report.next_deadline() == NEVER
 
 
 def test_store_that_is_away_by_order_raises_no_alert(
@@ -91,7 +114,7 @@ def test_store_that_is_away_by_order_raises_no_alert(
     report.handle(HealthAlert.GRACE_OVER, 10.2)
     assert report.next_deadline() == 10.1 + HOLD_S
     report.handle_time(10.0 + HOLD_S)
-    report.end(0.4, 0)
+    report.end(10.5, 0.4, 0)
     assert names(events, log) == ([], ["store.moved"])
     assert report.next_deadline() == NEVER
     report.handle(HealthAlert.BEGAN, 11.0)  # it is still busy with its start
@@ -99,9 +122,10 @@ def test_store_that_is_away_by_order_raises_no_alert(
     assert events == []
     report.handle_time(11.0 + HOLD_S)
     assert names(events, log)[0] == ["store.degraded"]
-    report.end(5.0, 0)
-    report.handle(HealthAlert.BEGAN, 12.0 + HOLD_S)
-    report.handle_time(12.0 + 2 * HOLD_S)
+    report.end(11.0 + HOLD_S, 5.0, 0)
+    report.handle_time(11.0 + 2 * HOLD_S)
+    report.handle(HealthAlert.BEGAN, 12.0 + 2 * HOLD_S)
+    report.handle_time(12.0 + 3 * HOLD_S)
     assert names(events, log)[0] == ["store.degraded", "store.recovered", "store.degraded"]
 
 
@@ -127,6 +151,7 @@ def test_store_that_is_away_for_too_long_is_an_outage(
     report.handle(HealthAlert.GRACE_OVER, 12.0)
     report.handle_time(10.1 + HOLD_S)
     report.handle_time(11.0 + HOLD_S)
-    report.end(9.0, 0)
+    report.end(19.1, 9.0, 0)
+    report.handle_time(19.1 + HOLD_S)
     expected = ["store.degraded", "store.grace_over", "store.recovered"]
     assert names(events, log) == (expected, expected)

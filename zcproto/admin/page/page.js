@@ -209,6 +209,8 @@
     showProcess(figures);
 
     if (figures.draining) state("Draining", "warn");
+    else if (figures.ready && figures.alerts.open.some(({ severity }) => severity === "error" || severity === "critical"))
+      state("Ready, with errors", "warn");
     else if (figures.ready) state("Ready", "good");
     else state("Not ready", "bad");
     put(at("summary"), `up ${span(figures.uptime_s)}, updated ${clock.format(lastSeen)}`);

@@ -22,7 +22,7 @@ import click
 
 from zcproto import accelerator
 from zcproto.alerts.sinks import check_program
-from zcproto.auth.jwt import fits
+from zcproto.auth.jwt import LEEWAY_S, fits
 from zcproto.auth.oidc import KeysFailed
 from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
@@ -390,7 +390,7 @@ def _issuer(config: OidcConfig, key: str) -> Iterator[Result]:
         yield from map(from_message, error.faults)
         return
     except KeysFailed as error:
-        cure = f"check the provider and {key}; logins go on for keys_stale where its keys are known"
+        cure = f"check the provider and {key}; logins go on for a day where its keys are known"
         yield FAULT, f"{config.issuer}: {error}", cure
         return
     usable = sum(any(fits(each, algorithm) for algorithm in config.algorithms) for each in keys)
@@ -400,10 +400,10 @@ def _issuer(config: OidcConfig, key: str) -> Iterator[Result]:
         return
     yield OK, f"{config.issuer}: {counted(usable, 'usable key')}"
     ahead_s = _ahead_s(provider.date)
-    if ahead_s is not None and abs(ahead_s) > config.leeway:
+    if ahead_s is not None and abs(ahead_s) > LEEWAY_S:
         direction = "behind" if ahead_s > 0 else "ahead of"
         found = f"the clock of this machine is {abs(ahead_s):.0f} s {direction} that of {config.issuer}"
-        yield WARNING, found, f"check NTP: tokens are refused beyond {key}.leeway = {config.leeway:g} s"
+        yield WARNING, found, f"check NTP: tokens are refused beyond {LEEWAY_S:g} s"
 
 
 def _ahead_s(date: str) -> float | None:
