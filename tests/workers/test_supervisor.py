@@ -70,6 +70,9 @@ class Service:
     def reloading(self, is_begun: bool) -> None:
         self.note("reloading", is_begun)
 
+    def config_refused(self, is_refused: bool) -> None:
+        self.note("config_refused", is_refused)
+
     def reload(self) -> None:
         self.note("reload")
 
