@@ -804,6 +804,7 @@ def test_refused_configuration_reaches_no_worker(run: Run) -> None:
     os.kill(running.pid, signal.SIGHUP)
     running.next("reloading", False)
     assert not running.all("reload")
+    assert [event[2:] for event in running.all("config_refused")] == [[True]]
     assert running.stop() == 0
 
 

@@ -221,7 +221,7 @@ def check_log_file(path: Path, key: str) -> None:
         except FileNotFoundError:
             folder = os.path.dirname(os.path.realpath(path))
             os.stat(folder)
-            if not os.access(folder, os.W_OK | os.X_OK):
+            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
