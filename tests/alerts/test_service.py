@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
-from zcproto.alerts import AlertKind
+from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts import sinks as sinks_module
 from zcproto.alerts.center import BURST, MANY_DELAY_S
 from zcproto.alerts.service import ServerAlerts
@@ -154,11 +154,24 @@ def test_alerts_are_logged(clock: FakeClock, capsys: pytest.CaptureFixture[str])
     err = capsys.readouterr().err
     lines = [json.loads(line) for line in err.splitlines()]
     assert [(line["event"], line["level"]) for line in lines] == [
-        *(("alert.began", "warning"), ("alert.changed", "warning"), ("alert.reminder", "warning"))
+        *(("alert.began", "error"), ("alert.changed", "error"), ("alert.reminder", "error"))
     ]
     assert (lines[0]["kind"], lines[0]["severity"], lines[0]["count"]) == ("store.degraded", "error", 1)
     assert "hunter2" not in err
     assert "\\u001b" not in err
+
+
+@pytest.mark.parametrize(
+    ("severity", "level"),
+    [(Severity.WARNING, "warning"), (Severity.ERROR, "error"), (Severity.CRITICAL, "error")],
+)
+def test_level_in_the_log_follows_the_severity(
+    severity: Severity, level: str, clock: FakeClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alerts = harness(clock)
+    alerts.raise_(AlertKind.ISSUER_KEYS, "they cannot be fetched", severity=severity)
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (line["event"], line["level"]) == ("alert.began", level)
 
 
 def test_flood_of_alerts_is_few_messages(clock: FakeClock) -> None:

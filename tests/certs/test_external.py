@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
 from zcproto.certs import external, pair
-from zcproto.certs.external import ExternalSite, PassphraseSource, WatchedFiles, load_site
+from zcproto.certs.external import SETTLE_S, ExternalSite, PassphraseSource, WatchedFiles, load_site
 from zcproto.certs.names import covers
 from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import Site
@@ -225,7 +226,9 @@ class Watched:
 
     def __init__(self, spec: ExternalSite, environ: Mapping[str, str] | None = None) -> None:
         self.now, self.monotonic = NOW, 1000.0
-        self.site = WatchedFiles(spec.paths, lambda now: external.load_site(spec, now, environ or {}))
+        self.site = WatchedFiles(
+            spec.paths, lambda now, before: external.load_site(spec, now, environ or {}, before)
+        )
         self.site.start(self.now, self.monotonic)
 
     def check(self, *, force: bool = False) -> Found:
@@ -270,6 +273,47 @@ def test_new_pair_is_loaded_at_once(files: Files, other_ec_key: Any) -> None:
     assert watched.checks(70) == [NOTHING] * 70
     files.write_certificate(other_ec_key)  # a renewal with its key
     assert watched.check() == Found(changed=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_accepted"),
+    [
+        (["a.example", "new.example"], True),
+        (["*.example"], True),
+        (["b.example"], False),
+        (["*.a.example"], False),
+    ],
+)
+def test_certificate_of_other_names_does_not_replace_the_last_good_one(
+    names: list[str], is_accepted: bool, files: Files, watched: Watched, ec_key: Any
+) -> None:
+    before = watched.pin
+    files.names = tuple(names)
+    files.write(ec_key)
+    found = [watched.check() for _ in range(int(SETTLE_S) + 2)]
+    assert any(each.changed for each in found) is is_accepted
+    bad = [each.bad for each in found if each.bad]
+    if is_accepted:
+        assert bad == []
+        return
+    assert bad == [
+        f"{files.certificate}: is valid for {names[0]}, and not for a.example, which it replaces; put the right"
+        " file there, or set certificates.names to its names and reload"
+    ]
+    assert watched.pin == before
+    files.names = ("a.example",)
+    files.write(ec_key)
+    assert watched.check().recovered
+
+
+def test_default_site_must_have_the_required_names(files: Files, ec_key: Any) -> None:
+    spec = dataclasses.replace(files.site(), required=("a.example", "c.example"))
+    assert refusal(spec).startswith(
+        f"{files.certificate}: is not valid for c.example; use one with all names"
+    )
+    files.names = ("a.example", "c.example")
+    files.write(ec_key)
+    load(spec)
 
 
 def test_rewritten_identical_certificate_is_not_a_change(files: Files, watched: Watched) -> None:

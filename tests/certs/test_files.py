@@ -104,8 +104,7 @@ def test_files_and_folders_of_another_user_are_refused(folder: Path, monkeypatch
         with pytest.raises(CertificateError) as caught:
             refuse(what)
         assert str(caught.value) == (
-            f"{what}: belongs to another user (uid {owner}); run as that user,"
-            f" or run: chown {os.geteuid()} '{what}'"
+            f"{what}: belongs to another user (uid {owner}); {common.owner_fix(what, owner)}"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from zcproto.certs.external import ExternalSite
 from zcproto.certs.settings import certificate_settings
 from zcproto.config.model import CertificatesConfig, Config, TlsConfig
 from zcproto.tls.context import ClientTrust
@@ -30,3 +31,10 @@ def test_client_trust_is_managed_unless_a_client_ca_is_configured(
     tls = TlsConfig(client_auth=client_auth, client_ca_file=ca, client_crl_file=crl)
     found = certificate_settings(Config(tls=tls, certificates=CertificatesConfig(directory=CERTS)))
     assert (found.clients, found.client_directory) == (trust, directory)
+
+
+def test_names_are_required_of_external_certificates() -> None:
+    certificates = CertificatesConfig(mode="files", certificate=(CA,), names=("B.example", "a.example"))
+    default = certificate_settings(Config(certificates=certificates)).default
+    assert isinstance(default, ExternalSite)
+    assert (default.names, default.required) == ((), ("b.example", "a.example"))

@@ -134,7 +134,8 @@ def test_doctor_knows_the_server_by_its_pins(site: AcmeSite, home: Path) -> None
     rows = survey(config, datetime.now(UTC), {}).certificates
     (served,) = [row.leaf for row in rows if row.use == "server"]
     assert served is not None
-    assert doctor_module._own_pins(config) == (cert_report.key_pin(served),)
+    pins = (cert_report.key_pin(served),)
+    assert doctor_module.own_trust(config) == (TrustChoice(pins=pins), "zcp.example.com")
 
 
 def test_commands_trust_the_ca_that_has_issued_what_is_served(site: AcmeSite, home: Path) -> None:

@@ -109,12 +109,24 @@ def test_show_prints_the_effective_settings(
     assert out == config_as_toml(load_config(None, home=home, environ={"ZCPROTO_SERVER__PORT": "2"}))
 
 
+def test_show_changed_prints_only_what_differs_from_the_defaults(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(mode=0o700)
+    assert main(["config", "show", "--changed"]) == 0
+    assert capsys.readouterr().out == ""
+    (home / "config.toml").write_text('[server]\nport = 1\nhost = "127.0.0.1"\n[alerts]\nrepeat = "5m"')
+    monkeypatch.setenv("ZCPROTO_ALERTS__WEBHOOK", "https://h.example/secret")
+    assert main(["config", "show", "--changed"]) == 0
+    out = capsys.readouterr().out
+    assert out == '[server]\nport = 1\n\n[alerts]\nwebhook = "https://h.example/(hidden)"\nrepeat = "5m"\n'
+
+
 def test_sites_are_checked_and_shown(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text(
         '[[certificates.site]]\nnames = ["A.example"]\ncertificate = ["/a.pem"]'
     )
-    assert main(["config", "check"]) == 0
     assert main(["config", "show"]) == 0
     out = capsys.readouterr().out
     assert '\n[[certificates.site]]\nnames = ["a.example"]\ncertificate = ["/a.pem"]\nkey = []\n' in out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,8 +69,6 @@ def test_unusable_file_of_headers_is_a_fault(check: Check, tmp_path: Path) -> No
 
 
 def test_missing_extra_is_a_fault(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "opentelemetry" else find(name)
-    )
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "zcproto.telemetry.export")
     assert 'pip install "zcproto[otel]"' in check("traces = true").one("collector", "fault")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -104,8 +104,10 @@ def test_unusable_ca_file_is_a_fault(check: Check, tmp_path: Path) -> None:
 
 
 def test_missing_package_is_a_fault(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert check(jwk("RS256")).one("issuer", "fault").startswith("PyJWT is not installed | run: pip")
+    monkeypatch.setitem(sys.modules, "jwt", None)
+    assert (
+        check(jwk("RS256")).one("issuer", "fault").startswith("auth.oidc: PyJWT is not installed | run: pip")
+    )
 
 
 def test_server_without_issuers_has_no_finding(home: Path, doctor: Doctor) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import socket
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from zcproto.auth import UserFile
 from zcproto.cli import doctor as doctor_module
 from zcproto.cli import main
 from zcproto.config import load_config
-from zcproto.errors import ConfigError
 
 __all__ = ["doctor"]
 
@@ -166,9 +163,9 @@ def test_alert_command_that_others_can_change_is_a_fault(
     program.touch(0o755)
     with (folder / "config.toml").open("a") as config:
         config.write(f"[alerts]\ncommand = ['{program}']\n")
-    assert doctor().state("alert command") == "ok"
+    assert doctor().of("alerts") == []
     program.chmod(0o777)
-    detail = doctor().one("alert command", "fault")
+    detail = doctor().one("alerts", "fault")
     assert "others can change this file (mode 0777) | run: chmod go-w" in detail
 
 
@@ -185,7 +182,9 @@ def test_files_of_another_user_are_faults(folder: Path, doctor: Doctor) -> None:
     # Everything belongs to the user of the server, and root runs the doctor.
     for path in (folder, *folder.rglob("*")):
         os.chown(path, 4711, 4711)
-    assert "belongs to another user (uid 4711) | run as that user" in doctor().one("home", "fault")
+    assert "belongs to another user (uid 4711) | run as that user: sudo -u '#4711'" in doctor().one(
+        "home", "fault"
+    )
 
 
 def test_number_of_checked_files_is_bounded(
@@ -243,19 +242,6 @@ def test_full_disk_is_reported(
 
     monkeypatch.setattr(doctor_module.os, "statvfs", statvfs)
     assert doctor().state("disk") == state
-
-
-@pytest.mark.parametrize(
-    ("hard", "state"), [(1_024, "warning"), (20_256, "ok"), (resource.RLIM_INFINITY, "ok")]
-)
-def test_low_file_limit_is_a_warning(
-    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch, hard: int, state: str
-) -> None:
-    monkeypatch.setattr(doctor_module.resource, "getrlimit", lambda kind: (256, hard))
-    report = doctor()
-    assert report.state("file limit") == state
-    if state == "warning":
-        assert "limits.max_connections = 768" in report.one("file limit", "warning")
 
 
 # certificates
@@ -333,16 +319,6 @@ def test_store_lock_that_may_not_be_opened_is_a_fault(folder: Path, doctor: Doct
 
 
 # the port
-def test_port_that_cannot_be_bound_is_a_fault(
-    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def bind(hosts: tuple[str, ...], port: int) -> list[socket.socket]:
-        raise ConfigError(["server.host = '127.0.0.1', server.port = 443: cannot listen: Permission denied"])
-
-    monkeypatch.setattr(doctor_module, "bind", bind)
-    assert "zcproto.socket" in doctor().one("port", "fault")
-
-
 def test_port_0_skips_the_port_check(folder: Path, doctor: Doctor) -> None:
     (folder / "config.toml").write_text("[server]\nport = 0\n")
     assert doctor().state("port") == "skipped"

@@ -226,8 +226,18 @@ def test_reload_prints_changes_and_faults(running: ServerThread, capsys: Capture
         "idempotency__keep": "1h",
         "alerts__webhook": "https://hooks.example/secret",
     }
+    for _ in range(2):
+        previewed = json_of(capsys, "reload", "--dry-run")
+        assert [each["key"] for each in previewed["changed"]] == ["limits.max_streams", "alerts.webhook"]
+        assert [each["key"] for each in previewed["restart"]] == ["idempotency.keep"]
+    assert main(["reload", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    preview = printed.out
+    assert printed.err == "nothing is applied yet: zcproto reload applies what needs no restart\n"
+    assert running.server.config.limits.max_streams == 128
     assert main(["reload"]) == 0
     printed = capsys.readouterr()
+    assert printed.out == preview
     rows = {line.split()[0]: line for line in printed.out.splitlines()}
     assert rows["limits.max_streams"].split() == ["limits.max_streams", "128", "3", "new", "connections"]
     assert rows["idempotency.keep"].endswith("restart needed")

@@ -19,13 +19,27 @@ def test_create_prints_only_the_token_to_stdout_and_stores_its_digest(home: Path
     out, err = capsys.readouterr()
     token = token_from_text(out.removesuffix("\n"))
     assert token is not None
-    assert err.startswith("prometheus has a token until ")
+    assert "prometheus has a token until " in err
     assert out.strip() not in (home / "tokens.toml").read_text()
     file = TokenFile(home / "tokens.toml")
     file.load()
     entry = file.entries["prometheus"]
     assert (entry.digest, entry.scopes) == (digest_of(token), ("metrics",))
     assert entry.expires - entry.added == timedelta(days=90)
+
+
+@pytest.mark.parametrize(("mode", "is_warned"), [("token", False), ("session", True)])
+def test_scope_that_the_configuration_does_not_use_is_a_warning(
+    mode: str, is_warned: bool, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_HTTP__METRICS", mode)
+    for scope in ("metrics", "status"):
+        assert main(["token", "create", scope, "--scope", scope]) == 0
+        warning = (
+            f'zcproto: http.metrics = "{mode}": /metrics takes no machine token; set it to "token" and run'
+            " zcproto reload"
+        )
+        assert (warning in capsys.readouterr().err) is (is_warned and scope == "metrics")
 
 
 def test_token_goes_to_a_private_file(home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -27,6 +27,7 @@ from zcproto.common.files import (
     is_locked,
     locked,
     new_file,
+    owner_fix,
     read_file,
     read_secret,
     read_trusted_file,
@@ -74,10 +75,23 @@ def test_file_of_a_foreign_owner_is_refused(path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(files, "trusted_owners", lambda: {status.st_uid + 1})
     with pytest.raises(UnusableFileError) as caught:
         check_access(path, status)
-    assert caught.value.faults == [
-        f"{path}: belongs to another user (uid {status.st_uid}); run as that user,"
-        f" or run: chown {os.geteuid()} '{path}'"
-    ]
+    fix = owner_fix(path, status.st_uid)
+    assert caught.value.faults == [f"{path}: belongs to another user (uid {status.st_uid}); {fix}"]
+
+
+@pytest.mark.parametrize(
+    ("user", "owner", "fix"),
+    [
+        (1000, 4711, "run as that user, or run: chown 1000 '{path}'"),
+        (0, 4711, "run as that user: sudo -u '#4711' COMMAND"),
+        (0, 0, "run as that user: sudo -u root COMMAND"),
+    ],
+)
+def test_root_is_never_advised_to_take_a_file(
+    user: int, owner: int, fix: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert owner_fix(path, owner) == fix.format(path=path)
 
 
 @pytest.mark.parametrize(

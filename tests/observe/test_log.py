@@ -377,7 +377,9 @@ def test_configuring_again_reopens_file(tmp_path: Path) -> None:
 
 def test_unopenable_log_file_raises_and_changes_nothing(tmp_path: Path) -> None:
     configure(file=tmp_path / "log")
-    with pytest.raises(ConfigError, match=r'^log\.file = ".*": cannot be opened: No such file or directory$'):
+    with pytest.raises(
+        ConfigError, match=r'^log\.file = ".*": cannot be opened: No such file or directory; create'
+    ):
         configure(file=tmp_path / "absent" / "log", level="error")
     log.info("a.b")
     assert records((tmp_path / "log").read_text())[0]["event"] == "a.b"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.capabilities import obeying_file_modes
 from tests.limits import TIMEOUT
 from zcproto.config.model import LogConfig
 from zcproto.errors import ConfigError
@@ -31,7 +32,7 @@ from zcproto.observe.log import (
     reopen_log,
     set_level,
 )
-from zcproto.observe.output import MAX_WAITING, Descriptor, LogFile, StandardError
+from zcproto.observe.output import MAX_WAITING, Descriptor, LogFile, StandardError, check_log_file
 
 log = get_logger("zcproto.test")
 
@@ -408,6 +409,24 @@ def test_lines_waiting_for_a_closed_output_are_counted(tmp_path: Path) -> None:
 
 
 # --- reopening --------------------------------------------------------------------------------------------------
+
+
+def test_check_of_a_log_file_finds_what_opening_it_would(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "locked").mkdir(0o500)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "none" / "log")
+    (tmp_path / "there").touch()
+    with obeying_file_modes():
+        for name in ("folder", "locked/log", "none/log", "there/log", "pipe", "link"):
+            with pytest.raises(ConfigError) as checked:
+                check_log_file(tmp_path / name, "log.file")
+            with pytest.raises(ConfigError) as opened:
+                LogFile(tmp_path / name)
+            assert checked.value.faults == opened.value.faults
+        for name in ("there", "new"):
+            check_log_file(tmp_path / name, "log.file")
+    assert not (tmp_path / "new").exists()
 
 
 def test_moved_log_file_is_reopened(tmp_path: Path) -> None:

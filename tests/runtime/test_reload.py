@@ -17,6 +17,7 @@ from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, ServerThread, StoppedClock, configuration, eventually
 from tests.server.process import ServerProcess
+from zcproto.admin.metrics import server_metrics
 from zcproto.alerts import AlertKind
 from zcproto.auth import UserFile
 from zcproto.certs import client_ca, managed
@@ -53,6 +54,10 @@ def test_reload_reports_settings_that_need_a_restart(serve: Serve) -> None:
     assert server.server.config.idempotency.keep == 600.0
 
 
+def metrics(server: ServerThread) -> str:
+    return server.in_loop(lambda: server_metrics(server.server.parts).render(""))[1].decode()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -78,9 +83,15 @@ def test_reload_of_invalid_configuration_changes_nothing(serve: Serve, bad: dict
         for _ in range(2):  # three are allowed, as before
             server.client("ada").close()
         assert server.in_loop(lambda: server.server.pins) == pins
+    (alert,) = server.in_loop(server.server.parts.alerts.center.open_alerts)
+    assert alert.kind is AlertKind.CONFIG_REFUSED
+    assert "zcproto_config_refused 1" in metrics(server)
+    assert "; the configuration was refused, a restart would fail: " in server.in_loop(server.server.summary)
     server.settings = {"sessions__per_user": 1}
     server.reload()
     assert server.server.config.sessions.per_user == 1
+    assert server.in_loop(server.server.parts.alerts.center.open_alerts) == []
+    assert "zcproto_config_refused 0" in metrics(server)
 
 
 @pytest.mark.requirement("expiration")
@@ -436,6 +447,14 @@ def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: 
             (line,) = server.events("config.reloaded")
             assert line["changed"] == ["limits.max_streams", "log.level"]
             assert "restart" not in line or line["restart"] == []  # --port overrides the file
+            changes = [
+                [line[name] for name in ("setting", "old", "new", "effect")]
+                for line in server.events("config.changed")
+            ]
+            assert changes == [
+                ["limits.max_streams", "128", "5", "new connections"],
+                ["log.level", '"info"', '"debug"', "live"],
+            ]
             with server.client() as other:
                 assert other.welcome.value["max_streams"] == 5
             eventually(lambda: server.events("connection.opened"))

@@ -70,6 +70,9 @@ class Service:
     def reloading(self, is_begun: bool) -> None:
         self.note("reloading", is_begun)
 
+    def config_refused(self, is_refused: bool) -> None:
+        self.note("config_refused", is_refused)
+
     def reload(self) -> None:
         self.note("reload")
 
@@ -801,6 +804,7 @@ def test_refused_configuration_reaches_no_worker(run: Run) -> None:
     os.kill(running.pid, signal.SIGHUP)
     running.next("reloading", False)
     assert not running.all("reload")
+    assert [event[2:] for event in running.all("config_refused")] == [[True]]
     assert running.stop() == 0
 
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import Snapshot, take_snapshot
-from zcproto.alerts import Severity
+from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import SINKS
 from zcproto.certs.notices import NoticeKind
 from zcproto.config.checks import value_of
@@ -318,6 +318,8 @@ def _https(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _alerts(snapshot: Snapshot) -> Iterator[Reading]:
+    kinds = {alert["kind"] for alert in snapshot.alerts["open"]}
+    yield "zcproto_config_refused", AlertKind.CONFIG_REFUSED.value in kinds
     open_alerts = Counter(alert["severity"] for alert in snapshot.alerts["open"])
     for severity in Severity:
         yield "zcproto_alerts_open", open_alerts[severity.word], severity.word

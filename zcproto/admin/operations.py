@@ -92,6 +92,7 @@ class Operations:
         self,
         parts: Parts,
         reload: Callable[[], Awaitable[HasChanges]],
+        preview_reload: Callable[[], Awaitable[HasChanges]],
         begin_drain: Callable[[float], None],
         set_level: Callable[[str], None],
         begin_upgrade: Callable[[], None],
@@ -99,7 +100,7 @@ class Operations:
     ) -> None:
         self._parts = parts
         self._users = ServerUsers(parts)
-        self._reload = reload
+        self._reload, self._preview_reload = reload, preview_reload
         self._begin_drain = begin_drain
         self._set_level = set_level
         self._begin_upgrade = begin_upgrade
@@ -129,6 +130,7 @@ class Operations:
             ("GET", "alerts", self.list_alerts),
             ("POST", "alerts/test", self.test_alerts),
             ("POST", "topics/publish", self.publish_event),
+            ("GET", "reload", self.preview_reload),
             ("POST", "reload", self.reload),
             ("POST", "drain", self.drain),
             ("GET", "upgrade", self.upgrade_state),
@@ -148,6 +150,10 @@ class Operations:
 
     async def reload(self) -> dict[str, Any]:
         return (await self._reload()).as_dict()
+
+    async def preview_reload(self) -> dict[str, Any]:
+        """Return what a reload would do."""
+        return (await self._preview_reload()).as_dict()
 
     async def drain(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - a parameter of the API
         if timeout is not None and not 0 <= timeout <= MAX_DRAIN_S:

@@ -82,6 +82,7 @@ class AlertKind(Enum):
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
     INTERNAL_ERRORS = "request.internal_errors"
     SERVER_FULL = "server.full"
+    CONFIG_REFUSED = "config.refused"
     WORKER_ENDED = "worker.ended"
     AUDIT_NOT_WRITTEN = "audit.not_written"
     UNDELIVERED = "alerts.undelivered"
@@ -204,6 +205,10 @@ server.full: error, ends rate; limit
     Connections were refused: `max_connections` is reached, or the system has no more file descriptors or
     memory (`descriptors`).
     Cure: Raise the limit if the clients are legitimate; the log has their addresses.
+config.refused: error, ends resolved
+    A reload was refused: a server could not start with the configuration. The running one keeps the old settings,
+    and a restart would be an outage.
+    Cure: `zcproto config check` lists the faults. Correct them, then `zcproto reload`.
 worker.ended: error, ends quiet; process
     A process of a server with workers crashed or was killed, and was started again. A worker has lost its
     connections.

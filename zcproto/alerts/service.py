@@ -28,6 +28,7 @@ from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
 from zcproto.common.text import escape_text
 from zcproto.config.model import AlertsConfig
+from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 
 SINKS: Final = (Webhook.name, Command.name)
@@ -262,23 +263,33 @@ class ServerAlerts:
 def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
     """Return the configured sinks. Raises ConfigError with all faults that a retry cannot fix."""
     sinks: list[Sink] = []
-    if config.webhook:
-        secret = None
-        if config.webhook_secret_file is not None:
-            key = "alerts.webhook_secret_file"
-            secret = Secret(read_secret(config.webhook_secret_file, key, least=LEAST_SECRET))
-        sinks.append(
-            Webhook(
-                config.webhook,
-                secret,
-                ca_file=config.webhook_ca_file,
-                timeout=WEBHOOK_S,
-                clock=clock,
-            )
-        )
-    if config.command:
-        sinks.append(Command(config.command, timeout=COMMAND_S, environ=os.environ))
+    faults: list[str] = []
+    wanted: tuple[tuple[object, Callable[[AlertsConfig, Clock], Sink]], ...] = (
+        (config.webhook, webhook_of),
+        (config.command, _command),
+    )
+    for is_wanted, build in wanted:
+        if is_wanted:
+            try:
+                sinks.append(build(config, clock))
+            except ConfigError as error:
+                faults += error.faults
+    if faults:
+        raise ConfigError(faults)
     return sinks
+
+
+def webhook_of(config: AlertsConfig, clock: Clock) -> Webhook:
+    """Return the webhook. Raises ConfigError."""
+    secret = None
+    if config.webhook_secret_file is not None:
+        key = "alerts.webhook_secret_file"
+        secret = Secret(read_secret(config.webhook_secret_file, key, least=LEAST_SECRET))
+    return Webhook(config.webhook, secret, ca_file=config.webhook_ca_file, timeout=WEBHOOK_S, clock=clock)
+
+
+def _command(config: AlertsConfig, clock: Clock) -> Sink:
+    return Command(config.command, timeout=COMMAND_S, environ=os.environ)
 
 
 async def try_sinks(
@@ -313,5 +324,6 @@ async def try_sinks(
 def _log(message: Message) -> None:
     described = message.alert.as_dict()
     fields = {name: described[name] for name in ("kind", "about", "severity", "title", "details", "count")}
-    level = "info" if message.phase is Phase.ENDED else "warning"
+    severity = Severity.INFO if message.phase is Phase.ENDED else message.alert.severity
+    level = min(severity, Severity.ERROR).word  # the log has no higher one
     getattr(log, level)(f"alert.{message.phase.value}", **fields)

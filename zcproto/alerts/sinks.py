@@ -287,6 +287,13 @@ class Webhook:
         is_refused = status < 500 and status not in _RETRIED
         raise Undelivered(f"{host} answered {status}{why}", tries=REFUSED_TRIES if is_refused else None)
 
+    async def reach(self) -> None:
+        """Connect, and send nothing. Raises Undelivered."""
+        try:
+            await self._endpoint.reach(timeout=self._timeout)
+        except Unreachable as error:
+            raise Undelivered(str(error)) from error
+
 
 # --- signatures ----------------------------------------------------------------------------------------------
 
@@ -466,10 +473,15 @@ def check_program(path: Path) -> None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
-            raise ConfigError([f"{key}: {escape_text(str(path))} is not a program that this user may run"])
+            raise ConfigError(
+                [
+                    f"{key}: {escape_text(str(path))} is not a program that this user may run; run: chmod +x on it"
+                ]
+            )
         check_access(path, status, OTHERS_WRITE)
         check_place(path)
     except OSError as error:
-        raise ConfigError([f"{key}: {escape_text(str(path))} cannot be run: {error.strerror}"]) from error
+        reason = f"cannot be run: {error.strerror}; install the program, or correct its path"
+        raise ConfigError([f"{key}: {escape_text(str(path))} {reason}"]) from error
     except UnusableFileError as error:
         raise ConfigError([f"{key}: {error}"]) from error

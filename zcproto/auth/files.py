@@ -37,6 +37,7 @@ from zcproto.errors import AlreadyExists, ConfigError, NotFound
 LOCK_WAIT_S: Final = 10.0
 """Time another process needs to add a million users."""
 
+_RESTORE: Final = "correct the file, or restore it from a backup"
 _SHOWN: Final = 120
 _SHOWN_NAME: Final = 60
 _NOT_READ: Final[FileIdentity] = (-2,)
@@ -141,20 +142,23 @@ class PrivateFile:
             try:
                 data, status = read_file(self.path, self.max_bytes)
             except FileNotFoundError:
+                if self.path.is_symlink():  # without users a server would admit no one, and look healthy
+                    reason = "is a link to a file that is missing; restore that file, or remove the link"
+                    raise self._fault(reason) from None
                 return NO_FILE, ""
         try:
             return identity_of(status), data.decode()
         except UnicodeDecodeError as error:
-            raise self._fault(f"is not UTF-8 at byte {error.start}") from None
+            raise self._fault(f"is not UTF-8 at byte {error.start}; {_RESTORE}") from None
 
     def _document(self, text: str) -> dict[str, Any]:
         """Parse a text of this file as TOML."""
         try:
             return tomli.loads(text)
         except tomli.TOMLDecodeError as error:
-            raise self._fault(escape_text(str(error), _SHOWN)) from None
+            raise self._fault(f"{escape_text(str(error), _SHOWN)}; {_RESTORE}") from None
         except RecursionError:
-            raise self._fault(f"is nested too deeply for a {self.what}") from None
+            raise self._fault(f"is nested too deeply for a {self.what}; {_RESTORE}") from None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -254,6 +254,8 @@ class SurveyedCertificate:
     """Why it cannot be used, and the remedy."""
     note: str = ""
     """What some clients do not accept, and the remedy."""
+    is_managed: bool = False
+    """Whether a start of the server replaces what cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +339,7 @@ class _Surveyor:
         if not certificate.exists():
             state = FileState.NOT_MADE
             return SurveyedCertificate("server", (), certificate, key, None, key_type, None, state)
-        found = self._served((), certificate, key)
+        found = replace(self._served((), certificate, key), is_managed=True)
         ca, _ = authority.SERVER.paths(self._directory)
         try:
             is_ours = found.leaf is None or pair.is_issued_by(found.leaf, pair.read_certificate(ca))
@@ -359,7 +361,7 @@ class _Surveyor:
             certificate, key = rollover.pair_paths(site.directory, key_type)
             found = self._managed(key_type)
             if certificate.exists():
-                ordered = self._served((), certificate, key)
+                ordered = replace(self._served((), certificate, key), is_managed=True)
                 found = found if ordered.state.is_bad and not found.state.is_bad else ordered
             if found.certificate != certificate:
                 note = note or (

@@ -15,7 +15,7 @@ Must not know: managed certificates, when certificates expire, who serves them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +25,9 @@ from zcproto.certs import files
 from zcproto.certs.keys import family
 from zcproto.certs.names import covers
 from zcproto.certs.notices import Notice, NoticeKind
-from zcproto.certs.pair import Site, load_pair
+from zcproto.certs.pair import CertificatePair, Site, load_pair
 from zcproto.common.secret import SecretBytes
+from zcproto.common.text import escape_text
 from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
 
@@ -34,6 +35,9 @@ T = TypeVar("T")
 
 MAX_PASSPHRASE_BYTES = 1024
 """What OpenSSL accepts from a passphrase callback (PEM_BUFSIZE)."""
+
+_SHOWN_NAMES = 4
+_MAX_SHOWN = 200
 
 SETTLE_S = 30.0
 """What a program may need between writing a certificate and its key."""
@@ -85,6 +89,8 @@ class ExternalSite:
     keys: tuple[Path, ...] = ()
     """In the same order; empty if each key is in its certificate's file."""
     passphrase: PassphraseSource = field(default=PassphraseSource())
+    required: tuple[str, ...] = ()
+    """Further names that each certificate must have; those of the default site."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -93,8 +99,13 @@ class ExternalSite:
         return tuple(dict.fromkeys((*self.certificates, *self.keys, *secret)))
 
 
-def load_site(spec: ExternalSite, now: datetime, environ: Mapping[str, str]) -> Site:
-    """Return the site with all its pairs, valid to be served at `now`. Raises CertificateError."""
+def load_site(
+    spec: ExternalSite, now: datetime, environ: Mapping[str, str], before: Site | None = None
+) -> Site:
+    """Return the site with all its pairs, valid to be served at `now`, in place of `before`.
+
+    Raises CertificateError.
+    """
     passphrase = spec.passphrase.read(environ)
     pairs = tuple(
         load_pair(certificate, key, now, passphrase)
@@ -106,20 +117,46 @@ def load_site(spec: ExternalSite, now: datetime, environ: Mapping[str, str]) -> 
             " configure one of each key family"
         )
     for pair in pairs:
-        missing = [name for name in spec.names if not any(covers(entry, name) for entry in pair.names)]
+        missing = [
+            name for name in wanted_names(spec) if not any(covers(entry, name) for entry in pair.names)
+        ]
         if missing:
             raise CertificateError(
                 f"{pair.certificate}: is not valid for {', '.join(missing)}; use one with all names of the site,"
                 " or configure fewer names"
             )
+    if before is not None and not wanted_names(spec):
+        _check_successors(pairs, [name for pair in before.pairs for name in pair.names])
     return Site(spec.names, pairs)
+
+
+def wanted_names(spec: ExternalSite) -> tuple[str, ...]:
+    """Return the names that each certificate of a site must have."""
+    return (*spec.names, *spec.required)
+
+
+def _check_successors(pairs: Iterable[CertificatePair], known: Sequence[str]) -> None:
+    """Raise CertificateError if a certificate has no name of those that it is to replace."""
+    for pair in pairs:
+        if known and not any(covers(new, old) or covers(old, new) for new in pair.names for old in known):
+            raise CertificateError(
+                f"{pair.certificate}: is valid for {_shown(pair.names) or 'no name'}, and not for {_shown(known)},"
+                " which it replaces; put the right file there, or set certificates.names to its names and reload"
+            )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return escape_text(", ".join(names[:_SHOWN_NAMES]), _MAX_SHOWN)
 
 
 class WatchedFiles(Generic[T]):
     """What is loaded from files of other programs, and reloaded when they change."""
 
-    def __init__(self, paths: Iterable[Path], load: Callable[[datetime], T]) -> None:
-        """`load` returns what is valid at a time, or raises CertificateError. Notices name the first path."""
+    def __init__(self, paths: Iterable[Path], load: Callable[[datetime, T | None], T]) -> None:
+        """`load` returns what is valid at a time and may replace what was before, or raises CertificateError.
+
+        Notices name the first path.
+        """
         self.problem = ""
         """The problem that was reported, until it is fixed."""
         self.is_incomplete = False
@@ -142,7 +179,7 @@ class WatchedFiles(Generic[T]):
         """Load the files for the first time. Raises CertificateError if that fails."""
         self._watcher.look()
         self._quiet_since = monotonic
-        self._value = self._load(now)
+        self._value = self._load(now, None)
 
     def check(self, now: datetime, monotonic: float, *, force: bool = False) -> list[Notice]:
         """Load the files if they changed or could not be loaded before. Return what has become good or bad.
@@ -158,7 +195,7 @@ class WatchedFiles(Generic[T]):
         elif self._failing_since is None or (monotonic < self._retry_at and not force):
             return []
         try:
-            value = self._load(now)
+            value = self._load(now, self._value)
         except CertificateError as error:
             self.is_incomplete = has_changed
             return self._failed(str(error), monotonic)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -83,7 +83,9 @@ def certificate_settings(config: Config) -> CertificateSettings:
     """Return the certificate settings of a configuration."""
     certificates = config.certificates
     return CertificateSettings(
-        default=acme_site(config) or managed_site(config) or _external_site((), certificates),
+        default=acme_site(config)
+        or managed_site(config)
+        or replace(_external_site((), certificates), required=check_names(certificates.names)),
         sites=tuple(_external_site(site.names, site) for site in certificates.site),
         alert_days=certificates.alert_days,
         clients=_client_trust(config),

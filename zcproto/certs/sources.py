@@ -347,7 +347,7 @@ class ExternalSource(SiteSource):
     origin = Origin.FILES
 
     def __init__(self, spec: ExternalSite, environ: Mapping[str, str]) -> None:
-        self._files = WatchedFiles(spec.paths, lambda now: load_site(spec, now, environ))
+        self._files = WatchedFiles(spec.paths, lambda now, before: load_site(spec, now, environ, before))
 
     @property
     def is_incomplete(self) -> bool:
@@ -389,7 +389,7 @@ class ClientTrustSource(Source):
         self._progress = progress
         self._schedule = RenewalSchedule(trust.crl or trust.ca, directory or trust.ca.parent, random)
         paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)
-        self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
+        self._files = WatchedFiles(paths, lambda now, before: _load_trust(trust))
         self.revoked: frozenset[CertificateId] = frozenset()
         self._loaded_message = f"Loaded {' and '.join(map(str, paths))} for clients' certificates."
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from zcproto.cli import Instance, command_group, instance_options
+from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import private_file
+from zcproto.cli.serve import load_app
+from zcproto.common.home import Home
 from zcproto.common.text import escape_text
-from zcproto.config import config_as_toml, default_config_file
+from zcproto.config import Config, config_as_toml, default_config, default_config_file
 from zcproto.errors import ConfigError, ZcprotoError
+
+if TYPE_CHECKING:
+    from zcproto.runtime.preflight import Fault
 
 TOOLS = ("systemd", "container", "compose", "kubernetes", "prometheus", "grafana")
 """The folders of zcproto/deploy."""
@@ -21,6 +29,13 @@ _PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
 
 _WEBHOOK = re.compile(r'(?m)^(webhook = "https?://[^"/?]+[/?])[^"]+"')
 
+
+CONTROL_S = 10.0
+"""Seconds for which a running server may take to check its configuration."""
+
+app_option = click.option(
+    "--app", metavar="MODULE:APP", help="The application, whose methods auth.role must match."
+)
 
 config = command_group("config", "Create, check and show the configuration.")
 
@@ -39,9 +54,14 @@ def init(instance: Instance, force: bool) -> None:
 
 
 @config.command()
+@app_option
 @instance_options
-def check(instance: Instance) -> None:
-    """Report every fault of the file and of the environment. Exit code 2 if there is one."""
+def check(instance: Instance, app: str | None) -> None:
+    """Report everything that would prevent the start of a server. Exit code 2 if there is something.
+
+    It checks the file, the environment, and the files, programs and ports that they name. Run it as the server's
+    user. A running server checks the file too, in its own environment.
+    """
     faults: list[str] = []
     try:
         if instance.home.path.exists():
@@ -49,9 +69,13 @@ def check(instance: Instance) -> None:
     except ConfigError as error:
         faults += error.faults
     try:
-        instance.existing_config()
+        checked = check_start(instance.existing_config(), instance.home, app, CONTROL_S)
     except ConfigError as error:
         faults += error.faults
+    else:
+        faults += (fault.message for fault in checked.faults)
+        for note in checked.notes:
+            click.echo(f"zcproto: {note}", err=True)
     if faults:
         raise ConfigError([*dict.fromkeys(faults)])  # the file may be in the home folder
     path = instance.config_file or instance.home.config
@@ -59,14 +83,58 @@ def check(instance: Instance) -> None:
     click.echo(f"{subject}: valid")
 
 
+class StartCheck(NamedTuple):
+    """What would prevent the start of a server, and what could not be checked."""
+
+    faults: list[Fault]
+    notes: list[str]
+    status: dict[str, Any] | None
+    """Of the server that runs with this home folder; None if none does, or it cannot be asked."""
+
+
+def check_start(config: Config, home: Home, app: str | None, timeout: float) -> StartCheck:
+    """Return what would prevent the start of a server. One that runs checks the configuration that it would reload.
+
+    `app` is the application as MODULE:APP. Raises ConfigError if it cannot be imported.
+    """
+    from zcproto.runtime.preflight import Fault, preflight  # noqa: PLC0415 - imports a whole server
+
+    application = None if app is None else load_app(app)
+    notes: list[str] = []
+    status: dict[str, Any] | None = None
+    refused: list[str] = []
+    is_running = True
+    try:
+        with contextlib.ExitStack() as stack:
+            server = find_control(home, timeout)
+            if server is None:
+                is_running = False
+                if application is None and config.auth.role:
+                    notes.append("auth.role is not checked; give the application with --app MODULE:APP")
+            else:
+                stack.callback(server.close)
+                status = server.get("/v1/status")
+                server.get("/v1/reload")
+    except ConfigError as error:
+        refused = error.faults
+    except ControlError as error:
+        notes.append(str(error))
+    faults = preflight(config, home, application, running=config if is_running else None)
+    known = {fault.message for fault in faults}
+    faults += (Fault("reload", message) for message in refused if message not in known)
+    return StartCheck(faults, notes, status)
+
+
 @config.command()
+@click.option("--changed", is_flag=True, help="Only those that differ from the defaults.")
 @instance_options
-def show(instance: Instance) -> None:
+def show(instance: Instance, changed: bool) -> None:
     """Print the effective settings, from the file, the environment and the defaults.
 
     Passwords in addresses are hidden, and so is the path of a webhook, which may be a secret too.
     """
-    text = config_as_toml(instance.existing_config())
+    found = instance.existing_config()
+    text = config_as_toml(found, default_config(instance.home.path) if changed else None)
     text = _WEBHOOK.sub(r'\1(hidden)"', text)
     click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)
 

@@ -166,21 +166,25 @@ def _permission_hint(home: Home) -> str:
 
 
 @click.command()
+@click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
 @report_options
-def reload(instance: Instance, as_json: bool) -> None:
+def reload(instance: Instance, dry_run: bool, as_json: bool) -> None:
     """Read the configuration again and apply all changes that need no restart, or nothing.
 
     Prints what changed, and what needs a restart. No connection is closed. Exit code 2 if the configuration has
     faults; then nothing has changed. SIGHUP does the same, and logs the result.
     """
-    done = require_control(instance.home).post("/v1/reload")
+    server = require_control(instance.home)
+    done = server.get("/v1/reload") if dry_run else server.post("/v1/reload")
     rows = [
         [each["key"], *_values(each), "restart needed" if each["effect"] == "restart" else each["effect"]]
         for each in [*done["changed"], *done["restart"]]
     ]
     text = table(("KEY", "OLD", "NEW", "APPLIES TO"), rows) if rows else "nothing has changed"
     print_report(as_json, done, text)
-    if done["restart"] and not as_json:
+    if dry_run and rows and not as_json:
+        click.echo("nothing is applied yet: zcproto reload applies what needs no restart", err=True)
+    elif done["restart"] and not as_json:
         click.echo(f"restart the server to apply {counted(len(done['restart']), 'change')}", err=True)
 
 

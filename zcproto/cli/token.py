@@ -69,6 +69,12 @@ def create(
 ) -> None:
     """Create a token and print it, once. It is valid at once, also with a running server."""
     instance.home.ensure()
+    http = instance.read_config().http
+    if "metrics" in scopes and http.metrics != "token":
+        cure = 'set it to "token" and run zcproto reload'
+        click.echo(
+            f'zcproto: http.metrics = "{http.metrics}": /metrics takes no machine token; {cure}', err=True
+        )
     added = _now()
     expires = added + life
     file = TokenFile(instance.home.tokens)

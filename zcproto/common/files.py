@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pwd
 import shlex
 import stat
 import time
@@ -83,6 +84,21 @@ def trusted_owners() -> frozenset[int]:
     return frozenset({_ROOT, os.geteuid()})
 
 
+def owner_fix(path: Path, owner: int) -> str:
+    """Return what to do about a file of another user. Root never takes one: a service would lose its files."""
+    if os.geteuid() == _ROOT:
+        return f"run as that user: sudo -u {user_name(owner)} COMMAND"
+    return f"run as that user, or run: chown {os.geteuid()} {_quoted(path)}"
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user for sudo."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"'#{uid}'"
+
+
 def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
     """Raise UnusableFileError if a file or folder grants one of the `forbidden` rights."""
     if stat.S_ISREG(status.st_mode) and status.st_uid == _ROOT != os.geteuid():
@@ -105,11 +121,8 @@ def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
 def check_access(path: Path, status: os.stat_result, forbidden: int = OTHERS_ANY) -> None:
     """Raise UnusableFileError if a file or folder has an untrusted owner, or grants a forbidden right."""
     if status.st_uid not in trusted_owners():
-        raise UnusableFileError(
-            path,
-            f"belongs to another user (uid {status.st_uid}); run as that user,"
-            f" or run: chown {os.geteuid()} {_quoted(path)}",
-        )
+        fix = owner_fix(path, status.st_uid)
+        raise UnusableFileError(path, f"belongs to another user (uid {status.st_uid}); {fix}")
     check_mode(path, status, forbidden)
 
 
@@ -183,13 +196,16 @@ def read_file(
     return data, status
 
 
+PRIVATE_FIX: Final = "create it for the user of the server alone (mode 0600), or correct its path"
+
+
 def read_secret(path: Path, key: str, *, least: int = 1) -> str:
     """Return the one line of a file that only its owner can read. `key` is the setting that names the file.
 
     Raises ConfigError if the file is missing, readable by others, or not one line of `least` to MAX_SECRET
     characters.
     """
-    with file_errors(path, "read", lambda fault: ConfigError([f"{key}: {fault}"])):
+    with file_errors(path, "read", lambda fault: ConfigError([f"{key}: {fault}"]), fix=PRIVATE_FIX):
         data, status = read_file(path, MAX_SECRET + 2, forbidden=None)
         check_mode(path, status, OTHERS_ANY)
     text = data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")

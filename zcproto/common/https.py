@@ -16,7 +16,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -71,9 +71,21 @@ class Endpoint:
         max_body: int = 0,
     ) -> Response:
         """Send a request. The body of the response is read if `max_body` is not 0. Raises Unreachable."""
+        async with self._within(timeout):
+            return await self._send(method, headers, body, max_body)
+
+    async def reach(self, *, timeout: float) -> None:  # noqa: ASYNC109 - as above
+        """Connect, with the handshake, and send nothing. Raises Unreachable."""
+        async with self._within(timeout):
+            _, writer = await self._connect()
+            writer.transport.abort()
+
+    @contextlib.asynccontextmanager
+    async def _within(self, timeout: float) -> AsyncIterator[None]:  # noqa: ASYNC109 - as above
+        """Raise Unreachable for what fails in the body."""
         try:
             async with asyncio.timeout(timeout):
-                return await self._send(method, headers, body, max_body)
+                yield
         except TimeoutError:
             raise Unreachable(f"{self.host} did not answer within {timeout:g} s") from None
         except ssl.SSLCertVerificationError as error:

@@ -9,7 +9,7 @@ Reading order: types (what a key accepts), checks (what must hold between settin
 (from files, and as TOML), changes (what a reload applies).
 """
 
-from zcproto.config.load import config_as_toml, default_config_file, load_config
+from zcproto.config.load import config_as_toml, default_config, default_config_file, load_config
 from zcproto.config.model import (
     AcmeConfig,
     AlertsConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "TelemetryConfig",
     "TlsConfig",
     "config_as_toml",
+    "default_config",
     "default_config_file",
     "load_config",
 ]

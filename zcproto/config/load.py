@@ -318,22 +318,35 @@ def _nearest_anywhere(name: str) -> list[str]:
 _WIDTH = 100
 
 
-def config_as_toml(config: Config) -> str:
-    """Return all settings with their values. Reading them gives an equal configuration."""
+def config_as_toml(config: Config, without: Config | None = None) -> str:
+    """Return all settings with their values, except those that are the same in `without`.
+
+    Reading them gives an equal configuration.
+    """
     lines: list[str] = []
     for section, model in sections().items():
         values = getattr(config, section)
+        others = None if without is None else getattr(without, section)
+        if values == others:
+            continue
         lines.append(f"[{section}]")
         tables: list[str] = []  # behind the keys, which would belong to them
         for name, accepts in settings_of(model).items():
             value = getattr(values, name)
+            if others is not None and value == getattr(others, name):
+                continue
             if accepts.tables is not None and value:
                 for table in value:
                     tables += ["", f"[[{section}.{name}]]", *table_lines(table)]
             else:
                 lines.append(f"{name} = {accepts.write(value)}")
         lines += [*tables, ""]
-    return "\n".join(lines[:-1]) + "\n"
+    return "\n".join(lines[:-1]) + "\n" if lines else ""
+
+
+def default_config(home: Path) -> Config:
+    """Return the configuration of a home folder without a file."""
+    return Config(certificates=CertificatesConfig(directory=Home(home).certs))
 
 
 def default_config_file(home: Path) -> str:
@@ -347,7 +360,7 @@ def default_config_file(home: Path) -> str:
         " ZCPROTO_SERVER__PORT), and a command-line option overrides both. `zcproto config check` reports all"
         " faults."
     )
-    defaults = Config(certificates=CertificatesConfig(directory=home / "certs"))
+    defaults = default_config(home)
     for section, model in sections().items():
         lines += ["", "", *_comment(model.__doc__ or ""), f"[{section}]"]
         lines += _keys(section, model, getattr(defaults, section))

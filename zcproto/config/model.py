@@ -187,7 +187,8 @@ class CertificatesConfig(Settings):
     about 15 times faster and is used for every client that accepts it."""
     names: Annotated[tuple[str, ...], list_of(CERTIFICATE_NAME, 0, 100)] = ()
     """Names and addresses in a managed certificate, in addition to localhost and those of the host. With mode =
-    "acme": those for which certificates are ordered, and no others."""
+    "acme": those for which certificates are ordered, and no others. With mode = "files": those that the
+    certificates must have; without any, a new one must share a name with the one that it replaces."""
     lifetime: Annotated[float, duration("1m", "397d")] = 90 * 86_400.0
     """How long a new certificate is valid. Short lifetimes limit the damage of a lost key; 397 days is the
     most that web clients accept."""

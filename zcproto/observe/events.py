@@ -67,6 +67,10 @@ FIELDS: Final[dict[str, str]] = {
     "balancer": "address of the load balancer that forwarded the connection",
     "can_serve": "whether the last keys of an identity provider still verify tokens",
     "changed": "configuration keys with new values; names that have changed in a file, the first 16",
+    "setting": "key of the configuration, such as limits.max_streams",
+    "old": "value of a setting before a reload, as in the file; empty if it may be a secret",
+    "new": "value of a setting in the new configuration; empty if it may be a secret",
+    "effect": "when a change takes effect: live, new connections, new sessions, restart",
     "cause": "cause of a TLS failure, from a fixed list",
     "client": "client string, up to 128 printable characters",
     "code": "protocol code that ended the connection",
@@ -210,6 +214,8 @@ server.fault error (what exc_info) by peer, limit per event
 # The configuration, read again
 config.reloaded info (changed restart), limit per event, audit success
     The configuration was reloaded. Changes are active, except those that require a restart.
+config.changed info (setting old new effect), audit success
+    One changed setting of a reload, with its values unless they may be secrets; `effect` says when it applies.
 config.overridden warning (restart cure), limit per event
     A reload did not apply keys of the file: options of `zcproto serve` have other values for them.
 config.refused error (faults), limit per event, audit failure
@@ -405,7 +411,7 @@ topics.refused warning (topic reason), limit per event
 
 # Alerts
 alert.began warning (kind about severity title details count) by peer, limit per event
-    An alert began, see docs/alerts.md.
+    An alert began, see docs/alerts.md. The level is that of its severity; error for critical.
 alert.changed warning (kind about severity title details count) by peer, limit per event
     The severity or subject of an alert changed.
 alert.reminder warning (kind about severity title details count) by peer, limit per event

@@ -69,6 +69,8 @@ zcproto_telemetry_items_total counter (signal result)
     `result`: sent, failed (the collector did not take it), dropped (the queue was full, or the server ended).
 zcproto_config_reloads_total counter (result)
     Reloads of the configuration. A refused one was invalid and changed nothing.
+zcproto_config_refused gauge max
+    1 after a refused reload, until one succeeds: a restart would fail.
 
 # Connections
 zcproto_tcp_connections gauge

@@ -20,10 +20,14 @@ import select
 import stat
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TextIO, TypeAlias
 
 from zcproto.errors import ConfigError
+
+LOG_KEY: Final = "log.file"
 
 MAX_WAITING: Final = 1_048_576
 """Maximum bytes waiting for a reader or for space on the disk."""
@@ -32,6 +36,8 @@ _PART: Final = 4_096  # a writable pipe accepts this much atomically (pipe(7), P
 FINISH_TRIES: Final = 20
 FINISH_TRY_MS: Final = 50
 
+# O_NONBLOCK for named pipes: opening one without a reader fails, and a full one makes lines wait.
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _CLOSED: Final = -1
 _WAIT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT})
 
@@ -213,21 +219,38 @@ class LogFile(Descriptor):
     opened.
     """
 
-    def __init__(self, path: Path, key: str = "log.file") -> None:
+    def __init__(self, path: Path, key: str = LOG_KEY) -> None:
         self.path = path
         self.key = key
-        # O_NONBLOCK for named pipes: opening one without a reader fails, and a full one makes lines wait.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        try:
-            super().__init__(os.open(path, flags, 0o600))
-        except OSError as error:
-            raise ConfigError([f'{key} = "{path}": cannot be opened: {error.strerror}']) from error
+        with _opening(path, key):
+            super().__init__(os.open(path, _APPEND | os.O_CREAT, 0o600))
 
     def is_terminal(self) -> bool:
         return False
 
     def is_journal(self) -> bool:
         return False
+
+
+def check_log_file(path: Path, key: str) -> None:
+    """Raise what `LogFile` would raise, without creating the file."""
+    with _opening(path, key):
+        try:
+            os.close(os.open(path, _APPEND))
+        except FileNotFoundError:
+            folder = os.path.dirname(os.path.realpath(path))
+            os.stat(folder)
+            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
+@contextmanager
+def _opening(path: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cure = "create its folder, and let the user of the server write to it"
+        raise ConfigError([f'{key} = "{path}": cannot be opened: {error.strerror}; {cure}']) from error
 
 
 Output: TypeAlias = StandardError | LogFile

@@ -538,16 +538,25 @@ def challenge_context(active: ActiveConfig, server_name: str | None) -> ssl.SSLC
 
 
 def build_telemetry(config: TelemetryConfig, clock: Clock, entropy: Entropy) -> Telemetry | None:
-    """Build the exporter of traces, metrics and log records; None if all are off. Reads files.
+    """Build the exporter of traces, metrics and log records; None if all are off. Raises as `check_telemetry`."""
+    if not check_telemetry(config):
+        return None
+    from zcproto.telemetry.export import Telemetry  # noqa: PLC0415 - of an extra
 
-    Raises ConfigError for an unusable file, and without the packages of the extra.
+    return Telemetry(config, clock, entropy)
+
+
+def check_telemetry(config: TelemetryConfig) -> bool:
+    """Return whether something is exported.
+
+    Raises ConfigError for an unusable file or environment, and without the packages of the extra.
     """
     if not (config.traces or config.metrics or config.logs):
-        return None
+        return False
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return None
+        return False
     try:
-        from zcproto.telemetry.export import Telemetry, check_environment  # noqa: PLC0415 - of an extra
+        from zcproto.telemetry.export import check_environment, headers_of  # noqa: PLC0415 - of an extra
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
@@ -555,7 +564,8 @@ def build_telemetry(config: TelemetryConfig, clock: Clock, entropy: Entropy) -> 
             ['telemetry: OpenTelemetry is not installed; run: pip install "zcproto[otel]"']
         ) from None
     check_environment(os.environ)
-    return Telemetry(config, clock, entropy)
+    headers_of(config.headers_file)
+    return True
 
 
 def build_jwt(config: AuthConfig, clock: Clock, alerts: ServerAlerts) -> JwtAuthenticator | None:

@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +34,7 @@ from zcproto.runtime.build import (
     session_settings,
     thread_limits,
 )
+from zcproto.runtime.preflight import preflight
 from zcproto.server.access import access_of
 from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
@@ -64,20 +65,27 @@ class Reloaded(NamedTuple):
 
 
 async def reload_config(
-    parts: Parts, read: ReadConfig, *, on_config: Callable[[Config], None], owns_log: bool
+    parts: Parts, read: ReadConfig, *, on_config: Callable[[Config], None], owns_log: bool, is_first: bool
 ) -> Reloaded:
     """Read the configuration and apply it. Raises ConfigError; then nothing has changed.
 
     `on_config` is called with a configuration that is applied. `owns_log` is whether `[log]` applies to the log of
-    the process. Only one call may run at a time.
+    the process. `is_first`: no other process of this server has checked the configuration and logged its values.
+    Only one call may run at a time.
     """
     counters = parts.state.counters
     try:
-        reloaded = await _reload(parts, read, on_config, owns_log)
+        reloaded = await _reload(parts, read, on_config, owns_log, is_first)
     except (ConfigError, CertificateError) as error:
         faults = error.faults if isinstance(error, ConfigError) else [str(error)]
         counters.reloads_refused += 1
         log.error("config.refused", faults=faults)
+        parts.alerts.raise_(
+            AlertKind.CONFIG_REFUSED,
+            f"the configuration was refused, a restart would fail: {faults[0]}",
+            changed=True,
+            details={"faults": faults},
+        )
         raise ConfigError(faults) from error
     counters.reloads += 1
     log.info(
@@ -85,14 +93,47 @@ async def reload_config(
         changed=[change.key for change in reloaded.applied],
         restart=[change.key for change in reloaded.needs_restart],
     )
+    if is_first:
+        for change in (*reloaded.applied, *reloaded.needs_restart):
+            log.info(
+                "config.changed",
+                setting=change.key,
+                old=change.old,
+                new=change.new,
+                effect=change.effect.value,
+            )
+    parts.alerts.resolve(AlertKind.CONFIG_REFUSED, "the configuration was reloaded")
     return reloaded
 
 
+async def preview_reload(parts: Parts, read: ReadConfig, *, owns_log: bool) -> Reloaded:
+    """Return what a reload would do, or raise the ConfigError with which it would be refused."""
+    found = await _checked(parts, read)
+    return _as_reloaded(changes_between(parts.config, found, frozenset() if owns_log else LOG_KEYS))
+
+
+async def _checked(parts: Parts, read: ReadConfig) -> Config:
+    """Return the configuration. Raises ConfigError if a server could not start with it."""
+    found = await asyncio.to_thread(read)
+    faults = await asyncio.to_thread(
+        preflight,
+        found,
+        parts.home,
+        parts.state.methods,
+        running=parts.config,
+        has_users=parts.users is not None,
+    )
+    if faults:
+        raise ConfigError([fault.message for fault in faults])
+    return found
+
+
 async def _reload(
-    parts: Parts, read: ReadConfig, on_config: Callable[[Config], None], owns_log: bool
+    parts: Parts, read: ReadConfig, on_config: Callable[[Config], None], owns_log: bool, is_first: bool
 ) -> Reloaded:
     _check_draining(parts)
-    old, found = parts.config, await asyncio.to_thread(read)
+    old = parts.config
+    found = await (_checked(parts, read) if is_first else asyncio.to_thread(read))
     kept = frozenset() if owns_log else LOG_KEYS
     changes = changes_between(old, found, kept)
     new = effective(old, found, kept)
@@ -122,6 +163,10 @@ async def _reload(
         for kind, about, count in _certificate_alerts(parts):
             if (kind, about, count) in before:  # not raised again: the certificate is no longer configured
                 parts.alerts.resolve(kind, about=about)
+    return _as_reloaded(changes)
+
+
+def _as_reloaded(changes: Sequence[ConfigChange]) -> Reloaded:
     return Reloaded(
         applied=[change for change in changes if change.effect is not Effect.RESTART],
         needs_restart=[change for change in changes if change.effect is Effect.RESTART],

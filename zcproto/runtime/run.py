@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from zcproto.app.app import App
-from zcproto.auth import Authenticators
+from zcproto.app.app import App, default_app
+from zcproto.auth import BUILT_IN_SCHEMES, Authenticators
 from zcproto.common.process import collapse_heap, new_event_loop
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.runtime.first_start import FirstStart
+from zcproto.runtime.preflight import preflight
 from zcproto.runtime.process_setup import (
     UPGRADE,
     exit_at_once,
@@ -73,8 +74,6 @@ def serve(
     server = Server(app, config, home=home, authenticators=authenticators, progress=first.progress, **options)
     first.begin(server.config, server.home)
     workers = worker_count(server.config)
-    configure_logging(server.config.log, processes=workers)
-    raise_limit_for(server.config)
 
     def on_ready(server: Server) -> None:
         first.ready([name for pair in server.certificates[:1] for name in pair.names], server.port)
@@ -82,6 +81,8 @@ def serve(
         ready(server)
 
     try:
+        configure_logging(server.config.log, processes=workers)
+        raise_limit_for(server.config)
         if workers > 1 or UPGRADE in os.environ:
             from zcproto.workers.processes import serve_processes  # noqa: PLC0415 - one process needs none of it
 
@@ -101,8 +102,19 @@ def serve(
         server.on_config = raise_limit_for
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(server, on_ready, manager, risks))
+    except ConfigError as error:
+        has_users = authenticators is None or BUILT_IN_SCHEMES in authenticators
+        raise _with_all_faults(error, server, app, has_users) from error
     finally:
         finish_log()
+
+
+def _with_all_faults(error: ConfigError, server: Server, app: App | None, has_users: bool) -> ConfigError:
+    """Return an error with everything else that would prevent the next start too."""
+    config, methods = server.config, default_app() if app is None else app
+    # Without the ports, which are bound after everything else.
+    others = preflight(config, server.home, methods, running=config, has_users=has_users)
+    return ConfigError([*dict.fromkeys((*error.faults, *(fault.message for fault in others)))])
 
 
 def _check_own_process() -> None:

@@ -32,6 +32,7 @@ from zcproto.admin.operations import Operations
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
 from zcproto.admin.users import ServerUsers
+from zcproto.alerts import AlertKind
 from zcproto.app.app import App, default_app
 from zcproto.app.context import ConnectedClient
 from zcproto.auth import Authenticators
@@ -48,7 +49,7 @@ from zcproto.observe.log import configure_logging, flush_log, is_configured, rep
 from zcproto.runtime.background import background, background_work, roll_out_certificates
 from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build, build_telemetry
 from zcproto.runtime.process_setup import worker_count
-from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
+from zcproto.runtime.reload import ReadConfig, Reloaded, preview_reload, reload_config
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason
@@ -106,7 +107,7 @@ class Server:
         self._control_socket = control if isinstance(control, socket.socket) else None
         self._has_control = control is True
         self._addresses_elsewhere = list(addresses)
-        self._is_alone = role is SINGLE
+        self._is_alone, self._maintains = role is SINGLE, role.maintains
         self._build = partial(
             build,
             self._first_config,
@@ -182,6 +183,7 @@ class Server:
             routes = Operations(
                 parts,
                 self.reload,
+                self.preview_reload,
                 self.begin_drain,
                 self._set_log_level,
                 self._begin_upgrade,
@@ -321,10 +323,15 @@ class Server:
         return ended
 
     def summary(self) -> str:
-        """Return one sentence on the load."""
+        """Return one sentence on the load, and on a refused configuration."""
         state = self.state
         connections = counted(len(state.connections), "connection")
-        return f"serving {connections}, {counted(len(state.registry), 'session')}"
+        refused = [
+            f"; {alert.title}"
+            for alert in self.parts.alerts.center.open_alerts()
+            if alert.kind is AlertKind.CONFIG_REFUSED
+        ]
+        return f"serving {connections}, {counted(len(state.registry), 'session')}{''.join(refused)}"
 
     def statistics(self) -> dict[str, Any]:
         """Return the figures of `server.stats`."""
@@ -351,8 +358,20 @@ class Server:
         with self.around_reload():
             async with self._reloading:
                 return await reload_config(
-                    parts, self._read_again, on_config=self.on_config, owns_log=self.owns_log
+                    parts,
+                    self._read_again,
+                    on_config=self.on_config,
+                    owns_log=self.owns_log,
+                    is_first=self._maintains,
                 )
+
+    async def preview_reload(self) -> Reloaded:
+        """Return what `reload` would do. Raises the ConfigError with which it would be refused."""
+        if not self.can_reload:
+            raise FailedPrecondition(
+                "the configuration comes from the program that runs this server; restart it to apply changes"
+            )
+        return await preview_reload(self.parts, self._read_again, owns_log=self.owns_log)
 
     def _set_log_level(self, level: str) -> None:
         set_level(level)

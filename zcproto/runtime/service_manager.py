@@ -16,12 +16,15 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, Self
 
 from zcproto.common.clock import Clock, system_clock
@@ -50,6 +53,8 @@ MIN_INTERVAL: Final = 0.02
 STOP_MARGIN: Final = 10.0
 """Seconds that a process needs to end, in addition to its drain."""
 
+
+UNIT_FOLDERS: Final = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system")
 
 PassedSocket = tuple[str, socket.socket]
 """The FileDescriptorName= of a listening TCP socket that was open before this process began, and the socket."""
@@ -196,6 +201,17 @@ class ServiceManager:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def has_socket_unit(port: int, folders: Iterable[str] = UNIT_FOLDERS) -> bool:
+    """Return whether systemd holds this port for a service: one of its socket units names it."""
+    names = re.compile(rf"^\s*ListenStream\s*=\s*(\S*:)?{port}\s*$", re.MULTILINE)
+    for folder in map(Path, folders):
+        for path in (*folder.glob("*.socket"), *folder.glob("*.socket.d/*.conf")):
+            with contextlib.suppress(OSError):
+                if names.search(path.read_text("utf-8", "replace")):
+                    return True
+    return False
 
 
 def _passed_sockets(found: Mapping[str, str]) -> tuple[PassedSocket, ...]:

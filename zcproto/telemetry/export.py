@@ -62,7 +62,7 @@ from opentelemetry.trace import TraceFlags
 from zcproto.app.app import Method
 from zcproto.common.clock import NS_PER_MS, Clock, Entropy, system_clock
 from zcproto.common.exceptions import masked
-from zcproto.common.files import OTHERS_ANY, check_mode, file_errors, read_file
+from zcproto.common.files import OTHERS_ANY, PRIVATE_FIX, check_mode, file_errors, read_file
 from zcproto.common.text import escape_text
 from zcproto.config import TelemetryConfig
 from zcproto.errors import ConfigError
@@ -551,7 +551,7 @@ def headers_of(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     key = "telemetry.headers_file"
-    with file_errors(path, "read", lambda fault: ConfigError([f"{key}: {fault}"])):
+    with file_errors(path, "read", lambda fault: ConfigError([f"{key}: {fault}"]), fix=PRIVATE_FIX):
         data, status = read_file(path, MAX_HEADERS_FILE, forbidden=None)
         check_mode(path, status, OTHERS_ANY)
     found: dict[str, str] = {}

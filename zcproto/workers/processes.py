@@ -152,6 +152,7 @@ class ForkedService:
         self._redirect_sockets: list[socket.socket] = list(self._options.pop("redirect_sockets", ()))
         self._certificate_names: list[str] = []
         self._ready = workers
+        self._is_refused = False
         self._ended: Counter[int] = Counter()
         self._started_at = system_clock.wall()
         connections = self._config.limits.max_connections
@@ -236,7 +237,11 @@ class ForkedService:
         self._link_file.take_over()
         self._first.ready(self._certificate_names, self.addresses[0][1])
         self._on_listening(self.addresses)
-        self._manager.begin(lambda: f"{self._ready} of {counted(self._workers, 'worker')}")
+        self._manager.begin(self._status)
+
+    def _status(self) -> str:
+        refused = "; the configuration was refused, a restart would fail" if self._is_refused else ""
+        return f"{self._ready} of {counted(self._workers, 'worker')}{refused}"
 
     def process_ended(self, number: int) -> None:
         self._ended[number] += 1
@@ -248,6 +253,9 @@ class ForkedService:
             self._manager.reload_begins()
         else:
             self._manager.reload_ends()
+
+    def config_refused(self, is_refused: bool) -> None:
+        self._is_refused = is_refused
 
     def reload(self) -> None:
         if self._read_config is not None:

@@ -112,6 +112,9 @@ class SupervisedService(Protocol):
     def reloading(self, is_begun: bool) -> None:
         """A reload has begun, or ended."""
 
+    def config_refused(self, is_refused: bool) -> None:
+        """The last configuration was refused, or it was not."""
+
     def reload(self) -> None:
         """Read the configuration again, which the coordinator has applied, for processes to come."""
 
@@ -243,6 +246,8 @@ class Reload:
 
     def handle_reloaded(self, process: ChildProcess, *, has_applied: bool) -> None:
         """Handle a process that has applied the configuration, or refused it."""
+        if process is self._coordinator:
+            self._service.config_refused(not has_applied)
         if process is self._coordinator and has_applied and not self.is_stopped:
             self._service.reload()
             self._wait_for(self._workers)

@@ -12,31 +12,34 @@ import os
 import resource
 import shlex
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from zcproto import accelerator
-from zcproto.alerts.sinks import check_program
+from zcproto.alerts.service import webhook_of
+from zcproto.alerts.sinks import Undelivered
 from zcproto.auth.jwt import LEEWAY_S, fits
 from zcproto.auth.oidc import KeysFailed
 from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
+from zcproto.cli.config import StartCheck, app_option, check_start
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.remote import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
 from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.files import user_name
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
 from zcproto.config import Config, OidcConfig
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.runtime.build import provider_of
+from zcproto.runtime.build import check_telemetry, provider_of
 from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES, usable_cores, worker_count
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
@@ -52,6 +55,12 @@ MAX_FILES: Final = 1_000
 """Files of the home folder that are checked."""
 
 IN_USE: Final = "in use"
+
+RESTORE: Final = (
+    "start the server, which issues another; to keep the pin, restore the key from a backup first"
+)
+RESTORE_BY_HAND: Final = "restore the key from a backup, or set certificates.repair = true to issue another"
+NOT_SERVING: Final = "the server is stopped or hangs: see its log, then start or restart it"
 
 _OF_PRIVATE: Final = (0o077, "read or change", "go-rwx")
 _OF_PUBLIC: Final = (0o022, "change", "go-w")
@@ -69,6 +78,7 @@ MAX_SHOWN: Final = 1_000
 @user_option("Also open a session of this user, use it and close it.")
 @key_option("user")
 @trust_options
+@app_option
 @number_option(
     "--timeout",
     click.FloatRange(0, MAX_TIMEOUT, min_open=True),
@@ -83,6 +93,7 @@ def doctor(
     user: str | None,
     key_file: Path | None,
     trust: TrustChoice,
+    app: str | None,
     timeout: float,
     as_json: bool,
 ) -> int:
@@ -98,18 +109,20 @@ def doctor(
     """
     if user is None and is_typed("key_file"):
         raise click.UsageError("--key-file goes with --user.")
+    login = None if user is None else (user, key_file)
     findings = folder(instance.home)
     config = configuration(instance, findings)
     if address is None and config is None:
         findings.append(Finding("server", SKIPPED, "further checks need a valid configuration"))
     elif address is None and config is not None:
         findings += server(config, instance.home)
-        if is_served(findings):
-            address = own_address(config)
-            if config.certificates.mode == "acme" and trust == TrustChoice():
-                trust = TrustChoice(pins=_own_pins(config))  # its certificate does not name this address
+        checked = check_start(config, instance.home, app, timeout)
+        findings += starting(checked, config, findings)
+        if any(
+            each.check == "port" and each.state == OK and each.found.endswith(IN_USE) for each in findings
+        ):
+            findings += own_server(config, trust, instance.home, login, timeout)
     if address is not None:
-        login = None if user is None else (user, key_file)
         findings += remote.check(address, trust, instance.home, login, timeout)
     print_report(
         as_json, [{**each._asdict(), "cure": each.cure or None} for each in findings], as_text(findings)
@@ -148,7 +161,10 @@ def folder(home: Home) -> list[Finding]:
 def _permissions(home: Home) -> Iterator[Result]:
     owner = home.path.stat().st_uid
     if os.geteuid() == 0 and owner != 0:
-        cure = f"run commands as the server's user, who cannot read files of root: sudo -u '#{owner}' ..."
+        cure = (
+            "run commands as the server's user, who cannot read files of root: sudo -u"
+            f" {user_name(owner)} zcproto ..."
+        )
         yield WARNING, f"the home folder belongs to uid {owner}, and this is root", cure
     for number, path in enumerate(_files(home.path)):
         if number == MAX_FILES:
@@ -256,20 +272,8 @@ def _disk(config: Config, home: Home) -> Iterator[Result]:
             yield OK, found
 
 
-def _file_limit(config: Config, home: Home) -> Iterator[Result]:
-    wanted = config.limits.max_connections + SPARE_FILES
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        cure = f"raise it (ulimit -Hn, LimitNOFILE=), or set limits.max_connections = {max(1, hard - SPARE_FILES)}"
-        yield WARNING, f"{hard} open files are allowed, {wanted} are needed", cure
-    else:
-        yield OK, f"{wanted} open files are allowed"
-
-
 def _certificates(config: Config, home: Home) -> Iterator[Result]:
     now = utc()
-    if config.certificates.mode == "acme" and importlib.util.find_spec("acme") is None:
-        yield FAULT, "the package acme is not installed", 'run: pip install "zcproto[acme]"'
     try:
         found = survey(config, now, os.environ)
     except ZcprotoError as error:
@@ -284,19 +288,14 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
                 f"{row.certificate}: expired on {row.leaf.not_valid_after_utc:%Y-%m-%d}" if row.leaf else ""
             )
             state, problem, cure = from_message(row.problem or ended)
-            yield state, problem, cure or "start the server, which renews managed ones; replace external ones"
+            if row.is_managed and not cure.startswith("run: "):  # other cures are for files of other programs
+                cure = RESTORE if config.certificates.repair else RESTORE_BY_HAND
+            yield state, problem, cure or "replace the file"
         elif row.leaf is not None:
             yield _good(row, now)
             if row.note:
                 problem, _, cure = row.note.partition("; ")
                 yield WARNING, problem, cure
-
-
-def _own_pins(config: Config) -> tuple[str, ...]:
-    rows = survey(config, utc(), os.environ).certificates
-    return tuple(
-        cert_report.key_pin(row.leaf) for row in rows if row.use == "server" and row.leaf is not None
-    )
 
 
 def _good(row: SurveyedCertificate, now: datetime) -> Result:
@@ -342,42 +341,26 @@ def _store(config: Config, home: Home) -> Iterator[Result]:
     yield from ((WARNING, escape_text(note, 500)) for note in notes)
 
 
-def _port(config: Config, home: Home) -> Iterator[Result]:
-    where = ", ".join(config.server.host)
-    if config.server.port == 0:
-        yield SKIPPED, "server.port = 0 is a different port at each start"
+def _webhook(config: Config, home: Home) -> Iterator[Result]:
+    """Connect to the receiver of alerts, without a message."""
+    if not config.alerts.webhook:
         return
     try:
-        sockets = bind(config.server.host, config.server.port)
-    except ConfigError as error:
-        if "Address already in use" in str(error):
-            yield OK, f"{where} port {config.server.port}: {IN_USE}"
-        else:
-            cure = "change server.port or server.host; for a port below 1024 let systemd bind it (zcproto.socket)"
-            yield from ((FAULT, fault, cure) for fault in error.faults)
-        return
-    for each in sockets:
-        each.close()
-    yield OK, f"{where} port {config.server.port}: free; no server runs"
-
-
-def _alert_command(config: Config, home: Home) -> Iterator[Result]:
-    if not config.alerts.command:
-        return
-    path = Path(config.alerts.command[0])
-    try:
-        check_program(path)
-    except ConfigError as error:
-        yield from map(from_message, error.faults)
+        sink = webhook_of(config.alerts, system_clock)
+        asyncio.run(sink.reach())
+    except ConfigError:
+        return  # a fault of the preflight
+    except Undelivered as error:
+        cure = "check the receiver and alerts.webhook; alerts wait for it, and zcproto alert test sends one"
+        yield WARNING, str(error), cure
     else:
-        yield OK, str(path)
+        yield OK, f"{sink.where}: reachable"
 
 
 def _issuers(config: Config, home: Home) -> Iterator[Result]:
     """Fetch the keys of each provider."""
-    if config.auth.oidc and importlib.util.find_spec("jwt") is None:
-        yield FAULT, "PyJWT is not installed", 'run: pip install "zcproto[oidc]"'
-        return
+    if importlib.util.find_spec("jwt") is None:
+        return  # a fault of the preflight
     for number, each in enumerate(config.auth.oidc):
         yield from _issuer(each, f"auth.oidc[{number}]")
 
@@ -420,13 +403,13 @@ def _collector(config: Config, home: Home) -> Iterator[Result]:
     signals = [each for each in ("traces", "metrics", "logs") if getattr(telemetry, each)]
     if not signals:
         return
-    if importlib.util.find_spec("opentelemetry") is None:
-        yield FAULT, "OpenTelemetry is not installed", 'run: pip install "zcproto[otel]"'
-        return
-    from zcproto.telemetry.export import check_environment, try_collector  # noqa: PLC0415 - of an extra
+    try:
+        check_telemetry(telemetry)
+    except ConfigError:
+        return  # a fault of the preflight
+    from zcproto.telemetry.export import try_collector  # noqa: PLC0415 - of an extra
 
     try:
-        check_environment(os.environ)
         for signal, reason in try_collector(telemetry, signals):
             if reason:
                 cure = "check telemetry.endpoint and the collector; the server runs on without it"
@@ -443,19 +426,79 @@ _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "workers": _workers,
     "accelerator": _accelerator,
     "disk": _disk,
-    "file limit": _file_limit,
     "certificate": _certificates,
     "store": _store,
     "issuer": _issuers,
     "collector": _collector,
-    "alert command": _alert_command,
-    "port": _port,
+    "webhook": _webhook,
 }
 
 
-def is_served(findings: list[Finding]) -> bool:
-    """Whether the configured port is in use."""
-    return any(each.check == "port" and each.found.endswith(IN_USE) for each in findings)
+def starting(checked: StartCheck, config: Config, known: Sequence[Finding]) -> Iterator[Finding]:
+    """Yield what would prevent the start of a server, except what is `known`, and what a running one has."""
+    reported = {each.found for each in known}
+    for fault in checked.faults:
+        finding = Finding(fault.check, *from_message(fault.message))
+        if finding.found not in reported:
+            yield finding
+    for note in checked.notes:
+        yield Finding("server", WARNING, *from_message(note)[1:])
+    yield Finding("file limit", *_file_limit(config, checked.status))
+    if any("server.port = " in fault.message for fault in checked.faults):
+        return
+    where = f"{', '.join(config.server.host)} port {config.server.port}"
+    if config.server.port == 0:
+        yield Finding("port", SKIPPED, "server.port = 0 is a different port at each start")
+    elif checked.status is not None or checked.notes or not _is_free(config):
+        yield Finding("port", OK, f"{where}: {IN_USE}")
+    else:
+        yield Finding("port", OK, f"{where}: free; no server runs")
+
+
+def _is_free(config: Config) -> bool:
+    try:
+        for each in bind(config.server.host, config.server.port, backlog=0):
+            each.close()
+    except ConfigError:  # systemd holds it, else it is a fault
+        return False
+    return True
+
+
+def _file_limit(config: Config, status: Mapping[str, Any] | None) -> Result:
+    """Judge the limit of the running server; that of this shell is another one."""
+    if status is None:
+        return SKIPPED, "no server runs; its limit is that of its service (LimitNOFILE=), not of this shell"
+    wanted = config.limits.max_connections + SPARE_FILES
+    try:
+        allowed, _ = resource.prlimit(status["pid"], resource.RLIMIT_NOFILE)
+    except OSError as error:
+        return SKIPPED, f"the limit of the server cannot be read: {error.strerror}"
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        fitting = max(1, allowed - SPARE_FILES)
+        cure = f"raise it (LimitNOFILE=, ulimit -Hn), or set limits.max_connections = {fitting}"
+        return WARNING, f"{allowed} open files are allowed, {wanted} are needed", cure
+    return OK, f"{allowed} open files are allowed"
+
+
+def own_server(
+    config: Config, trust: TrustChoice, home: Home, login: tuple[str, Path | None] | None, timeout: float
+) -> Iterator[Finding]:
+    """Check the server of this machine over the network."""
+    name = None
+    if config.certificates.mode != "own" and trust == TrustChoice():
+        trust, name = own_trust(config)
+    for each in remote.check(own_address(config), trust, home, login, timeout, server_name=name):
+        # Between a machine and itself is no firewall.
+        yield each._replace(cure=NOT_SERVING) if each.cure in remote.CURES_OF_SILENCE else each
+
+
+def own_trust(config: Config) -> tuple[TrustChoice, str | None]:
+    """Return the pins and a name of the certificate on the disk, which may not name an address of this machine."""
+    rows = survey(config, utc(), os.environ).certificates
+    found = [row.leaf for row in rows if row.use == "server" and not row.site and row.leaf is not None]
+    names = [name for leaf in found for name in cert_report.names_of(leaf)]
+    pins = tuple(map(cert_report.key_pin, found))
+    return TrustChoice(pins=pins), names[0].replace("*", "any", 1) if names else None
 
 
 def own_address(config: Config) -> str:

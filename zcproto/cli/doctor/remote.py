@@ -55,6 +55,13 @@ SESSION_CURES: Final = {
     Code.UNAVAILABLE: "the store of the server does not answer, or it drains: run zcproto doctor on the server",
 }
 
+_FIREWALL: Final = "a firewall drops packets, or the machine is down: check both, and the port"
+
+CURES_OF_SILENCE: Final = frozenset(
+    {_FIREWALL, CURES[TlsFailure.HANDSHAKE_TIMEOUT], CURES[TlsFailure.DISCONNECTED]}
+)
+"""The cures for servers of other machines that do not answer."""
+
 _ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
 
 
@@ -81,11 +88,18 @@ class StepFailed(Exception):
 
 
 def check(
-    text: str, trust: TrustChoice, home: Home, login: tuple[str, Path | None] | None, timeout: float
+    text: str,
+    trust: TrustChoice,
+    home: Home,
+    login: tuple[str, Path | None] | None,
+    timeout: float,
+    *,
+    server_name: str | None = None,
 ) -> list[Finding]:
     """Run the steps until one fails. Raises ConfigError for a malformed address or pin.
 
-    `login` is the user of the session to open, and the file with the key.
+    `login` is the user of the session to open, and the file with the key. `server_name`, by default the host, is
+    requested from the server and looked for in its certificate.
     """
     address = parse_address(text)
     try:
@@ -95,22 +109,23 @@ def check(
     key = None if login is None else read_key(login[1])
     findings: list[Finding] = []
     try:
-        certificate = _connect(address, timeout, findings)
-        _judge(address, trust.ca_file(home, text), pins, timeout, certificate, findings)
+        name = server_name or address.host.partition("%")[0]
+        certificate = _connect(address, name, timeout, findings)
+        _judge(address, name, trust.ca_file(home, text), pins, timeout, certificate, findings)
     except StepFailed as failed:
         findings.append(failed.finding)
         if login is not None:
             findings.append(Finding("session", SKIPPED, "no key is sent to a server that is not trusted"))
     else:
         if login is not None and key is not None:
-            findings.append(_session(str(address), trust, home, login[0], key, timeout))
+            findings.append(_session(str(address), server_name, trust, home, login[0], key, timeout))
     return findings
 
 
 # --- without trust ---------------------------------------------------------------------------------------
 
 
-def _connect(address: Address, timeout: float, findings: list[Finding]) -> bytes:
+def _connect(address: Address, name: str, timeout: float, findings: list[Finding]) -> bytes:
     """Check name, TCP, TLS and WELCOME. Return the certificate of the server. Raises StepFailed."""
     try:
         raw = socket.create_connection(address, timeout)
@@ -119,8 +134,7 @@ def _connect(address: Address, timeout: float, findings: list[Finding]) -> bytes
             "reachable", f"{address.host}: {error.strerror}", "check the name and DNS"
         ) from error
     except TimeoutError as error:
-        cure = "a firewall drops packets, or the machine is down: check both, and the port"
-        raise StepFailed("reachable", f"{address}: no answer within {timeout:g} s", cure) from error
+        raise StepFailed("reachable", f"{address}: no answer within {timeout:g} s", _FIREWALL) from error
     except OSError as error:
         cure = "start the server, and check that server.host is not only 127.0.0.1"
         raise StepFailed("reachable", f"{address}: {error.strerror}", cure) from error
@@ -129,7 +143,7 @@ def _connect(address: Address, timeout: float, findings: list[Finding]) -> bytes
     raw.settimeout(timeout)
     context = client_context(verify=False, protocols=[ALPN])
     try:
-        with context.wrap_socket(raw, server_hostname=address.host.partition("%")[0]) as tls:
+        with context.wrap_socket(raw, server_hostname=name) as tls:
             findings.append(Finding("handshake", OK, _negotiated(tls)))
             greeted = _welcome(tls, system_clock.now() + timeout)
             findings.append(_clock(greeted.clock_offset_ms / MS_PER_SECOND))
@@ -202,6 +216,7 @@ def _handshake_failed(error: Exception, check: str) -> StepFailed:
 
 def _judge(
     address: Address,
+    host: str,
     ca_file: Path | None,
     pins: frozenset[str],
     timeout: float,
@@ -209,7 +224,6 @@ def _judge(
     findings: list[Finding],
 ) -> None:
     """Check whether a client with this trust accepts the server. Raises StepFailed."""
-    host = address.host.partition("%")[0]
     by_ca = ca_file is not None or not pins
     source = "the system's store" if ca_file is None else str(ca_file)
     failure: TlsFailure | None = None
@@ -270,7 +284,9 @@ def _near_end(der: bytes) -> Iterator[Finding]:
 # --- the session -----------------------------------------------------------------------------------------
 
 
-def _session(address: str, trust: TrustChoice, home: Home, user: str, key: str, timeout: float) -> Finding:
+def _session(
+    address: str, server_name: str | None, trust: TrustChoice, home: Home, user: str, key: str, timeout: float
+) -> Finding:
     async def use_session() -> None:
         options = {
             "user": user,
@@ -278,6 +294,7 @@ def _session(address: str, trust: TrustChoice, home: Home, user: str, key: str, 
             "timeout": timeout,
             "connect_timeout": timeout,
             "start_timeout": 0,
+            "server_hostname": server_name,
         }
         async with trust.make_client(home, address, client="zcproto-doctor", **options) as client:
             await client.call("session.info")

@@ -1,0 +1,231 @@
+"""Configurations with which a server cannot start: every command refuses them, with one message and cure."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.server_process import free_port
+from tests.cli.doctor_report import Capture, Doctor, doctor
+from tests.server.conftest import Serve
+from zcproto.alerts import AlertKind
+from zcproto.cli import main
+from zcproto.config import Config, load_config
+from zcproto.errors import CertificateError, ConfigError
+from zcproto.observe.log import configure_logging
+from zcproto.runtime import service_manager
+from zcproto.runtime.server import Server
+
+__all__ = ["doctor"]
+
+APP = "tests.cli.stub_app:app"
+
+CREATE = "create its folder, and let the user of the server write to it"
+SECRET = "create it for the user of the server alone (mode 0600), or correct its path"
+RESTORE = "correct the file, or restore it from a backup"
+
+CASES = {
+    # a section of config.toml, a damaged file or a link in the home folder, the check that finds it, its message
+    "log folder": (
+        '[log]\nfile = "{home}/no/log"',
+        "",
+        "log",
+        'log.file = "{home}/no/log": cannot be opened: No such file or directory; ' + CREATE,
+    ),
+    "audit folder": (
+        '[log]\naudit_file = "{home}/no/audit"',
+        "",
+        "log",
+        'log.audit_file = "{home}/no/audit": cannot be opened: No such file or directory; ' + CREATE,
+    ),
+    "damaged users": (
+        "",
+        "users.toml",
+        "users",
+        "{home}/users.toml: Expected '=' after a key in a key/value pair (at line 1, column 7); " + RESTORE,
+    ),
+    "damaged devices": (
+        "",
+        "devices.toml",
+        "devices",
+        "{home}/devices.toml: Expected '=' after a key in a key/value pair (at line 1, column 7); " + RESTORE,
+    ),
+    "damaged tokens": (
+        "",
+        "tokens.toml",
+        "tokens",
+        "{home}/tokens.toml: Expected '=' after a key in a key/value pair (at line 1, column 7); " + RESTORE,
+    ),
+    "dangling users link": (
+        "",
+        "users.toml -> /no/secret/users.toml",
+        "users",
+        "{home}/users.toml: is a link to a file that is missing; restore that file, or remove the link",
+    ),
+    "alert command": (
+        '[alerts]\ncommand = ["/no/program"]',
+        "",
+        "alerts",
+        "alerts.command: /no/program cannot be run: No such file or directory; install the program, or correct"
+        " its path",
+    ),
+    "webhook secret": (
+        '[alerts]\nwebhook = "https://h.example/"\nwebhook_secret_file = "{home}/none"',
+        "",
+        "alerts",
+        "alerts.webhook_secret_file: {home}/none: cannot be read: No such file or directory; " + SECRET,
+    ),
+    "redirect port": (
+        "[http]\nredirect_port = {taken}",
+        "",
+        "port",
+        "server.host = '127.0.0.1', http.redirect_port = {taken}: cannot listen: Address already in use; end the"
+        " program that uses it (ss -ltnp lists them), or set another port",
+    ),
+    "role": (
+        '[[auth.role]]\nname = "billing"\nallow = ["nothing.*"]',
+        "",
+        "roles",
+        "auth.role[0].allow: 'nothing.*' matches no method that needs a session; zcproto call HOST:PORT --list"
+        " shows the methods",
+    ),
+    "certificate of a site": (
+        '[[certificates.site]]\nnames = ["a.example"]\ncertificate = ["{home}/no.pem"]',
+        "",
+        "certificate",
+        "{home}/no.pem: cannot be read: No such file or directory; check the path, and that this user may read it",
+    ),
+    "client CA": (
+        '[tls]\nclient_auth = "optional"\nclient_ca_file = "{home}/no.pem"',
+        "",
+        "certificate",
+        "{home}/no.pem: cannot be read: No such file or directory; check the path, and that this user may read it",
+    ),
+    "collector's headers": (
+        '[telemetry]\ntraces = true\nheaders_file = "{home}/none"',
+        "",
+        "collector",
+        "telemetry.headers_file: {home}/none: cannot be read: No such file or directory; " + SECRET,
+    ),
+    "provider's CA": (
+        '[[auth.oidc]]\nissuer = "https://i.example"\naudience = ["a"]\nca_file = "{home}/none"',
+        "",
+        "issuer",
+        "auth.oidc[0].ca_file: {home}/none cannot be read: No such file or directory; check the path",
+    ),
+}
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def break_installation(home: Path, case: str, taken: int) -> tuple[str, str]:
+    """Make the mistake in a home folder. Return the check that finds it, and its message."""
+    section, file, check, message = CASES[case]
+    (home / "config.toml").write_text(
+        f"[server]\nport = {free_port()}\n[certificates]\nkey_types = ['ecdsa-p256']\n"
+        + section.format(home=home, taken=taken)
+    )
+    name, _, target = file.partition(" -> ")
+    if name:
+        (home / name).unlink(missing_ok=True)
+    if target:
+        (home / name).symlink_to(target)
+    elif name:
+        (home / name).touch(0o600)
+        (home / name).write_text("users is damaged")
+    return check, message.format(home=home, taken=taken)
+
+
+def start(config: Config, home: Path) -> None:
+    """Start a server in this process."""
+    configure_logging(config.log)
+    asyncio.run(Server(config=config, home=home, control=False).start())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_command_refuses_what_cannot_start(
+    case: str, home: Path, serve: Serve, taken: int, capsys: Capture, doctor: Doctor
+) -> None:
+    server = serve(users_file=True)
+    check, message = break_installation(home, case, taken)
+    before = sorted(home.rglob("*"))
+    with pytest.raises(ConfigError) as refused:
+        server.reload()
+    assert refused.value.faults == [message]
+    (alert,) = server.in_loop(server.server.parts.alerts.center.open_alerts)
+    assert alert.kind is AlertKind.CONFIG_REFUSED
+    assert message[:100] in alert.title
+    assert message[:100] in server.in_loop(server.server.summary)
+    for command in (["reload", "--dry-run"], ["config", "check"]):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert capsys.readouterr().err.splitlines() == [message]
+    server.drain()
+
+    assert main(["config", "check", "--app", APP]) == 2
+    assert capsys.readouterr().err.splitlines() == [message]
+    found = doctor("--app", APP)
+    assert found.one(check, "fault") == message.replace("; ", " | ", 1)
+    assert found.faults == [check]
+    assert sorted(home.rglob("*")) == [path for path in before if path.name != "control.sock"]
+
+    with pytest.raises((ConfigError, CertificateError)) as error:
+        start(load_config(None, home=home, environ={}), home)
+    assert str(error.value) == message
+
+
+def test_serve_reports_all_faults_at_once(home: Path, certs: Path) -> None:
+    home.mkdir(0o700)
+    config = (
+        f'[log]\nfile = "{home}/no/log"\n[alerts]\ncommand = ["/no/program"]\nwebhook = "https://h.example/"\n'
+        f'webhook_secret_file = "{home}/none"\n[[auth.role]]\nname = "a"\nallow = ["nothing"]\n'
+    )
+    (home / "config.toml").write_text(config)
+    (home / "users.toml").write_text("damaged")
+    command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    starts = [line.partition(": ")[0].partition(" = ")[0] for line in done.stderr.splitlines()]
+    wanted = ["log.file", f"{home}/users.toml", "alerts.webhook_secret_file", "alerts.command"]
+    assert starts == [*wanted, "auth.role[0].allow"]
+
+
+def test_roles_are_not_checked_without_the_application(home: Path, capsys: Capture, doctor: Doctor) -> None:
+    home.mkdir(0o700)
+    (home / "config.toml").write_text('[[auth.role]]\nname = "a"\nallow = ["shop.*", "server.stats"]\n')
+    assert main(["config", "check"]) == 0
+    note = "auth.role is not checked; give the application with --app MODULE:APP"
+    assert capsys.readouterr().err == f"zcproto: {note}\n"
+    assert note.replace("; ", " | ") in doctor().one("server", "warning")
+
+
+def test_port_of_a_socket_unit_may_be_in_use(
+    home: Path, taken: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(0o700)
+    (home / "config.toml").write_text(f"[server]\nport = {taken}\n")
+    assert main(["config", "check"]) == 2
+    assert f"server.port = {taken}: cannot listen" in capsys.readouterr().err
+    units = tmp_path / "units"
+    for name, line in (
+        ("a.socket", "[Socket]\nListenStream=[::]:1\n"),
+        ("b.socket.d/x.conf", "ListenStream="),
+    ):
+        (units / name).parent.mkdir(exist_ok=True)
+        (units / name).write_text(line)
+    monkeypatch.setattr(service_manager.has_socket_unit, "__defaults__", ([tmp_path / "none", units],))
+    assert main(["config", "check"]) == 2
+    (units / "b.socket.d" / "x.conf").write_text(f"ListenStream=\nListenStream=127.0.0.1:{taken}\n")
+    assert main(["config", "check"]) == 0
