@@ -25,9 +25,11 @@ from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.app.app import App, Items
 from zcproto.app.context import Context
 from zcproto.cli import connect, main
-from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, TrustChoice
+from zcproto.cli.connect import TrustChoice
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
+from zcproto.client.credentials import MAX_KEY
+from zcproto.client.options import KEY_VARIABLE
 from zcproto.common.home import Home
 from zcproto.errors import FailedPrecondition
 

@@ -275,13 +275,19 @@ class BlockingClient(BlockingSessionClient):
         *,
         user: str | None = None,
         key: str | None = None,
+        key_file: str | Path | None = None,
         device: Device | str | Path | None = None,
         device_name: str | None = None,
         login: LoginSource | None = None,
     ) -> BlockingUserSession:
         """Return a session of another user on this connection, like `Client.session_for`; use it with `with`."""
         session = self._client.session_for(
-            user=user, key=key, device=device, device_name=device_name, login=_login_in_thread(login)
+            user=user,
+            key=key,
+            key_file=key_file,
+            device=device,
+            device_name=device_name,
+            login=_login_in_thread(login),
         )
         return BlockingUserSession(session, self._thread)
 
@@ -410,7 +416,7 @@ def _login_in_thread(login: LoginSource | None) -> LoginSource | None:
 def connect_blocking(address: str | Sequence[str], options: ConnectOptions) -> BlockingClient:
     """Return a client for programs without an event loop; otherwise the same as `connect`.
 
-        with zcproto.connect_blocking("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+        with zcproto.connect_blocking("host:7443", user="ada", key_file="ada.key", ca_file="ca.crt") as client:
             print(client.call("echo", word="hello"))
 
     `on_event` is called in the client's thread, the function of a `login` in a thread of its own: it may block.

@@ -651,6 +651,7 @@ class Client(SessionClient):
         *,
         user: str | None = None,
         key: str | None = None,
+        key_file: str | Path | None = None,
         device: Device | str | Path | None = None,
         device_name: str | None = None,
         login: LoginSource | None = None,
@@ -661,14 +662,15 @@ class Client(SessionClient):
                 await ada.call("order.place", id=7)
 
         It has this client's `call`, `stream`, `handler`, `events` and options, for this session alone: each one is
-        refreshed and ends by itself, and each survives a reconnect. Give `user` and `key`, or `device` and
-        `device_name`, or a `login`, like those of `connect`. Raises ConfigError for others, CertificateError for an
-        unusable device key.
+        refreshed and ends by itself, and each survives a reconnect. Give `user` with `key` or `key_file`, `device`
+        and `device_name`, or a `login`, as for `connect`. Raises ConfigError for others, CertificateError for
+        an unusable device key.
         """
         options = replace(
             self._options,
             user=user,
             key=key,
+            key_file=key_file,
             device=device,
             device_name=device_name,
             login=login,
@@ -774,11 +776,12 @@ def connect(address: str | Sequence[str], options: ConnectOptions) -> Client:
     Several addresses, as a list or as one text with commas, are those of servers that share their sessions: the
     client connects to one of them, and to another one as soon as that is lost or goes away.
 
-        async with zcproto.connect("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+        async with zcproto.connect("host:7443", user="ada", key_file="ada.key", ca_file="ca.crt") as client:
             print(await client.call("echo", word="hello"))
 
-    ConnectOptions documents the options. Raises ConfigError for options that contradict each other, TlsError for a
-    malformed pin, CertificateError for an unusable device key. `async with` raises like `Client.open`.
+    On the server's machine the CA need not be given. ConnectOptions documents the options. Raises TypeError for an
+    unknown one, ConfigError for options that cannot be used or contradict each other, TlsError for a malformed pin,
+    CertificateError for an unusable device key. `async with` raises like `Client.open`.
     """
     return Client(address, options)
 
