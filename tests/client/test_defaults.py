@@ -101,10 +101,10 @@ def test_ca_of_the_home_folder_is_the_default(
 
 
 def test_user_without_a_home_folder_uses_the_systems_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name")
-    assert completed(key_log_file="~nobody-of-this-name/x").ca_file is None
+    monkeypatch.setenv("ZCPROTO_HOME", "~missing-user")
+    assert completed(key_log_file="~missing-user/x").ca_file is None
     with pytest.raises(ConfigError, match="no home folder"):
-        completed(home="~nobody-of-this-name")
+        completed(home="~missing-user")
 
 
 def test_unknown_option_is_refused_by_either_client() -> None:

@@ -16,8 +16,9 @@ It must not know: credit, connections, why a subscriber is slow.
 from __future__ import annotations
 
 import asyncio
+import typing
 from collections import deque
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from zcproto.common.value_types import ValueType
 from zcproto.errors import Cancelled, InvalidArgument
@@ -32,23 +33,25 @@ MOST_KEPT: Final = 1_024
 SUBSCRIBERS_PER_TURN: Final = 32
 """Each makes its connection encrypt and send a record, up to 50 us of the loop."""
 
+Event = TypeVar("Event")
+
 Slow = Literal["drop_oldest", "end"]
 """What happens to a subscriber that is more than `keep` events behind."""
 
 
-class TopicEvent:
+class TopicEvent(Generic[Event]):
     """An event of a topic. A stream that yields it sends the encoded `body`, which all subscribers share."""
 
     __slots__ = ("body", "value")
 
-    def __init__(self, value: Any, body: bytes) -> None:
+    def __init__(self, value: Event, body: bytes) -> None:
         self.value = value
         self.body = body
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
-        """Allow the class in the annotation of a stream, where it stands for any event."""
-        return {"type": "any"}
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Allow the class in the annotation of a stream, where it stands for an event of its type."""
+        return handler.generate_schema((*typing.get_args(source), Any)[0])
 
 
 class Watcher:
@@ -61,8 +64,8 @@ class Watcher:
         self.subscriptions = 0
 
 
-class Topic:
-    """Events for any number of subscribers; made by `App.topic`.
+class Topic(Generic[Event]):
+    """Events of one type for any number of subscribers; made by `App.topic`.
 
     `published` and `dropped` count events, the latter once for each subscriber that missed one. `ended` counts the
     subscribers that were cancelled because they were too slow.
@@ -84,14 +87,14 @@ class Topic:
         except TypeError as error:
             raise TypeError(f"topic {name}: of: {error}") from error
         self._keep = keep
-        self._last: deque[TopicEvent] = deque()
+        self._last: deque[TopicEvent[Event]] = deque()
         self._last_bytes = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # of the subscribers
         self._waiting: list[asyncio.Future[None]] = []  # no set: it takes eight times the memory
         self._woken: deque[list[asyncio.Future[None]]] = deque()  # waited when an event was published
         self._watchers: dict[asyncio.Event, Watcher] = {}
 
-    def publish(self, value: Any) -> None:
+    def publish(self, value: Event) -> None:
         """Send an event to all subscribers of this process. Does not wait.
 
         Raises TypeError for a value of another type than the topic's, MessageError for one that an item cannot
@@ -124,7 +127,7 @@ class Topic:
                 self._last_bytes -= MIN_LENGTH + len(self._last.popleft().body)
             self._wake()
 
-    def subscribe(self, until: asyncio.Event | None = None) -> Subscription:
+    def subscribe(self, until: asyncio.Event | None = None) -> Subscription[Event]:
         """Return an iterator of the events from now on, to be closed by `with`. It ends when `until` is set.
 
         Raises RuntimeError if the topic has subscribers in another event loop.
@@ -166,7 +169,7 @@ class Topic:
         self._waiting.append(waiter)
         return waiter
 
-    def take(self, position: int) -> tuple[TopicEvent, int]:
+    def take(self, position: int) -> tuple[TopicEvent[Event], int]:
         """Return the event at a position, or the oldest one that is kept, and the next position.
 
         Raises Cancelled if events were missed and the policy is to end.
@@ -205,12 +208,12 @@ class Topic:
             asyncio.get_running_loop().call_soon(self._wake_some)
 
 
-class Subscription:
+class Subscription(Generic[Event]):
     """The events of a topic for one subscriber."""
 
     __slots__ = ("_position", "_topic", "_until")
 
-    def __init__(self, topic: Topic, until: asyncio.Event | None) -> None:
+    def __init__(self, topic: Topic[Event], until: asyncio.Event | None) -> None:
         self._topic = topic
         self._until = until
         self._position = topic.published
@@ -224,7 +227,7 @@ class Subscription:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> TopicEvent:
+    async def __anext__(self) -> TopicEvent[Event]:
         topic = self._topic
         while self._position == topic.published:
             if self._until is not None and self._until.is_set():

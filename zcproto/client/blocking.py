@@ -38,6 +38,7 @@ from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream
 from zcproto.common.process import new_event_loop
+from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.errors import ConnectionClosed
 from zcproto.wire.message import Credit
 
@@ -175,22 +176,31 @@ class BlockingSessionClient:
 
         return register
 
+    def handle(self, name: str, function: Callable[..., Any]) -> None:
+        """Let the server call a function, like `handler`, and wait until it can, like `Client.handle`."""
+        if self._thread.is_running:
+            self._wait(self._client.handle(name, function, in_thread=True))
+        else:
+            self._client.handler(name, in_thread=True)(function)
+
     def call(
         self,
         method: str,
         params: Mapping[str, Any] | None = None,
         /,
         *,
+        returns: type[Returned] = RETURNS_ANY,
         timeout: float | None = UNSET,
         idempotency_key: str | None = None,
         traceparent: str | None = None,
         **named: Any,
-    ) -> Any:
+    ) -> Returned:
         """Call a method like `Client.call`."""
         return self._wait(
             self._client.call(
                 method,
                 params,
+                returns=returns,
                 timeout=timeout,
                 idempotency_key=idempotency_key,
                 traceparent=traceparent,

@@ -287,7 +287,7 @@ def choose_credentials(options: ConnectOptions) -> Credentials | None:
 
 
 def _given_key(key: object) -> str:
-    """Return an API key. Raises ConfigError for what is none, such as the path of its file."""
+    """Return an API key. Raises ConfigError for anything else, such as the path of its file."""
     is_path = isinstance(key, Path) or (
         isinstance(key, str)
         and (key.endswith((".key", ".txt", ".pem")) or (len(key) < _MAX_PATH and Path(key).is_file()))

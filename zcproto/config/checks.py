@@ -155,6 +155,12 @@ CHECKS: Final = (
         f"the lists of browsers require {PRELOAD_MAX_AGE} seconds",
     ),
     Check(
+        "telemetry.endpoint telemetry.traces telemetry.metrics telemetry.logs",
+        "must be empty with",
+        lambda endpoint, *signals: not endpoint or any(signals),
+        "nothing would be sent: set traces, metrics or logs to true",
+    ),
+    Check(
         "http.redirect_port http.enabled",
         "must be 0 with",
         lambda port, enabled: enabled or not port,
