@@ -44,6 +44,7 @@ def test_public_names_are_fixed() -> None:
         "ConnectedClient",
         "Context",
         "Device",
+        "Ended",
         "Endpoint",
         "Event",
         "Identity",

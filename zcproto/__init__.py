@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         enroll_blocking,
     )
     from zcproto.common.middleware import CallNext
+    from zcproto.common.parameters import Ended
     from zcproto.config import (
         AcmeConfig,
         AlertsConfig,
@@ -122,6 +123,7 @@ __all__ = [
     "DataLoss",
     "DeadlineExceeded",
     "Device",
+    "Ended",
     "Endpoint",
     "Event",
     "FailedPrecondition",
@@ -194,6 +196,7 @@ _MODULES = {
     "ConnectedClient": "zcproto.app.context",
     "Context": "zcproto.app.context",
     "Device": "zcproto.client",
+    "Ended": "zcproto.common.parameters",
     "Endpoint": "zcproto.client",
     "Event": "zcproto.client",
     "FreshnessConfig": "zcproto.config",

@@ -17,6 +17,7 @@ from typing import Final
 from zcproto.app.app import default_app
 from zcproto.app.context import Context
 from zcproto.common.clock import NS_PER_MS, system_clock
+from zcproto.common.parameters import Ended
 
 FOLDER: Final = "SOAK_FOLDER"
 OFFSET: Final = struct.Struct("=q")
@@ -52,11 +53,11 @@ def run(name: str, number: int) -> int:
 
 
 @app.method("soak.count")
-async def count(context: Context, first: int, items: int) -> AsyncIterator[int]:
+async def count(first: int, items: int) -> AsyncIterator[int | Ended[int]]:
     """Send consecutive numbers, and return how many."""
     for number in range(first, first + items):
         yield number
-    context.result = items
+    yield Ended(items)
 
 
 @app.method("soak.ask")

@@ -483,11 +483,11 @@ async def test_repeat_sends_numbered_items_never_early(
     monkeypatch.setattr(app_module.asyncio, "sleep", context.sleep)
     (repeat,) = (method for method in default_app() if method.name == "repeat")
     items = repeat.function(context=context, n=7, data=b"x", count=4, interval=interval)
-    found = [(item, context.time) async for item in items]
+    *found, (ended, _) = [(item, context.time) async for item in items]
     assert [item for item, _ in found] == [{"n": 7 + number, "data": b"x"} for number in range(4)]
     assert [time for _, time in found] == pytest.approx([100 + k * interval for k in range(4)], abs=0.001)
     assert all(time >= 100 + number * interval for number, (_, time) in enumerate(found))
-    assert context.result == {"items": 4}
+    assert ended.result == {"items": 4}
 
 
 @pytest.mark.parametrize("interval", [-0.1, 3_600.5, float("nan")])

@@ -16,6 +16,7 @@ from zcproto.app.app import App, Items
 from zcproto.app.context import Context
 from zcproto.client.client import Client
 from zcproto.common.middleware import CallNext
+from zcproto.common.parameters import Ended
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import InternalError, InvalidArgument, NotFound, PermissionDenied, Unauthenticated
 
@@ -73,10 +74,10 @@ def application(recorder: Recorder) -> App:
         await asyncio.get_running_loop().create_future()
 
     @app.method
-    async def count(context: Context, n: int) -> AsyncIterator[int]:
+    async def count(n: int) -> AsyncIterator[int | Ended[str]]:
         for number in range(n):
             yield number
-        context.result = "counted"
+        yield Ended("counted")
 
     @app.method
     async def total(items: Items[int]) -> int:

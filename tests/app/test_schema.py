@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
 from typing import Any, Literal
@@ -12,12 +12,17 @@ from typing import Any, Literal
 import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, field_serializer
+from typing_extensions import TypedDict
 
 from zcproto.app.app import Context, Items, Method
+from zcproto.common.parameters import Ended
 
 
 class Color(Enum):
     RED = "red"
+
+
+INT_OR_STR = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
 
 
 @dataclass
@@ -73,26 +78,31 @@ def test_further_params_have_the_schema_of_their_type() -> None:
     }
 
 
+@dataclass
+class Box:
+    item: str
+    parts: list[Box] | None
+
+
 def test_classes_are_definitions_that_all_schemas_of_a_method_share() -> None:
-    def function(order: Order, color: Color = Color.RED) -> list[Order]: ...  # type: ignore[empty-body]
+    def function(box: Box, color: Color = Color.RED) -> list[Box]: ...  # type: ignore[empty-body]
 
     schema = schema_of(function)
-    reference = {"$ref": "#/$defs/Order"}
+    reference = {"$ref": "#/$defs/Box"}
     assert schema["params"]["properties"] == {
-        "order": reference,
+        "box": reference,
         "color": {"$ref": "#/$defs/Color", "default": "red"},
     }
     assert schema["result"] == {"type": "array", "items": reference}
     assert schema["$defs"]["Color"] == {"enum": ["red"], "title": "Color", "type": "string"}
-    assert schema["$defs"]["Order"] == {
-        "title": "Order",
+    assert schema["$defs"]["Box"] == {
+        "title": "Box",
         "type": "object",
         "properties": {
             "item": {"type": "string"},
-            "count": {"type": "integer", "default": 1},
-            "parts": {"anyOf": [{"type": "array", "items": reference}, {"type": "null"}], "default": None},
+            "parts": {"anyOf": [{"type": "array", "items": reference}, {"type": "null"}]},
         },
-        "required": ["item"],
+        "required": ["item", "parts"],
     }
 
 
@@ -114,18 +124,59 @@ def test_class_that_differs_by_direction_has_two_definitions() -> None:
     def function(event: Event) -> Event: ...  # type: ignore[empty-body]
 
     schema = schema_of(function)
-    assert sorted(schema["$defs"]) == ["At-Input", "At-Output", "Event-Input", "Event-Output"]
-    assert schema["result"] == {"$ref": "#/$defs/Event-Output"}
+    assert sorted(schema["$defs"]) == ["At", "At-Input", "Event", "Event-Input"]
+    assert schema["result"] == {"$ref": "#/$defs/Event"}
 
 
 def test_items_of_both_directions_have_a_schema() -> None:
-    async def function(items: Items[Order]) -> AsyncIterator[Decimal]:
+    async def function(items: Items[Order]) -> AsyncIterator[Decimal | Ended[Order]]:
         yield Decimal(1)
 
     schema = schema_of(function)
-    assert schema["takes"] == {"$ref": "#/$defs/Order"}
+    assert schema["takes"] == {"$ref": "#/$defs/Order-Input"}
     assert schema["sends"] == {"type": "string", "format": "decimal"}
-    assert schema["result"] == {}
+    assert schema["result"] == {"$ref": "#/$defs/Order"}
+
+
+@pytest.mark.parametrize(
+    ("items", "sends", "result"),
+    [
+        (int, {"type": "integer"}, {"type": "null"}),
+        (Ended[int], {}, {"type": "integer"}),
+        (str | None | Ended[int] | Ended[str], {"anyOf": [{"type": "string"}, {"type": "null"}]}, INT_OR_STR),
+        (Ended, {}, {}),
+        (Any, {}, {}),
+    ],
+)
+def test_result_of_a_stream_has_the_type_of_its_end(items: Any, sends: Any, result: Any) -> None:
+    async def function():  # type: ignore[no-untyped-def]
+        yield
+
+    function.__annotations__["return"] = AsyncIterator[items]
+    schema = schema_of(function)
+    assert (schema["sends"], schema["result"]) == (sends, result)
+
+
+@dataclass
+class Note:
+    text: str
+    tags: list[str] = field(default_factory=list)
+
+
+class Mark(TypedDict, total=False):
+    name: str
+
+
+def test_default_is_optional_in_params_and_present_in_results() -> None:
+    def function(note: Note, mark: Mark) -> tuple[Note, Mark]: ...
+
+    schema = schema_of(function)
+    assert schema["result"]["prefixItems"] == [{"$ref": "#/$defs/Note"}, {"$ref": "#/$defs/Mark"}]
+    assert schema["params"]["properties"]["note"] == {"$ref": "#/$defs/Note-Input"}
+    definitions = schema["$defs"]
+    assert definitions["Note"]["required"] == ["text", "tags"]
+    assert definitions["Note-Input"]["required"] == ["text"]
+    assert "required" not in definitions["Mark"]
 
 
 @pytest.mark.parametrize(

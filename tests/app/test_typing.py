@@ -75,3 +75,46 @@ def test_state_is_typed_and_plain_applications_need_no_type(tmp_path: Path) -> N
     faults = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert [line.partition(".py:")[2].partition(":")[0] for line in faults] == ["8", "10", "11"], done.stdout
     assert all("wrong.py" in line for line in faults)
+
+
+TYPED: Final = """
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, assert_type
+
+from zcproto import App, BlockingClient, Client, Context, Ended, Topic, TopicEvent
+
+app = App()
+
+@dataclass
+class Turn:
+    text: str
+
+turns = app.topic("turns", of=Turn)
+assert_type(turns, Topic[Turn])
+assert_type(app.topic("any"), Topic[Any])
+
+@app.method
+async def words(text: str) -> AsyncIterator[str | TopicEvent[Turn] | Ended[int]]:
+    with turns.subscribe() as events:
+        async for event in events:
+            assert_type(event.value, Turn)
+            yield event
+    yield Ended(7)
+
+async def use(context: Context, client: Client, blocking: BlockingClient) -> None:
+    turns.publish(Turn("a"))
+    assert_type(await client.call("m"), Any)
+    assert_type(await client.call("m", {}, returns=Turn, text="a"), Turn)
+    assert_type(await client.call("m", returns=list[Turn]), list[Turn])
+    assert_type(blocking.call("m", returns=Turn), Turn)
+    assert_type(await context.client.call("m", returns=bool, timeout=1.0), bool)
+    turns.publish("a")  # wrong
+"""
+
+
+def test_results_and_topics_are_typed(tmp_path: Path) -> None:
+    (tmp_path / "typed.py").write_text(TYPED)
+    done = run_mypy(tmp_path, "typed.py")
+    faults = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line.split(":")[1] for line in faults] == [str(len(TYPED.splitlines()))], done.stdout

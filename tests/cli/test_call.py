@@ -23,12 +23,14 @@ from tests.cli.helpers import LoopAhead, connect_patiently
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.app.app import App, Items
-from zcproto.app.context import Context
 from zcproto.cli import connect, main
-from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, TrustChoice
+from zcproto.cli.connect import TrustChoice
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
+from zcproto.client.credentials import MAX_KEY
+from zcproto.client.options import KEY_VARIABLE
 from zcproto.common.home import Home
+from zcproto.common.parameters import Ended
 from zcproto.errors import FailedPrecondition
 
 Capture = pytest.CaptureFixture[str]
@@ -181,14 +183,14 @@ def app_with_stream() -> tuple[App, threading.Event, threading.Event]:
     proceed, closed = threading.Event(), threading.Event()
 
     @app.method("count")
-    async def count(context: Context, to: int) -> AsyncIterator[Any]:
+    async def count(to: int) -> AsyncIterator[Any]:
         try:
             for number in range(to):
                 if number == to - 1:
                     while not proceed.is_set():  # noqa: ASYNC110 - set by another thread
                         await asyncio.sleep(0.005)
                 yield {"n": number, "data": b"\0"}
-            context.result = {"count": to}
+            yield Ended({"count": to})
         finally:
             closed.set()
 

@@ -16,7 +16,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
-from zcproto.cli.connect import KEY_VARIABLE
+from zcproto.client.options import KEY_VARIABLE
 from zcproto.common.roles import OPERATORS
 from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED

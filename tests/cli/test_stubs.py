@@ -6,6 +6,7 @@ import ast
 import asyncio
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -37,8 +38,8 @@ TUTORIAL = sorted((ROOT / "docs" / "tutorial").glob("[0-9]*.md"))
 TSC = NODE / "node_modules" / ".bin" / "tsc"
 
 
-def write(language: str, path: Path) -> Path:
-    assert main(["stubs", SOURCE, "--language", language, "--output", str(path)]) == 0
+def write(language: str, path: Path, *options: str) -> Path:
+    assert main(["stubs", SOURCE, "--language", language, "--output", str(path), *options]) == 0
     return path
 
 
@@ -59,23 +60,24 @@ import datetime
 from decimal import Decimal
 from uuid import UUID
 
-from stub_client import Api, Line, Order
+from stub_client import Api, LineInput, OrderInput
 
 
 async def main(api: Api) -> str:
-    line = Line(item="tea")
-    order = Order(id=UUID(int=1), lines=[line, {"item": "cup", "count": 2}], placed=datetime.datetime.now())
+    line = LineInput(item="tea")
+    order = OrderInput(id=UUID(int=1), lines=[line, {"item": "cup", "count": 2}], placed=datetime.datetime.now())
     found = await api.order_place(order=order, urgent=True, timeout=2.0, call_timeout=5)
-    price: Decimal = found["lines"][0].get("price", Decimal(0))
+    price: Decimal = found["lines"][0]["price"]
+    await api.order_place(order=found)
     pets = await api.pet(pet={"kind": "dog", "name": "Rex"}, level="high")
     await api.list2()
     await api.further(a=1, b=2)
     size: int = await api.upload(name="a", items=[b"x"])
     async with api.count_lines(item="tea") as stream:
-        async for each in stream:
-            return each["item"]
-    async for order in api.orders(items=[line]):
-        print(order["id"].hex, size, price)
+        async for sent in stream:
+            return sent["item"]
+    async for each in api.orders(items=[line, *found["lines"]]):
+        print(each["id"].hex, size, price)
     return str(pets)
 """
 
@@ -96,14 +98,18 @@ async def main(api: Api) -> None:
 
 
 TUTORIAL_RIGHT = """
+from typing import assert_type
+
 from stub_client import Api
 
 
 async def main(api: Api) -> None:
     turn = await api.ask(prompt="hi")
     print(turn["prompt"], [each["model"] for each in await api.history(limit=3)])
-    async for word in api.chat(prompt="hi", model="owl"):
+    stream = api.chat(prompt="hi", model="owl")
+    async for word in stream:
         print(word.upper())
+    assert_type(stream.result, None)
     await api.job_cancel(number=await api.job_start(prompt="hi", idempotency_key="1"))
 """
 
@@ -120,10 +126,10 @@ async def main(api: Api) -> None:
 """
 
 
-def write_for(application: str, language: str, path: Path) -> None:
+def write_for(application: str, language: str, path: Path, *options: str) -> None:
     """Write the stubs of the tutorial's application, or of stub_app."""
     if application == "stub_app":
-        write(language, path)
+        write(language, path, *options)
         return
     files: dict[str, str] = {}
     for page in TUTORIAL:
@@ -132,7 +138,7 @@ def write_for(application: str, language: str, path: Path) -> None:
                 files[block.file] = change(files[block.file], block.text) if block.is_change else block.text
     for name in ("gateway.py", "model.py"):
         (path.parent / name).write_text(files[name])
-    command = ["zcproto", "stubs", "gateway:app", "--language", language, "--output", str(path)]
+    command = ["zcproto", "stubs", "gateway:app", "--language", language, "--output", str(path), *options]
     subprocess.run([sys.executable, "-m", *command], cwd=path.parent, check=True)
 
 
@@ -143,18 +149,28 @@ def lines_of_main(text: str) -> range:
     return range(head + 1, len(lines) + 1)
 
 
+def without_await(program: str) -> str:
+    return re.sub(r"\b(async|await) ", "", program)
+
+
+@pytest.mark.parametrize("blocking", [False, True], ids=["async", "blocking"])
 @pytest.mark.parametrize(
     ("application", "right", "wrong"),
     [("stub_app", RIGHT, WRONG), ("tutorial", TUTORIAL_RIGHT, TUTORIAL_WRONG)],
     ids=["stub_app", "tutorial"],
 )
-def test_python_client_has_strict_types(application: str, right: str, wrong: str, tmp_path: Path) -> None:
-    write_for(application, "python", tmp_path / "stub_client.py")
-    (tmp_path / "right.py").write_text(right)
-    (tmp_path / "wrong.py").write_text(wrong)
+def test_python_client_has_strict_types(
+    application: str, right: str, wrong: str, blocking: bool, tmp_path: Path
+) -> None:
+    write_for(application, "python", tmp_path / "stub_client.py", *["--blocking"] * blocking)
+    (tmp_path / "right.py").write_text(without_await(right) if blocking else right)
+    (tmp_path / "wrong.py").write_text(without_await(wrong) if blocking else wrong)
     checked = run_mypy(tmp_path, "--no-error-summary", "right.py", "wrong.py")
     found = {tuple(line.split(":")[:2]) for line in checked.stdout.splitlines() if " error: " in line}
     assert found == {("wrong.py", str(number)) for number in lines_of_main(wrong)}, checked.stdout
+    if application == "tutorial":  # which annotates everything
+        checked = run_mypy(tmp_path, "--disallow-any-expr", "right.py")
+        assert "right.py" not in checked.stdout
 
 
 def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
@@ -198,21 +214,39 @@ def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
     asyncio.run(use())
 
 
+def test_blocking_python_client_works(serve: Serve, tmp_path: Path) -> None:
+    shop = load(write("python", tmp_path / "stub_blocking.py", "--blocking"))
+    server = serve(stub_app.app)
+    with zcproto.connect_blocking(
+        f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=server.ca_file, **PATIENT_CLIENT
+    ) as client:
+        api = shop.Api(client)
+        assert api.pet(pet={"kind": "cat"}) == {"low": {"kind": "cat"}}
+        assert api.upload(name="a", items=[b"abc", b"d"]) == 4
+        with api.count_lines(item="tea", n=3) as stream:
+            assert [line["count"] for line in stream] == [1, 2, 3]
+            assert stream.result is None
+        stream = api.orders(items=[{"item": "tea"}])
+        stream.close()
+    assert main(["stubs", SOURCE, "--language", "typescript", "--blocking"]) == 2
+
+
 # --- TypeScript ----------------------------------------------------------------------------------------------
 
 RIGHT_TS = """
-import { Api, type Line, type Order } from "./stub_client.js";
+import { Api, type LineInput, type OrderInput } from "./stub_client.js";
 
 export async function main(api: Api): Promise<string> {
-  const line: Line = { item: "tea" };
-  const order: Order = { id: "7", lines: [line], label: new Uint8Array(1), place: [1, "shelf"] };
+  const line: LineInput = { item: "tea" };
+  const order: OrderInput = { id: "7", lines: [line], label: new Uint8Array(1), place: [1, "shelf"] };
   const found = await api.orderPlace({ order, urgent: true, timeout: 2 }, { timeoutMs: 5 });
   const pets = await api.pet({ pet: { kind: "dog", name: "Rex" }, level: "high" });
+  await api.orderPlace({ order: found });
   await api.list();
   await api.further({ a: 1 });
   const size: number = await api.upload([new Uint8Array(1)], { name: "a" });
   for await (const each of api.countLines({ item: "tea" })) {
-    const count: number | undefined = each.count;
+    const count: number = each.count;
     return `${count} ${size} ${found.lines[0]?.item} ${Object.keys(pets)}`;
   }
   for await (const each of api.orders([line])) {
@@ -325,18 +359,18 @@ def test_signatures_have_types_and_defaults() -> None:
     assert (
         textwrap.dedent(
             """\
-        order.place(order: Order, urgent: bool = false, timeout: float = 1.0) -> Order
+        order.place(order: OrderInput, urgent: bool = false, timeout: float = 1.0) -> Order
             Place an order.
         pet(pet: Cat | Dog, level: Literal["low", "high"] = "low") -> dict[str, Cat | Dog]
         list() -> None
         further(**others: int) -> dict[str, Any]
         count.lines(item: str, n: int = 2) -> stream of Line
         upload(name: str, items: stream of bytes) -> int
-        orders(items: stream of Line) -> stream of Order
+        orders(items: stream of LineInput) -> stream of Order
 
-        Order:
+        OrderInput:
             id: UUID
-            lines: list[Line]
+            lines: list[LineInput]
             color: Color = "red"
         """
         )

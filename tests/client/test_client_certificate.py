@@ -87,7 +87,9 @@ async def test_client_certificate_is_accepted(
     asking: Asking, connect_to: ConnectTo, identity: Identity
 ) -> None:
     server = asking()
-    async with connect_to(server, certificate=identity.certificate, key_file=str(identity.key)) as client:
+    async with connect_to(
+        server, certificate=identity.certificate, certificate_key=str(identity.key)
+    ) as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
         def shown() -> bytes | None:
@@ -105,8 +107,8 @@ def test_blocking_client_accepts_a_certificate(
     with blocking(
         server,
         certificate=str(identity.certificate),
-        key_file=locked(identity.key, b"hunter2"),
-        key_passphrase=lambda: "hunter2",
+        certificate_key=locked(identity.key, b"hunter2"),
+        certificate_passphrase=lambda: "hunter2",
     ) as client:
         assert client.call("echo", x=1) == {"x": 1}
 
@@ -114,7 +116,7 @@ def test_blocking_client_accepts_a_certificate(
 async def test_certificate_is_not_sent_unless_requested(
     serve: Serve, connect_to: ConnectTo, identity: Identity
 ) -> None:
-    async with connect_to(serve(), certificate=identity.certificate, key_file=identity.key) as client:
+    async with connect_to(serve(), certificate=identity.certificate, certificate_key=identity.key) as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
 
@@ -123,7 +125,9 @@ async def test_certificate_is_sent_to_a_pinned_server(
 ) -> None:
     server = asking()
     trust: dict[str, Any] = {"pins": server.server.pins, "ca_file": None}
-    async with connect_to(server, certificate=identity.certificate, key_file=identity.key, **trust) as client:
+    async with connect_to(
+        server, certificate=identity.certificate, certificate_key=identity.key, **trust
+    ) as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
 
@@ -133,7 +137,7 @@ async def test_certificate_is_not_sent_to_a_server_with_wrong_pin(
     server = asking()
     pins = [f"sha256/{letter * 43}=" for letter in "AE"]
     with pytest.raises(TlsError) as caught:
-        await connect_to(server, pins=pins, certificate=identity.certificate, key_file=identity.key)
+        await connect_to(server, pins=pins, certificate=identity.certificate, certificate_key=identity.key)
     assert caught.value.failure == "pin_mismatch"
     server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 0)
     assert failures(server) == {"disconnected": 1}
@@ -151,7 +155,11 @@ async def test_certificate_opens_the_session_without_a_key(
 
     server = serve(authenticators=[CallableAuthenticator("tls", identify)])
     ask(server, ca=client_ca.cert_pem.bytes())
-    shown: dict[str, Any] = {"key": None, "certificate": identity.certificate, "key_file": identity.key}
+    shown: dict[str, Any] = {
+        "key": None,
+        "certificate": identity.certificate,
+        "certificate_key": identity.key,
+    }
     async with connect_to(server, user, **shown) as client:
         assert client.session is not None
     assert [params.get("user") for params in request] == [user]
@@ -179,7 +187,7 @@ def shown_in(case: str, client_ca: trustme.CA, ada: trustme.LeafCert, folder: Pa
             identity = write_identity(folder, for_clients(client_ca, not_before=now + DAY), "shown")
         case _:
             identity = write_identity(folder, ada, "shown")
-    return {"certificate": identity.certificate, "key_file": identity.key}
+    return {"certificate": identity.certificate, "certificate_key": identity.key}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +235,7 @@ async def test_revoked_certificate_raises_on_the_next_connection(
     asking: Asking, connect_to: ConnectTo, client_ca: trustme.CA, ada: trustme.LeafCert, identity: Identity
 ) -> None:
     server = asking()
-    async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
+    async with connect_to(server, certificate=identity.certificate, certificate_key=identity.key) as client:
         ask(server, ca=client_ca.cert_pem.bytes(), crl=revocation_list(client_ca, ada))
         assert await client.call("echo", x=1) == {"x": 1}  # existing connections continue
         link = client._connections.current
@@ -245,7 +253,7 @@ async def test_close_before_welcome_hints_at_the_certificate(
     server = asking()
     server.server.parts.acceptor.client_pins = frozenset({"sha256/" + "A" * 43 + "="})
     with pytest.raises(ConnectionClosed, match="it may have refused the client certificate"):
-        await connect_to(server, certificate=identity.certificate, key_file=identity.key)
+        await connect_to(server, certificate=identity.certificate, certificate_key=identity.key)
     assert failures(server) == {"pin_mismatch": 1}
 
 
@@ -258,17 +266,19 @@ async def test_unusable_certificate_files_are_named_before_connecting(
     server = asking()
     await asyncio.to_thread(identity.key.chmod, 0o644)
     with pytest.raises(CertificateError, match=r"client\.key.*chmod 600"):
-        await connect_to(server, certificate=identity.certificate, key_file=identity.key)
+        await connect_to(server, certificate=identity.certificate, certificate_key=identity.key)
     with pytest.raises(CertificateError, match=r"gone\.crt"):
         await connect_to(server, certificate=tmp_path / "gone.crt")
     await asyncio.to_thread(identity.key.chmod, 0o600)
     shut = await asyncio.to_thread(locked, identity.key, b"hunter2")
     with pytest.raises(CertificateError, match="its passphrase is missing"):
-        await connect_to(server, certificate=identity.certificate, key_file=shut)
+        await connect_to(server, certificate=identity.certificate, certificate_key=shut)
     assert server.stats["handshakes_completed"] == 0
 
 
-@pytest.mark.parametrize("options", [{"key_file": "client.key"}, {"key_passphrase": "hunter2"}])
+@pytest.mark.parametrize(
+    "options", [{"certificate_key": "client.key"}, {"certificate_passphrase": "hunter2"}]
+)
 def test_key_without_certificate_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="certificate is missing; give its file"):
         connect("localhost", **options)
@@ -277,7 +287,12 @@ def test_key_without_certificate_is_refused(options: dict[str, Any]) -> None:
 def trust_in(identity: Identity, **options: Any) -> Trust:
     return Trust(
         ConnectOptions(
-            **{"verify": False, "certificate": identity.certificate, "key_file": identity.key, **options}
+            **{
+                "verify": False,
+                "certificate": identity.certificate,
+                "certificate_key": identity.key,
+                **options,
+            }
         )
     )
 
@@ -296,15 +311,18 @@ def test_clients_with_the_same_certificate_share_a_context(
 ) -> None:
     first = trust_in(identity).context(resources.contexts)
     assert trust_in(identity).context(resources.contexts) is first
-    others: list[dict[str, Any]] = [{"certificate": None, "key_file": None}, {"key_passphrase": "x"}]
+    others: list[dict[str, Any]] = [
+        {"certificate": None, "certificate_key": None},
+        {"certificate_passphrase": "x"},
+    ]
     assert all(trust_in(identity, **other).context(resources.contexts) is not first for other in others)
 
 
 def test_wrong_passphrase_does_not_use_a_cached_context(resources: LoopResources, identity: Identity) -> None:
     shut = identity._replace(key=locked(identity.key, b"hunter2"))
-    trust_in(shut, key_passphrase=b"hunter2").context(resources.contexts)
+    trust_in(shut, certificate_passphrase=b"hunter2").context(resources.contexts)
     with pytest.raises(CertificateError, match="passphrase is wrong"):
-        trust_in(shut, key_passphrase=b"hunter3").context(resources.contexts)
+        trust_in(shut, certificate_passphrase=b"hunter3").context(resources.contexts)
 
 
 def test_renewed_certificate_replaces_the_cached_context(
@@ -364,7 +382,7 @@ async def test_renewed_certificate_is_used_on_reconnect(
         (connection,) = server.server.state.connections
         return connection.peer_certificate()
 
-    async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
+    async with connect_to(server, certificate=identity.certificate, certificate_key=identity.key) as client:
         assert await client.call("echo", x=1) == {"x": 1}
         assert server.in_loop(shown) == identity.der
         old = identity.der

@@ -56,7 +56,7 @@ def test_key_without_user_is_refused(certificate: str | None) -> None:
 
 
 def test_user_without_key_or_certificate_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a key or a certificate is missing"):
+    with pytest.raises(ConfigError, match="the key is missing; give key_file, key or certificate"):
         choose_credentials(ConnectOptions(user="ada"))
 
 

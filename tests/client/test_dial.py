@@ -91,7 +91,7 @@ async def test_ca_file_pin_or_both_are_accepted(shared: ServerThread, connect_to
 @pytest.mark.parametrize(
     ("trust", "host", "failure"),
     [
-        ({}, "127.0.0.1", "certificate_untrusted"),  # the system's store
+        ({"system_store": True}, "127.0.0.1", "certificate_untrusted"),
         ({"system_store": True, "pins": [WRONG_PIN]}, "127.0.0.1", "certificate_untrusted"),
         ({"pins": [WRONG_PIN]}, "127.0.0.1", "pin_mismatch"),
         ({"pins": ["right"], "server_hostname": "other.example"}, "127.0.0.1", "certificate_name_mismatch"),
@@ -158,8 +158,8 @@ async def test_replaced_ca_file_is_read_again(
         {"verify": False, "pins": [WRONG_PIN]},
         {"verify": False, "system_store": True},
         {"ca_file": Path("ca.crt"), "system_store": True},
-        {"key_file": Path("client.key")},
-        {"key_passphrase": "hunter2"},
+        {"certificate_key": Path("client.key")},
+        {"certificate_passphrase": "hunter2"},
     ],
 )
 def test_contradicting_trust_options_are_refused(options: dict[str, Any]) -> None:
@@ -349,7 +349,7 @@ def silent_socket() -> Iterator[tuple[str, socket.socket]]:
 async def test_connection_refused_names_address_and_cause(silent_socket: tuple[str, socket.socket]) -> None:
     address, _ = silent_socket
     with pytest.raises(CannotConnect) as caught:
-        await connect(address, start_timeout=0)
+        await connect(address, start_timeout=0, system_store=True)
     assert str(caught.value) == f"{address}: {REFUSED}"
     assert _resources == {}
 
@@ -486,7 +486,7 @@ async def test_silent_server_fails_at_the_connect_timeout() -> None:
 
     async with plain_server(silence) as address:
         with pytest.raises(CannotConnect, match=r"no answer within 0\.5 s"):
-            await connect(address, connect_timeout=0.5)
+            await connect(address, connect_timeout=0.5, system_store=True)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ async def test_server_without_tls_is_reported_as_such(says: bytes, failure: str)
 
     async with plain_server(speak) as address:
         with pytest.raises(TlsError) as caught:
-            await connect(address, **PATIENT_CLIENT)
+            await connect(address, system_store=True, **PATIENT_CLIENT)
         assert caught.value.failure == failure
 
 
@@ -548,7 +548,7 @@ async def test_late_tls_alert_raises_after_the_close() -> None:
         await may_close.wait()
 
     async with plain_server(speak) as address:
-        connecting = asyncio.create_task(connect(address, **PATIENT_CLIENT).open())
+        connecting = asyncio.create_task(connect(address, system_store=True, **PATIENT_CLIENT).open())
         await closed.wait()
         assert not connecting.done()  # the caller may stop the loop at once, while the connection is open
         may_close.set()
@@ -576,7 +576,7 @@ async def test_late_tls_alert_without_close_raises_at_the_connect_timeout() -> N
     clock = MovableClock()
     async with plain_server(stay) as address:
         with clock.drive(asyncio.get_running_loop()):
-            connecting = asyncio.create_task(connect(address, **PATIENT_CLIENT).open())
+            connecting = asyncio.create_task(connect(address, system_store=True, **PATIENT_CLIENT).open())
             await refused.wait()
             clock.advance(TIMEOUT)
             with pytest.raises(TlsError, match="does not speak TLS"):
@@ -602,7 +602,7 @@ async def test_connect_can_be_cancelled() -> None:
         await reader.read()
 
     async with plain_server(silence) as address:
-        connecting = asyncio.create_task(connect(address, **PATIENT_CLIENT).open())
+        connecting = asyncio.create_task(connect(address, system_store=True, **PATIENT_CLIENT).open())
         await connected.wait()
         connecting.cancel()
         with pytest.raises(asyncio.CancelledError):

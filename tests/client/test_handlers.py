@@ -307,6 +307,8 @@ async def test_server_without_calls_is_unimplemented(
             await client.call("ask", method="name", params={})
         with pytest.raises(Unimplemented):
             await client.call("session.handle", methods=[], max=1)
+        with pytest.raises(Unavailable, match=r"makes no calls; raise calls\.max"):
+            await client.handle("other", lambda: 1)
 
 
 def test_blocking_client_handles_calls_in_threads(server: ServerThread, blocking: Blocking) -> None:
@@ -350,3 +352,28 @@ def test_blocking_handler_sees_that_its_call_was_withdrawn(movable: ServerThread
             client.call("ask", method="wait", params={})
         go.set()
         assert withdrawn.wait(TIMEOUT)
+
+
+async def test_handle_waits_until_the_server_can_call(server: ServerThread, connect_to: ConnectTo) -> None:
+    async def hello() -> str:
+        return "hello"
+
+    async with connect_to(server) as client:
+        await client.handle("hello", hello)
+        assert await client.call("ask", method="hello", params={}) == "hello"
+        with pytest.raises(ValueError, match="registered twice"):
+            await client.handle("hello", hello)
+
+
+def test_blocking_handle_waits_until_the_server_can_call(server: ServerThread, blocking: Blocking) -> None:
+    client = blocking(server)
+    client.handle("first", lambda: 1)
+    with client:
+        client.handle("second", lambda: 2)
+        assert [client.call("ask", method=name, params={}) for name in ("first", "second")] == [1, 2]
+
+
+async def test_handle_without_a_session_is_unavailable(server: ServerThread, connect_to: ConnectTo) -> None:
+    async with connect_to(server, None) as client:
+        with pytest.raises(Unavailable, match="connect with a user and a key"):
+            await client.handle("hello", lambda: 1)

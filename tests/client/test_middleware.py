@@ -18,6 +18,7 @@ from zcproto.app.app import App, Items
 from zcproto.app.context import Context
 from zcproto.client.streams import OutgoingCall
 from zcproto.common.middleware import CallNext
+from zcproto.common.parameters import Ended
 from zcproto.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, PermissionDenied
 
 Next = CallNext[OutgoingCall]
@@ -76,7 +77,7 @@ def server(serve: Serve) -> ServerThread:
             yield number
         if fails:
             raise NotFound("no such thing")
-        context.result = context.traceparent
+        yield Ended(context.traceparent)
 
     @app.method
     async def total(items: Items[int]) -> int:

@@ -14,8 +14,8 @@ from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App, Items
-from zcproto.app.context import Context
 from zcproto.client.streams import Stream
+from zcproto.common.parameters import Ended
 from zcproto.errors import InvalidArgument, NotFound
 
 
@@ -36,10 +36,10 @@ class Methods:
             return [count, size]
 
         @self.app.method("chat")
-        async def chat(context: Context, said: Items[str]) -> AsyncIterator[str]:
+        async def chat(said: Items[str]) -> AsyncIterator[str | Ended[str]]:
             async for text in said:
                 yield text.upper()
-            context.result = "bye"
+            yield Ended("bye")
 
         @self.app.method("deaf")
         async def deaf(said: Items[str]) -> None:

@@ -13,7 +13,7 @@ from tests.client.conftest import Blocking, ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually
 from zcproto.app.app import App
-from zcproto.app.context import Context
+from zcproto.common.parameters import Ended
 from zcproto.errors import (
     Cancelled,
     ConnectionClosed,
@@ -33,14 +33,14 @@ class Methods:
         self.closed = 0
 
         @self.app.method("count")
-        async def count(context: Context, n: int, size: int = 0, pause: float = 0.0) -> AsyncIterator[Any]:
+        async def count(n: int, size: int = 0, pause: float = 0.0) -> AsyncIterator[Any]:
             try:
                 for number in range(n):
                     self.made += 1
                     yield [number, bytes(size)]
                     if pause:
                         await asyncio.sleep(pause)
-                context.result = {"sent": n}
+                yield Ended({"sent": n})
             finally:
                 self.closed += 1
 
@@ -127,14 +127,13 @@ async def test_error_comes_after_the_items(server: ServerThread, connect_to: Con
             await stream.receive()
 
 
-async def test_stream_of_a_unary_method_has_only_a_result(
+async def test_method_of_another_shape_is_refused_with_the_cure(
     server: ServerThread, connect_to: ConnectTo
 ) -> None:
     async with connect_to(server) as client:
-        async with client.stream("add", a=1, b=2) as stream:
-            assert [item async for item in stream] == []
-        assert stream.result == 3
-        with pytest.raises(FailedPrecondition):
+        with pytest.raises(FailedPrecondition, match="this method is not a stream; call it"):
+            _ = [item async for item in client.stream("add", a=1, b=2)]
+        with pytest.raises(FailedPrecondition, match="this method is a stream; open it with stream"):
             await client.call("count", n=1)
         shapes = {each["name"]: each["shape"] for each in (await client.call("server.info"))["methods"]}
         assert (shapes["count"], shapes["add"]) == ("server", "unary")

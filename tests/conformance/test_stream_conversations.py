@@ -12,7 +12,7 @@ CONVERSATIONS: dict[int, tuple[str, ...]] = {
     3: ("requests-beside-streams",),
     4: ("welcome-streams-is-no-map", "welcome-streams-without-max-item", "welcome-calls-without-max"),
     5: ("welcome-streams-with-unknown-keys",),
-    6: ("stream-of-a-unary-method",),
+    6: ("stream-without-items",),
     7: ("request-of-a-stream",),
     13: ("stream-limit", "max-open"),
     15: ("credit-follows-the-application", "item-before-credit"),

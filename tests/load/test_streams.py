@@ -14,7 +14,7 @@ from tests.limits import TIMEOUT
 from tests.load.helpers import RecordingView, all_phases, plan_for, share, timing_out, users
 from tests.server.conftest import Serve
 from zcproto.app.app import App, default_app
-from zcproto.app.context import Context
+from zcproto.common.parameters import Ended
 from zcproto.errors import Aborted
 from zcproto.load.generator import Generator, LoadStream, opening_times
 from zcproto.load.hdr import write_file
@@ -108,16 +108,16 @@ def app_with(repeat: Callable[..., Any]) -> App:
     return app
 
 
-async def lost(context: Context, n: int, data: bytes, count: int, interval: float) -> AsyncIterator[Any]:
+async def lost(n: int, data: bytes, count: int, interval: float) -> AsyncIterator[Any]:
     for number in range(count - 1):
         yield {"n": n + number, "data": data}
-    context.result = {"items": count}
+    yield Ended({"items": count})
 
 
-async def reordered(context: Context, n: int, data: bytes, count: int, interval: float) -> AsyncIterator[Any]:
+async def reordered(n: int, data: bytes, count: int, interval: float) -> AsyncIterator[Any]:
     for number in (*range(count - 2), count - 1, count - 2):
         yield {"n": n + number, "data": data}
-    context.result = {"items": count}
+    yield Ended({"items": count})
 
 
 async def ended(n: int, data: bytes, count: int, interval: float) -> AsyncIterator[Any]:
@@ -140,7 +140,7 @@ async def stuck(n: int, data: bytes, count: int, interval: float) -> AsyncIterat
         (lost, (36, 0, 4), {}),
         (reordered, (32, 8, 0), {}),
         (ended, (4, 0, 36), {"ABORTED": 4}),
-        (unary, (0, 0, 40), {}),
+        (unary, (0, 0, 40), {"FAILED_PRECONDITION": 4}),
         (stuck, (4, 0, 36), {}),
     ],
 )

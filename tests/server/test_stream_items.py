@@ -13,7 +13,7 @@ from tests.helpers import Answer
 from tests.server.protocol_harness import Harness, harness, nothing_left
 from tests.server.test_streams import LIMITS, StreamPeer, items, kinds
 from zcproto.app.app import Items
-from zcproto.app.context import Context
+from zcproto.common.parameters import Ended
 from zcproto.errors import Code
 from zcproto.wire.frame import CANCEL, END, ITEM, Kind
 from zcproto.wire.message import decode_body, encode_body
@@ -45,10 +45,10 @@ class ItemPeer(StreamPeer):
             return total
 
         @app.method("echo.items")
-        async def echo_items(context: Context, said: Items[Any]) -> AsyncIterator[Any]:
+        async def echo_items(said: Items[Any]) -> AsyncIterator[Any]:
             async for value in said:
                 yield value
-            context.result = "done"
+            yield Ended("done")
 
         @app.method("slowly")
         async def slowly(said: Items[Any]) -> None:

@@ -24,6 +24,7 @@ from tests.server.protocol_harness import (
     nothing_left,
 )
 from zcproto.app.context import Context
+from zcproto.common.parameters import Ended
 from zcproto.config.model import LogConfig
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server_streams import StreamTotals
@@ -71,11 +72,11 @@ class StreamPeer(Peer):
         self.futures = harness.futures
 
         @app.method("count")
-        async def count(context: Context, n: int, size: int = 0) -> AsyncIterator[Any]:
+        async def count(n: int, size: int = 0) -> AsyncIterator[Any]:
             try:
                 for number in range(n):
                     yield bytes(size) if size else number
-                context.result = {"sent": n}
+                yield Ended({"sent": n})
             finally:
                 self.closed.append("count")
 
@@ -213,12 +214,11 @@ def test_request_of_streaming_method_is_refused_with_its_shape(client: StreamPee
     assert client.closed == []
 
 
-def test_open_of_unary_method_is_answered_once(client: StreamPeer) -> None:
-    client.send(client.open("big", {"n": 1, "size": 3}), client.open("wait", stream=2))
-    assert kinds(client.turn()) == [Kind.RESPONSE]
-    client.futures.pop().set_result(7)
-    (answer,) = client.turn()
-    assert (answer.stream, answer.value) == (2, 7)
+def test_open_of_unary_method_is_refused_with_its_shape(client: StreamPeer) -> None:
+    client.send(client.open("wait"))
+    (answer,) = client.answers()
+    assert (answer.code, answer.error.details) == (Code.FAILED_PRECONDITION, {"shape": "unary"})
+    assert client.futures == []
     assert client.protocol._connection is not None
     assert client.protocol._connection.streams(0).in_flight == 0
 

@@ -136,7 +136,7 @@ class CertificateServer:
             f"localhost:{self.server.port}",
             ca_file=self.certs / "ca.crt",
             certificate=shown.certificate,
-            key_file=shown.key,
+            certificate_key=shown.key,
             home=self.certs.parent,
             **options,
         )

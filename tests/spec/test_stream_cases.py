@@ -19,8 +19,8 @@ CASES: dict[int, tuple[str, ...]] = {
     4: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
     5: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
     6: (
-        "server/test_streams.py::test_open_of_unary_method_is_answered_once",
-        "client/test_streams.py::test_stream_of_a_unary_method_has_only_a_result",
+        "server/test_streams.py::test_open_of_unary_method_is_refused_with_its_shape",
+        "client/test_streams.py::test_method_of_another_shape_is_refused_with_the_cure",
     ),
     7: ("server/test_streams.py::test_request_of_streaming_method_is_refused_with_its_shape",),
     8: (

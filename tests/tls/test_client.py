@@ -324,7 +324,7 @@ def test_required_client_certificate_ends_open_connection(
     peer.raw.lose()
     assert isinstance(peer.protocol.calls[-1], TlsError)
     assert peer.protocol.calls[-1].failure == "certificate_required"
-    assert "key_file" in peer.protocol.calls[-1].detail
+    assert "certificate_key" in peer.protocol.calls[-1].detail
     assert peer.client.error is peer.protocol.calls[-1]
 
 

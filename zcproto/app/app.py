@@ -9,8 +9,8 @@
 
 Parameters are passed by name and checked against the annotations; results and items are sent by theirs. A parameter
 annotated `Context` receives the context of the call. A plain function runs in the event loop and must not wait; an
-`async` one may. An async generator sends items: it waits at `yield` until the client wants the next one. A method
-with a parameter annotated `Items[T]` takes the client's items.
+`async` one may. An async generator sends items: it waits at `yield` until the client wants the next one. It has
+a result by `yield Ended(result)`. A method with a parameter annotated `Items[T]` takes the client's items.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from zcproto.app.context import Context, State
 from zcproto.app.topics import Scope, Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
 from zcproto.common.middleware import Middleware, around, check_middleware
-from zcproto.common.parameters import Signature
+from zcproto.common.parameters import Ended, Signature
 from zcproto.common.roles import NO_ROLES, Roles, roles_from
 from zcproto.common.value_types import ValueType
 from zcproto.errors import InvalidArgument, PermissionDenied
@@ -67,7 +67,7 @@ class Access(NamedTuple):
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware[Context])
 
-Produce = Callable[[Any, Context], Awaitable[Any]]
+Produce = Callable[[Any], Awaitable[Any]]
 """Sends the items of a generator and returns the result of its stream."""
 
 UNLIMITED: Final = "session."
@@ -162,6 +162,8 @@ class Method:
                 raise TypeError(f"method {name}: {error}") from error
         self.is_async = _is(inspect.iscoroutinefunction, function)
         yields = _is(inspect.isasyncgenfunction, function)
+        if public and (yields or signature.items is not None):
+            raise ValueError(f"method {name}: a stream needs a session; remove public=True")
         if signature.items is not None and not (yields or self.is_async):
             raise TypeError(f"method {name}: a method that takes items waits for them; write async def")
         self.name = name
@@ -173,7 +175,7 @@ class Method:
         self.thread = thread
         self.shape = _SHAPES[yields, signature.items is not None]
         """Whether the method sends and takes items: as `server.info` states it."""
-        self.topic: Topic | None = None
+        self.topic: Topic[Any] | None = None
         """The topic that the method subscribes to."""
         self.middleware: tuple[Middleware[Context], ...] = ()
         self.owner: App | None = None
@@ -280,7 +282,7 @@ async def _run_wrapped(
             return await context.caller.run_in_thread(context, method.function, arguments)
         result = method.function(**arguments)
         if produce is not None:
-            return await produce(result, context)
+            return await produce(result)
         return await result if method.is_async else result
 
     return await around(middleware, run)(context)
@@ -350,8 +352,8 @@ class App(Generic[State]):
         A `public` method may be called without a session. With `roles`, such as {"admin"}, a session needs one of
         them; the configuration may allow and deny the method to roles too. With `thread` a plain function may
         block: it runs in one of the server's threads. Raises ValueError for a name that is malformed, registered or
-        reserved, for a malformed role, and for `public` with `roles`; TypeError for an annotation that cannot be
-        used, and for `thread` with `async def`.
+        reserved, for a malformed role, and for `public` with `roles` or with a stream; TypeError for an annotation
+        that cannot be used, for `self`, and for `thread` with `async def`.
         """
         if not (name is None or isinstance(name, str)):
             return self.method()(name)
@@ -401,6 +403,19 @@ class App(Generic[State]):
         self._changed()
         return function
 
+    @overload
+    def topic(
+        self,
+        name: str,
+        *,
+        of: type[Item],
+        keep: int = 16,
+        slow: Slow = "drop_oldest",
+        scope: Scope = "process",
+        allow: Callable[[Context], bool] | None = None,
+        roles: Collection[str] = (),
+    ) -> Topic[Item]: ...
+    @overload
     def topic(
         self,
         name: str,
@@ -411,7 +426,18 @@ class App(Generic[State]):
         scope: Scope = "process",
         allow: Callable[[Context], bool] | None = None,
         roles: Collection[str] = (),
-    ) -> Topic:
+    ) -> Topic[Any]: ...
+    def topic(
+        self,
+        name: str,
+        *,
+        keep: int = 16,
+        slow: Slow = "drop_oldest",
+        of: Any = Any,
+        scope: Scope = "process",
+        allow: Callable[[Context], bool] | None = None,
+        roles: Collection[str] = (),
+    ) -> Topic[Any]:
         """Register a stream under `name` that sends every event of the returned topic.
 
         At most `keep` events, and 64 KiB, wait for a slow subscriber; then `slow` either drops the oldest for it or
@@ -421,7 +447,7 @@ class App(Generic[State]):
         whether a caller may subscribe; `roles` are as for methods. Raises ValueError like `method`, and for other
         values of `keep`, `slow` and `scope`; TypeError for an `of` that cannot be used.
         """
-        topic = Topic(name, keep=keep, slow=slow, of=of, scope=scope)
+        topic: Topic[Any] = Topic(name, keep=keep, slow=slow, of=of, scope=scope)
 
         async def subscribe(context: Context) -> AsyncIterator[Any]:
             """Send every event of this topic from now on."""
@@ -436,7 +462,7 @@ class App(Generic[State]):
 
         method = Method(name, subscribe, roles=roles)
         method.topic = topic
-        method.signature.sends = topic.type
+        method.signature.sends, method.signature.result = topic.type, ValueType(None)
         self.add(method)
         return topic
 
@@ -543,7 +569,7 @@ def default_app() -> App:
     @app.method("repeat")
     async def repeat(
         context: Context, n: int, data: bytes, count: int, interval: float = 0.0
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncIterator[dict[str, Any] | Ended[dict[str, int]]]:
         """Send the data `count` times, numbered from `n`, every `interval` seconds or as fast as it is read."""
         if not 0 <= interval <= _MAX_SLEEP_MS / 1000:
             raise InvalidArgument(f"interval must be from 0 to {_MAX_SLEEP_MS // 1000}")
@@ -553,7 +579,7 @@ def default_app() -> App:
             while interval and context.now() < due:  # noqa: ASYNC110 - a timer may be early
                 await asyncio.sleep(due - context.now())
             yield {"n": n + number, "data": data}
-        context.result = {"items": count}
+        yield Ended({"items": count})
 
     @app.method("time")
     def time(context: Context) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, cast
 
 from zcproto.auth.identity import Channel
 from zcproto.common.roles import NO_ROLES
+from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import CallError, ConnectionClosed, Unauthenticated
 from zcproto.sessions import Session
@@ -60,14 +61,16 @@ class ConnectedClient:
         params: Mapping[str, Any] | None = None,
         /,
         *,
+        returns: type[Returned] = RETURNS_ANY,
         timeout: float = DEFAULT_TIMEOUT,  # noqa: ASYNC109  it is sent
         traceparent: str | None = None,
         **named: Any,
-    ) -> Any:
+    ) -> Returned:
         """Call a method that the client handles for this session, and return its result.
 
         Pass params by name, or in a mapping if a name is one of this function's own. `timeout` in seconds is sent
-        as the call's deadline. Nothing is repeated: treat every failure of an approval as a refusal.
+        as the call's deadline. With `returns` the result is converted to that type; pydantic raises ValidationError
+        if it is of another. Nothing is repeated: treat every failure of an approval as a refusal.
 
         Raises Unavailable if the client handles no such method, ResourceExhausted at a limit, DeadlineExceeded
         after the timeout, ConnectionClosed if the connection or the session ended and the call may have run, the
@@ -76,12 +79,13 @@ class ConnectedClient:
         if params is not None:
             named = {**params, **named}
         try:
-            return await self._connection.call_client(
+            result = await self._connection.call_client(
                 self.user, self.session_id, method, named, timeout, traceparent
             )
         except (CallError, ConnectionClosed) as error:
             error.of_client = True
             raise
+        return result if returns is RETURNS_ANY else checked_result(returns, result)
 
 
 thread_kind = threading.local()
@@ -120,10 +124,7 @@ class CallConnection(ClientConnections, Protocol):
 class Context(Generic[State]):
     """One call. A method gets it through a parameter annotated `Context`, or `Context[State]` to type `state`."""
 
-    __slots__ = ("_request", "caller", "result")
-
-    result: Any
-    """Set by a generator: the result of its stream, sent after the last item; None if it is not set."""
+    __slots__ = ("_request", "caller")
 
     def __init__(self, connection: CallConnection, request: Request) -> None:
         self.caller = connection

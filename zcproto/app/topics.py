@@ -18,10 +18,11 @@ It must not know: credit, connections, why a subscriber is slow, how the carrier
 from __future__ import annotations
 
 import asyncio
+import typing
 from bisect import bisect_left
 from collections import deque
 from operator import attrgetter
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from zcproto.bus.topics import SharedTopics
 from zcproto.common.value_types import ValueType
@@ -37,6 +38,8 @@ MOST_KEPT: Final = 1_024
 SUBSCRIBERS_PER_TURN: Final = 32
 """Each makes its connection encrypt and send a record, up to 50 us of the loop."""
 
+Event = TypeVar("Event")
+
 Slow = Literal["drop_oldest", "end"]
 """What happens to a subscriber that is more than `keep` events behind."""
 
@@ -47,7 +50,7 @@ _UNDECODED: Final = object()
 _position_of = attrgetter("position")
 
 
-class TopicEvent:
+class TopicEvent(Generic[Event]):
     """An event of a topic. A stream that yields it sends the encoded `body`, which all subscribers share.
 
     `missed` are the events between the one that the subscriber got before and this one. `position` counts all
@@ -57,7 +60,7 @@ class TopicEvent:
     __slots__ = ("_topic", "_value", "body", "missed", "position")
 
     def __init__(
-        self, topic: Topic, position: int, body: bytes, value: Any = _UNDECODED, missed: int = 0
+        self, topic: Topic[Event], position: int, body: bytes, value: Any = _UNDECODED, missed: int = 0
     ) -> None:
         self._topic = topic
         self._value = value
@@ -66,20 +69,20 @@ class TopicEvent:
         self.missed = missed
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Event:
         """The event. Raises InvalidArgument if another process has published one of another type."""
         if self._value is _UNDECODED:
             self._value = self._topic.type.check(decode_body(self.body), "event")
-        return self._value
+        return typing.cast("Event", self._value)
 
-    def after(self, missed: int) -> TopicEvent:
+    def after(self, missed: int) -> TopicEvent[Event]:
         """Return the event for a subscriber that has missed some before it."""
         return TopicEvent(self._topic, self.position, self.body, self._value, missed) if missed else self
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
-        """Allow the class in the annotation of a stream, where it stands for any event."""
-        return {"type": "any"}
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Allow the class in the annotation of a stream, where it stands for an event of its type."""
+        return handler.generate_schema((*typing.get_args(source), Any)[0])
 
 
 class Watcher:
@@ -92,8 +95,8 @@ class Watcher:
         self.subscriptions = 0
 
 
-class Topic:
-    """Events for any number of subscribers; made by `App.topic`.
+class Topic(Generic[Event]):
+    """Events of one type for any number of subscribers; made by `App.topic`.
 
     `published` and `dropped` count events, the latter once for each subscriber that missed one. `ended` counts the
     subscribers that were cancelled because they had missed some. `carrier` is that of the server that runs, for a
@@ -130,14 +133,14 @@ class Topic:
         self._keep = keep
         self.position = 0
         """That of the next event."""
-        self._last: deque[TopicEvent] = deque()
+        self._last: deque[TopicEvent[Event]] = deque()
         self._last_bytes = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # of the subscribers
         self._waiting: list[asyncio.Future[None]] = []  # no set: it takes eight times the memory
         self._woken: deque[list[asyncio.Future[None]]] = deque()  # waited when an event was published
         self._watchers: dict[asyncio.Event, Watcher] = {}
 
-    def publish(self, value: Any) -> None:
+    def publish(self, value: Event) -> None:
         """Send an event to all subscribers of this process, with the scope "server" to those of all. Does not wait.
 
         If it raises, no subscriber gets the event: TypeError for a value of another type than the topic's,
@@ -183,7 +186,7 @@ class Topic:
                 self._last_bytes -= MIN_LENGTH + len(self._last.popleft().body)
             self._wake()
 
-    def subscribe(self, until: asyncio.Event | None = None) -> Subscription:
+    def subscribe(self, until: asyncio.Event | None = None) -> Subscription[Event]:
         """Return an iterator of the events from now on, to be closed by `with`. It ends when `until` is set.
 
         Raises RuntimeError if the topic has subscribers in another event loop.
@@ -229,7 +232,7 @@ class Topic:
         self._waiting.append(waiter)
         return waiter
 
-    def take(self, position: int) -> TopicEvent | None:
+    def take(self, position: int) -> TopicEvent[Event] | None:
         """Return the event at a position, or the oldest one after it that is kept; None if there is none yet.
 
         Raises Cancelled if events were missed and the policy is to end.
@@ -277,12 +280,12 @@ class Topic:
             asyncio.get_running_loop().call_soon(self._wake_some)
 
 
-class Subscription:
+class Subscription(Generic[Event]):
     """The events of a topic for one subscriber. `missed` counts those that it did not get."""
 
     __slots__ = ("_position", "_topic", "_until", "missed")
 
-    def __init__(self, topic: Topic, until: asyncio.Event | None) -> None:
+    def __init__(self, topic: Topic[Event], until: asyncio.Event | None) -> None:
         self._topic = topic
         self._until = until
         self._position = topic.position
@@ -297,7 +300,7 @@ class Subscription:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> TopicEvent:
+    async def __anext__(self) -> TopicEvent[Event]:
         topic = self._topic
         while self._position == topic.position or (event := topic.take(self._position)) is None:
             if self._until is not None and self._until.is_set():

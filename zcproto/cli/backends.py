@@ -26,7 +26,6 @@ from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import Instance
 from zcproto.cli.audit import about, recorded
 from zcproto.cli.connect import (
-    USER_VARIABLE,
     TrustChoice,
     call_once,
     is_typed,
@@ -37,6 +36,7 @@ from zcproto.cli.connect import (
 )
 from zcproto.cli.control import Control, find_control
 from zcproto.cli.store import CONFIGURED, end_sessions, has_no_sessions, run_in_store, with_store
+from zcproto.client.options import USER_VARIABLE
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.errors import Code

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ipaddress
 import os
-import stat
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -26,7 +24,9 @@ from zcproto.cli import Function, Instance, file_option, instance_options
 from zcproto.cli.json_values import parse_params, stdin_items, to_json
 from zcproto.cli.output import json_text
 from zcproto.cli.stub_python import listed_methods, signatures
-from zcproto.client.endpoints import is_ip, parse_addresses
+from zcproto.client.credentials import MAX_KEY, read_key_file, usable_key
+from zcproto.client.endpoints import parse_addresses
+from zcproto.client.options import CA_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABLE, USER_VARIABLE, own_ca
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
@@ -45,12 +45,6 @@ if TYPE_CHECKING:
     from zcproto.client import Client
 
 EXIT_CANNOT_CONNECT = 3
-USER_VARIABLE = "ZCPROTO_USER"
-KEY_FILE_VARIABLE = "ZCPROTO_KEY_FILE"
-KEY_VARIABLE = "ZCPROTO_KEY"
-CA_VARIABLE = "ZCPROTO_CA_FILE"
-MAX_KEY = 4_096
-"""Characters read from a key file: a key is much shorter, and a wrong file may be huge."""
 
 MAX_CONNECT_TIMEOUT = 10.0
 """Seconds for an attempt to connect."""
@@ -130,22 +124,15 @@ class TrustChoice:
         A server of this machine may be starting, and create the CA of its home folder. Raises ConfigError for a
         malformed address.
         """
-        own = home.certs / "ca.crt"
-        is_own = (
-            self.ca is None
-            and not self.pins
-            and (own.exists() or all(_is_loopback(each.host) for each in parse_addresses(address)))
-            and not any(
-                (home.certs / "acme").glob("server*.crt")
-            )  # else a public CA has issued what is served
-        )
-        return own if is_own else self.ca
+        return self.ca if self.ca or self.pins else own_ca(home, parse_addresses(address))
 
     def make_client(self, home: Home, address: str, **options: Any) -> Client:
         """Return a client that has not connected yet. Raises ConfigError for a malformed pin."""
         from zcproto.client import connect  # noqa: PLC0415
 
         ca_file = self.ca_file(home, address)
+        if options.get("user") is options.get("login") is None:
+            options["session"] = False  # not that of the environment
         try:
             return connect(address, home=home.path, ca_file=ca_file, pins=self.pins, **options)
         except TlsError as error:
@@ -160,10 +147,6 @@ class TrustChoice:
         if error.failure == TlsFailure.CERTIFICATE_UNTRUSTED.value and ca_file is not None:
             cure = f"{ca_file} is not the CA of this server; zcproto cert export-ca writes that: use it with --ca"
         return f"{error.failure}: {error.detail.partition('; ')[0]}; {cure}"
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,36 +169,18 @@ def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def read_key(path: Path | None) -> str:
     """Return the key of --key-file, or of the environment without one. Raises ConfigError."""
     if path is None:
-        key = os.environ.get(KEY_VARIABLE, "")
-        where = KEY_VARIABLE
-    elif str(path) == "-":
-        key = (
-            click.prompt("Key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.read(MAX_KEY)
-        )
-        where = "standard input"
-    else:
-        where = escape_text(str(path))
-        key = _read_key_file(path, where)
-    key = key.strip()
-    if not key:
-        if path is None:
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not key:
             raise ConfigError(
                 [f"no key is given; use --key-file FILE, or set {KEY_FILE_VARIABLE} or {KEY_VARIABLE}"]
             )
-        raise ConfigError([f"{where}: holds no key; write the key into it, alone"])
-    return key
-
-
-def _read_key_file(path: Path, where: str) -> str:
-    # Not common.files.read_secret: a pipe such as <(pass show key) is a valid key file.
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
-                raise ConfigError([f"{where}: others can read this key; run: chmod 600 '{where}'"])
-            return file.read(MAX_KEY)
-    except OSError as error:
-        raise ConfigError([f"{where}: {error.strerror}; check the path of the key file"]) from error
+        return usable_key(key, KEY_VARIABLE)
+    if str(path) == "-":
+        key = (
+            click.prompt("Key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.read(MAX_KEY)
+        )
+        return usable_key(key, "standard input")
+    return read_key_file(path)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

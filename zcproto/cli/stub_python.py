@@ -15,15 +15,18 @@ from zcproto.cli.stub_types import Alias, Class, Language, StubMethod, Stubs, id
 from zcproto.errors import ZcprotoError
 
 _IMPORTS: Final = (
-    ("collections.abc", ("AsyncIterable", "Iterable")),
+    ("collections.abc", ("AsyncIterable", "Iterable", "Mapping", "Sequence")),
     ("decimal", ("Decimal",)),
     ("typing", ("Any", "Literal", "TypeAlias")),
     ("uuid", ("UUID",)),
     ("", ()),
     ("pydantic", ("TypeAdapter",)),
-    ("typing_extensions", ("NotRequired", "TypedDict")),
+    ("typing_extensions", ("NotRequired", "ReadOnly", "TypedDict")),
     ("", ()),
-    ("zcproto.client.typed", ("UNSET", "TypedClient", "TypedStream")),
+    (
+        "zcproto.client.typed",
+        ("UNSET", "BlockingTypedClient", "BlockingTypedStream", "TypedClient", "TypedStream"),
+    ),
 )
 """Modules and the names that are imported from them if they are used; a blank line between the groups."""
 
@@ -36,7 +39,11 @@ _ENDING_QUOTE: Final = re.compile(r'"(?="|\Z)')
 
 
 class Python(Language):
-    """Classes are `TypedDict`, as values are maps on the wire."""
+    """Classes are `TypedDict`, as values are maps on the wire. A blocking client is for programs without an event
+    loop."""
+
+    def __init__(self, *, is_blocking: bool = False) -> None:
+        self._is_blocking = is_blocking
 
     anything = "Any"
     simple: ClassVar = {
@@ -47,7 +54,15 @@ class Python(Language):
     reserved = frozenset(
         {
             *("Any", "Literal", "TypeAlias", "UUID", "Decimal", "TypeAdapter", "TypedDict", "NotRequired"),
-            *("TypedStream", "TypedClient", "UNSET", "AsyncIterable", "Iterable", "Api"),
+            *(
+                "ReadOnly",
+                "TypedStream",
+                "TypedClient",
+                "BlockingTypedStream",
+                "BlockingTypedClient",
+                "UNSET",
+            ),
+            *("AsyncIterable", "Iterable", "Mapping", "Sequence", "Api"),
             *dir(builtins),
         }
     )
@@ -84,9 +99,13 @@ class Python(Language):
             )
         ]
         used = {"_call", "_client", "_send", "_stream", *_TYPES}
-        methods = [_method(each, unique(identifier(each.name), used)) for each in stubs.methods]
+        methods = [
+            _method(each, unique(identifier(each.name), used), is_blocking=self._is_blocking)
+            for each in stubs.methods
+        ]
         parts += ["\n".join(adapters for adapters, _ in methods)]
-        head = 'class Api(TypedClient):\n    """The methods of an application, called by a client."""'
+        base = "BlockingTypedClient" if self._is_blocking else "TypedClient"
+        head = f'class Api({base}):\n    """The methods of an application, called by a client."""'
         parts.append("\n\n".join([head, *(code for _, code in methods)]))
         body = "\n\n\n".join(filter(None, parts))
         about = _docstring(f"Typed client of {source}, written by `zcproto stubs`: do not edit.", 0)
@@ -129,8 +148,19 @@ def _docstring(text: str, indent: int) -> str:
     return '"""' + "\n".join(lines).lstrip() + '"""'
 
 
+def _received(kind: str) -> str:
+    """Return a type for values that are only read, so that those of its parts may be more specific."""
+    return kind.replace("list[", "Sequence[").replace("dict[", "Mapping[")
+
+
 def _class(each: Class) -> str:
-    fields = [(one.name, one.type if one.is_required else f"NotRequired[{one.type}]") for one in each.fields]
+    types = {
+        one.name: f"ReadOnly[{_received(one.type)}]" if each.is_param else one.type for one in each.fields
+    }
+    fields = [
+        (one.name, types[one.name] if one.is_required else f"NotRequired[{types[one.name]}]")
+        for one in each.fields
+    ]
     if all(_is_name(name) for name, _ in fields):
         lines = [f"    {name}: {kind}" for name, kind in fields] or ["    pass"]
         return "\n".join([f"class {each.name}(TypedDict):", *lines])
@@ -138,7 +168,7 @@ def _class(each: Class) -> str:
     return "\n".join([f"{each.name} = TypedDict(", f"    {each.name!a},", "    {", *pairs, "    },", ")"])
 
 
-def _method(method: StubMethod, name: str) -> tuple[str, str]:
+def _method(method: StubMethod, name: str, *, is_blocking: bool) -> tuple[str, str]:
     """Return the adapters of the types that a method returns, and the method of the class."""
     names = {each.name for each in method.params}
     items, timeout, key = (
@@ -147,15 +177,17 @@ def _method(method: StubMethod, name: str) -> tuple[str, str]:
     )
     others = unique("others", names)
     arguments, sent = _arguments(method, others)
-    adapter, head, result = f"_{name}", f"async def {name}", method.result
+    wait, asynchronous, stream = ("", "", "Blocking") if is_blocking else ("await ", "async ", "")
+    adapter, head, result = f"_{name}", f"{asynchronous}def {name}", method.result
     adapters = [_adapter(adapter, result)]
-    call, values = "await self._call", [adapter, _constant(method.name), sent]
+    call, values = f"{wait}self._call", [adapter, _constant(method.name), sent]
     if method.takes:
-        arguments.insert(0, f"{items}: AsyncIterable[{method.takes}] | Iterable[{method.takes}]")
-        call, values = "await self._send", [*values, items]
+        kind = f"Iterable[{method.takes}]"
+        arguments.insert(0, f"{items}: {kind if is_blocking else f'Async{kind} | {kind}'}")
+        call, values = f"{wait}self._send", [*values, items]
     if method.sends:
         adapters.append(_adapter(f"{adapter}_items", method.sends))
-        head, result = f"def {name}", f"TypedStream[{method.sends}, {method.result}]"
+        head, result = f"def {name}", f"{stream}TypedStream[{method.sends}, {method.result}]"
         call, values = "self._stream", [f"{adapter}_items", *values]
     if method.sends or method.takes:
         arguments.append(f"{timeout}: float | None = None")
@@ -182,7 +214,8 @@ def _arguments(method: StubMethod, others: str) -> tuple[list[str], str]:
     if not all(_is_name(each.name) and each.name != "self" for each in method.params):
         return ["params: dict[str, Any]"], "params"
     arguments = [
-        f"{each.name}: {each.type}{'' if each.is_required else ' = UNSET'}" for each in method.params
+        f"{each.name}: {_received(each.type)}{'' if each.is_required else ' = UNSET'}"
+        for each in method.params
     ]
     pairs = [f"{_constant(each.name)}: {each.name}" for each in method.params]
     return arguments, f"{{{', '.join([*pairs, *([f'**{others}'] if method.others else [])])}}}"

@@ -43,6 +43,8 @@ class Class:
 
     name: str
     fields: list[Field] = field(default_factory=list)
+    is_param: bool = False
+    """Whether it only stands for values of parameters, beside a class of the same values in results."""
 
 
 @dataclass
@@ -191,7 +193,7 @@ class Stubs:
         own = self._names[key] = unique(identifier(name, capital=True), self._used)
         self._depth += 1
         if definition.get("type") == "object" and isinstance(definition.get("properties"), dict):
-            made = Class(own)
+            made = Class(own, is_param=name.endswith("-Input"))
             self.types.append(made)
             made.fields = self._fields(definition, definitions)
         else:

@@ -22,6 +22,7 @@ LANGUAGES: dict[str, type[Language]] = {"python": Python, "typescript": TypeScri
 @click.option(
     "--language", type=click.Choice(list(LANGUAGES)), required=True, help="The language of the client."
 )
+@click.option("--blocking", is_flag=True, help="For programs without an event loop, in Python.")
 @user_option("Open a session of this user. Without it only public methods are written.")
 @key_option("user")
 @trust_options
@@ -31,6 +32,7 @@ def stubs(
     instance: Instance,
     source: str,
     language: str,
+    blocking: bool,
     user: str | None,
     key_file: Path | None,
     trust: TrustChoice,
@@ -41,6 +43,8 @@ def stubs(
     The module has a class Api, made with a client of zcproto, and a type for each class of the parameters and
     results. Of a server it has the methods that the user may call.
     """
+    if blocking and language != "python":
+        raise click.UsageError("--blocking goes with --language python.")
     if source.rpartition(":")[2].isdigit():
         key = read_key(key_file) if user is not None else None
         info = call_once(trust, instance.home, source, "server.info", {}, user=user, key=key)
@@ -49,7 +53,7 @@ def stubs(
         from zcproto.cli.serve import load_app  # noqa: PLC0415 - imports the application
 
         methods = [{**method.listing, "schema": method.schema} for method in load_app(source)]
-    writer = LANGUAGES[language]()
+    writer = Python(is_blocking=True) if blocking else LANGUAGES[language]()
     found = Stubs(methods, writer)
     text = writer.write(found, clean_text(source))
     if output is None:

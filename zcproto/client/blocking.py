@@ -38,6 +38,7 @@ from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream
 from zcproto.common.process import new_event_loop
+from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.errors import ConnectionClosed
 from zcproto.wire.message import Credit
 
@@ -175,22 +176,31 @@ class BlockingSessionClient:
 
         return register
 
+    def handle(self, name: str, function: Callable[..., Any]) -> None:
+        """Let the server call a function, like `handler`, and wait until it can, like `Client.handle`."""
+        if self._thread.is_running:
+            self._wait(self._client.handle(name, function, in_thread=True))
+        else:
+            self._client.handler(name, in_thread=True)(function)
+
     def call(
         self,
         method: str,
         params: Mapping[str, Any] | None = None,
         /,
         *,
+        returns: type[Returned] = RETURNS_ANY,
         timeout: float | None = UNSET,
         idempotency_key: str | None = None,
         traceparent: str | None = None,
         **named: Any,
-    ) -> Any:
+    ) -> Returned:
         """Call a method like `Client.call`."""
         return self._wait(
             self._client.call(
                 method,
                 params,
+                returns=returns,
                 timeout=timeout,
                 idempotency_key=idempotency_key,
                 traceparent=traceparent,
@@ -275,13 +285,19 @@ class BlockingClient(BlockingSessionClient):
         *,
         user: str | None = None,
         key: str | None = None,
+        key_file: str | Path | None = None,
         device: Device | str | Path | None = None,
         device_name: str | None = None,
         login: LoginSource | None = None,
     ) -> BlockingUserSession:
         """Return a session of another user on this connection, like `Client.session_for`; use it with `with`."""
         session = self._client.session_for(
-            user=user, key=key, device=device, device_name=device_name, login=_login_in_thread(login)
+            user=user,
+            key=key,
+            key_file=key_file,
+            device=device,
+            device_name=device_name,
+            login=_login_in_thread(login),
         )
         return BlockingUserSession(session, self._thread)
 
@@ -410,7 +426,7 @@ def _login_in_thread(login: LoginSource | None) -> LoginSource | None:
 def connect_blocking(address: str | Sequence[str], options: ConnectOptions) -> BlockingClient:
     """Return a client for programs without an event loop; otherwise the same as `connect`.
 
-        with zcproto.connect_blocking("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+        with zcproto.connect_blocking("host:7443", user="ada", key_file="ada.key", ca_file="ca.crt") as client:
             print(client.call("echo", word="hello"))
 
     `on_event` is called in the client's thread, the function of a `login` in a thread of its own: it may block.

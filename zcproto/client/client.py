@@ -62,6 +62,7 @@ from zcproto.client.streams import (
 from zcproto.common.clock import Clock, MonotonicClock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
+from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import (
     CallError,
@@ -182,27 +183,39 @@ class SessionClient:
         params: Mapping[str, Any] | None = None,
         /,
         *,
+        returns: type[Returned] = RETURNS_ANY,
         timeout: float | None = UNSET,  # noqa: ASYNC109  it is sent, and limits several waits
         idempotency_key: str | None = None,
         traceparent: str | None = None,
         **named: Any,
-    ) -> Any:
+    ) -> Returned:
         """Call a method of the server and return its result.
 
         Pass params by name, or in a mapping if a name is one of this function's own. `timeout` in seconds includes
         connecting and retries, and is sent as the call's deadline; None is unlimited. A call with an
         `idempotency_key` (at most 64 characters) is retried even if its answer was lost, because the server runs it
-        once per key.
+        once per key. With `returns`, such as a dataclass, the result is converted to that type; pydantic raises
+        ValidationError if it is of another.
 
         Raises CallError with the server's error, DeadlineExceeded at the timeout, ConnectionClosed if the
         connection was lost and the call may have run, CannotConnect or TlsError if the server cannot be reached.
         """
+        if returns is not RETURNS_ANY:
+            result = await self.call(
+                method,
+                params,
+                timeout=timeout,
+                idempotency_key=idempotency_key,
+                traceparent=traceparent,
+                **named,
+            )
+            return checked_result(returns, result)
         if params is not None:
             named = {**params, **named}
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         if self._options.middleware and not isinstance(params, Prepared):
-            return await self._call_within_middleware(
+            return await self._call_within_middleware(  # type: ignore[no-any-return]
                 OutgoingCall(
                     method=method,
                     params=named,
@@ -236,7 +249,7 @@ class SessionClient:
             try:
                 stream, pending = connection.request(method, named, token, meta, deadline)
                 try:
-                    return await pending
+                    return await pending  # type: ignore[no-any-return]
                 except asyncio.CancelledError:
                     connection.abandon(stream)
                     raise
@@ -467,8 +480,9 @@ class SessionClient:
             @client.handler("approve")
             async def approve(call: Call, tool: str) -> bool: ...
 
-        With `in_thread` it runs in a thread of its own, and may block. Parameters are passed by name and checked
-        against the annotations; one annotated `Call` receives the call.
+        While the client is open the server can call it a moment later; `handle` waits for that. With `in_thread` it
+        runs in a thread of its own, and may block. Parameters are passed by name and checked against the
+        annotations; one annotated `Call` receives the call.
         Its exceptions are answered to the server: a CallError with its code, any other as INTERNAL. Raises
         ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
         """
@@ -482,6 +496,19 @@ class SessionClient:
             return function
 
         return register
+
+    async def handle(self, name: str, function: Callable[..., Any], *, in_thread: bool = False) -> None:
+        """Let the server call a function, like `handler`, and wait until it can: a next call may rely on it.
+
+            await client.handle("approve", approve)
+
+        Before connecting, `open` waits instead. Raises Unavailable if the server cannot call it yet, and otherwise
+        like `handler`.
+        """
+        self.handler(name, in_thread=in_thread)(function)
+        if self._opened:
+            await self._registrar.settle(self._deadline(UNSET))
+            self._registrar.require(name)
 
     # --- connections and events -------------------------------------------------------------------
 
@@ -651,6 +678,7 @@ class Client(SessionClient):
         *,
         user: str | None = None,
         key: str | None = None,
+        key_file: str | Path | None = None,
         device: Device | str | Path | None = None,
         device_name: str | None = None,
         login: LoginSource | None = None,
@@ -661,14 +689,15 @@ class Client(SessionClient):
                 await ada.call("order.place", id=7)
 
         It has this client's `call`, `stream`, `handler`, `events` and options, for this session alone: each one is
-        refreshed and ends by itself, and each survives a reconnect. Give `user` and `key`, or `device` and
-        `device_name`, or a `login`, like those of `connect`. Raises ConfigError for others, CertificateError for an
-        unusable device key.
+        refreshed and ends by itself, and each survives a reconnect. Give `user` with `key` or `key_file`, `device`
+        and `device_name`, or a `login`, as for `connect`. Raises ConfigError for others, CertificateError for
+        an unusable device key.
         """
         options = replace(
             self._options,
             user=user,
             key=key,
+            key_file=key_file,
             device=device,
             device_name=device_name,
             login=login,
@@ -774,11 +803,12 @@ def connect(address: str | Sequence[str], options: ConnectOptions) -> Client:
     Several addresses, as a list or as one text with commas, are those of servers that share their sessions: the
     client connects to one of them, and to another one as soon as that is lost or goes away.
 
-        async with zcproto.connect("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+        async with zcproto.connect("host:7443", user="ada", key_file="ada.key", ca_file="ca.crt") as client:
             print(await client.call("echo", word="hello"))
 
-    ConnectOptions documents the options. Raises ConfigError for options that contradict each other, TlsError for a
-    malformed pin, CertificateError for an unusable device key. `async with` raises like `Client.open`.
+    On the server's machine the CA need not be given. ConnectOptions documents the options. Raises TypeError for an
+    unknown one, ConfigError for options that cannot be used or contradict each other, TlsError for a malformed pin,
+    CertificateError for an unusable device key. `async with` raises like `Client.open`.
     """
     return Client(address, options)
 

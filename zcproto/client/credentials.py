@@ -21,6 +21,7 @@ import base64
 import json
 import math
 import os
+import stat
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ from zcproto.errors import CertificateError, ConfigError, LoginError
 from zcproto.wire.message import MessageError, attach_message, encode_body, open_message
 
 MAX_KEY_FILE: Final = 1 << 16
+MAX_KEY: Final = 4_096
+"""Characters read from the file of an API key: a key is much shorter, and a wrong file may be huge."""
+
 FILE_VERSION: Final = 1
 MAX_SESSION_FILE: Final = 16_384
 _FILE_BYTES: Final = ("token", "refresh_token")
@@ -129,6 +133,40 @@ class SigningChannel(Protocol):
 
     @property
     def leaf(self) -> bytes: ...
+
+
+def read_key_file(path: str | Path) -> str:
+    """Return the API key in a file. Raises ConfigError."""
+    path = Path(path)
+    where = escape_text(str(path))
+    # Not common.files.read_secret: a pipe such as <(pass show key) is a valid key file.
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
+                raise ConfigError([f"{where}: others can read this key; run: chmod 600 '{where}'"])
+            return usable_key(file.read(MAX_KEY), where)
+    except OSError as error:
+        raise ConfigError([f"{where}: {error.strerror}; check the path of the key file"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{where}: not a path; give the path of the key file"]) from error
+
+
+def usable_key(text: str, where: str) -> str:
+    """Return the API key in a text from `where`, without white space around it. Raises ConfigError."""
+    key = text.strip()
+    if not key:
+        raise ConfigError([f"{where}: holds no key; write the key into it, alone"])
+    if "-----BEGIN " in key:
+        raise ConfigError(
+            [
+                f"{where}: holds PEM, and no API key; give a device's key as device, a certificate's as"
+                " certificate_key"
+            ]
+        )
+    if key.splitlines() != [key]:
+        raise ConfigError([f"{where}: has more than one line; write the key into it, alone"])
+    return key
 
 
 @dataclass(frozen=True, slots=True)

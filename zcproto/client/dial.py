@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from zcproto.client.endpoints import Address, Endpoint, is_ip, parse_address
-from zcproto.client.options import ConnectOptions
+from zcproto.client.options import ConnectOptions, find_home
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner, mark_retrieved
 from zcproto.client.retry import is_transient
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.files import locked, replace_file
-from zcproto.common.home import resolve_home
 from zcproto.common.text import counted, escape_text
 from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity
 from zcproto.connection.client import ClientConnection
@@ -74,8 +73,8 @@ class Trust:
         self.verify = options.verify
         self._by_ca = self.verify and (self.ca_file is not None or self.system_store)
         self.certificate = _path(options.certificate)
-        self.key_file = _path(options.key_file)
-        self.key_passphrase = options.key_passphrase
+        self.key_file = _path(options.certificate_key)
+        self.key_passphrase = options.certificate_passphrase
         self.key_log = _path(options.key_log_file)
         if not self.verify and (self.ca_file or self.pins or options.system_store):
             raise ConfigError(
@@ -84,7 +83,9 @@ class Trust:
         if self.ca_file and options.system_store:
             raise ConfigError(["ca_file and system_store: only one of them can be trusted; remove the other"])
         if self.certificate is None and (self.key_file is not None or self.key_passphrase is not None):
-            raise ConfigError(["key_file and key_passphrase: certificate is missing; give its file"])
+            raise ConfigError(
+                ["certificate_key and certificate_passphrase: certificate is missing; give its file"]
+            )
         if len(self.pins) == 1:
             _warn_of_single_pin(*self.pins)
 
@@ -266,12 +267,8 @@ def _policy(entry: dict[str, Any]) -> StsPolicy:
 
 def find_known_hosts(home: str | Path | None) -> KnownHosts | None:
     """Return the policies in a home folder. None for a user without one, as in some containers."""
-    try:
-        return KnownHosts(resolve_home(home, os.environ).path / KNOWN_HOSTS_FILE)
-    except ConfigError:
-        if home is not None:
-            raise
-        return None
+    found = find_home(home)
+    return None if found is None else KnownHosts(found.path / KNOWN_HOSTS_FILE)
 
 
 class LoopResources:
@@ -400,12 +397,9 @@ class Dialer:
     async def _context(self, resources: LoopResources, endpoint: Endpoint) -> ssl.SSLContext:
         try:
             return await resources.context(self._trust)
-        except CertificateError:
-            if not self._trust.is_ca_missing():
-                raise
-            await self._require_listening(
-                endpoint
-            )  # a server that is starting writes its CA before it listens
+        except CertificateError:  # a server that is starting writes its CA before it listens
+            if self._trust.is_ca_missing():
+                await self._require_listening(endpoint)
             return await resources.context(self._trust)
 
     async def _require_listening(self, endpoint: Endpoint) -> None:

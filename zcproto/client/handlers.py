@@ -52,6 +52,7 @@ from zcproto.errors import (
     DeadlineExceeded,
     InvalidArgument,
     LoginError,
+    Unavailable,
     ZcprotoError,
 )
 from zcproto.wire.frame import NO_TOKEN
@@ -300,6 +301,18 @@ class Registrar:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(None if deadline == inf else deadline):
                     await self._settled.wait()
+
+    def require(self, name: str) -> None:
+        """Raise Unavailable if the server cannot call a handler yet."""
+        main = self._main
+        if main is not None and "calls" not in main.conversation.welcome:
+            raise Unavailable(
+                f"handler {name}: the server makes no calls; raise calls.max in its configuration"
+            )
+        if self._sessions.session is None:
+            raise Unavailable(f"handler {name}: the server calls sessions; connect with a user and a key")
+        if main is None or name not in self._sent.get(main, ()):
+            raise Unavailable(f"handler {name}: not registered within the timeout; it is tried further on")
 
     async def close(self) -> None:
         """Stop, and cancel the handlers that run."""

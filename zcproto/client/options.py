@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import ipaddress
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Final, Literal, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import Any, Final, Literal, ParamSpec, Protocol, TypedDict, TypeVar
 
 from zcproto.client.credentials import (
     ApiKey,
@@ -18,16 +21,24 @@ from zcproto.client.credentials import (
     DeviceKey,
     LoginSource,
     SchemeLogin,
+    read_key_file,
+    usable_key,
 )
-from zcproto.client.endpoints import Endpoint
+from zcproto.client.endpoints import Address, Endpoint, is_ip, parse_addresses
 from zcproto.client.handlers import Call, Event
 from zcproto.client.streams import OutgoingCall
+from zcproto.common.home import Home, resolve_home
 from zcproto.common.middleware import Middleware
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
 
 MAX_CONNECTIONS: Final = 64
+
+USER_VARIABLE: Final = "ZCPROTO_USER"
+KEY_FILE_VARIABLE: Final = "ZCPROTO_KEY_FILE"
+KEY_VARIABLE: Final = "ZCPROTO_KEY"
+CA_VARIABLE: Final = "ZCPROTO_CA_FILE"
 
 Keywords = ParamSpec("Keywords")
 Result = TypeVar("Result")
@@ -39,14 +50,20 @@ class ConnectOptions:
     """The keyword arguments of `zcproto.connect` and `zcproto.connect_blocking`."""
 
     user: str | None = None
-    """The user whose session is opened. Without `key` the client certificate identifies the user, and must name
-    this one. Without both, only public methods can be called."""
+    """The user whose session is opened. Without a key the client certificate identifies the user, and must name
+    this one. Without any credentials it is the user of ZCPROTO_USER; without that, only public methods can be
+    called."""
 
     key: str | None = field(default=None, repr=False)
-    """The user's API key."""
+    """The user's API key. White space around it is removed."""
+
+    key_file: str | Path | None = None
+    """The file of the user's API key, readable by its owner alone. Without it and `key`, the key of a `user` is in
+    the file of ZCPROTO_KEY_FILE, or in ZCPROTO_KEY."""
 
     ca_file: str | Path | None = None
-    """PEM file of the CA to trust. Without it and `pins`, the system's store is used."""
+    """PEM file of the CA to trust. Without it, `pins` and `system_store` it is the file of ZCPROTO_CA_FILE, or else
+    `certs/ca.crt` of the home folder, if that exists or the address is this machine, or else the system's store."""
 
     pins: Iterable[str] | str = ()
     """Keys to trust: `sha256/BASE64` of the server's public key or `cert-sha256/BASE64`, as a list or as one text
@@ -66,11 +83,12 @@ class ConnectOptions:
     """PEM file of the client certificate, followed by its intermediate CAs. After a renewal, the next connection
     reads it again."""
 
-    key_file: str | Path | None = None
-    """The certificate's private key, readable by its owner alone. By default it is in the certificate's file."""
+    certificate_key: str | Path | None = None
+    """The file of the certificate's private key, readable by its owner alone. By default it is in the certificate's
+    file."""
 
-    key_passphrase: Passphrase | None = field(default=None, repr=False)
-    """The passphrase of an encrypted `key_file`, or a function that returns it."""
+    certificate_passphrase: Passphrase | None = field(default=None, repr=False)
+    """The passphrase of an encrypted `certificate_key`, or a function that returns it."""
 
     device: Device | str | Path | None = None
     """The device whose key opens the session instead of `user` and `key`, or the file of its key."""
@@ -131,7 +149,8 @@ class ConnectOptions:
     """Calls of the server that run at once, for each session; more of them are refused."""
 
     home: str | Path | None = None
-    """The folder that remembers hosts with an `sts` policy: by default ZCPROTO_HOME, or else ~/.zeroclaw."""
+    """The folder with the CA of this machine's server and the hosts with an `sts` policy: by default ZCPROTO_HOME,
+    or else ~/.zeroclaw."""
 
     key_log_file: str | Path | None = None
     """The file to which the TLS secrets of all connections are appended, so that Wireshark can decrypt them.
@@ -159,6 +178,68 @@ def check_connections(options: ConnectOptions) -> None:
         )
 
 
+def complete_options(options: ConnectOptions, addresses: Sequence[Address]) -> ConnectOptions:
+    """Return the options with `~` expanded, and with what they leave to the environment and to the home folder: the
+    CA, the user and the key. Raises ConfigError."""
+    changes: dict[str, Any] = {
+        name: _expanded(path)
+        for name in _PATHS
+        if isinstance(path := getattr(options, name), str | Path) and str(path).startswith("~")
+    }
+    home = find_home(options.home)
+    if not (options.ca_file or options.pins or options.system_store) and options.verify:
+        ca_file = os.environ.get(CA_VARIABLE)
+        changes["ca_file"] = _expanded(ca_file) if ca_file else own_ca(home, addresses)
+    others = options.login, options.device, options.certificate
+    if others == (None, None, None) and (options.session or options.user):
+        user = changes["user"] = options.user or os.environ.get(USER_VARIABLE) or None
+        if user is not None and options.key is options.key_file is None:
+            key_file = os.environ.get(KEY_FILE_VARIABLE)
+            changes["key_file"] = _expanded(key_file) if key_file else None
+            changes["key"] = None if key_file else os.environ.get(KEY_VARIABLE) or None
+    return replace(options, **changes)
+
+
+_PATHS: Final = (
+    *("key_file", "ca_file", "certificate", "certificate_key", "device", "session_file", "key_log_file"),
+)
+_MAX_PATH: Final = 255
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or one without a home folder
+        return Path(path)
+
+
+def find_home(home: str | Path | None) -> Home | None:
+    """Return the home folder. None for a user without one, as in some containers."""
+    try:
+        return resolve_home(home, os.environ)
+    except ConfigError:
+        if home is not None:
+            raise
+        return None
+
+
+def own_ca(home: Home | None, addresses: Sequence[Address]) -> Path | None:
+    """Return the CA in the home folder if it exists, or if all addresses are of this machine, whose server may be
+    starting and create it. None is the system's store."""
+    if home is None:
+        return None
+    own = home.certs / "ca.crt"
+    if not own.exists() and not all(_is_loopback(each.host) for each in addresses):
+        return None
+    if any((home.certs / "acme").glob("server*.crt")):  # a public CA has issued what is served
+        return None
+    return own
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
+
+
 def choose_credentials(options: ConnectOptions) -> Credentials | None:
     """Return the credentials that the options name: the login, the device, the key or the certificate.
 
@@ -166,6 +247,18 @@ def choose_credentials(options: ConnectOptions) -> Credentials | None:
     CertificateError for an unusable device key.
     """
     user, key, device, device_name = options.user, options.key, options.device, options.device_name
+    if options.key_file is not None:
+        if key is not None:
+            raise ConfigError(["key and key_file: both are given; remove one of them"])
+        if options.certificate is not None and user is None:
+            raise ConfigError(
+                [
+                    "key_file: it is the file of an API key; name that of the certificate's key as certificate_key"
+                ]
+            )
+        key = "" if user is None else read_key_file(options.key_file)
+    elif key is not None:
+        key = _given_key(key)
     if options.login is not None:
         if not (user is key is device is device_name is None):
             raise ConfigError(["login: its fields name the user; remove user, key, device and device_name"])
@@ -183,12 +276,59 @@ def choose_credentials(options: ConnectOptions) -> Credentials | None:
     if key is not None and user is not None:
         return ApiKey(user, SecretText(key))
     if key is not None:
-        raise ConfigError(["key: user is missing; give the name of the key's user"])
+        raise ConfigError([f"key: user is missing; give the name of the key's user, or set {USER_VARIABLE}"])
     if options.certificate is not None:
         return CertificateLogin(user)
     if user is not None:
-        raise ConfigError(["user: a key or a certificate is missing; give one of them"])
+        raise ConfigError(
+            [f"user: the key is missing; give key_file, key or certificate, or set {KEY_FILE_VARIABLE}"]
+        )
     return None
+
+
+def _given_key(key: object) -> str:
+    """Return an API key. Raises ConfigError for anything else, such as the path of its file."""
+    is_path = isinstance(key, Path) or (
+        isinstance(key, str)
+        and (key.endswith((".key", ".txt", ".pem")) or (len(key) < _MAX_PATH and Path(key).is_file()))
+    )
+    if is_path:
+        raise ConfigError(["key: this is the path of a file; give it as key_file"])
+    if not isinstance(key, str):
+        raise ConfigError(
+            [f"key: must be a str, not {type(key).__name__}; give the text of the key, or key_file"]
+        )
+    return usable_key(key, "key")
+
+
+_OTHER_NAMES: Final = {
+    **dict.fromkeys(("api_key", "apikey", "password", "secret", "token"), "key or key_file"),
+    **dict.fromkeys(("keyfile", "key_path", "api_key_file"), "key_file"),
+    **dict.fromkeys(("ca", "cafile", "ca_cert", "ca_certs", "ca_path", "cacert", "root_ca"), "ca_file"),
+    **dict.fromkeys(("username", "name", "login_name"), "user"),
+    **dict.fromkeys(("cert", "certfile", "cert_file", "client_cert", "certificate_file"), "certificate"),
+    **dict.fromkeys(("certificate_key_file", "cert_key", "private_key"), "certificate_key"),
+    **dict.fromkeys(("key_passphrase", "passphrase"), "certificate_passphrase"),
+    **dict.fromkeys(("verify_ssl", "verify_tls", "insecure", "ssl_verify", "check_hostname"), "verify"),
+    **dict.fromkeys(("ssl", "ssl_context", "context", "tls"), "ca_file or system_store"),
+    **dict.fromkeys(("host", "port", "url", "uri"), 'the address, as in connect("host:7443")'),
+    **dict.fromkeys(("pin", "fingerprint"), "pins"),
+    **dict.fromkeys(("sni", "server_name", "hostname"), "server_hostname"),
+    **dict.fromkeys(("pool_size", "connections"), "max_connections"),
+    **dict.fromkeys(("request_timeout", "call_timeout", "deadline"), "timeout"),
+}
+"""Names that people try for options, by those of other libraries."""
+
+
+def _check_names(function: str, given: Iterable[str]) -> None:
+    """Raise TypeError for a name that no option has."""
+    known = [each.name for each in fields(ConnectOptions)]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = _OTHER_NAMES.get(name) or (near[0] if near else "")
+            cure = f"give {meant}" if meant else "see zcproto.client.ConnectOptions"
+            raise TypeError(f"{function}() has no option {name!r}; {cure}")
 
 
 class WithOptions(Protocol[Keywords, Result_co]):
@@ -202,7 +342,8 @@ class WithOptions(Protocol[Keywords, Result_co]):
 def accept_options(
     options: Callable[Keywords, ConnectOptions],
 ) -> Callable[[Callable[[str | Sequence[str], ConnectOptions], Result]], WithOptions[Keywords, Result]]:
-    """Decorate a function of addresses and ConnectOptions to accept each option as a keyword argument.
+    """Decorate a function of addresses and ConnectOptions to accept each option as a keyword argument, and to
+    complete them.
 
     Type checkers (by `Keywords`) and `help` (by `__signature__`) show every option, although only ConnectOptions
     lists them.
@@ -214,7 +355,9 @@ def accept_options(
         def with_options(
             address: str | Sequence[str], *args: Keywords.args, **keywords: Keywords.kwargs
         ) -> Result:
-            return function(address, options(*args, **keywords))
+            _check_names(function.__name__, keywords)
+            given = options(*args, **keywords)
+            return function(address, complete_options(given, parse_addresses(address)))
 
         functools.update_wrapper(with_options, function)
         positional, _ = inspect.signature(function).parameters.values()

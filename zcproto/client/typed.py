@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
+from zcproto.client.blocking import BlockingSessionClient, BlockingStream
 from zcproto.client.client import UNSET, SessionClient
 from zcproto.client.streams import SentItems, Stream
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-__all__ = ["UNSET", "TypedClient", "TypedStream"]
+__all__ = ["UNSET", "BlockingTypedClient", "BlockingTypedStream", "TypedClient", "TypedStream"]
 
 SentItem = TypeVar("SentItem")
 Result = TypeVar("Result")
@@ -98,6 +99,81 @@ class TypedClient:
     ) -> TypedStream[SentItem, Result]:
         stream = self._client.stream(method, _given(params), items=items, timeout=timeout)
         return TypedStream(stream, item, result)
+
+
+class BlockingTypedStream(Generic[SentItem, Result]):
+    """A stream for programs without an event loop; otherwise like `TypedStream`."""
+
+    def __init__(
+        self, stream: BlockingStream, item: TypeAdapter[SentItem], result: TypeAdapter[Result]
+    ) -> None:
+        self._stream: Final = stream
+        self._item: Final = item
+        self._result: Final = result
+
+    def __enter__(self) -> Self:
+        self._stream.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.__exit__(*exception)
+
+    def __iter__(self) -> Iterator[SentItem]:
+        return map(self._item.validate_python, self._stream)
+
+    @property
+    def result(self) -> Result:
+        """The result of the method. Raises RuntimeError before the items have ended."""
+        return self._result.validate_python(self._stream.result)
+
+    def close(self) -> None:
+        """Cancel the stream unless it has ended. Idempotent."""
+        self._stream.close()
+
+
+class BlockingTypedClient:
+    """Base of the classes that `zcproto stubs --blocking` writes; otherwise like `TypedClient`."""
+
+    def __init__(self, client: BlockingSessionClient) -> None:
+        """Call the methods by `client`: a `zcproto.BlockingClient` or one of its sessions."""
+        self._client = client
+
+    def _call(
+        self,
+        result: TypeAdapter[Result],
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        idempotency_key: str | None,
+    ) -> Result:
+        answer = self._client.call(method, _given(params), timeout=timeout, idempotency_key=idempotency_key)
+        return result.validate_python(answer)
+
+    def _send(
+        self,
+        result: TypeAdapter[Result],
+        method: str,
+        params: Mapping[str, Any],
+        items: Iterable[Any],
+        *,
+        timeout: float | None,
+    ) -> Result:
+        with self._client.stream(method, _given(params), items=items, timeout=timeout) as stream:
+            return result.validate_python(stream.finished())
+
+    def _stream(
+        self,
+        item: TypeAdapter[SentItem],
+        result: TypeAdapter[Result],
+        method: str,
+        params: Mapping[str, Any],
+        items: Iterable[Any] | None = None,
+        *,
+        timeout: float | None,
+    ) -> BlockingTypedStream[SentItem, Result]:
+        stream = self._client.stream(method, _given(params), items=items, timeout=timeout)
+        return BlockingTypedStream(stream, item, result)
 
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:

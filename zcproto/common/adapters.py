@@ -113,6 +113,12 @@ class _JsonSchemas(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        """A field with a default is sent, too: it is optional in what is received only."""
+        is_sent = self.mode == "serialization" and field["type"] != "typed-dict-field"
+        can_be_left_out = field.get("serialization_exclude_if") is not None
+        return (is_sent and not can_be_left_out) or super().field_is_required(field, total)
+
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
         return {"type": "string", "format": "decimal"}
 
@@ -130,7 +136,8 @@ def json_schemas(
 
 
 def _shared_names(definitions: dict[str, Any]) -> dict[str, str]:
-    """Return new names for definitions that are the same in both directions; pydantic splits recursive ones."""
+    """Return new names for definitions that pydantic has split by their direction: one if both are the same, as for
+    recursive ones; otherwise what is sent has the name of its class."""
     pairs = [
         (name, f"{base}-Output", base)
         for name in definitions
@@ -138,6 +145,7 @@ def _shared_names(definitions: dict[str, Any]) -> dict[str, str]:
         and f"{base}-Output" in definitions
         and base not in definitions
     ]
+    split = {sent: base for _, sent, base in pairs}
     while True:
         names = {each: base for received, sent, base in pairs for each in (received, sent)}
         same = [
@@ -146,7 +154,7 @@ def _shared_names(definitions: dict[str, Any]) -> dict[str, str]:
             if _renamed(definitions[pair[0]], names) == _renamed(definitions[pair[1]], names)
         ]
         if len(same) == len(pairs):
-            return names
+            return {**split, **names}
         pairs = same
 
 

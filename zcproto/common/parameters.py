@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Set
-from typing import Annotated, Any, Final, NamedTuple, cast
+from typing import Annotated, Any, Final, Generic, NamedTuple, TypeVar, Union, cast
 
 from zcproto.accelerator import accelerated
 from zcproto.common.faults import MAX_FAULTS, Fault, refusal, shown_name
@@ -24,6 +25,28 @@ _MOST_SHOWN: Final = 200
 """Characters of a type in the list of parameters."""
 
 _SENT_ITEMS: Final = (AsyncGenerator, AsyncIterable, AsyncIterator)
+
+
+Result = TypeVar("Result")
+
+
+class Ended(Generic[Result]):
+    """The result of a stream, which its generator yields last.
+
+    @app.method
+    async def words(text: str) -> AsyncIterator[str | Ended[int]]:
+        for word in text.split():
+            yield word
+        yield Ended(len(text))
+    """
+
+    __slots__ = ("result",)
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+
+    def __repr__(self) -> str:
+        return "Ended()"
 
 
 class Parameter(NamedTuple):
@@ -41,7 +64,7 @@ class Signature:
     A parameter annotated with the `injected` type is not the caller's; the attribute is its name. The same holds
     for one annotated with the generic type `items`; the attribute is its name and the type of its argument.
     `parameters` are the others. `result` is the type of the result, `sends` that of the items of an async
-    generator. `is_unchecked` is whether the function accepts any mapping unchanged.
+    generator, whose result is in its `Ended`. `is_unchecked` is whether the function accepts any mapping unchanged.
     """
 
     def __init__(
@@ -63,7 +86,9 @@ class Signature:
         returns = hints.get("return", Any)
         self.result = self.sends = ValueType(Any)
         if typing.get_origin(returns) in _SENT_ITEMS or returns in _SENT_ITEMS:
-            self.sends = _value_type("an item", (*typing.get_args(returns), Any)[0])
+            item, result = _parts((*typing.get_args(returns), Any)[0])
+            self.sends = _value_type("an item", item)
+            self.result = _value_type("the result", result)
         else:
             self.result = _value_type("the result", returns)
         self._required = frozenset(each.name for each in self.parameters if each.is_required)
@@ -76,6 +101,13 @@ class Signature:
         self, parameter: inspect.Parameter, annotation: Any, injected: type | None, items: type | None
     ) -> None:
         name, is_required = parameter.name, parameter.default is inspect.Parameter.empty
+        is_bare = annotation is inspect.Parameter.empty
+        if is_bare and is_required and not self.parameters and name in ("self", "cls"):
+            raise TypeError(f"{name} would be sent by the caller; register the bound method of an object")
+        if is_bare and injected is not None and name in (injected.__name__.lower(), "ctx"):
+            raise TypeError(
+                f"parameter {name!r} would be sent by the caller; annotate it: {name}: {injected.__name__}"
+            )
         bare = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
         if injected is not None and injected in (bare, typing.get_origin(bare)):
             self.injected = name
@@ -144,6 +176,16 @@ class Signature:
                     return error
                 faults += [(each["path"], each["problem"]) for each in error.details["faults"]]
         return refusal(faults)
+
+
+def _parts(item: Any) -> tuple[Any, Any]:
+    """Return the types of the items and of the result that a generator of these items has."""
+    if item is Any:
+        return Any, Any
+    members = typing.get_args(item) if typing.get_origin(item) in (Union, types.UnionType) else (item,)
+    items = [each for each in members if Ended not in (each, typing.get_origin(each))]
+    results = [(*typing.get_args(each), Any)[0] for each in members if each not in items]
+    return (Union[*items] if items else Any), (Union[*results] if results else None)
 
 
 @accelerated

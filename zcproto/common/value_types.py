@@ -25,7 +25,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Never, NoRetur
 from zcproto.common.faults import refusal
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from typing_extensions import TypeVar
+
     from zcproto.common.adapters import Adapter
+
+    Returned = TypeVar("Returned", default=Any)
+else:
+    Returned = typing.TypeVar("Returned")
+
+RETURNS_ANY: Final[Any] = Any
+"""The type of a result that is not checked."""
 
 Checker = Callable[[Any, str], Any]
 """Maps a decoded value and its path to the argument. Raises InvalidArgument with all faults."""
@@ -92,6 +102,19 @@ def _adapter(annotation: Any) -> Adapter:
     from zcproto.common.adapters import Adapter  # noqa: PLC0415  pydantic is large
 
     return Adapter(annotation, describe(annotation))
+
+
+@functools.lru_cache(_ADAPTERS)
+def _result_adapter(annotation: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # noqa: PLC0415  as above
+
+    return TypeAdapter(annotation)
+
+
+def checked_result(annotation: type[Returned], value: Any) -> Returned:
+    """Return what a received result stands for. Raises pydantic.ValidationError."""
+    adapter: TypeAdapter[Returned] = _result_adapter(annotation)  # type: ignore[arg-type]  # types are hashable
+    return adapter.validate_python(value)
 
 
 def _is_hashable(annotation: Any) -> bool:

@@ -129,6 +129,12 @@ CHECKS: Final = (
         for key in ("client_ca_file", "client_crl_file", "client_pins")
     ),
     Check(
+        "telemetry.endpoint telemetry.traces telemetry.metrics telemetry.logs",
+        "must be empty with",
+        lambda endpoint, *signals: not endpoint or any(signals),
+        "nothing would be sent: set traces, metrics or logs to true",
+    ),
+    Check(
         "http.redirect_port http.enabled",
         "must be 0 with",
         lambda port, enabled: enabled or not port,

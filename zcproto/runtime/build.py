@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.machines import build_tokens
@@ -250,7 +250,7 @@ async def build(
     return parts
 
 
-def share_topics(topics: Iterable[Topic], carrier: Carrier, clock: Clock) -> SharedTopics:
+def share_topics(topics: Iterable[Topic[Any]], carrier: Carrier, clock: Clock) -> SharedTopics:
     """Join topics with those of the other processes of the server."""
     shared = SharedTopics(carrier, clock.now)
     for topic in topics:

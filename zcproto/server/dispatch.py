@@ -124,6 +124,7 @@ class Dispatcher:
                     session is None
                     or method is None
                     or not method.admits_sessions
+                    or opened is not None
                     or state.request_limits.checks_sessions
                 ) and (
                     refusal := self.admit(name, method, session, is_stream=opened is not None)
@@ -139,7 +140,7 @@ class Dispatcher:
                         if meta is not NO_META and self._is_idempotent(name, meta):
                             self._run_once(request or Request(*event), method)
                             body = worker = None
-                        elif opened is not None and method.shape != "unary":
+                        elif opened is not None:
                             self._run_stream(opened, method)
                             body = worker = None
                         else:
@@ -236,9 +237,11 @@ class Dispatcher:
         if not method.may_be_called_by(session):
             self._log_denied(session, method)
             return Answer(Code.PERMISSION_DENIED, NOT_PERMITTED)
-        if method.shape != "unary" and not is_stream:
-            error = FailedPrecondition("this method is a stream: open it as one", {"shape": method.shape})
-            return self._error_answer(name, error)
+        if is_stream is (method.shape == "unary"):
+            cure = "not a stream; call it" if is_stream else "a stream; open it with stream"
+            return self._error_answer(
+                name, FailedPrecondition(f"this method is {cure}", {"shape": method.shape})
+            )
         return None
 
     def _run_stream(self, stream: ServerStream, method: Method) -> None:
@@ -248,9 +251,8 @@ class Dispatcher:
         except Exception as error:
             self._answer_exception(stream, error)
             return
-        context = None
         if method.context_name is not None:
-            context = arguments[method.context_name] = Context(self._edge, stream)
+            arguments[method.context_name] = Context(self._edge, stream)
         if self.streams is None:
             self.streams = StreamRunner(self._state, self._connection, self)
             self.streams.is_blocked = self._edge.begin_streams()
@@ -269,7 +271,7 @@ class Dispatcher:
             produce = partial(self.streams.produce, stream, encode=method.encode_item)
             work = method.function(**arguments, produce=produce)
         else:
-            work = self.streams.produce(stream, method.function(**arguments), context, method.encode_item)
+            work = self.streams.produce(stream, method.function(**arguments), method.encode_item)
         self.streams.start(stream, work, items)
 
     def _run_once(self, request: Request, method: Method) -> None:

@@ -19,8 +19,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from zcproto.app.app import Items
-from zcproto.app.context import Context
 from zcproto.app.topics import TopicEvent
+from zcproto.common.parameters import Ended
 from zcproto.common.value_types import Checker
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import Request, ServerStream
@@ -255,14 +255,15 @@ class StreamRunner:
         self,
         stream: ServerStream,
         items: AsyncGenerator[Any, None],
-        context: Context | None,
         encode: Callable[[Any], bytes],
     ) -> Any:
-        """Send the items of a generator; return the result that its context holds."""
+        """Send the items of a generator; return the result that it ends with."""
         turn, room = -1, 0
         connection, credit, clock = self._connection, stream.credit, self.state.clock
         try:
             async for item in items:
+                if item.__class__ is Ended:
+                    return item.result
                 body = item.body if item.__class__ is TopicEvent else encode(item)
                 size = len(body)
                 if size > self._limits.max_item - MIN_LENGTH:
@@ -280,7 +281,7 @@ class StreamRunner:
                 room -= connection.send_item(stream, body, clock.wall())
         finally:
             await items.aclose()  # an item that was refused, or a cut, leaves it at its `yield`
-        return getattr(context, "result", None)
+        return None
 
     async def _wait_for_credit(self, stream: ServerStream) -> None:
         while not stream.credit.may_send:

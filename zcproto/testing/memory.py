@@ -130,7 +130,7 @@ class Users:
 
     def options(self, user: str | None, options: dict[str, Any]) -> ConnectOptions:
         """Return the options of a client, with the key of its user, who is added if necessary."""
-        if user is not None and not {"key", "certificate"} & options.keys():
+        if user is not None and not {"key", "key_file", "certificate"} & options.keys():
             options = {"key": self._keys.get(user) or self.add(user), **options}
         return ConnectOptions(user=user, **options)
 

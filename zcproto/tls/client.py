@@ -51,7 +51,7 @@ _SENTENCES: Final = {
     ),
     TlsFailure.CERTIFICATE_REQUIRED: (
         "the server requires a client certificate; get one from the server's operator and pass it as `certificate`,"
-        " with its `key_file`"
+        " with its `certificate_key`"
     ),
 }
 

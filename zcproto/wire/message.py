@@ -22,6 +22,9 @@ from zcproto.wire.values import find_unsendable, to_sendable
 DEFAULT_MAX_DEPTH: Final = 32
 METHOD_MAX_LENGTH: Final = 128
 METHOD_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.")
+_DEEPEST: Final = 64
+"""How deep a value that is sent may nest: peers accept less by default."""
+
 IDEMPOTENCY_KEY_MAX_LENGTH: Final = 64
 
 SIGNATURE_SIZE: Final = 64
@@ -69,13 +72,19 @@ unpack: Final = msgpack.unpackb
 
 
 def encode_body(value: Any) -> bytes:
-    """Return a value as msgpack. Raises MessageError with path and type of a part that cannot be encoded."""
+    """Return a value as msgpack. Raises MessageError with path and type of a part that cannot be sent."""
     global _pack  # noqa: PLW0603  a packer that failed keeps the first bytes of the failed value
     try:
-        return _pack(value)  # type: ignore[no-any-return]
+        body: bytes = _pack(value)
     except Exception as error:  # a serializer of the application may raise anything
         _pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
         raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
+    if not scan_body(body, _DEEPEST):
+        try:
+            decode_body(body, _DEEPEST)  # msgpack packs keys and types that peers refuse
+        except MessageError as error:
+            raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
+    return body
 
 
 def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:

@@ -62,7 +62,7 @@ STREAMS: Final[dict[str, Fault]] = {
         ),
     ),
     "stream": fault("ignores the window of the application", (_OPEN, '"credit": window', '"credit": (9, 9)')),
-    "stream-of-a-unary-method": fault(
+    "stream-without-items": fault(
         "expects an item before the answer",
         (_ANSWERED, "self._has_ended = True", "self._has_ended = pending.stream.was_answered_to"),
     ),

@@ -109,7 +109,7 @@ async def _(harness: Harness) -> None:
     await stream.expect_end({"tokens": 2})
 
 
-@scenario("stream-of-a-unary-method", "18.4: OPEN of a unary method has one RESPONSE and no items")
+@scenario("stream-without-items", "18.2: a stream may have one RESPONSE and no items")
 async def _(harness: Harness) -> None:
     peer = await connect(harness)
     stream, opened = await open_stream(peer)

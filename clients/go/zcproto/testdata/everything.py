@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import redirect_stdout
 
-from zcproto import BUILT_IN_SCHEMES, App, CallableAuthenticator, Context, Items
+from zcproto import BUILT_IN_SCHEMES, App, CallableAuthenticator, Context, Ended, Items
 from zcproto.cli import main
 
 used = set()
@@ -51,10 +51,10 @@ async def hold(name: str) -> dict:
 
 
 @app.method("until.stopping")
-async def until_stopping(context: Context) -> AsyncIterator[str]:
+async def until_stopping(context: Context) -> AsyncIterator[str | Ended[str]]:
     yield "begun"
     await context.stopping.wait()
-    context.result = "stopped"
+    yield Ended("stopped")
 
 
 @app.method("begun")
@@ -70,10 +70,10 @@ async def release(name: str) -> dict:
 
 
 @app.method("count")
-async def count(context: Context, n: int) -> AsyncIterator[int]:
+async def count(n: int) -> AsyncIterator[int | Ended[dict]]:
     for number in range(n):
         yield number
-    context.result = {"sent": n}
+    yield Ended({"sent": n})
 
 
 @app.method("total")

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import zcproto
-from zcproto import App, Context, Items
+from zcproto import App, Context, Ended, Items
 
 app = App()
 
@@ -29,11 +29,11 @@ def find() -> None:
 
 
 @app.method("count")
-async def count(context: Context, n: int) -> AsyncIterator[int]:
+async def count(n: int) -> AsyncIterator[int | Ended[dict]]:
     """Send n items."""
     for number in range(n):
         yield number
-    context.result = {"sent": n}
+    yield Ended({"sent": n})
 
 
 @app.method("total")

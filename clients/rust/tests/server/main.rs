@@ -78,17 +78,17 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import zcproto
-from zcproto import App, Context, Items
+from zcproto import App, Context, Ended, Items
 
 app = App()
 running = 0
 
 
 @app.method("count")
-async def count(context: Context, n: int, size: int = 0) -> AsyncIterator[list]:
+async def count(n: int, size: int = 0) -> AsyncIterator[list | Ended[dict]]:
     for number in range(n):
         yield [number, bytes(size)]
-    context.result = {"sent": n}
+    yield Ended({"sent": n})
 
 
 @app.method("numbers")
