@@ -68,7 +68,7 @@ class Started:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     started = Started()
-    monkeypatch.setattr(run, "serve", started)
+    monkeypatch.setattr("zcproto.cli.serve.run_server", started)
     return started
 
 

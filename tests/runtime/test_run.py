@@ -31,7 +31,7 @@ from zcproto.runtime import build as build_module
 from zcproto.runtime import process_setup, run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.process_setup import GC_THRESHOLDS, SWITCH_INTERVAL
-from zcproto.runtime.run import serve
+from zcproto.runtime.serve import serve
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 
