@@ -45,6 +45,7 @@ def test_programs_run_as_printed(
     text = read_in(language, PAGE.read_text(encoding="utf-8"), ARGUMENTS)
     page.write_text(CLONE.sub(str(ROOT), text), encoding="utf-8")
     with Reader(tmp_path, certs, has_node=language == "TypeScript") as reader:
+        reader.add_user("ada")  # as the README does
         reader.follow(page)
         reader.check_that_all_files_ran()
 
