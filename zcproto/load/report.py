@@ -137,7 +137,13 @@ def figures(result: Result, bars: Mapping[str, float]) -> list[Figure]:
 
 def _latencies(result: Result) -> dict[str, Latencies]:
     """Return the latencies of this kind of load by name."""
-    others = ("request", "from_send") if result.plan.stream else ("first_item", "item", "between_items")
+    target = result.plan.target
+    if result.plan.stream:
+        others = {"request", "from_send"}
+    else:
+        others = (
+            {"item"} if target is not None and target.is_stream else {"first_item", "item", "between_items"}
+        )
     return {name: each for name, each in result.record.latencies.items() if name not in others}
 
 
