@@ -248,9 +248,10 @@ def file_option(
     )
 
 
-def out_option(text: str, *, metavar: str = "FILE", **path: bool) -> Callable[[Function], Function]:
-    """Return the option of what a command writes."""
-    return file_option("--out", "-o", text=text, metavar=metavar, **{"dir_okay": metavar == "DIR", **path})
+def out_option(text: str, *, is_folder: bool = False) -> Callable[[Function], Function]:
+    """Return the option of the file or the folder that a command writes."""
+    metavar = "DIR" if is_folder else "FILE"
+    return file_option("--out", "-o", text=text, metavar=metavar, file_okay=not is_folder, dir_okay=is_folder)
 
 
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")

@@ -343,9 +343,7 @@ def _print_issued(as_json: bool, result: dict[str, Any]) -> None:
 )
 @number_option("--days", click.IntRange(1, MAX_CLIENT_LIFETIME.days), 365, "N", "Days for which it is valid.")
 @click.option("--renew", is_flag=True, help="Replace a valid certificate and keep its key.")
-@out_option(
-    "Also write NAME.crt and NAME.key here, to transfer them to the client.", metavar="DIR", file_okay=False
-)
+@out_option("Also write NAME.crt and NAME.key here, to transfer them to the client.", is_folder=True)
 @force_option
 @report_options
 def issue_client(

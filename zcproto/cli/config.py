@@ -73,7 +73,7 @@ def show(instance: Instance) -> None:
 
 @click.command()
 @click.argument("tool", type=click.Choice(TOOLS), metavar="|".join(TOOLS))
-@out_option("Write the files into this folder.", metavar="DIR", file_okay=False)
+@out_option("Write the files into this folder.", is_folder=True)
 @force_option
 def deploy(tool: str, out: Path | None, force: bool) -> None:
     """Print the files for a tool, or write them with --out.
