@@ -149,7 +149,9 @@ def _parts(columns: Mapping[str, Sequence[Row]], width: int) -> Iterator[dict[st
     """Yield the columns by table, as many in each as fit beside the labels."""
     rows = [row for column in columns.values() for row in column]
     longest = max((len(row.label) for row in rows), default=0)
-    others = max((len(row.unit) for row in rows), default=0) + max((len(_target(row)) for row in rows), default=0)
+    others = max((len(row.unit) for row in rows), default=0) + max(
+        (len(_target(row)) for row in rows), default=0
+    )
     room = width - min(longest, LABEL_WIDTH) - others - 2 * GAP
     part: dict[str, Sequence[Row]] = {}
     used = 0

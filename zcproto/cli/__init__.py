@@ -101,8 +101,7 @@ class _Group(click.Group):
         if command is not None:
             from zcproto.cli.examples import EXAMPLES  # noqa: PLC0415 - `--help` alone needs none
 
-            _, *path = ctx.command_path.split()
-            example = EXAMPLES.get(" ".join([*path, cmd_name]))
+            example = EXAMPLES.get(" ".join([*ctx.command_path.split()[1:], cmd_name]))
             command.epilog = f"\b\nExample:\n  {example}" if example else None
         return command
 
