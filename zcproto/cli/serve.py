@@ -130,8 +130,10 @@ def load_app(name: str) -> App:
             [f"{name!r}: no module {error.name!r} in this folder or installed; check the name, or install it"]
         ) from error
     except Exception as error:  # raised by the application's code
-        fault = f"{name!r}: {module_name} cannot be imported; correct what it raises:"
-        raise ConfigError(["\n".join([fault, *_own_lines(error)])]) from error
+        raised = "".join(f"\n{line}" for line in _own_lines(error))
+        raise ConfigError(
+            [f"{name!r}: {module_name} cannot be imported; correct what it raises:{raised}"]
+        ) from error
     application = getattr(module, attribute, None)
     if not isinstance(application, App):
         raise ConfigError([f"{name!r}: {module_name} has no App object named {attribute!r}"])
