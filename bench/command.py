@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from bench.machine import machine
 from bench.report import Report, Row
 from zcproto.load.command import Outputs, check_outputs
 from zcproto.load.progress import new_console
+from zcproto.load.report import moment
 
 SCHEMA: Final = "zcproto-measurement/1"
 
@@ -61,11 +61,6 @@ def write_json(path: Path, started: float, content: dict[str, Any]) -> None:
     """Write a measurement with when and where it was made. `started` is in Unix seconds."""
     head = {"schema": SCHEMA, "started": moment(started), "machine": machine()}
     path.write_text(json.dumps({**head, **content}, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def moment(seconds: float) -> str:
-    """Return Unix seconds as ISO 8601."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def progress(line: str) -> None:

@@ -7,7 +7,7 @@ Must not know: what is measured, and how.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -18,8 +18,11 @@ from rich.text import Text
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
-COLUMNS: Final = 5
-"""Columns of figures in one table, so that it fits a page."""
+LABEL_WIDTH: Final = 36
+"""That labels have beside their figures, if the names of the columns can be wrapped."""
+
+GAP: Final = 3
+"""Between two columns of a table."""
 
 
 class Row(NamedTuple):
@@ -107,9 +110,8 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the tables, the notes and the verdict."""
-        names = list(self.columns)
-        for first in range(0, len(names), COLUMNS):
-            console.print(_table({name: self.columns[name] for name in names[first : first + COLUMNS]}))
+        for part in _parts(self.columns, console.width):
+            console.print(_table(part))
         for note in self.notes:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
         console.print(Text(self.sentence(), self._style()), soft_wrap=True)
@@ -143,10 +145,31 @@ def plain_table(title: str = "") -> Table:
     )
 
 
+def _parts(columns: Mapping[str, Sequence[Row]], width: int) -> Iterator[dict[str, Sequence[Row]]]:
+    """Yield the columns by table, as many in each as fit beside the labels."""
+    rows = [row for column in columns.values() for row in column]
+    longest = max((len(row.label) for row in rows), default=0)
+    others = max((len(row.unit) for row in rows), default=0) + max(
+        (len(_target(row)) for row in rows), default=0
+    )
+    room = width - min(longest, LABEL_WIDTH) - others - 2 * GAP
+    part: dict[str, Sequence[Row]] = {}
+    used = 0
+    for name, column in columns.items():
+        needed = GAP + max(len(word) for word in [*name.split(), *(_cell(row).plain for row in column), ""])
+        if part and used + needed > room:
+            yield part
+            part, used = {}, 0
+        part[name] = column
+        used += needed
+    yield part
+
+
 def _table(columns: Mapping[str, Sequence[Row]]) -> Table:
     """Figures downwards, columns across, then the unit and the bar. Names are wrapped, figures never cut."""
     table = plain_table()
-    table.add_column("")
+    longest = max((len(row.label) for rows in columns.values() for row in rows), default=0)
+    table.add_column("", min_width=min(longest, LABEL_WIDTH))
     for name, rows in columns.items():
         table.add_column(name, justify="right", min_width=max((len(_cell(row)) for row in rows), default=0))
     table.add_column("unit", no_wrap=True)

@@ -6,11 +6,14 @@ python -m docs.generate --check    list what is not up to date, and exit with 1 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Final
@@ -23,6 +26,7 @@ import zcproto.testing
 from docs.dashboard import dashboard
 from zcproto import errors
 from zcproto.alerts.alert import CATALOGUE, Ending
+from zcproto.client import ConnectOptions
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT
 from zcproto.config.model import descriptions, sections
@@ -325,6 +329,9 @@ API: Final = {
 }
 """The public names by section, except errors."""
 
+MEMBERS: Final = {"App", "Client", "ConnectedClient", "Context", "connect"}
+"""Names with a list of their members; `connect` has its options."""
+
 
 def api() -> str:
     """Return the page of public names. In the site, `docs/hooks.py` puts signature and docstring below each."""
@@ -344,8 +351,30 @@ What `import zcproto` offers. This page has the first sentences of the docstring
         without = [code(name) for name in names if not _first_paragraph(name)]
         if without:
             parts.append(f"\nA CallError for [each code](errors.md): {', '.join(without)}.\n")
-        parts += [f"\n### {name}\n\n{paragraph}\n" for name in names if (paragraph := _first_paragraph(name))]
+        for name in names:
+            if paragraph := _first_paragraph(name):
+                members = "".join(f"- {code(member)}: {text}\n" for member, text in _members_of(name))
+                parts.append(f"\n### {name}\n\n{paragraph}\n" + (f"\n{members}" if members else ""))
     return "".join(parts)
+
+
+def _members_of(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the public members of a class that has its members listed, or the options of a function."""
+    if name not in MEMBERS:
+        return
+    owner = ConnectOptions if name == "connect" else attrgetter(name)(zcproto)
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(tree, ast.ClassDef)
+    for node, following in pairwise([*tree.body, ast.Pass()]):
+        text = None
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            member, text = node.name, ast.get_docstring(node)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            member = node.target.id
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                text = inspect.cleandoc(str(following.value.value))
+        if text and not member.startswith("_"):
+            yield member, " ".join(text.split("\n\n")[0].split())
 
 
 def _first_paragraph(name: str) -> str:

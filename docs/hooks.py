@@ -27,8 +27,8 @@ API: Final = re.compile(r"^### (\w+(?:\.\w+)*)\n\n.*?(?=^##|\Z)", re.MULTILINE |
 
 OPTIONS: Final = {
     "Code": "show_if_no_docstring: true",
-    "connect": "show_signature: false",
-    "connect_blocking": "show_signature: false",
+    "Server": "members: [config, addresses, port, certificates, pins, ca_file, users, clients, end_sessions, start,"
+    " reload, drain, wait_closed, statistics]",
     **dict.fromkeys(
         (
             *("BlockingClient", "BlockingUserSession", "Call", "Client", "ClientSession", "ConnectedClient"),
@@ -38,6 +38,19 @@ OPTIONS: Final = {
     ),
 }
 """Options of mkdocstrings by name: what the package makes shows no constructor."""
+
+SIGNATURES: Final = {
+    "connect": "connect(address: str | Sequence[str], **options: Unpack[ConnectOptions]) -> Client",
+    "connect_blocking": "connect_blocking(\n    address: str | Sequence[str], **options: Unpack[ConnectOptions]\n)"
+    " -> BlockingClient",
+    "Server": "Server(\n    app: App | None = None,\n    config: Config | None = None,\n    *,"
+    "\n    home: Path | None = None,"
+    "\n    authenticators: Authenticators | None = None,\n)",
+}
+"""What an application passes, where the function takes more for the package itself, or is decorated."""
+
+BOOSTS: Final = {"project/": 0.4, "reference/": 0.7, "troubleshooting.md": 0.2, "tutorial/": 2.0}
+"""How much the matches of pages count in the search: a page that teaches before the one that lists all messages."""
 
 _FENCE: Final = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 _LINK: Final = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
@@ -69,7 +82,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links, and fill the API reference."""
+    """Rewrite links, fill the API reference, and weigh the page in the search."""
+    for start, boost in BOOSTS.items():
+        if page.file.src_uri.startswith(start):
+            page.meta["search"] = {"boost": boost}
     assert page.file.abs_src_path is not None
     here = Path(page.file.abs_src_path).resolve()
     if here.name == "api.md":
@@ -80,9 +96,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def api_entry(found: re.Match[str]) -> str:
     """Return the directive of mkdocstrings for a name, behind the anchor that GitHub gives its heading."""
     name = found[1]
-    text = f'<a id="{name.lower()}"></a>\n\n::: zcproto.{name}\n'
-    if name in OPTIONS:
-        text += f"    options:\n      {OPTIONS[name]}\n"
+    options = [OPTIONS[name]] if name in OPTIONS else []
+    if name in SIGNATURES:
+        text = f"### {name}\n\n```python\n{SIGNATURES[name]}\n```\n\n::: zcproto.{name}\n"
+        own = "merge_init_into_class: false" if name[0].isupper() else "show_signature: false"
+        options += ["show_root_heading: false", own]
+    else:
+        text = f'<a id="{name.lower()}"></a>\n\n::: zcproto.{name}\n'
+    if options:
+        text += "    options:\n" + "".join(f"      {option}\n" for option in options)
     if name == "connect":
         text += "\n::: zcproto.client.ConnectOptions\n    options:\n      heading_level: 4\n"
     return f"{text}\n"

@@ -108,6 +108,14 @@ def test_client_does_not_load_server_or_config() -> None:
     assert run(program).strip() == "[]"
 
 
+def test_application_loads_no_server_and_no_cryptography() -> None:
+    heavy = ("zcproto.runtime.server", "zcproto.config", "zcproto.certs", "cryptography", "pydantic", "click")
+    program = (
+        "import sys; from zcproto import App, serve; print([n for n in sys.modules if n.startswith(HEAVY)])"
+    )
+    assert run(program.replace("HEAVY", repr(heavy))).strip() == "[]"
+
+
 def test_errors_load_no_other_module() -> None:
     program = (
         "import sys, zcproto; zcproto.Unavailable; print([n for n in sys.modules if n.startswith('zcproto')])"

@@ -89,7 +89,7 @@ if TYPE_CHECKING:
         UnknownError,
         ZcprotoError,
     )
-    from zcproto.runtime.run import serve
+    from zcproto.runtime.serve import serve
     from zcproto.runtime.server import Server
 
 __all__ = [
@@ -226,7 +226,7 @@ _MODULES = {
     "connect_blocking": "zcproto.client",
     "enroll": "zcproto.client",
     "enroll_blocking": "zcproto.client",
-    "serve": "zcproto.runtime.run",
+    "serve": "zcproto.runtime.serve",
 }
 """The module of each name that is not in `zcproto.errors`."""
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.curves.curve import CLEAR, Curve, Described, best
-from bench.requirements.plots import ORANGE, by_bytes, label, new_figure
-from zcproto.load.plot import BLUE, GREEN, INK, head, plain
+from bench.requirements.plots import by_bytes, head, label, new_figure, plain
+from zcproto.load.plot import BLUE, GREEN, INK, ORANGE
 
 COLORS: Final = (BLUE, ORANGE, GREEN)
 STEPS: Final = 60

@@ -15,12 +15,13 @@ import click
 from rich.console import Console
 
 from bench import machine
-from bench.command import OUTPUT, moment, write_json
+from bench.command import OUTPUT, write_json
 from bench.curves.run import Grown
 from bench.requirements import table
 from bench.requirements.run import Run, run_requirements
 from bench.requirements.sizes import FULL, QUICK
 from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.report import moment
 
 ENVIRONMENT: Final = "ZCPROTO_"
 WIDTH: Final = 150

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.curves.fit import line
 from bench.requirements.run import Drawn
 from bench.samples import Span
-from zcproto.load.plot import BLUE, GREEN, INK, LINES, draw_latencies, head, plain
+from zcproto.load.plot import BLUE, EDGE, FEW_DECADES, GREEN, GRID, INK, LINES, NINES, ORANGE, curve
+from zcproto.load.record import Latencies
 from zcproto.observe.loop_lag import BOUNDS_MS
 
-ORANGE: Final = "#d97706"
-GREY: Final = "#9aa5b1"
 FAINT_INK: Final = "#52606d"
-COLORS: Final = (BLUE, ORANGE, GREEN, GREY)
+COLORS: Final = (BLUE, ORANGE, GREEN, EDGE)
 SIZE: Final = (9.0, 3.9)
 MIB: Final = 1024 * 1024
 
@@ -56,6 +55,57 @@ def _figure(draw: Callable[[Axes], None], height: float = SIZE[1]) -> Figure:
     return figure
 
 
+def plain(axes: Axes) -> None:
+    """Apply the common style of frame, ticks and grid."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(EDGE)
+    axes.tick_params(colors=FAINT_INK, labelsize=9, length=3)
+    axes.grid(True, which="major", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def head(axes: Axes, text: str, pad: float = 6) -> None:
+    """Set the title of a plot."""
+    axes.set_title(text, loc="left", fontsize=10.5, color=INK, pad=pad)
+
+
+Line = tuple[Latencies, str, str, str]
+"""Latencies, and the label, colour and dashes of their line."""
+
+
+def draw_latencies(axes: Axes, lines: Iterable[Line], text: str, columns: int = 4) -> None:
+    """Plot latency by percentile on logarithmic scales, which show the tail."""
+    plain(axes)
+    longest = 1.0
+    for latencies, label, color, dashes in lines:
+        if not latencies.counts:
+            continue
+        xs, ys = zip(*curve(latencies), strict=True)
+        longest = max(longest, xs[-1])
+        axes.plot(
+            xs, ys, "--" if dashes else "-", color=color, linewidth=1.8, label=label, drawstyle="steps-post"
+        )
+        axes.plot(xs[-1:], ys[-1:], "o", color=color, markersize=4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(1, longest * 1.2)
+    axes.minorticks_off()
+    ticks = [part for part in NINES if 1 / (1 - part) <= longest * 1.2]
+    axes.set_xticks([1 / (1 - part) for part in ticks], [NINES[part] for part in ticks])
+    low, high = axes.get_ylim()
+    if high / low < FEW_DECADES:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    head(axes, text, pad=6 + 18 * -(-len(axes.lines) // 2 // columns))
+    if axes.lines:
+        axes.legend(
+            frameon=False, fontsize=9, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 0.99),
+            labelcolor=INK, handlelength=1.6, columnspacing=1.6,
+        )  # fmt: skip
+
+
 def label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, color=INK, fontsize=9.5)
     axes.set_ylabel(y, color=INK, fontsize=9.5)
@@ -76,7 +126,7 @@ def _handshakes(drawn: Drawn) -> Figure:
     figure = new_figure()
     latency, cpu = figure.subplots(1, 2, width_ratios=(2.2, 1))
     lines = [
-        (each.latencies, f"{name}, {each.latencies.total:,} handshakes", COLORS[number], "-")
+        (each.latencies, f"{name}, {each.latencies.total:,} handshakes", COLORS[number], "")
         for number, (name, each) in enumerate(drawn.handshakes.items())
     ]
     draw_latencies(latency, lines, "From TCP connect to the end of the handshake, at rest", columns=2)
@@ -125,7 +175,7 @@ def _payloads(axes: Axes, drawn: Drawn) -> None:
     xs = list(drawn.payloads)
     for color, name, ys in (
         (BLUE, "server CPU", [each.cpu_us for each in drawn.payloads.values()]),
-        (GREY, "its client waits", [each.wait_us for each in drawn.payloads.values()]),
+        (EDGE, "its client waits", [each.wait_us for each in drawn.payloads.values()]),
     ):
         axes.plot(xs, ys, "o-", color=color, linewidth=1.8, markersize=4, label=name)
     for x, cost in drawn.payloads.items():
@@ -183,7 +233,7 @@ def pause_spans(drawn: Drawn) -> dict[str, Span]:
 def _pauses(axes: Axes, spans: dict[str, Span]) -> None:
     plain(axes)
     longest = 100
-    for color, (name, span) in zip((BLUE, "#7aa5f8", GREY, ORANGE), spans.items(), strict=False):
+    for color, (name, span) in zip((BLUE, "#7aa5f8", EDGE, ORANGE), spans.items(), strict=False):
         longer = {bound: span.longer_per_minute(bound) for bound in BOUNDS_MS}
         shown = [(bound, count) for bound, count in longer.items() if count > 0]
         if shown:

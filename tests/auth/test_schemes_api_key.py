@@ -11,6 +11,7 @@ import pytest
 
 from tests.auth.helpers import DIGEST, FakeLog, decision, directory, drive, write
 from tests.limits import TIMEOUT
+from zcproto import auth
 from zcproto.auth import Identity, UserFile, schemes
 from zcproto.auth.schemes import LOOK_HOLDS_S, ApiKeyAuthenticator
 from zcproto.common.roles import NO_ROLES, OPERATORS, Roles
@@ -39,6 +40,11 @@ class Scheme:
 @pytest.fixture
 def scheme(path: Path) -> Scheme:
     return Scheme(path)
+
+
+def test_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    assert not hasattr(auth, "nothing")
+    assert auth.Throttle is auth.Throttle
 
 
 @pytest.mark.parametrize("roles", [NO_ROLES, OPERATORS, frozenset({"admin"})])

@@ -83,7 +83,7 @@ def test_columns_stand_side_by_side_and_failing_one_is_named() -> None:
 
 
 def test_many_columns_are_split_into_tables_that_fit_page() -> None:
-    columns = {f"outage {number}": [Row("n", "requests", 1_000)] for number in range(8)}
+    columns = {f"outage {number}": [Row("n", "requests", 1_000)] for number in range(16)}
     lines = shown(Report(columns)).splitlines()
     assert max(map(len, lines)) <= 110
     assert sum("requests" in line for line in lines) == 2

@@ -31,7 +31,7 @@ def test_changes_without_a_server_are_recorded_with_their_outcome(trail: Path, t
     assert main(["user", "add", "ada", "--role", "billing"]) == 0
     assert main(["user", "add", "ada"]) == 2
     assert main(["user", "disable", "ada"]) == 0
-    assert main(["user", "add", "robot", "--count", "3", "--keys-out", str(tmp_path / "keys")]) == 0
+    assert main(["user", "add", "robot", "--count", "3", "--out", str(tmp_path / "keys")]) == 0
     assert main(["device", "remove", "laptop"]) == 1
     assert main(["session", "revoke", "--user", "ada"]) == 0
     assert main(["session", "list"]) == 0

@@ -97,6 +97,16 @@ def test_method_of_the_application_is_measured_with_one_user(
     assert outputs == Outputs(html=Path("a.html"))
 
 
+def test_stream_with_params_is_a_request_of_the_application(
+    plans: list[tuple[Plan, Outputs]], keys: Path, home: Path
+) -> None:
+    options = ["--stream", "chat", "--params", '{"prompt": "hi"}', "--expect", "2"]
+    assert main(["bench", "localhost", "--keys", str(keys), *options]) == 0
+    ((plan, _),) = plans
+    assert plan.target == Target("chat", {"prompt": "hi"}, (2,), is_stream=True)
+    assert (plan.stream, plan.load) == ("", 10_000)
+
+
 def test_user_of_the_environment_gives_way_to_keys(
     plans: list[tuple[Plan, Outputs]],
     keys: Path,
@@ -116,14 +126,17 @@ def test_user_of_the_environment_gives_way_to_keys(
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        (["--expect", "1"], "--params and --expect go with --method."),
+        (["--expect", "1"], "--params and --expect go with --method or --stream."),
         (["--method", "m", "--params", "[]"], "JSON must be an object"),
         (
             ["--method", "m", "--params", "@none.json"],
             "none.json: No such file or directory; check the path.",
         ),
         (["--method", "m", "--expect", "{"], "JSON: "),
-        (["--method", "m", "--stream", "s"], "--stream excludes --method and --find-max."),
+        (
+            ["--method", "m", "--stream", "s"],
+            "--stream excludes --method, and without --params also --find-max.",
+        ),
         (["--find-max", "9", "--hdr", "a.hdr"], "--hdr excludes --find-max"),
     ],
 )
@@ -168,14 +181,14 @@ def test_ca_of_the_home_folder_is_trusted(plans: list[tuple[Plan, Outputs]], key
 
 def test_missing_keys_file_prints_the_command_to_create_it(home: Path, capsys: Capture) -> None:
     assert main(["bench", "localhost", "--keys", "none.keys"]) == 2
-    assert "zcproto user add load --count N --keys-out FILE" in capsys.readouterr().err
+    assert "zcproto user add load --count N --out FILE" in capsys.readouterr().err
 
 
 def test_missing_keys_option_prints_all_commands_that_are_needed(home: Path, capsys: Capture) -> None:
     assert main(["bench", "localhost:9000", "--connections", "20"]) == 2
     err = capsys.readouterr().err
-    assert "zcproto user add load --count 5 --keys-out load.keys\n" in err
-    assert "zcproto user add ops --operator --count 1 --keys-out ops.keys\n" in err
+    assert "zcproto user add load --count 5 --out load.keys\n" in err
+    assert "zcproto user add ops --operator --count 1 --out ops.keys\n" in err
     assert "zcproto bench localhost:9000 --keys load.keys --operator-key-file ops.keys" in err
 
 
@@ -233,8 +246,8 @@ def server(home: Path) -> Iterator[str]:
 
 def test_fifty_connections_of_new_users_are_verified(server: str, home: Path, tmp_path: Path) -> None:
     load, ops = str(tmp_path / "load.keys"), str(tmp_path / "ops.keys")
-    subprocess.run(zcproto("user", "add", "load", "--count", "10", "--keys-out", load), check=True)
-    subprocess.run(zcproto("user", "add", "ops", "--operator", "--count", "1", "--keys-out", ops), check=True)
+    subprocess.run(zcproto("user", "add", "load", "--count", "10", "--out", load), check=True)
+    subprocess.run(zcproto("user", "add", "ops", "--operator", "--count", "1", "--out", ops), check=True)
     done = subprocess.run(
         zcproto(
             "bench", server, "--connections", "50", "--rate", "500", "--duration", "0.5",

@@ -57,9 +57,10 @@ def test_check_prints_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "server.prot = 7443 (config.toml): unknown key; did you mean server.port?",
-        "server.port = 70000 (config.toml): must be a whole number from 1 to 65535, or 0 for any free port",
-        "limits.max_streams = 0 (config.toml): must be a whole number from 1 to 65535",
+        "zcproto: server.prot = 7443 (config.toml): unknown key; did you mean server.port?",
+        "zcproto: server.port = 70000 (config.toml): must be a whole number from 1 to 65535, or 0 for any free"
+        " port",
+        "zcproto: limits.max_streams = 0 (config.toml): must be a whole number from 1 to 65535",
     ]
 
 
@@ -67,7 +68,7 @@ def test_check_includes_the_environment(home: Path, capsys: Capture, monkeypatch
     home.mkdir(0o700)
     monkeypatch.setenv("ZCPROTO_SERVER__PORT", "x")
     assert main(["config", "check"]) == 2
-    assert capsys.readouterr().err.startswith('server.port = "x" (ZCPROTO_SERVER__PORT): must be')
+    assert capsys.readouterr().err.startswith('zcproto: server.port = "x" (ZCPROTO_SERVER__PORT): must be')
 
 
 def test_check_includes_the_home_folder(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +78,8 @@ def test_check_includes_the_home_folder(home: Path, capsys: Capture, monkeypatch
     monkeypatch.setenv("ZCPROTO_SERVER__PORT", "-1")
     assert main(["config", "check"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first == f"{home}: others can change this folder (mode 0777); run: chmod go-w {home}"
-    assert second.startswith("server.port = -1")
+    assert first == f"zcproto: {home}: others can change this folder (mode 0777); run: chmod go-w {home}"
+    assert second.startswith("zcproto: server.port = -1")
 
 
 @pytest.mark.requirement("configuration")
@@ -133,9 +134,11 @@ def test_sites_are_checked_and_shown(home: Path, capsys: Capture) -> None:
     (home / "config.toml").write_text('[[certificates.site]]\nnames = ["a.example", "::1"]')
     assert main(["config", "check"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith('certificates.site[0].names[1] = "::1" (config.toml): must be a DNS name')
+    assert first.startswith(
+        'zcproto: certificates.site[0].names[1] = "::1" (config.toml): must be a DNS name'
+    )
     assert second.startswith(
-        "certificates.site[0].certificate = (nothing) (config.toml): must be a list of 1 to 2"
+        "zcproto: certificates.site[0].certificate = (nothing) (config.toml): must be a list of 1 to 2"
     )
 
 

@@ -51,7 +51,7 @@ def test_existing_file_is_replaced_only_with_force(
     existing = tmp_path / "alerts.yml"
     existing.write_text("mine")
     assert main(["deploy", "prometheus", "--out", str(tmp_path)]) == 1
-    assert "is there already; --force replaces it" in capsys.readouterr().err
+    assert "already exists; --force replaces it" in capsys.readouterr().err
     assert existing.read_text() == "mine"
     assert main(["deploy", "prometheus", "--out", str(tmp_path), "--force"]) == 0
     assert existing.read_text() == read_files("prometheus")["alerts.yml"]

@@ -99,10 +99,10 @@ def test_minutes_out_of_range_are_refused(home: Path, users: UserFile, minutes: 
 def test_pair_needs_a_user_if_there_are_several(home: Path, users: UserFile, capsys: Capture) -> None:
     home.mkdir(0o700)
     assert main(["pair"]) == 2
-    assert capsys.readouterr().err == "there is no user yet; add one with zcproto user add NAME\n"
+    assert capsys.readouterr().err == "zcproto: there is no user yet; add one with zcproto user add NAME\n"
     users.add("ada"), users.add("bob")
     assert main(["pair"]) == 2
-    assert capsys.readouterr() == ("", "there are several users; choose one with --user NAME\n")
+    assert capsys.readouterr() == ("", "zcproto: there are several users; choose one with --user NAME\n")
     assert main(["pair", "--user", "bob"]) == 0
     assert trade(home, capsys.readouterr().out.strip()) == "bob"
     users.disable("bob")
@@ -305,7 +305,7 @@ def test_invalid_configuration_changes_no_device(home: Path, devices: DeviceFile
         (
             StoreUnavailable("the disk is full"),
             2,
-            "the change is made, but the sessions could not be ended: the session store is unavailable:"
+            "zcproto: the change is made, but the sessions could not be ended: the session store is unavailable:"
             " the disk is full; end them when the store answers\n",
         ),
     ],

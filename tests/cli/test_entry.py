@@ -3,10 +3,12 @@ from __future__ import annotations
 import builtins
 import importlib
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from zcproto import accelerator, cli
 from zcproto.cli import COMMANDS, Instance, instance_options, main
+from zcproto.cli.examples import EXAMPLES
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, InvalidArgument, ZcprotoError
 
 Capture = pytest.CaptureFixture[str]
@@ -53,6 +56,37 @@ def test_help_imports_no_command_and_no_large_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
+
+
+def test_help_of_each_command_has_an_example_that_is_parsed(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = click.Context(cli.group, info_name="zcproto")
+    for command, path in commands_below(cli.group, root):
+        assert main([*path, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert not re.search(r"\w\.\.\.$", shown.partition("Commands:")[2], re.MULTILINE), path
+        if not isinstance(command, click.Group):
+            example = EXAMPLES[" ".join(path)]
+            assert shown.endswith(f"  Example:\n    {example}\n")
+            words = shlex.split(example.partition(" > ")[0])
+            assert words[: 1 + len(path)] == ["zcproto", *path]
+            for file in (word for word in words if re.fullmatch(r"\w+\.(crt|json|key|toml)", word)):
+                Path(file).touch()
+            with command.make_context(path[-1], words[1 + len(path) :], root):
+                pass
+
+
+def commands_below(
+    group: click.Group, context: click.Context, path: tuple[str, ...] = ()
+) -> Iterator[tuple[click.Command, tuple[str, ...]]]:
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield command, (*path, name)
+        if isinstance(command, click.Group):
+            yield from commands_below(command, click.Context(command, context, name), (*path, name))
 
 
 def test_missing_command_shows_the_help(capsys: Capture) -> None:
@@ -145,8 +179,8 @@ def test_command_gets_its_instance_and_options(home: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (ConfigError(["a = 1: wrong", "b = 2: wrong"]), 2, "a = 1: wrong\nb = 2: wrong\n"),
-        (ConfigError(["x"] * 202), 2, "x\n" * 200 + "and 2 more\n"),
+        (ConfigError(["a = 1: wrong", "b = 2: wrong"]), 2, "zcproto: a = 1: wrong\nzcproto: b = 2: wrong\n"),
+        (ConfigError(["x"] * 202), 2, "zcproto: x\n" * 200 + "zcproto: and 2 more\n"),
         (CertificateError("/c.crt: is expired"), 2, "zcproto: /c.crt: is expired\n"),
         (ZcprotoError("no"), 1, "zcproto: no\n"),
         (ZcprotoError(), 1, "zcproto: ZcprotoError\n"),
@@ -185,7 +219,7 @@ def test_command_gets_its_instance_and_options(home: Path, monkeypatch: pytest.M
             1,
             "zcproto: internal error (ModuleNotFoundError); ZCPROTO_DEBUG=1 shows the traceback\n",
         ),
-        (click.ClickException("no"), 1, "Error: no\n"),
+        (click.ClickException("no"), 1, "zcproto: no\n"),
         (KeyboardInterrupt(), 130, ""),
         (click.Abort(), 130, ""),
     ],
@@ -295,7 +329,7 @@ def test_missing_home_folder_is_an_error(words: list[str], home: Path, capsys: C
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(
-        f"{home}: this home folder does not exist; name another one with --home or ZCPROTO_HOME"
+        f"zcproto: {home}: this home folder does not exist; name another one with --home or ZCPROTO_HOME"
     )
     assert not home.exists()
 

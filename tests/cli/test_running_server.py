@@ -251,7 +251,7 @@ def test_reload_prints_changes_and_faults(running: ServerThread, capsys: Capture
     faults = [
         line for line in printed.err.splitlines() if not line.startswith("{")
     ]  # the log of this process goes there too
-    assert [fault.split()[0] for fault in faults] == ["limits.max_streams", "limits.threads"]
+    assert [fault.split()[1] for fault in faults] == ["limits.max_streams", "limits.threads"]
 
 
 def test_log_level_is_printed_and_set(running: ServerThread, capsys: Capture) -> None:
@@ -352,7 +352,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert "handled by 3 clients; 1 in flight; 1,200 answered, 2 deadline" in text
     assert "and 2 more" in text
     assert "(for 1m 30s)" in text
-    assert "await  p50 2.5 s" in text
+    assert "awaiting      p50 2.5 s" in text
     assert "the webhook is not reachable; waiting: 7 messages" in text
     assert sum(style == "bad" for _, style in lines) >= 15
 

@@ -70,7 +70,7 @@ class Started:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     started = Started()
-    monkeypatch.setattr(run, "serve", started)
+    monkeypatch.setattr("zcproto.cli.serve.run_server", started)
     return started
 
 
@@ -106,7 +106,7 @@ def test_missing_application_is_a_fault(folder: Path, name: str, complaint: str)
     assert complaint in fault
 
 
-BROKEN = "'broken_of_tests:api': broken_of_tests cannot be imported; correct what it raises:"
+BROKEN = "zcproto: 'broken_of_tests:api': broken_of_tests cannot be imported; correct what it raises:"
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ BROKEN = "'broken_of_tests:api': broken_of_tests cannot be imported; correct wha
         (
             "import no_such_dependency",
             [
-                "'broken_of_tests:api': no module 'no_such_dependency' in this folder or installed; check the name,"
-                " or install it"
+                "zcproto: 'broken_of_tests:api': no module 'no_such_dependency' in this folder or installed; check"
+                " the name, or install it"
             ],
         ),
     ],

@@ -39,7 +39,7 @@ TSC = NODE / "node_modules" / ".bin" / "tsc"
 
 
 def write(language: str, path: Path, *options: str) -> Path:
-    assert main(["stubs", SOURCE, "--language", language, "--output", str(path), *options]) == 0
+    assert main(["stubs", SOURCE, "--language", language, "--out", str(path), *options]) == 0
     return path
 
 
@@ -138,7 +138,7 @@ def write_for(application: str, language: str, path: Path, *options: str) -> Non
                 files[block.file] = change(files[block.file], block.text) if block.is_change else block.text
     for name in ("gateway.py", "model.py"):
         (path.parent / name).write_text(files[name])
-    command = ["zcproto", "stubs", "gateway:app", "--language", language, "--output", str(path), *options]
+    command = ["zcproto", "stubs", "gateway:app", "--language", language, "--out", str(path), *options]
     subprocess.run([sys.executable, "-m", *command], cwd=path.parent, check=True)
 
 
@@ -504,7 +504,7 @@ def test_parameters_with_the_names_of_options_are_kept_in_python() -> None:
 def test_module_that_is_not_python_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("zcproto.cli.stub_python._docstring", lambda text, indent: '"""')
     path = tmp_path / "client.py"
-    assert main(["stubs", SOURCE, "--language", "python", "--output", str(path)]) == 1
+    assert main(["stubs", SOURCE, "--language", "python", "--out", str(path)]) == 1
     assert not path.exists()
 
 

@@ -81,7 +81,7 @@ def test_home_writable_by_others_is_refused(home: Path, capsys: Capture) -> None
 
 def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
-    assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 0
+    assert main(["user", "add", "load", "--count", "3", "--out", str(path)]) == 0
     assert capsys.readouterr() == ("", f"3 users added; the keys are in {path}\n")
     lines = [line.split("\t") for line in path.read_text().splitlines()]
     assert [name for name, _ in lines] == ["load-1", "load-2", "load-3"]
@@ -93,12 +93,12 @@ def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys
 
 def test_key_of_one_user_is_written_to_a_private_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "ada.key"
-    assert main(["user", "add", "ada", "--keys-out", str(path)]) == 0
+    assert main(["user", "add", "ada", "--out", str(path)]) == 0
     assert capsys.readouterr() == ("", f"ada added; the key is in {path}\n")
     key = path.read_text()
     assert (len(key), key[-1]) == (44, "\n")
     assert path.stat().st_mode & 0o777 == 0o600
-    assert main(["user", "add", "eve", "--keys-out", str(path)]) == 1
+    assert main(["user", "add", "eve", "--out", str(path)]) == 1
     assert path.read_text() == key
     assert "eve" not in (home / "users.toml").read_text()
 
@@ -107,7 +107,7 @@ def test_adding_ten_thousand_users_takes_linear_time(home: Path, tmp_path: Path)
     def seconds(name: str, count: int) -> float:
         keys = tmp_path / name
         begin = time.process_time()
-        assert main(["user", "add", name, "--count", str(count), "--keys-out", str(keys)]) == 0
+        assert main(["user", "add", name, "--count", str(count), "--out", str(keys)]) == 0
         took = time.process_time() - begin
         assert len(keys.read_text().splitlines()) == count
         return took
@@ -119,7 +119,7 @@ def test_adding_ten_thousand_users_takes_linear_time(home: Path, tmp_path: Path)
 def test_existing_key_file_is_kept_and_no_user_added(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     path.write_text("old")
-    words = ["user", "add", "load", "--count", "3", "--keys-out", str(path)]
+    words = ["user", "add", "load", "--count", "3", "--out", str(path)]
     assert main(words) == 1
     assert capsys.readouterr().err == f"zcproto: {path}: already exists; --force replaces it\n"
     assert path.read_text() == "old"
@@ -131,7 +131,7 @@ def test_existing_key_file_is_kept_and_no_user_added(home: Path, tmp_path: Path,
 def test_one_existing_user_of_many_adds_none(home: Path, tmp_path: Path) -> None:
     main(["user", "add", "load-2"])
     before = (home / "users.toml").read_bytes()
-    assert main(["user", "add", "load", "--count", "3", "--keys-out", str(tmp_path / "keys")]) == 2
+    assert main(["user", "add", "load", "--count", "3", "--out", str(tmp_path / "keys")]) == 2
     assert (home / "users.toml").read_bytes() == before
     assert not (tmp_path / "keys").exists()
 
@@ -140,8 +140,8 @@ def test_one_existing_user_of_many_adds_none(home: Path, tmp_path: Path) -> None
     "words",
     [
         ["--count", "3"],
-        ["--no-key", "--keys-out", "/k"],
-        ["--count", "0", "--keys-out", "/k"],
+        ["--no-key", "--out", "/k"],
+        ["--count", "0", "--out", "/k"],
         ["--count", "x"],
     ],
 )
@@ -153,7 +153,7 @@ def test_wrong_options_add_no_user(words: list[str], home: Path, capsys: Capture
 
 def test_key_file_that_cannot_be_created_is_reported(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "absent" / "keys"
-    assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 1
+    assert main(["user", "add", "load", "--count", "3", "--out", str(path)]) == 1
     assert capsys.readouterr().err == f"zcproto: {path}: No such file or directory\n"
     assert not (home / "users.toml").exists()
 
@@ -182,7 +182,7 @@ def test_user_without_a_key(users: UserFile, capsys: Capture) -> None:
     assert (user.roles, user.has_key) == (OPERATORS, False)
     assert main(["user", "add", "eve", "--no-key"]) == 0
     assert capsys.readouterr() == ("", "eve is a user now, without a key.\n")
-    assert main(["user", "add", "many", "--no-key", "--count", "2", "--keys-out", "x"]) == 2
+    assert main(["user", "add", "many", "--no-key", "--count", "2", "--out", "x"]) == 2
 
 
 def test_users_are_listed(users: UserFile, capsys: Capture) -> None:
@@ -243,6 +243,26 @@ def test_new_key_prints_only_the_key_and_ends_the_sessions(
     assert before is not None
     assert after.digest == digest_of(token_from_text(key) or b"") != before.digest
     assert [record.user for record in kept(home)] == ["bob"]
+
+
+def test_new_key_is_written_to_a_private_file(users: UserFile, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "ada.key"
+    path.write_text("old")
+    words = ["user", "new-key", "ada", "--out", str(path)]
+    assert main(words) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert main([*words, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "ada", "sessions": 2, "keys": str(path)}
+    path.unlink()
+    assert main(words) == 0
+    assert capsys.readouterr() == (
+        "",
+        f"ada has a new key. It is in {path}.\nada has a new key; 0 sessions ended.\n",
+    )
+    assert path.stat().st_mode & 0o777 == 0o600
+    ada = find(users, "ada")
+    assert ada is not None
+    assert ada.digest == digest_of(token_from_text(path.read_text().strip()) or b"")
 
 
 @pytest.mark.parametrize("command", ["disable", "enable", "remove", "new-key"])

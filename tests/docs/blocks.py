@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -206,7 +207,9 @@ from importlib import metadata
 with open({str(ROOT / "pyproject.toml")!r}, "rb") as file:
     own = tomllib.load(file)["project"]["optional-dependencies"]
 for requirement in sys.argv[2:]:
-    name, *extras = re.findall(r"[a-z0-9-]+", re.sub(r"^[.](?=[[])", "zcproto", requirement))
+    if requirement[0] == "-":
+        continue
+    name, *extras = re.findall(r"[a-z0-9-]+", re.sub(r"^\\.(?=$|\\[)", "zcproto", requirement))
     known = own if name == "zcproto" else metadata.metadata(name).get_all("Provides-Extra", [])
     assert set(extras) <= set(known), requirement
 """
@@ -248,8 +251,9 @@ class Reader:
     def __init__(self, folder: Path, certs: Path, *, has_node: bool = False) -> None:
         self.home, self._bin, self._log = folder / "home", folder / "bin", folder / "output"
         self._pycache = folder.parent / "pycache"  # of all pages
-        self.folder = self.home / "project"
+        self.clone, self.folder = self.home / "zcproto", self.home / "project"
         self.folder.mkdir(parents=True)
+        self.clone.mkdir()
         (self.home / ".zeroclaw").mkdir(0o700)
         shutil.copytree(certs, self.home / ".zeroclaw" / "certs")
         self.files: dict[str, str] = {}
@@ -260,7 +264,9 @@ class Reader:
         self._exported: dict[str, str] = {}
         self._ports: dict[str, str] = {}
         self._servers: list[RunningServer] = []
+        self._logs = count(1)
         self._output = ""
+        self._npm_cache = ""
         self._write_programs()
 
     def __enter__(self) -> Self:
@@ -269,11 +275,36 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end_servers()
+
+    def end_servers(self) -> None:
         for server in self._servers:
             if server.process.poll() is None:
                 os.killpg(server.process.pid, signal.SIGTERM)
         for server in self._servers:
             server.process.wait(TIMEOUT)
+        self._servers.clear()
+
+    def begin_next_page(self) -> None:
+        """End the servers, open a new terminal, and remove the configuration of the last page."""
+        self.end_servers()
+        self._exported.clear()
+        (self.home / ".zeroclaw" / "config.toml").unlink(missing_ok=True)
+        self.files.pop("~/.zeroclaw/config.toml", None)
+
+    def use_npm(self) -> None:
+        """Run npm itself, with a clone that has the client for Node without what was built."""
+        built = shutil.ignore_patterns("node_modules", "dist")
+        shutil.copytree(ROOT / "clients" / "typescript", self.clone / "clients" / "typescript", ignore=built)
+        shown = subprocess.run(["npm", "config", "get", "cache"], capture_output=True, text=True, check=True)
+        self._npm_cache = shown.stdout.strip()
+        (self._bin / "npm").unlink()
+
+    def follow_in_clone(self, page: Path) -> None:
+        """Follow a page in the clone of the repository."""
+        project, self.folder = self.folder, self.clone
+        self.follow(page)
+        self.folder = project
 
     def add_user(self, name: str) -> None:
         """Add a user whose key is in a file, as the README does."""
@@ -354,9 +385,10 @@ class Reader:
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
                 self._output = self._log.read_text()
-                if any(sign in self._output for sign in READY):
+                # Behind `&` the server runs on, and the shell ends.
+                if " &\n" not in block.text and any(sign in self._output for sign in READY):
                     self._servers.append(RunningServer(process, self._log, "--reload" in block.text))
-                    self._log = self._log.with_name(f"output-{len(self._servers)}")
+                    self._log = self._log.with_name(f"output-{next(self._logs)}")
                     return
             else:
                 break
@@ -409,6 +441,8 @@ class Reader:
             **variables(PATIENT),
             **self._exported,
             "NODE_CLIENT": str(ROOT / "clients" / "typescript"),
+            "npm_config_cache": self._npm_cache,
+            "npm_config_prefer_offline": "true",
             "ZCPROTO_SERVER__PORT": self._with_ports(" 7443").strip(),
             "ZCPROTO_CERTIFICATES__KEY_TYPES": '["ecdsa-p256"]',
         }
@@ -421,7 +455,8 @@ class Reader:
             # Its log is as on a terminal.
             "zcproto": f'ZCPROTO_LOG__FORMAT=console exec {python} -c {shlex.quote(ZCPROTO)} "$@"',
             "python": f'exec {python} "$@"',
-            "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"',
+            "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"'
+            f' && ln -sf {shlex.quote(str(self._bin))}/* "$3/bin/"',
             "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
             "npm": 'mkdir -p node_modules/@zcproto && ln -s "$NODE_CLIENT" node_modules/@zcproto/client',
             "pytest": f'exec {python} -m pytest -p no:cacheprovider -p zcproto.testing.plugin "$@"',

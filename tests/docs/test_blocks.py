@@ -10,6 +10,7 @@ import pytest
 
 from tests.docs.blocks import Block, PageError, Reader, blocks_of, change, pattern_of, problem_of, read_in
 from tests.docs.messages import ROOT
+from tests.docs.test_cookbook import ARGUMENTS
 from tests.helpers import run_mypy
 
 DOCS = ROOT / "docs"
@@ -28,16 +29,22 @@ OTHER_PAGES = {
 }
 """Pages for operators and reviewers, whose commands test_guides.py checks, and the one of test_cookbook.py."""
 
-PAGES = sorted(page for page in DOCS.glob("*.md") if page.stem not in OTHER_PAGES)
-TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"), key=lambda page: (page.stem != "README", page.stem))
-
 COOKBOOK = DOCS / "client-cookbook.md"
 
-NODE = [
-    pages
-    for pages in [TUTORIAL, *([page] for page in PAGES)]
-    if any("```js" in page.read_text() for page in pages)
-]
+
+def pages_of(section: str) -> list[Path]:
+    """Return the pages of a section of the site, in its order."""
+    found = re.search(rf"^  - {section}:\n((?:      .*\n)+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert found is not None
+    return [DOCS / name for name in re.findall(r": (.*\.md)$", found[1], re.MULTILINE)]
+
+
+TUTORIAL, HOW_TO, IN_DEPTH = pages_of("Tutorial"), pages_of("How-to"), pages_of("In depth")
+IN_ORDER = [DOCS / "README.md", *TUTORIAL, *(page for page in HOW_TO if page != COOKBOOK), *IN_DEPTH]
+PAGES = sorted(
+    page for page in DOCS.glob("*.md") if page.stem not in OTHER_PAGES and page not in {*HOW_TO, *IN_DEPTH}
+)
+
 CLIENT = ROOT / "clients" / "typescript" / "dist" / "src" / "index.js"
 
 PROGRAMS = ("valkey-server",)
@@ -46,42 +53,44 @@ PROGRAMS = ("valkey-server",)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_printed(page: Path, tmp_path: Path, certs: Path) -> None:
-    follow([page], tmp_path, certs)
-
-
-def test_tutorial_runs_as_printed_and_its_gateway_is_short(tmp_path: Path, certs: Path) -> None:
-    files = follow(TUTORIAL, tmp_path, certs)
-    assert len(files["gateway.py"].splitlines()) < 120, "the tutorial promises less"
-
-
-@pytest.mark.skipif(
-    not CLIENT.exists(), reason="the client for Node is not built; run npm ci in clients/typescript"
-)
-@pytest.mark.parametrize("pages", NODE, ids=lambda pages: pages[0].stem)
-def test_page_for_node_runs_as_printed(pages: list[Path], tmp_path: Path, certs: Path) -> None:
-    follow(pages, tmp_path, certs, has_node=True)
-
-
-def follow(pages: list[Path], folder: Path, certs: Path, *, has_node: bool = False) -> dict[str, str]:
-    """Follow pages in one folder. Return the files that they have written."""
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    for program in PROGRAMS:
-        if f"\n{program} " in text and shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    with Reader(folder, certs, has_node=has_node) as reader:
-        if "zcproto user add ada" not in text:
-            reader.add_user("ada")  # as the README does
-        for page in pages:
-            reader.follow(page)
+    with Reader(tmp_path, certs) as reader:
+        reader.add_user("ada")  # as the README does
+        reader.follow(page)
         reader.check_that_all_files_ran()
-    return reader.files
+
+
+@pytest.mark.timeout(900)  # thirty pages, on a busy machine
+@pytest.mark.parametrize(
+    "has_node", [CLIENT.exists()], ids=["for_node" if CLIENT.exists() else "python; npm ci was not run"]
+)
+def test_readme_then_tutorial_then_guides_run_in_one_home(
+    has_node: bool, tmp_path: Path, certs: Path
+) -> None:
+    readme = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme.write_text(text[text.index("## A server and a client") : text.index("## 10,000 connections")])
+    cookbook = tmp_path / COOKBOOK.name
+    language = "TypeScript" if has_node else "Python"
+    cookbook.write_text(read_in(language, COOKBOOK.read_text(encoding="utf-8"), ARGUMENTS), encoding="utf-8")
+    with Reader(tmp_path / "reader", certs, has_node=has_node) as reader:
+        if has_node:
+            reader.use_npm()
+        reader.follow_in_clone(readme)
+        for page in [*IN_ORDER, cookbook]:
+            needed = [name for name in PROGRAMS if f"\n{name} " in page.read_text(encoding="utf-8")]
+            if all(map(shutil.which, needed)):
+                if page not in TUTORIAL[1:]:
+                    reader.begin_next_page()
+                reader.follow(page)
+        reader.check_that_all_files_ran()
+    assert len(reader.files["gateway.py"].splitlines()) < 120, "the tutorial promises less"
 
 
 def test_programs_of_the_pages_have_strict_types(tmp_path: Path) -> None:
     cookbook = tmp_path / COOKBOOK.name
     cookbook.write_text(read_in("Python", COOKBOOK.read_text(encoding="utf-8"), {}), encoding="utf-8")
     files: dict[str, str] = {}
-    for page in [*TUTORIAL, *PAGES, cookbook]:
+    for page in [*IN_ORDER, *PAGES, cookbook]:
         for block in blocks_of(page):
             if block.language == "python" and block.file is not None:
                 if block.is_change:

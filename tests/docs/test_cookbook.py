@@ -27,7 +27,7 @@ BUILT: Final = {
 ARGUMENTS: Final = {"device": '"$(zcproto pair --user ada 2>/dev/null)"', "pin": "2>/dev/null"}
 """Of programs. The one with pins warns that the server has no next pin."""
 
-TASKS: Final = 6
+TASKS: Final = 10
 
 CLONE: Final = re.compile(r"(?:~|\$HOME|\.\.)/zcproto\b")
 """The clone of the repository on the page. Compilers use what they have built for this one."""
@@ -45,6 +45,7 @@ def test_programs_run_as_printed(
     text = read_in(language, PAGE.read_text(encoding="utf-8"), ARGUMENTS)
     page.write_text(CLONE.sub(str(ROOT), text), encoding="utf-8")
     with Reader(tmp_path, certs, has_node=language == "TypeScript") as reader:
+        reader.add_user("ada")  # as the README does
         reader.follow(page)
         reader.check_that_all_files_ran()
 

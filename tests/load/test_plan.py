@@ -43,7 +43,7 @@ def test_more_sessions_than_connections_are_refused() -> None:
 def test_too_few_users_are_refused_with_the_command_to_add_more() -> None:
     (fault,) = faults_of(plan(connections=11, sessions=11, credentials=users(2)))
     assert "10 sessions, 5 each" in fault
-    assert "zcproto user add load --count 4 --keys-out FILE" in fault
+    assert "zcproto user add load --count 4 --out FILE" in fault
 
 
 def test_operator_session_counts_towards_its_limit() -> None:

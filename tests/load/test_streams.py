@@ -18,6 +18,7 @@ from zcproto.common.parameters import Ended
 from zcproto.errors import Aborted
 from zcproto.load.generator import Generator, LoadStream, opening_times
 from zcproto.load.hdr import write_file
+from zcproto.load.plan import Target
 from zcproto.load.record import Record, RequestKind, merge_records
 from zcproto.load.report import as_json, figures
 from zcproto.load.result import Verdict
@@ -97,6 +98,29 @@ async def test_streams_are_verified_and_timed(serve: Serve) -> None:
     assert record.load_ended > record.load_started > 0
     assert merge_records([Record.from_json(record.as_json()), Record()]).as_json() == record.as_json()
     server.until_left()
+
+
+async def test_stream_of_an_application_is_timed_as_a_request(serve: Serve) -> None:
+    app = App()
+
+    @app.method
+    async def chat(prompt: str) -> AsyncIterator[str | Ended[int]]:
+        for word in prompt.split():
+            yield word
+        yield Ended(3)
+
+    server = serve(app)
+    targets = [
+        Target("chat", {"prompt": "one two three"}, (expected,), is_stream=True) for expected in (3, 4)
+    ]
+    right, wrong = [await run(plan_for(server, target=target), RecordingView(), Stop()) for target in targets]
+    assert right.verdict is Verdict.VERIFIED
+    load = right.record.tallies[RequestKind.LOAD]
+    totals = {name: right.record.latencies[name].total for name in ("request", "first_item", "between_items")}
+    assert totals == {"request": load.equal, "first_item": load.equal, "between_items": 2 * load.equal}
+    assert [*as_json(right, {}, 0.0)["latency_ms"]].count("first_item") == 1
+    assert "item" not in as_json(right, {}, 0.0)["latency_ms"]
+    assert (wrong.verdict, wrong.record.latencies["request"].total) == (Verdict.FAILED, 0)
 
 
 def app_with(repeat: Callable[..., Any]) -> App:

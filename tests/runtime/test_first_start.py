@@ -59,7 +59,7 @@ def test_first_start_prints_three_lines_with_the_next_command(
             f"zcproto: first start: creating {tmp_path} with keys and certificates; RSA keys take some seconds",
             f"zcproto: clients trust {tmp_path}/certs/ca.crt; the server is localhost, vm, 127.0.0.1, ::1"
             " and 1 more name",
-            "zcproto: next, in another terminal: zcproto user add ada --keys-out ada.key",
+            "zcproto: next, in another terminal: zcproto user add ada --out ada.key",
         ],
         ["Renewed it."],
     )
@@ -81,7 +81,7 @@ def test_next_command_runs_without_an_activated_environment(
     monkeypatch.setenv("PATH", str(tmp_path))
     lines, _ = lines_of(server_at(tmp_path))
     python = shlex.quote(sys.executable)
-    assert lines[2].endswith(f": {python} -m zcproto user add ada --keys-out ada.key")
+    assert lines[2].endswith(f": {python} -m zcproto user add ada --out ada.key")
 
 
 def test_later_start_passes_the_progress_on(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from zcproto.observe.process import resident_bytes
 from zcproto.runtime import background, process_setup, run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.process_setup import GC_THRESHOLDS, SWITCH_INTERVAL
-from zcproto.runtime.run import serve
+from zcproto.runtime.serve import serve
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 

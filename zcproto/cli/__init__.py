@@ -72,7 +72,6 @@ EXTRAS = {
     "acme": "acme",
     "hdrh": "bench",
     "jwt": "oidc",
-    "matplotlib": "bench",
     "redis": "valkey",
     "rich": "bench",
     "watchfiles": "reload",
@@ -95,16 +94,39 @@ _META = "zcproto."
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _LazyGroup(click.Group):
+class _Group(click.Group):
+    """A group whose commands have an example, and whose help shows what they do in full."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = self._find_command(ctx, cmd_name)
+        if command is not None:
+            from zcproto.cli.examples import EXAMPLES  # noqa: PLC0415 - `--help` alone needs none
+
+            example = EXAMPLES.get(" ".join([*ctx.command_path.split()[1:], cmd_name]))
+            command.epilog = f"\b\nExample:\n  {example}" if example else None
+        return command
+
+    def _find_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return super().get_command(ctx, name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(self._purposes(ctx))
+
+    def _purposes(self, ctx: click.Context) -> list[tuple[str, str]]:
+        return [(name, command.get_short_help_str(MAX_MESSAGE)) for name, command in self.commands.items()]
+
+
+class _LazyGroup(_Group):
     """A group that imports its commands from `COMMANDS` on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+    def _find_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[cmd_name][0].split(":")
+        module, attribute = COMMANDS[name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
@@ -126,9 +148,8 @@ class _LazyGroup(click.Group):
         ]
         return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, purpose) for name, (_, purpose) in COMMANDS.items()])
+    def _purposes(self, ctx: click.Context) -> list[tuple[str, str]]:
+        return [(name, purpose) for name, (_, purpose) in COMMANDS.items()]
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -207,7 +228,7 @@ def instance_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def command_group(name: str, text: str) -> click.Group:
     """Return a group of commands. `text` is its help."""
-    return click.group(name, help=text)(instance_options(lambda instance: None))
+    return click.group(name, cls=_Group, help=text)(instance_options(lambda instance: None))
 
 
 def number_option(
@@ -225,6 +246,15 @@ def file_option(
     return click.option(
         *names, type=kind, metavar=metavar, envvar=envvar, show_envvar=envvar is not None, help=text
     )
+
+
+def out_option(text: str, *, is_folder: bool = False) -> Callable[[Function], Function]:
+    """Return the option of the file or the folder that a command writes."""
+    metavar = "DIR" if is_folder else "FILE"
+    return file_option("--out", "-o", text=text, metavar=metavar, file_okay=not is_folder, dir_okay=is_folder)
+
+
+force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 
 
 @click.group("zcproto", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -248,7 +278,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.close(nowhere)
         return EXIT_NO_READER
     except click.ClickException as error:
-        error.show()
+        _show(error)
         return error.exit_code
     except Exception as error:  # the last resort: show one message
         if os.environ.get("ZCPROTO_DEBUG") == "1":
@@ -270,10 +300,21 @@ def _run(args: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _show(error: click.ClickException) -> None:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        path = error.ctx.command_path
+        click.echo(f"{error.ctx.get_usage()}\nTry '{path} --help' for help.\n", err=True)
+    click.echo(f"zcproto: {error.format_message()}", err=True)
+
+
 def _explain(error: Exception) -> str:
     if isinstance(error, ConfigError):
         more = len(error.faults) - MAX_FAULTS
-        return "\n".join([*error.faults[:MAX_FAULTS], *([f"and {more} more"] if more > 0 else [])])
+        shown = [*error.faults[:MAX_FAULTS], *([f"and {more} more"] if more > 0 else [])]
+        return "\n".join(f"zcproto: {fault}" for fault in shown)
     if isinstance(error, ZcprotoError):
         # A message can come from the peer.
         return f"zcproto: {escape_text(str(error) or type(error).__name__, MAX_MESSAGE)}"

@@ -33,7 +33,7 @@ SEARCH_DURATION_S: Final = 3.0
 
 json_option = file_option("--json", "json_file", text="Write all results.", dir_okay=False)
 plot_option = file_option(
-    "--plot", metavar="FILE.png", text="Draw latencies, connections and rates.", dir_okay=False
+    "--plot", metavar="FILE.svg", text="Draw latencies, connections and rates.", dir_okay=False
 )
 html_option = file_option(
     "--html", metavar="FILE.html", text="Write the report and its plot as a page.", dir_okay=False
@@ -63,13 +63,16 @@ html_option = file_option(
     help="Search the highest rate at which the p99 of requests is below so many ms, beginning at --rate.",
 )
 @click.option("--method", metavar="METHOD", help="Call this method, not `echo` with random bytes.")
-@click.option("--params", metavar="JSON|@FILE", help="The params of --method. [default: {}]")
-@click.option("--expect", metavar="JSON|@FILE", help="The result of --method. [default: any result]")
+@click.option("--params", metavar="JSON|@FILE", help="The params of --method or --stream. [default: {}]")
+@click.option(
+    "--expect", metavar="JSON|@FILE", help="The result of --method or --stream. [default: any result]"
+)
 @click.option(
     "--stream",
     default="",
     metavar="METHOD",
-    help="Open a stream of this method on each connection and verify each item. `zcproto serve` offers `repeat`.",
+    help="Open a stream of this method on each connection and verify each item: `zcproto serve` offers `repeat`."
+    " With --params it is a method of your application: --rate opens streams, whose items may be any.",
 )
 @number_option("--duration", click.FloatRange(0.1, 86_400), 10.0, "S", "The duration of the load in seconds.")
 @number_option(
@@ -94,7 +97,7 @@ html_option = file_option(
 )
 @file_option(
     "--keys",
-    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
+    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --out FILE`.",
     dir_okay=False,
 )
 @user_option("One user, instead of --keys; the server's count is read with --operator-key-file alone.")
@@ -153,9 +156,13 @@ def bench(
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
     host, port = parse_address(address)
-    target = _target(method, params, expect)
-    if load["stream"] and (target is not None or find_max is not None):
-        raise click.UsageError("--stream excludes --method and --find-max.")
+    stream: str = load["stream"]
+    if stream and (method is not None or (find_max is not None and params is None)):
+        raise click.UsageError("--stream excludes --method, and without --params also --find-max.")
+    is_own = bool(stream) and params is not None
+    target = _target(stream if is_own else method, params, expect, is_stream=is_own)
+    if is_own:
+        load["stream"] = ""  # each is a request: its items are not known
     if find_max is not None and hdr_file is not None:
         raise click.UsageError("--hdr excludes --find-max, which measures several loads.")
     credentials = _credentials(address, connections, keys, user, key_file)
@@ -190,14 +197,16 @@ def bench(
     return EXIT_INTERRUPTED if search.interrupted else int(search.highest is None)
 
 
-def _target(method: str | None, params: str | None, expect: str | None) -> Target | None:
+def _target(
+    method: str | None, params: str | None, expect: str | None, *, is_stream: bool = False
+) -> Target | None:
     from zcproto.load.plan import Target  # noqa: PLC0415
 
     if method is None:
         if params is not None or expect is not None:
-            raise click.UsageError("--params and --expect go with --method.")
+            raise click.UsageError("--params and --expect go with --method or --stream.")
         return None
-    return Target(method, parse_params(params), () if expect is None else (read_json(expect),))
+    return Target(method, parse_params(params), () if expect is None else (read_json(expect),), is_stream)
 
 
 def _credentials(
@@ -223,8 +232,8 @@ def _how_to_make_keys(address: str, sessions: int) -> str:
         " connections share, without the server's count.\n\n"
         f"For one session each, create {users_for(sessions)} users, and an operator who reads the server's"
         " count; on the server:\n\n"
-        f"  zcproto user add load --count {users_for(sessions)} --keys-out load.keys\n"
-        "  zcproto user add ops --operator --count 1 --keys-out ops.keys\n\n"
+        f"  zcproto user add load --count {users_for(sessions)} --out load.keys\n"
+        "  zcproto user add ops --operator --count 1 --out ops.keys\n\n"
         f"Then: zcproto bench {escape_text(address, 300)} --keys load.keys --operator-key-file ops.keys"
     )
 

@@ -24,7 +24,16 @@ from zcproto.certs.issued import REASONS
 from zcproto.certs.notices import day
 from zcproto.certs.profile import MAX_CLIENT_LIFETIME
 from zcproto.certs.settings import ManagedSite, managed_site
-from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, instance_options, number_option
+from zcproto.cli import (
+    EXIT_UNUSABLE,
+    Instance,
+    command_group,
+    file_option,
+    force_option,
+    instance_options,
+    number_option,
+    out_option,
+)
 from zcproto.cli import cert_report as reports
 from zcproto.cli.audit import recorded
 from zcproto.cli.control import ControlError, find_control
@@ -37,7 +46,6 @@ from zcproto.tls.pins import key_pin
 SERVED = "The running server uses it now."
 WATCHED = "A running server uses it within a second."
 
-force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 
 cert = command_group("cert", "Show, check, renew and export certificates.")
 
@@ -335,12 +343,7 @@ def _print_issued(as_json: bool, result: dict[str, Any]) -> None:
 )
 @number_option("--days", click.IntRange(1, MAX_CLIENT_LIFETIME.days), 365, "N", "Days for which it is valid.")
 @click.option("--renew", is_flag=True, help="Replace a valid certificate and keep its key.")
-@file_option(
-    "--out",
-    metavar="DIR",
-    text="Also write NAME.crt and NAME.key here, to transfer them to the client.",
-    file_okay=False,
-)
+@out_option("Also write NAME.crt and NAME.key here, to transfer them to the client.", is_folder=True)
 @force_option
 @report_options
 def issue_client(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from zcproto.cli import Instance, command_group, instance_options
+from zcproto.cli import Instance, command_group, force_option, instance_options, out_option
 from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import private_file
 from zcproto.cli.serve import load_app
@@ -41,7 +41,7 @@ config = command_group("config", "Create, check and show the configuration.")
 
 
 @config.command()
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@force_option
 @instance_options
 def init(instance: Instance, force: bool) -> None:
     """Write a commented file with every key and its default."""
@@ -141,10 +141,8 @@ def show(instance: Instance, changed: bool) -> None:
 
 @click.command()
 @click.argument("tool", type=click.Choice(TOOLS), metavar="|".join(TOOLS))
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write the files into this folder."
-)
-@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@out_option("Write the files into this folder.", is_folder=True)
+@force_option
 def deploy(tool: str, out: Path | None, force: bool) -> None:
     """Print the files for a tool, or write them with --out.
 
@@ -164,7 +162,7 @@ def deploy(tool: str, out: Path | None, force: bool) -> None:
             with path.open("w" if force else "x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise ZcprotoError(f"{escape_text(str(path))}: is there already; --force replaces it") from None
+            raise ZcprotoError(f"{escape_text(str(path))}: already exists; --force replaces it") from None
         except OSError as error:
             raise ZcprotoError(f"{escape_text(str(path))}: cannot be written: {error.strerror}") from error
         click.echo(path)

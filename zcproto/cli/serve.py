@@ -16,6 +16,7 @@ import click
 from zcproto.cli import Instance, instance_options
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
+from zcproto.runtime.serve import serve as run_server
 
 if TYPE_CHECKING:
     from zcproto.app.app import App
@@ -73,9 +74,7 @@ def serve(
         return
     application = None if app is None else load_app(app)
 
-    from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are reported
-
-    run(
+    run_server(
         application,
         config,
         home=instance.home.path,
@@ -141,8 +140,9 @@ def load_app(name: str) -> App:
             [f"{name!r}: no module {error.name!r} in this folder or installed; check the name, or install it"]
         ) from error
     except Exception as error:  # raised by the application's code
+        raised = "".join(f"\n{line}" for line in _own_lines(error))
         raise ConfigError(
-            [f"{name!r}: {module_name} cannot be imported; correct what it raises:", *_own_lines(error)]
+            [f"{name!r}: {module_name} cannot be imported; correct what it raises:{raised}"]
         ) from error
     application = getattr(module, attribute, None)
     if not isinstance(application, App):

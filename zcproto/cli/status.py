@@ -146,9 +146,9 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
             f"handled by {counted(calls['handlers'], 'client')}; {calls['in_flight']:,} in flight;"
             f" {ended or 'none yet'}",
         )
-    yield _row("latency", f"CPU    {_percentiles(traffic['work'])}  (last minute)")
+    yield _row("CPU time", f"{_percentiles(traffic['work'])}  (of requests, last minute)")
     if traffic["waits"]["count"]:
-        yield _row("", f"await  {_percentiles(traffic['waits'])}  (of those that awaited)")
+        yield _row("awaiting", f"{_percentiles(traffic['waits'])}  (of those that awaited)")
     if requests["incidents"]:
         yield _row("incidents", f"{requests['incidents']:,}; see the log", bad=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from zcproto.cli import Instance, file_option, instance_options
+from zcproto.cli import Instance, instance_options, out_option
 from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options, user_option
 from zcproto.cli.stub_python import Python, listed_methods
 from zcproto.cli.stub_types import Language, Stubs, clean_text
@@ -26,7 +26,7 @@ LANGUAGES: dict[str, type[Language]] = {"python": Python, "typescript": TypeScri
 @user_option("Open a session of this user. Without it only public methods are written.")
 @key_option("user")
 @trust_options
-@file_option("--output", "-o", text="Write to this file. [default: standard output]", dir_okay=False)
+@out_option("Write to this file. [default: standard output]")
 @instance_options
 def stubs(
     instance: Instance,
@@ -36,7 +36,7 @@ def stubs(
     user: str | None,
     key_file: Path | None,
     trust: TrustChoice,
-    output: Path | None,
+    out: Path | None,
 ) -> None:
     """Write a module with a typed client for the methods of a server, or of an App object such as `shop.api:app`.
 
@@ -56,10 +56,10 @@ def stubs(
     writer = Python(is_blocking=True) if blocking else LANGUAGES[language]()
     found = Stubs(methods, writer)
     text = writer.write(found, clean_text(source))
-    if output is None:
+    if out is None:
         sys.stdout.write(text)
     else:
-        output.write_text(text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     if found.without_schema:
         names = escape_text(", ".join(sorted(found.without_schema)), 500)
         click.echo(f"zcproto: without a schema in server.info, and left out: {names}", err=True)

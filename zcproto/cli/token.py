@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from zcproto.auth.tokens import SCOPES, MachineToken, TokenFile
-from zcproto.cli import Instance, command_group, file_option
+from zcproto.cli import Instance, command_group, force_option, out_option
 from zcproto.cli.audit import recorded
 from zcproto.cli.output import print_report, print_result, private_file, report_options, table
 from zcproto.common.clock import MS_PER_SECOND, system_clock
@@ -55,8 +55,8 @@ def _life(ctx: click.Context, param: click.Parameter, text: str) -> timedelta:
     callback=_life,
     help="How long it is valid.",
 )
-@file_option("--out", text="Write the token to this private file, for credentials_file of Prometheus.")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@out_option("Write the token to this private file, for credentials_file of Prometheus.")
+@force_option
 @report_options
 def create(
     instance: Instance,

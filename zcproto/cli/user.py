@@ -11,12 +11,13 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from zcproto.auth import DeviceFile, PairingFile, User, UserFile
-from zcproto.cli import Instance, command_group, file_option, instance_options, number_option
+from zcproto.cli import Instance, command_group, force_option, instance_options, number_option, out_option
 from zcproto.cli.audit import recorded
 from zcproto.cli.backends import local_backend
 from zcproto.cli.output import print_report, print_result, private_file, report_options, table
@@ -52,11 +53,8 @@ user = command_group("user", "Add, list and change users.")
 )
 @click.option("--no-key", is_flag=True, help="No API key: only devices and client certificates.")
 @click.option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N", help="Add NAME-1 to NAME-N.")
-@file_option(
-    "--keys-out",
-    text="Write the key to this private file; with --count a name, a tab and a key on each line.",
-)
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@out_option("Write the key to this private file; with --count a name, a tab and a key on each line.")
+@force_option
 @report_options
 def add(
     instance: Instance,
@@ -65,18 +63,18 @@ def add(
     operator: bool,
     no_key: bool,
     count: int | None,
-    keys_out: Path | None,
+    out: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Add a user and print the key, once. It can be used at once, also with a running server."""
-    if count is not None and keys_out is None:
-        raise click.UsageError("--count goes with --keys-out FILE.")
-    if no_key and keys_out is not None:
-        raise click.UsageError("--no-key and --keys-out do not go together.")
+    if count is not None and out is None:
+        raise click.UsageError("--count goes with --out FILE.")
+    if no_key and out is not None:
+        raise click.UsageError("--no-key and --out do not go together.")
     instance.home.ensure()
     granted = sorted({*roles, *((OPERATOR,) if operator else ())})
-    if keys_out is None:
+    if out is None:
         key, digest = (None, None) if no_key else _new_key()
         local_backend(instance).run("users/add", name=name, roles=granted, key_digest=digest)
         hint = ", without a key." if key is None else ". Keep this key; it is shown once:"
@@ -87,7 +85,7 @@ def add(
             click.echo(key)
         return
     # The file comes first: keys that cannot be written would be lost.
-    with private_file(keys_out, replace=force) as file:
+    with private_file(out, replace=force) as file:
         if count is None:
             key, digest = _new_key()
             local_backend(instance).run("users/add", name=name, roles=granted, key_digest=digest)
@@ -98,8 +96,8 @@ def add(
                 added = UserFile(instance.home.users).add_many(names, frozenset(granted))
             file.writelines(f"{each}\t{secret.reveal()}\n" for each, secret in added)
     who, what = (name, "key is") if count is None else (counted(count, "user"), "keys are")
-    note = f"{escape_text(who)} added; the {what} in {escape_text(str(keys_out))}"
-    print_result(as_json, {"added": count or 1, "keys": str(keys_out)}, note)
+    note = f"{escape_text(who)} added; the {what} in {escape_text(str(out))}"
+    print_result(as_json, {"added": count or 1, "keys": str(out)}, note)
 
 
 def _new_key() -> tuple[str, str]:
@@ -148,19 +146,26 @@ _add_command("remove", "is removed", "Remove a user, and end the open sessions."
 
 @user.command("new-key")
 @click.argument("name")
+@out_option("Write the key to this private file.")
+@force_option
 @report_options
-def new_key(instance: Instance, name: str, as_json: bool) -> None:
+def new_key(instance: Instance, name: str, out: Path | None, force: bool, as_json: bool) -> None:
     """Replace the key of a user, print the new one, once, and end the sessions opened with the old one."""
     key, digest = _new_key()
     ended, failure = None, None
-    try:
-        result = local_backend(instance).run("users/new-key", name=name, key_digest=digest)
-        ended = result["sessions"]
-    except SessionsNotEndedError as error:  # the key is replaced: it must not be lost
-        failure = error
-    note = f"{escape_text(name)} has a new key. Keep it; it is shown once:"
-    print_result(as_json, {"name": name, "sessions": ended, "key": key}, note)
-    if not as_json:
+    with nullcontext() if out is None else private_file(out, replace=force) as file:
+        try:
+            ended = local_backend(instance).run("users/new-key", name=name, key_digest=digest)["sessions"]
+        except SessionsNotEndedError as error:  # the key is replaced: it must not be lost
+            failure = error
+        if file is not None:
+            file.write(f"{key}\n")
+    where = "Keep it; it is shown once:" if out is None else f"It is in {escape_text(str(out))}."
+    shown = {"key": key} if out is None else {"keys": str(out)}
+    print_result(
+        as_json, {"name": name, "sessions": ended, **shown}, f"{escape_text(name)} has a new key. {where}"
+    )
+    if out is None and not as_json:
         click.echo(key)
     if failure is not None:
         raise failure

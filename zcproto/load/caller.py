@@ -277,7 +277,7 @@ class Operator(UserCaller):
             raise ConfigError(
                 [
                     f"{escape_text(credential.user)!r} is not an operator, so the server's counters cannot be read;"
-                    " create one with: zcproto user add ops --operator --count 1 --keys-out ops.keys, and give"
+                    " create one with: zcproto user add ops --operator --count 1 --out ops.keys, and give"
                     " --operator-key-file ops.keys"
                 ]
             ) from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import importlib
 import io
 import json
 import os
@@ -12,8 +10,9 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from rich.console import Console
 
@@ -23,14 +22,12 @@ from zcproto.errors import ConfigError
 from zcproto.load import hdr, report
 from zcproto.load.find_max import Search, show_search
 from zcproto.load.plan import SPARE_FILES, Plan, check_plan, require_open_files
+from zcproto.load.plot import draw_run, draw_search
 from zcproto.load.progress import view_for
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
+PLOT_SUFFIX: Final = ".svg"
 EXIT_CODES: Final = {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED: 130}
 
 
@@ -51,10 +48,8 @@ def check_outputs(outputs: Outputs) -> None:
     for path in (outputs.json, outputs.hdr, outputs.plot, outputs.html):
         if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
             faults.append(f"{escape_text(str(path))}: cannot be written; give a file in a writable folder")
-    if outputs.plot is not None or outputs.html is not None:
-        importlib.import_module("matplotlib")  # fail before the run if it is missing
-    if outputs.plot is not None and outputs.plot.suffix not in PLOT_SUFFIXES:
-        faults.append(f"{escape_text(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}")
+    if outputs.plot is not None and outputs.plot.suffix != PLOT_SUFFIX:
+        faults.append(f"{escape_text(str(outputs.plot))}: the name must end in {PLOT_SUFFIX}")
     if faults:
         raise ConfigError(faults)
 
@@ -86,7 +81,7 @@ def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
         outputs,
         report.as_json(result, outputs.bars, started),
         lambda page: report.show(result, page, outputs.bars),
-        lambda: _draw(result),
+        lambda: draw_run(result),
     )
     if outputs.hdr is not None:
         hdr.write_file(outputs.hdr, result.record, started)
@@ -99,39 +94,27 @@ def find_max_and_report(plan: Plan, limit_ms: float, outputs: Outputs, console: 
     The search begins at the rate of the plan. Raises ConfigError before it connects.
     """
     check(plan, outputs)
+    started = time.time()
     search = Search(limit_ms)
     for rate in search.rates(plan.rate):
         console.print(f"{rate:,.0f} requests/s", highlight=False)
         search.add(measure(replace(plan, rate=rate), console))
     show_search(search, console)
-    write_outputs(
-        outputs, search.as_json(), lambda page: show_search(search, page), lambda: _draw_search(search)
-    )
+    value = {"started": report.moment(started), "machine": report.machine(), **search.as_json()}
+    write_outputs(outputs, value, lambda page: show_search(search, page), lambda: draw_search(search))
     return search
 
 
 def write_outputs(
-    outputs: Outputs, value: dict[str, Any], show: Callable[[Console], None], draw: Callable[[], Figure]
+    outputs: Outputs, value: dict[str, Any], show: Callable[[Console], None], draw: Callable[[], str]
 ) -> None:
     """Write the result as JSON, as a plot, and as a page with both the plot and the report."""
     if outputs.json is not None:
         outputs.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     if outputs.plot is not None:
-        draw().savefig(outputs.plot)
+        outputs.plot.write_text(draw(), encoding="utf-8")
     if outputs.html is not None:
-        write_page(outputs.html, show, draw())
-
-
-def _draw(result: Result) -> Figure:
-    from zcproto.load.plot import draw_run  # noqa: PLC0415 - importing matplotlib takes half a second
-
-    return draw_run(result)
-
-
-def _draw_search(search: Search) -> Figure:
-    from zcproto.load.plot import draw_search  # noqa: PLC0415
-
-    return draw_search(search)
+        write_page(outputs.html, value, show, draw())
 
 
 async def _run_interruptible(plan: Plan, view: View) -> Result:
@@ -158,23 +141,34 @@ _TEMPLATE: Final = """<!doctype html>
 <title>zcproto bench</title>
 <style>
 body {{ margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font-family: system-ui, sans-serif; color: #1f2933 }}
-pre {{ white-space: pre-wrap; font: 0.9rem/1.4 ui-monospace, monospace }}
-img {{ max-width: 100% }}
+pre {{ overflow-x: auto; font: 0.9rem/1.4 ui-monospace, monospace }}
+figure {{ margin: 0; overflow-x: auto }}
+svg {{ width: 100%; min-width: 34rem }}
+@media (max-width: 40rem) {{ body {{ margin-top: 1rem }} pre {{ font-size: 0.7rem }} }}
 </style>
 <body>
 <h1>zcproto bench</h1>
-<img src="data:image/svg+xml;base64,PLOT" alt="Plot of the figures below">
+<p>ABOUT</p>
+<figure>PLOT</figure>
 <pre>{code}</pre>
 </body>
 </html>
 """
 
 
-def write_page(path: Path, show: Callable[[Console], None], figure: Figure) -> None:
-    """Write what `show` prints, below a plot."""
-    plot = io.BytesIO()
-    figure.savefig(plot, format="svg")
+def write_page(path: Path, value: Mapping[str, Any], show: Callable[[Console], None], plot: str) -> None:
+    """Write what `show` prints, below when and where it was measured, and a plot."""
+    machine = value["machine"]
+    about = (
+        f"{value['started']} on {machine['host']}, zcproto {machine['zcproto']}, {machine['cpus']} CPUs,"
+        f" {machine['system']}, Python {machine['python']}, {machine['openssl']}"
+    )
     console = Console(file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, highlight=False)
     show(console)
-    template = _TEMPLATE.replace("PLOT", base64.b64encode(plot.getvalue()).decode())
+    template = _TEMPLATE.replace("ABOUT", _literal(escape(about))).replace("PLOT", _literal(plot))
     path.write_text(console.export_html(code_format=template, inline_styles=True), encoding="utf-8")
+
+
+def _literal(text: str) -> str:
+    """Return text that `str.format` leaves as it is."""
+    return text.replace("{", "{{").replace("}", "}}")

@@ -69,7 +69,7 @@ class PendingRequest(NamedTuple):
     number: int
     due: float
     sent: float
-    stream: LoadStream | None = None
+    stream: LoadStream | OwnStream | None = None
 
 
 class LoadConnection(FrameConnection):
@@ -97,7 +97,7 @@ class LoadConnection(FrameConnection):
         params: dict[str, Any],
         number: int,
         due: float,
-        stream: LoadStream | None = None,
+        stream: LoadStream | OwnStream | None = None,
     ) -> bool:
         """Queue a request, or the opening of a stream, which `flush` sends. Return False if it is impossible."""
         tally = self._generator.record.tallies[kind]
@@ -137,7 +137,7 @@ class LoadConnection(FrameConnection):
             value = self.conversation.take_item(request.stream.half, system_clock.wall())
         except InternalError:
             value = None  # it cannot be decoded
-        self._generator.item_arrived(request.stream, value)
+        self._generator.item_arrived(request.kind, request.stream, value)
 
     def welcomed(self) -> None:
         self._generator.welcomed(self)
@@ -421,7 +421,8 @@ class Generator:
             return
         for _ in range(number_of_requests):
             number = self._take_number()
-            connection.queue(kind, self._method, self._params(number), number, due)
+            stream = OwnStream(self._target, due) if self._target and self._target.is_stream else None
+            connection.queue(kind, self._method, self._params(number), number, due, stream)
         connection.flush()
 
     def _open_stream(self, connection: LoadConnection, due: float) -> None:
@@ -438,13 +439,18 @@ class Generator:
         else:
             count(items.not_sent, "its stream could not be opened", share.items_per_stream)
 
-    def item_arrived(self, stream: LoadStream, value: Any) -> None:
+    def item_arrived(self, kind: RequestKind, stream: LoadStream | OwnStream, value: Any) -> None:
         """Compare an item of a stream and time it."""
         record = self.record
-        now = record.load_ended = time.monotonic()
-        latency = now - stream.next_due
-        record.latencies["between_items" if stream.received else "first_item"].add(now - stream.last_at)
+        now = time.monotonic()
+        if kind is RequestKind.LOAD:
+            record.load_ended = now
+            record.latencies["between_items" if stream.received else "first_item"].add(now - stream.last_at)
         stream.last_at = now
+        if isinstance(stream, OwnStream):
+            stream.received += 1
+            return
+        latency = now - stream.next_due
         if stream.take(value):
             record.items.equal += 1
             self._time("item", now, latency)
@@ -484,7 +490,7 @@ class Generator:
                 self._fail(connection, "its first answer differs from the request")
             return
         tally.equal += 1
-        if request.stream is not None:
+        if isinstance(request.stream, LoadStream):
             return  # its items were timed
         if kind is RequestKind.LOAD:
             now = self.record.load_ended = time.monotonic()
@@ -616,3 +622,20 @@ class LoadStream:
     def is_complete(self, result: Any) -> bool:
         """Return whether all items have arrived in order, and the result is right."""
         return not self.wrong and self.received == self._planned and result == {"items": self._planned}
+
+
+class OwnStream:
+    """A stream of an application's method, which may send any items. Its end is the answer to a request."""
+
+    __slots__ = ("_target", "half", "last_at", "received")
+
+    missing: Final = 0
+
+    def __init__(self, target: Target, due: float) -> None:
+        self._target = target
+        self.last_at = due
+        self.half: ClientStream | None = None
+        self.received = 0
+
+    def is_complete(self, result: Any) -> bool:
+        return self._target.is_right(result)

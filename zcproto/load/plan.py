@@ -62,18 +62,22 @@ class Target(NamedTuple):
     params: dict[str, Any]
     expected: tuple[Any] | tuple[()] = ()
     """Empty if any result will do."""
+    is_stream: bool = False
+    """Whether each request is a stream, whose items may be any."""
 
     def is_right(self, value: Any) -> bool:
         return not self.expected or value == self.expected[0]
 
     def to_text(self) -> str:
         """Return it for a process. Raises MessageError if the params cannot be sent."""
-        return base64.b64encode(encode_body([self.method, self.params, [*self.expected]])).decode()
+        return base64.b64encode(
+            encode_body([self.method, self.params, [*self.expected], self.is_stream])
+        ).decode()
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        method, params, expected = decode_body(base64.b64decode(text))
-        return cls(method, params, tuple(expected))
+        method, params, expected, is_stream = decode_body(base64.b64decode(text))
+        return cls(method, params, tuple(expected), is_stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +196,7 @@ def check_plan(plan: Plan) -> None:
         faults.append(
             f"--sessions {plan.sessions}: the {len(plan.credentials)} users of the keys file may open"
             f" {capacity} sessions, {SESSIONS_PER_USER} each; create enough users with:"
-            f" zcproto user add load --count {users_for(plan.sessions)} --keys-out FILE"
+            f" zcproto user add load --count {users_for(plan.sessions)} --out FILE"
         )
     if faults:
         raise ConfigError(faults)
@@ -302,7 +306,7 @@ def read_credentials(path: Path) -> tuple[Credential, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
-            [f"{shown}: {error.strerror}; create it with: zcproto user add load --count N --keys-out FILE"]
+            [f"{shown}: {error.strerror}; create it with: zcproto user add load --count N --out FILE"]
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"{shown}: is not a text file; check the path"]) from error
@@ -316,13 +320,13 @@ def read_credentials(path: Path) -> tuple[Credential, ...]:
             raise ConfigError(
                 [
                     f"{shown}, line {number}: must have a name, a tab and a key; create it with: zcproto user add"
-                    " load --count N --keys-out FILE"
+                    " load --count N --out FILE"
                 ]
             )
         credentials.append(Credential(user, key.strip()))
     if not credentials:
         raise ConfigError(
-            [f"{shown}: contains no key; create it with: zcproto user add load --count N --keys-out FILE"]
+            [f"{shown}: contains no key; create it with: zcproto user add load --count N --out FILE"]
         )
     if len({each.user for each in credentials}) < len(credentials):
         raise ConfigError([f"{shown}: contains a user twice; remove one of the lines"])

@@ -1,36 +1,46 @@
-"""A plot of a run: latency by percentile, connections and rate over time."""
+"""Plots as SVG: the latency by percentile, connections and rate of a run; the latency by rate of a search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import accumulate
-from typing import Any, Final
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import accumulate, pairwise
+from typing import Final, NamedTuple
 
 from zcproto.load.find_max import Search
 from zcproto.load.record import TICKS_PER_SECOND, Latencies
 from zcproto.load.result import Moment, Result, Verdict
 
+WIDTH: Final = 720
+LEFT: Final = 58
+RIGHT: Final = 20
+LETTER: Final = 6.3
+"""About the width of a letter of a legend."""
+
 INK: Final = "#1f2933"
-FAINT: Final = "#d9dee4"
+FAINT_INK: Final = "#52606d"
+GRID: Final = "#d9dee4"
+EDGE: Final = "#9aa5b1"
 BLUE: Final = "#2563eb"
+LIGHT_BLUE: Final = "#7aa5f8"
 GREEN: Final = "#059669"
+ORANGE: Final = "#d97706"
+DASHES: Final = "6 4"
+
 FEW_DECADES: Final = 1_000
 """Below this range, an axis has room for several labels per decade."""
 
 LINES: Final = {
-    "request": ("request, from when it was due", BLUE, "-"),
-    "from_send": ("request, from when it was sent", "#7aa5f8", "--"),
-    "item": ("item, from when it was due", BLUE, "-"),
-    "first_item": ("first item of a stream", "#7aa5f8", "--"),
-    "session_open": ("session.open", GREEN, "-"),
-    "handshake": ("TCP and TLS handshake", "#d97706", "-"),
+    "request": ("request, from when it was due", BLUE, ""),
+    "from_send": ("request, from when it was sent", LIGHT_BLUE, DASHES),
+    "item": ("item, from when it was due", BLUE, ""),
+    "first_item": ("first item of a stream", LIGHT_BLUE, DASHES),
+    "session_open": ("session.open", GREEN, ""),
+    "handshake": ("TCP and TLS handshake", ORANGE, ""),
 }
+"""Label, colour and dashes of a line."""
+
 NINES: Final = {
     0.0: "0 %",
     0.5: "50 %",
@@ -43,45 +53,173 @@ NINES: Final = {
 PHASES: Final = ((Moment.IDLE, Moment.CONNECTED, "connecting"), (Moment.CONNECTED, Moment.LOADED, "load"),
                  (Moment.LOADED, Moment.VERIFIED, "last requests"))  # fmt: skip
 
+Points = Sequence[tuple[float, float]]
 
-def draw_run(result: Result) -> Figure:
+
+class Axis(NamedTuple):
+    """A scale with its ticks: values and their labels."""
+
+    low: float
+    high: float
+    ticks: Mapping[float, str]
+    is_log: bool = False
+
+    def share(self, value: float) -> float:
+        """Return where a value is, from 0 at the low end to 1."""
+        low, high, value = (map(math.log, (self.low, self.high, value)) if self.is_log else
+                            (self.low, self.high, value))  # fmt: skip
+        return (value - low) / (high - low)
+
+
+def from_zero(high: float, top: float | None = None) -> Axis:
+    """Return an axis from 0 to `top`, or to a round number above `high`, with about four ticks."""
+    high = max(high, 1e-9)
+    grain = 10 ** math.floor(math.log10(high))
+    end = math.ceil(high * 1.1 / (grain / 2)) * grain / 2 if top is None else top
+    step = next(grain * part for part in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if end / (grain * part) <= 6)
+    return Axis(0, end, {step * count: f"{step * count:,g}" for count in range(int(end / step + 1e-9) + 1)})
+
+
+def logarithmic(values: Iterable[float]) -> Axis:
+    """Return an axis around values above zero."""
+    found = [value for value in values if value > 0] or [1.0]
+    low, high = min(found) / 1.25, max(found) * 1.25
+    parts = (1, 2, 5) if high / low < FEW_DECADES else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [part * 10.0**decade for decade in decades for part in parts]
+    return Axis(low, high, {tick: f"{tick:,g}" for tick in ticks if low <= tick <= high}, is_log=True)
+
+
+class Panel:
+    """A plot with its title, legend and axes. Points are values, which its axes place."""
+
+    def __init__(self, title: str, height: float, x: Axis, y: Axis, unit: str = "") -> None:
+        self._title, self._height, self._x, self._y, self._unit = title, height, x, y, unit
+        self._marks: list[str] = []
+        self._legend: list[tuple[str, str, str]] = []
+
+    def line(
+        self, points: Points, color: str, label: str = "", dashes: str = "", *, fill: bool = False
+    ) -> None:
+        """Draw a line. With `fill` the area below it has its colour, too."""
+        if not points:
+            return
+        path = " ".join(f"{self._left(x):.1f},{self._top(y):.1f}" for x, y in points)
+        if fill:
+            first, last = self._left(points[0][0]), self._left(points[-1][0])
+            area = f"{first:.1f},{self._height} {path} {last:.1f},{self._height}"
+            self._marks.append(f'<polygon points="{area}" fill="{color}" fill-opacity="0.14"/>')
+        self._marks.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"{_dashed(dashes)}/>'
+        )
+        if label:
+            self._legend.append((label, color, dashes))
+
+    def dot(self, x: float, y: float, color: str, *, hollow: bool = False) -> None:
+        """Draw a dot, or a ring."""
+        fill = "#fff" if hollow else color
+        self._marks.append(
+            f'<circle cx="{self._left(x):.1f}" cy="{self._top(y):.1f}" r="3.2" fill="{fill}" stroke="{color}"'
+            ' stroke-width="1.6"/>'
+        )
+
+    def text(self, x: float, words: str) -> None:
+        """Write words at the top, around a value of the horizontal axis."""
+        self._marks.append(
+            f'<text x="{self._left(x):.1f}" y="12" text-anchor="middle" font-size="11" fill="{FAINT_INK}">'
+            f"{escape(words)}</text>"
+        )
+
+    def _left(self, x: float) -> float:
+        return LEFT + self._x.share(x) * (WIDTH - LEFT - RIGHT)
+
+    def _top(self, y: float) -> float:
+        return self._height * (1 - self._y.share(y))
+
+    def svg(self, top: float) -> tuple[str, float]:
+        """Return the elements of the panel below `top`, and where it ends."""
+        top += 18
+        parts = [f'<text x="12" y="{top:.0f}" font-size="13" fill="{INK}">{escape(self._title)}</text>']
+        at = float(WIDTH)
+        for label, color, dashes in self._legend:
+            width = 42 + LETTER * len(label)
+            if at + width > WIDTH:
+                at, top = 12, top + 18
+            parts.append(
+                f'<path d="M{at:.0f} {top - 4:.0f}h20" stroke="{color}" stroke-width="1.8"{_dashed(dashes)}/>'
+                f'<text x="{at + 26:.0f}" y="{top:.0f}" font-size="11" fill="{INK}">{escape(label)}</text>'
+            )
+            at += width
+        top += 14
+        parts.append(f'<g transform="translate(0 {top:.0f})">')
+        for value, label in self._x.ticks.items():
+            at = self._left(value)
+            parts.append(f'<path d="M{at:.1f} 0V{self._height}" stroke="{GRID}" stroke-width="0.8"/>')
+            parts.append(_label(at, self._height + 16, label, "middle"))
+        for value, label in self._y.ticks.items():
+            at = self._top(value)
+            parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{GRID}" stroke-width="0.8"/>')
+            parts.append(_label(LEFT - 7, at + 4, label, "end"))
+        parts.append(f'<path d="M{LEFT} 0V{self._height}H{WIDTH - RIGHT}" fill="none" stroke="{EDGE}"/>')
+        parts += [*self._marks, _label(WIDTH - RIGHT, self._height + 32, self._unit, "end"), "</g>"]
+        return "\n".join(parts), top + self._height + (40 if self._unit else 24)
+
+
+def _label(x: float, y: float, text: str, anchor: str) -> str:
+    style = f'text-anchor="{anchor}" font-size="11" fill="{FAINT_INK}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
+
+
+def _dashed(dashes: str) -> str:
+    return f' stroke-dasharray="{dashes}"' if dashes else ""
+
+
+def figure(title: str, panels: Iterable[Panel]) -> str:
+    """Return a picture of panels below each other."""
+    parts, top = [], 40.0
+    for panel in panels:
+        part, top = panel.svg(top)
+        parts.append(part)
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" role="img"'
+        f' font-family="system-ui, sans-serif"><title>{escape(title)}</title>',
+        f'<rect width="{WIDTH}" height="{top:.0f}" fill="#fff"/>',
+        f'<text x="12" y="28" font-size="16" font-weight="bold" fill="{INK}">{escape(title)}</text>',
+        *parts,
+        "</svg>\n",
+    ])  # fmt: skip
+
+
+def draw_run(result: Result) -> str:
     """Plot latencies, connections and rates of a run."""
-    figure = Figure(figsize=(10, 9.4), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    latencies, connections, rate = figure.subplots(3, 1, height_ratios=(2.4, 1, 1))
-    figure.suptitle(_title(result), x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
-    figure.get_layout_engine().set(hspace=0.03, h_pad=0.06)  # type: ignore[union-attr, call-arg]
-    lines = [(result.record.latencies[name], *style) for name, style in LINES.items()]
-    draw_latencies(latencies, lines, "Latency by percentile in milliseconds; the dot is the peak")
-    _draw_connections(connections, result)
-    _draw_rate(rate, result)
-    rate.sharex(connections)
-    rate.set_xlabel("seconds since the start", color=INK, fontsize=9.5)
-    return figure
+    return figure(_title(result), [_latencies(result), _connections(result), _rates(result)])
 
 
-def draw_search(search: Search) -> Figure:
-    """Plot p50 and p99 by rate, and the limit."""
-    figure = Figure(figsize=(10, 5), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    plain(axes)
-    steps = sorted(search.steps, key=lambda step: step.rate)
-    rates = [step.rate for step in steps]
-    for label, color in (("p99", BLUE), ("p50", "#7aa5f8")):
-        waits = [step.latency_ms.get(label, math.nan) for step in steps]
-        axes.plot(rates, waits, "-o", color=color, linewidth=1.8, label=label)
-    axes.axhline(search.limit_ms, color="#d97706", linewidth=1.2, linestyle="--", label="limit")
+def draw_search(search: Search) -> str:
+    """Plot p50 and p99 by rate, and the limit. A ring is a rate that missed it."""
+    steps = {step.rate: step for step in sorted(search.steps, key=lambda step: step.rate)}.values()
+    curves: dict[str, Points] = {
+        label: [(step.rate, step.latency_ms[label]) for step in steps if step.latency_ms]
+        for label in ("p99", "p50")
+    }
+    waits = [wait for points in curves.values() for _, wait in points]
+    x = logarithmic(step.rate for step in steps)
+    y = logarithmic([*waits, search.limit_ms])
+    panel = Panel(
+        "Latency by rate in milliseconds; a ring is a rate that missed the limit",
+        300,
+        x,
+        y,
+        "requests per second",
+    )
+    for (label, points), color in zip(curves.items(), (BLUE, LIGHT_BLUE), strict=True):
+        panel.line(points, color, label)
+        for (rate, wait), step in zip(points, (step for step in steps if step.latency_ms), strict=True):
+            panel.dot(rate, wait, color, hollow=not step.holds)
+    panel.line([(x.low, search.limit_ms), (x.high, search.limit_ms)], ORANGE, "limit", DASHES)
     if search.highest is not None:
-        axes.axvline(search.highest, color=GREEN, linewidth=1.2, linestyle="--", label="highest rate")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlim(0, max(rates, default=1.0) * 1.05)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("requests per second", color=INK, fontsize=9.5)
-    head(axes, "Latency by rate in milliseconds")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return figure
+        panel.line([(search.highest, y.low), (search.highest, y.high)], GREEN, "highest rate", DASHES)
+    return figure(search.conclusion.partition(";")[0], [panel])
 
 
 def _title(result: Result) -> str:
@@ -94,123 +232,66 @@ def _title(result: Result) -> str:
     return f"{what}: {result.verdict.value}"
 
 
-def plain(axes: Axes) -> None:
-    """Apply the common style of frame, ticks and grid."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9aa5b1")
-    axes.tick_params(colors="#52606d", labelsize=9, length=3)
-    axes.grid(True, which="major", color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def curve(latencies: Latencies) -> tuple[list[float], list[float]]:
+def curve(latencies: Latencies) -> Points:
     """Return the points of the distribution: 1 / (1 - quantile), and milliseconds."""
     total = latencies.total
-    xs, ys = [], []
+    points = []
     below = 0
     for micros, count in sorted(latencies.counts.items()):
-        xs.append(total / (total - below))
-        ys.append(micros / 1000)
+        points.append((total / (total - below), micros / 1000))
         below += count
     if total:
-        xs.append(float(total))
-        ys.append(latencies.max_us / 1000)
-    return xs, ys
+        points.append((float(total), latencies.max_us / 1000))
+    return points
 
 
-Line = tuple[Latencies, str, str, str]
-"""Latencies, and the label, colour and style of their line."""
-
-
-def draw_latencies(axes: Axes, lines: Iterable[Line], text: str, columns: int = 4) -> None:
+def _latencies(result: Result) -> Panel:
     """Plot latency by percentile on logarithmic scales, which show the tail."""
-    plain(axes)
-    longest = 1.0
-    for latencies, label, color, style in lines:
-        if not latencies.counts:
-            continue
-        xs, ys = curve(latencies)
-        longest = max(longest, xs[-1])
-        axes.plot(xs, ys, style, color=color, linewidth=1.8, label=label, drawstyle="steps-post")
-        axes.plot(xs[-1:], ys[-1:], "o", color=color, markersize=4)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(1, longest * 1.2)
-    axes.minorticks_off()
-    ticks = [part for part in NINES if 1 / (1 - part) <= longest * 1.2]
-    axes.set_xticks([1 / (1 - part) for part in ticks], [NINES[part] for part in ticks])
-    low, high = axes.get_ylim()
-    if high / low < FEW_DECADES:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    head(axes, text, pad=6 + 18 * -(-len(axes.lines) // 2 // columns))
-    if axes.lines:
-        axes.legend(
-            frameon=False, fontsize=9, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 0.99),
-            labelcolor=INK, handlelength=1.6, columnspacing=1.6,
-        )  # fmt: skip
+    curves = {name: curve(result.record.latencies[name]) for name in LINES}
+    every = [point for points in curves.values() for point in points]
+    longest = max((x for x, _ in every), default=1.0) * 1.2
+    ticks = {1 / (1 - part): label for part, label in NINES.items() if 1 / (1 - part) <= longest}
+    x = Axis(1, max(longest, 2), ticks, is_log=True)
+    title = "Latency by percentile in milliseconds; the dot is the peak"
+    panel = Panel(title, 300, x, logarithmic(y for _, y in every))
+    for name, (label, color, dashes) in LINES.items():
+        if points := curves[name]:
+            steps = [corner for (x0, y0), (x1, y1) in pairwise(points) for corner in ((x0, y0), (x1, y0))]
+            panel.line([*steps, points[-1]], color, label, dashes)
+            panel.dot(*points[-1], color)
+    return panel
 
 
-def _draw_connections(axes: Axes, result: Result) -> None:
-    plain(axes)
+def _connections(result: Result) -> Panel:
     series = result.record.connected_over_time
-    ticks = _ticks(result)
-    opened = [0, *accumulate(series.get(tick, 0) for tick in range(ticks))]
-    at = [tick / TICKS_PER_SECOND for tick in range(ticks + 1)]
-    axes.fill_between(at, opened, color=GREEN, alpha=0.14, linewidth=0)
-    axes.plot(at, opened, color=GREEN, linewidth=1.8)
-    _over_time(axes, max(opened), at[-1])
-    head(axes, "Connections with a session")
-    _name_phases(axes, result)
+    opened = [0, *accumulate(series.get(tick, 0) for tick in range(_ticks(result)))]
+    points = [(tick / TICKS_PER_SECOND, float(count)) for tick, count in enumerate(opened)]
+    return _over_time(result, "Connections with a session", points, GREEN)
 
 
-def _draw_rate(axes: Axes, result: Result) -> None:
-    plain(axes)
+def _rates(result: Result) -> Panel:
     series = result.record.answered_over_time
-    ticks = _ticks(result)
-    rates = [series.get(tick, 0) * TICKS_PER_SECOND for tick in range(ticks)]
-    at = [tick / TICKS_PER_SECOND for tick in range(ticks + 1)]
-    axes.stairs(rates, at, color=BLUE, linewidth=1.8, fill=True, alpha=0.14)
-    axes.stairs(rates, at, color=BLUE, linewidth=1.8)
-    _over_time(axes, max(rates), at[-1])
-    head(axes, "Items and answers per second" if result.plan.stream else "Answers per second")
-    _name_phases(axes, result)
+    points: list[tuple[float, float]] = []
+    for tick in range(_ticks(result)):
+        rate = float(series.get(tick, 0) * TICKS_PER_SECOND)
+        points += [(tick / TICKS_PER_SECOND, rate), ((tick + 1) / TICKS_PER_SECOND, rate)]
+    title = "Items and answers per second" if result.plan.stream else "Answers per second"
+    return _over_time(result, title, points, BLUE, "seconds since the start")
 
 
 def _ticks(result: Result) -> int:
     return max((*result.record.connected_over_time, *result.record.answered_over_time), default=0) + 1
 
 
-def _over_time(axes: Axes, highest: float, seconds: float) -> None:
-    axes.set_xlim(0, seconds)
-    axes.set_ylim(0, _top(highest))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def head(axes: Axes, text: str, pad: float = 6) -> None:
-    """Set the title of a plot."""
-    axes.set_title(text, loc="left", fontsize=10.5, color=INK, pad=pad)
-
-
-def _name_phases(axes: Axes, result: Result) -> None:
-    """Label the phases that are wide enough for their name."""
-    style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8.5, "color": "#52606d"}
-    room = axes.get_xlim()[1] / 9
+def _over_time(result: Result, title: str, points: Points, color: str, unit: str = "") -> Panel:
+    end = points[-1][0]
+    y = from_zero(max(y for _, y in points))
+    panel = Panel(title, 110, from_zero(end, end), y, unit)
     for first, second, name in PHASES:
-        if first not in result.readings or second not in result.readings:
-            continue
-        start, end = result.readings[first].at, result.readings[second].at
-        axes.axvline(end, color="#9aa5b1", linewidth=0.8, linestyle=":")
-        if end - start > room:
-            axes.text((start + end) / 2, 0.97, name, transform=axes.get_xaxis_transform(), **style)
-
-
-def _top(highest: float) -> float:
-    """Return a round number above the highest value."""
-    if highest <= 0:
-        return 1.0
-    grain: float = 10 ** math.floor(math.log10(highest))
-    return math.ceil(highest * 1.2 / (grain / 2)) * grain / 2
+        if first in result.readings and second in result.readings:
+            start, stop = (min(result.readings[each].at, end) for each in (first, second))
+            panel.line([(stop, 0), (stop, y.high)], EDGE, dashes="1 3")
+            if stop - start > end / 8:  # there is room for the name
+                panel.text((start + stop) / 2, name)
+    panel.line(points, color, fill=True)
+    return panel

@@ -9,6 +9,7 @@ import ssl
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any, Final, NamedTuple
 
 from rich import box
@@ -136,7 +137,13 @@ def figures(result: Result, bars: Mapping[str, float]) -> list[Figure]:
 
 def _latencies(result: Result) -> dict[str, Latencies]:
     """Return the latencies of this kind of load by name."""
-    others = ("request", "from_send") if result.plan.stream else ("first_item", "item", "between_items")
+    target = result.plan.target
+    if result.plan.stream:
+        others = {"request", "from_send"}
+    else:
+        others = (
+            {"item"} if target is not None and target.is_stream else {"first_item", "item", "between_items"}
+        )
     return {name: each for name, each in result.record.latencies.items() if name not in others}
 
 
@@ -300,7 +307,7 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
     load, reached = _load_rate(result)
     return {
         "schema": SCHEMA,
-        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "started": moment(started),
         "machine": machine(),
         "plan": {
             field.name: getattr(plan, field.name)
@@ -341,9 +348,16 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
     }
 
 
+def moment(seconds: float) -> str:
+    """Return Unix seconds as ISO 8601."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
 def machine() -> dict[str, Any]:
     """Return the properties of the machine that affect figures."""
     return {
+        "host": platform.node(),
+        "zcproto": metadata.version("zcproto"),
         "cpus": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": sys.version.split()[0],

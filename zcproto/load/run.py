@@ -77,7 +77,7 @@ async def run(
     """
     address = await resolve(plan.host, plan.port)
     sources_for(plan, address)  # fail before the first connection
-    if plan.target is not None:
+    if plan.target is not None and not plan.target.is_stream:
         await _try_target(plan, plan.target, address)
     if plan.operator is None:
         return await _Run(plan, view, stop, None, after_load).conduct(address)

@@ -69,7 +69,7 @@ def _next_command(home: Home, port: int) -> str:
     option = "" if _is_default(home.path) else f" --home {escape_text(shlex.quote(str(home.path)))}"
     if home.users.exists():
         return f"{_program()}{option} call localhost:{port} server.info"
-    return f"{_program()}{option} user add ada --keys-out ada.key"
+    return f"{_program()}{option} user add ada --out ada.key"
 
 
 def _program() -> str:

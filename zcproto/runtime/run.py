@@ -1,4 +1,4 @@
-"""`serve()`: a process that is a server, with its protection, signals and exit codes.
+"""A process that is a server, with its protection, signals and exit codes.
 
 SIGTERM, SIGINT    drain; a second one ends the process at once
 SIGHUP             reload the configuration, reopen the log file
@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,29 +42,18 @@ REDIRECT_SOCKET: Final = "redirect"
 """FileDescriptorName= of a socket without TLS, for http.redirect_port. All others are for TLS."""
 
 
-def serve(
-    app: App | None = None,
-    config: Config | None = None,
+def run_server(
+    app: App | None,
+    config: Config | None,
     *,
-    home: Path | None = None,
-    authenticators: Authenticators | None = None,
-    ready: Callable[[Server], None] = lambda server: None,
-    listening: Callable[[Sequence[tuple[str, int]]], None] = lambda addresses: None,
-    progress: Callable[[str], None] = lambda sentence: None,
-    **options: Any,
+    home: Path | None,
+    authenticators: Authenticators | None,
+    ready: Callable[[Server], None],
+    listening: Callable[[Sequence[tuple[str, int]]], None],
+    progress: Callable[[str], None],
+    options: dict[str, Any],
 ) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts off what still runs.
-
-    With `server.workers` above 1 these are several processes. The caller's process forks them and supervises them.
-
-    `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it
-    listens, in each worker, and `listening` once with host and port of every listening socket; `progress` with
-    sentences about new certificates; on a terminal, three lines replace those of the first start. A service manager
-    such as systemd is notified as well; it may run a watchdog and pass the listening sockets. Further options are
-    passed to `Server`. Raises ConfigError, CertificateError or LifespanError before anything listens, LifespanError
-    at the end, and RuntimeError inside a running event loop or outside the main thread: use `Server` there.
-    """
-    _check_own_process()
+    """Run a server until a signal ends it, as `serve` describes."""
     risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
@@ -115,19 +103,6 @@ def _with_all_faults(error: ConfigError, server: Server, app: App | None, has_us
     # Without the ports, which are bound after everything else.
     others = preflight(config, server.home, methods, running=config, has_users=has_users)
     return ConfigError([*dict.fromkeys((*error.faults, *(fault.message for fault in others)))])
-
-
-def _check_own_process() -> None:
-    """Refuse to run where the loop or the signals belong to the rest of the program."""
-    instead = "use `async with zcproto.Server(app) as server:` there, as the application guide shows"
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        raise RuntimeError(f"serve() runs an event loop, and one is running here; {instead}")
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(f"serve() handles signals, which only the main thread can; {instead}")
 
 
 async def _serve(

@@ -71,12 +71,6 @@ class Server:
     `home` is the folder of users and certificates; by default the one that the command line uses, and so is
     the configuration.
     `authenticators` decide who may open sessions; by default those of the application.
-    `read_config` reads the configuration again for `reload`; by default as `config` is read if it is left out.
-    `control` is whether to open a control socket in the home folder, which only one server can have; or one that
-    listens there already.
-    `addresses` are those on which other processes accept, for a server that does not listen itself.
-    `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those that
-    replace `http.redirect_port`; the server closes them.
     Raises ConfigError, CertificateError or LifespanError on entering, before anything listens. A lifespan that
     fails later drains the server, and its error is raised on leaving.
     """
@@ -98,6 +92,15 @@ class Server:
         entropy: Entropy = system_entropy,
         role: WorkerRole = SINGLE,
     ) -> None:
+        """Make a server. All other parameters are for `zcproto serve`, workers and tests.
+
+        `read_config` reads the configuration again for `reload`; by default as `config` is read if it is left out.
+        `control` is whether to open a control socket in the home folder, which only one server can have; or one
+        that listens there already.
+        `addresses` are those on which other processes accept, for a server that does not listen itself.
+        `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those
+        that replace `http.redirect_port`; the server closes them.
+        """
         self.home = resolve_home(None, os.environ) if home is None else Home(home)
         if config is None:
             read_config = partial(load_config, None, home=self.home.path, environ=os.environ)
