@@ -149,7 +149,7 @@ class ExtraConnections:
     def discard(self, connection: ClientProtocol) -> None:
         """Stop using a connection: it was lost, or the server goes away."""
         if self._used_at.pop(connection, None) is not None:
-            self._not_before = self._loop.time() + self._backoff.next()
+            self._not_before = self._loop.time() + self._backoff.next(connection.retry_after_ms)
 
     def close(self) -> None:
         """Make no more connections. The caller closes those that are open, and cancels `connecting`."""
