@@ -9,6 +9,7 @@ import pytest
 
 from tests.client.helpers import (
     STREAMS,
+    ReceivedRequest,
     ScriptedServer,
     client_of_all,
     cut,
@@ -430,6 +431,24 @@ async def test_failed_extra_connection_fails_no_call_and_is_tried_again_later() 
             for request in fleet[A].calls():
                 request.respond(None)
         await asyncio.gather(first, second, third, fourth)
+
+
+@scripted
+async def test_extra_connection_takes_calls_once_the_session_was_accepted_there() -> None:
+    fleet = Fleet(A, max_streams=2)
+    async with fleet.client(max_connections=2) as client:
+        shown: list[ReceivedRequest] = []
+        fleet[A].script("session.info", shown.append)
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(2)]
+        call = asyncio.create_task(client.call("echo", x=1))
+        await asyncio.sleep(1)
+        extra = fleet[A].links[1]
+        assert [request.method for request in extra.requests] == ["session.info"]
+        shown[0].respond()
+        assert await call == {"x": 1}
+        assert fleet[A].calls()[-1].link is extra
+        for each in held:
+            each.cancel()
 
 
 @scripted

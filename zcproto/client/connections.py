@@ -126,6 +126,7 @@ class ExtraConnections:
         self._used_at[connection] = self._loop.time()
         self._close_later()
         self.on_opened(connection)
+        connection.hold()
         self.wake(connection.free_streams)
         if self._waiting:
             self._grow(endpoint)
