@@ -82,9 +82,7 @@ def showing(ca_file: Path) -> Callable[[Identity | None], ssl.SSLContext]:
 
 def refused(pair: TlsPair) -> ssl.SSLError:
     """Run the handshake to its refusal. Return the error of the client."""
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step())
+    pair.exchange()
     assert pair.phase is TlsPhase.CLOSING
     assert pair.protocol.calls == []
     assert pair.acceptor.handshakes_in_progress == 0
@@ -297,9 +295,7 @@ def test_certificate_without_extended_key_usage_is_refused(
 ) -> None:
     """OpenSSL accepts it for every purpose."""
     pair = TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path)))
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step() + pair.sealed(b"at once"))
+    pair.exchange(b"at once")
     assert pair.protocol.calls == []
     assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
     assert pair.acceptor.handshakes_completed == 0
@@ -345,9 +341,7 @@ def test_client_with_wrong_pin_is_refused_and_counted(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(), showing(identity), client_pins=frozenset({OTHER_PIN}))
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step() + pair.sealed(b"at once"))
+    pair.exchange(b"at once")
     assert pair.protocol.calls == []
     assert pair.protocol.received == b""
     assert pair.failures == {TlsFailure.PIN_MISMATCH: 1}
@@ -386,9 +380,7 @@ def test_client_pins_can_change_while_connections_are_open(
     ).agree()
     first.acceptor.client_pins = frozenset({OTHER_PIN})
     second = TlsPair(timers, asking(), showing(identity), acceptor=first.acceptor)
-    second.raw.deliver(second.step())
-    second.hear()
-    second.raw.deliver(second.step())
+    second.exchange()
     assert first.phase is TlsPhase.OPEN
     assert first.failures == {TlsFailure.PIN_MISMATCH: 1}
 
