@@ -19,6 +19,7 @@ Rules:
 - An extra connection is made, to where the main one is, while calls wait for room and all connections have as many
   requests in flight as the server allows: one at a time. A failure does not fail a call. The next attempt after it,
   or after a loss, is delayed. Calls are served in order of arrival, by whichever connection has room first.
+- An extra connection takes calls once the requests that show the sessions there were answered.
 - An extra connection is closed when nothing was in flight on it for IDLE_AFTER. A lost one is not replaced until it
   is needed.
 

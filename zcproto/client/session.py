@@ -271,7 +271,8 @@ class SessionManager:
         session = self.session
         if session is not None and session.idle_timeout_ms:
             session.used(now)
-            self.valid_until = session.valid_until
+            if self._proving is None:
+                self.valid_until = session.valid_until
             self.noted_until = now + session.idle_timeout_ms / MS_PER_SECOND / NOTED_PER_IDLE_TIMEOUT
 
     @property
