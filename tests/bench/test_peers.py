@@ -15,7 +15,7 @@ from bench.peers import environment as environment_module
 from bench.peers import measure as module
 from bench.peers.calls import COMPRESSING, OWN, PLAIN, measure_calls, run_caller
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
-from bench.peers.command import BARS, FIGURES, ITEM, NOTES, REQUEST, report
+from bench.peers.command import BARS, REQUEST, report
 from bench.peers.environment import MARK, REQUIREMENTS, Environment
 from bench.peers.measure import (
     GRPC,
@@ -81,22 +81,6 @@ def test_call_has_a_bar_by_the_number_in_flight(own: float, of_sixteen: float, m
     for depth in (1, 16):
         assert shown.row(f"call_{depth}_us_ratio", WEBSOCKETS).holds == (depth not in missed)
     assert len(shown.reasons()) == len(missed)
-
-
-def test_memory_has_bars_and_may_be_left_out() -> None:
-    made = figures()
-    made.memory_kib |= {ZCPROTO: 60.0}
-    columns = report(made, QUICK, {}).columns
-    missed = [name for name, rows in columns.items() if not all(row.holds for row in rows)]
-    assert missed == [STREAMS, GRPC, UVICORN]
-    made.memory_kib = {}
-    rows = report(made, QUICK, {}).columns[ZCPROTO]
-    assert {row.key for row in rows} == {"request_us", "item_us", "connect_us"}
-
-
-def test_every_figure_has_note_for_every_server() -> None:
-    assert all(NOTES[name].keys() | {ITEM} == FIGURES.keys() for name in NAMES)
-    assert [name for name in NAMES if ITEM in NOTES[name]] == [*ITEM_NAMES]
 
 
 # --- clients --------------------------------------------------------------------------------------------------
@@ -174,40 +158,6 @@ def test_wrong_answer_refusal_and_closed_connection_are_errors(
 ) -> None:
     with pytest.raises(ZcprotoError, match=expected):
         asked(kind, answers)
-
-
-def test_grpc_client_acknowledges_settings_and_ping_and_indexes_header_fields() -> None:
-    made, tls = asked(*GOOD[3])
-    assert b"/peer.Echo/Echo" in tls.sent
-    assert tls.sent.endswith(h2(4, 1, 0, b"") + h2(6, 1, 0, b"12345678"))
-    made.send(made.request())
-    assert tls.sent.endswith(h2(1, 4, 3, b"\x83\x87\xc1\xc0\xbf\xbe") + h2(0, 1, 3, b"\0\0\0\0\7payload"))
-
-
-@pytest.mark.parametrize("size", [1, 125, 126, 16_000])
-def test_websocket_client_masks_frames(size: int) -> None:
-    payload = bytes(number % 251 for number in range(size))
-    length = bytes((size,)) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
-    _, tls = asked(WebsocketsClient, b"HTTP/1.1 101 S\r\n\r\n\x82" + length + payload, payload)
-    frame = tls.sent[tls.sent.index(b"\r\n\r\n") + 4 :]
-    assert frame[0] == 0x82
-    assert frame[1] & 0x80
-    at = 2 if size < 126 else 4
-    mask, masked = frame[at : at + 4], frame[at + 4 :]
-    assert bytes(each ^ mask[number % 4] for number, each in enumerate(masked)) == payload
-
-
-def test_grpc_client_takes_items_in_frames_of_any_size() -> None:
-    messages = b"\0\0\0\0\7payload" * 3
-    answer = b"".join(h2(0, 0, 3, part) for part in (messages[:10], messages[10:25], messages[25:]))
-    end = h2(1, 5, 3, b"\xbf")
-    made: Any
-    made, tls = asked(GrpcClient, GRPC_ANSWER + answer + end)
-    made.items(3)
-    assert tls.sent.endswith(h2(0, 1, 3, b"\0\0\0\0\x0b\0\0\0\3payload"))
-    made, _ = asked(GrpcClient, GRPC_ANSWER + answer.replace(b"load", b"lord") + end)
-    with pytest.raises(ZcprotoError, match="a wrong item"):
-        made.items(3)
 
 
 # --- measured -------------------------------------------------------------------------------------------------
