@@ -154,6 +154,7 @@ def test_new_connections_use_replaced_context(
     timers: FakeTimers, server_pairs: ServerPairs, client_tls: ssl.SSLContext
 ) -> None:
     old, new = (server_context([pair], ["zcp/1"]) for pair in server_pairs)
+    new.leaves = frozenset({b"leaf"})
     first = TlsPair(timers, old, client_tls)
     first.raw.deliver(first.step())
     first.acceptor.contexts = SiteContexts(new)
@@ -162,6 +163,7 @@ def test_new_connections_use_replaced_context(
     second = TlsPair(timers, old, client_tls, acceptor=first.acceptor).agree()
     assert first.phase is TlsPhase.OPEN
     assert first.client.getpeercert(True) != second.client.getpeercert(True)
+    assert (first.server.leaves(), second.server.leaves()) == (frozenset(), {b"leaf"})
 
 
 def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
@@ -185,6 +187,7 @@ def test_extra_info_is_empty_before_and_after_connection(tls_pair: TlsPair) -> N
     tls_pair.raw.lose()
     assert [server.get_extra_info(name, "none") for name in (*names, "peername")] == ["none"] * 4
     assert server.get_write_buffer_size() == 0
+    assert server.leaves() == frozenset()
     server.set_write_buffer_limits(high=1)
 
 
