@@ -480,7 +480,7 @@ async def say_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 
 async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    pass
+    writer.close()
 
 
 async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
