@@ -193,9 +193,7 @@ class SessionManager:
     _over: CallError | None = field(default=None, init=False)
     _renewing: asyncio.Task[None] | None = field(default=None, init=False)
     _attaching: tuple[bytes, ClientProtocol, PendingCall] | None = field(default=None, init=False)
-    _proving: asyncio.Future[Any] | None = field(
-        default=None, init=False
-    )  # holds calls back until it is done
+    _proving: asyncio.Future[Any] | None = field(default=None, init=False)  # calls wait for it
     _refreshed_early_at: float = field(default=-NEVER, init=False)
     _not_before: float = field(default=-NEVER, init=False)  # of the next renewal
     is_lost: bool = field(default=False, init=False)
@@ -374,14 +372,11 @@ class SessionManager:
 
     async def is_accepted_on(self, connection: ClientProtocol) -> bool:
         """Show the session on a connection that is not used yet, if there is one. Return False if it is refused."""
-        session, is_known = self.session, self._over is None and self._renewing is None
-        if (
-            session is None
-            or not is_known
-            or self._loop.time() >= session.valid_until
-            or not connection.ready
-        ):
+        session = self.session
+        if session is None or self.is_renewing or not connection.ready:
             return True  # the first call on it finds out
+        if self._loop.time() >= session.valid_until:
+            return True
         try:
             await answer(connection, self._show(connection))
         except CallError as error:
@@ -428,10 +423,10 @@ class SessionManager:
         _, call = self._attach(connection, device)
 
         def answered(_: asyncio.Future[Any]) -> None:
-            proved()
             if self._proving is call:
                 self._proving = None
                 self._update_validity()
+            proved()  # before the calls that wait go on
 
         call.add_done_callback(answered)
         if holds_calls:
