@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
-import shutil
-import socket
-import ssl
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench.scenarios import churning_clients, failover, failover_times, rotation, storm_clients
+from bench.scenarios import churning_clients, failover, failover_times, storm_clients
 from bench.scenarios.churning_clients import Client, Seen, now_ms
 from bench.scenarios.failover_times import Connected, Done, FailoverTimes, Load
 from bench.scenarios.helper import Helper
-from bench.scenarios.hostile import KINDS, HostileConnection
 from bench.scenarios.sessions import ClientSession
 from bench.scenarios.soak_clients import is_uncertain
 from bench.scenarios.storm_clients import Crowd, Honest, Hostile
@@ -29,15 +22,10 @@ from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
-from zcproto.common.clock import system_clock
-from zcproto.config.model import CertificatesConfig
-from zcproto.connection.client import ClientConnection
-from zcproto.connection.events import EventReceived, GoAwayReceived, ResponseReceived, Welcomed
-from zcproto.errors import Code, ConnectionClosed, TokenRevoked, Unavailable, ZcprotoError
+from zcproto.errors import Code, TokenRevoked, Unavailable, ZcprotoError
 from zcproto.load import caller
 from zcproto.load.caller import LoadTarget
 from zcproto.load.plan import Credential
-from zcproto.tls.context import client_context
 
 Patch = pytest.MonkeyPatch
 HOUR_MS = 3_600_000
@@ -126,20 +114,6 @@ async def test_client_does_everything_without_wrong_answer(churning: Churning) -
     await running
     await client.settle()
     assert (seen.wrong, seen.lost) == ({}, {})
-
-
-async def test_delayed_lost_and_failed_calls_are_counted() -> None:
-    errors = [Unavailable("later", {"retry_after_ms": 1}), ConnectionClosed("reset"), ZcprotoError("odd")]
-
-    async def fail() -> None:
-        raise errors.pop(0)
-
-    seen = Seen()
-    target: Any = SimpleNamespace(caller=fail)
-    client = Client(target, Credential("user-0", KEY), random.Random(1), seen, 0.001)
-    for _ in range(3):
-        await client.attempt(client.open)
-    assert (seen.later, seen.lost, seen.wrong) == ({"UNAVAILABLE": 1}, {"reset": 1}, {"open: odd": 1})
 
 
 @pytest.mark.parametrize(
@@ -280,113 +254,3 @@ def test_time_of_a_call_during_a_failover_is_divided_into_steps() -> None:
     assert {name: found[f"failover_{name}_ms"] for name in steps} == pytest.approx(steps, rel=0.01)
     assert found["failover_ms"] == pytest.approx(4_500.0, rel=0.01)
     assert (found["clients_ran_ms"], found["clients_waited_ms"]) == (250.0, 500.0)
-
-
-# --- of rotations ---------------------------------------------------------------------------------------------
-
-
-async def test_new_connection_sees_the_certificate_and_leaves(serve: Serve, ca_file: Path) -> None:
-    server = serve()
-    own = client_context(ca_file=server.home / "certs" / "ca.crt")
-    met = await rotation.connect(server.port, own)
-    assert (met.failure, len(met.leaf)) == ("", 64)
-    assert met.begun < met.shaken
-    for context, name, failure in (
-        (client_context(ca_file=ca_file), (), "unable to get local issuer certificate"),
-        (own, ("other.example",), "Hostname mismatch"),
-    ):
-        met = await rotation.connect(server.port, context, *name)
-        assert (met.leaf, met.shaken) == ("", 0.0)
-        assert failure in met.failure
-    server.until_left()
-    assert server.stats["requests"] == 0
-
-
-@pytest.mark.parametrize(
-    ("greeting", "failure"), [(b"", "IncompleteReadError"), (b"\0" * 68, "the first frame was not WELCOME")]
-)
-async def test_connection_without_welcome_is_failure(certs: Path, greeting: bytes, failure: str) -> None:
-    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(greeting)
-        writer.close()
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certs / "server-ecdsa.crt", certs / "server-ecdsa.key")
-    async with await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context) as server:
-        port = server.sockets[0].getsockname()[1]
-        met = await rotation.connect(port, client_context(ca_file=certs / "ca.crt"))
-    assert failure in met.failure
-    assert met.leaf
-
-
-async def test_silent_server_times_out(certs: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(rotation, "CONNECTION_S", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        met = await rotation.connect(silent.getsockname()[1], client_context(ca_file=certs / "ca.crt"))
-    assert "TimeoutError" in met.failure
-
-
-def test_failed_rotation_is_noted_and_the_next_one_succeeds(tmp_path: Path, certs: Path) -> None:
-    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
-    settings = dataclasses.replace(rotation.settings_of(CertificatesConfig()), key_types=["ecdsa-p256"])
-    rotator = rotation.Rotator(folder, settings, 2)
-    (folder / "ca.key").rename(folder / "away")
-    failed = rotator.rotate(1)
-    assert failed.leaves == {}
-    assert "ca.key" in failed.problem
-    (folder / "away").rename(folder / "ca.key")
-    made = rotator.rotate(3)
-    assert (made.problem, [*made.leaves]) == ("", ["ecdsa"])
-
-
-# --- hostile servers ------------------------------------------------------------------------------------------
-
-
-class FakeTransport(asyncio.Transport):
-    """Keeps what is written, and pauses the server after one chunk of its flood."""
-
-    def __init__(self, connection: HostileConnection) -> None:
-        super().__init__()
-        self.connection = connection
-        self.written = bytearray()
-        self.is_paused = self.is_closed = False
-
-    def write(self, data: Any) -> None:
-        self.written += data
-        if len(data) > 10_000:
-            self.connection.pause_writing()
-
-    def pause_reading(self) -> None:
-        self.is_paused = True
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_hostile_server_opens_a_session_and_attacks(kind: str) -> None:
-    counts = Counter[str]()
-    connection = HostileConnection(kind, counts)
-    transport = FakeTransport(connection)
-    connection.connection_made(transport)
-    client = ClientConnection()
-    events = list(client.receive_data(bytes(transport.written), system_clock.wall(), 0.0))
-    transport.written.clear()
-    client.request("session.open", {}, wall=system_clock.wall())
-    connection.data_received(client.data_to_send())
-    await asyncio.sleep(0)
-    connection.resume_writing()
-    connection.connection_lost(None)
-    events += client.receive_data(bytes(transport.written), system_clock.wall(), 0.0)
-    welcomed, opened, *rest = events
-    assert isinstance(welcomed, Welcomed)
-    assert isinstance(opened, ResponseReceived)
-    assert (opened.value["expires_at"] < system_clock.wall()) == (kind == "sessions")
-    assert counts["requests"] == counts["connections"] == 1
-    notices = {"session.expiring", "session.revoked"}
-    expected = {"events": {"small"}, "large events": {"large"}, "notices": notices}
-    assert {event.name for event in rest if isinstance(event, EventReceived)} == expected.get(kind, set())
-    assert (counts["frames"] > 0) == (kind not in ("sessions", "reconnects"))
-    assert transport.is_paused == (client.queued_bytes > 0) == (kind == "pings")
-    has_goaway = any(isinstance(event, GoAwayReceived) for event in rest)
-    assert transport.is_closed == has_goaway == (kind == "reconnects")

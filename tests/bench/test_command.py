@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from bench import __main__ as program
 from bench.__main__ import COMMANDS, MICRO, SCENARIOS, main
 from bench.command import measurement
-from bench.machine import fixed_work_ms, machine, sentence, slowdown
+from bench.machine import machine, sentence
 from bench.report import Report, Row
 from zcproto.errors import ConfigError, ConnectionClosed
 
@@ -49,15 +46,6 @@ ALL = [
 def test_every_command_has_help(words: list[str], capsys: Capture) -> None:
     assert main([*words, "--help"]) == 0
     assert "--json" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "names"), [([], COMMANDS), (["scenario"], SCENARIOS), (["micro"], MICRO)], ids=str
-)
-def test_groups_list_their_commands(words: list[str], names: dict[str, str], capsys: Capture) -> None:
-    assert main([*words, "--help"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in names)
 
 
 @pytest.mark.parametrize(
@@ -120,24 +108,7 @@ def test_unusable_option_fails_before_the_run(words: list[str], message: str, ca
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_module_runs_as_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
-    assert program.__file__ is not None
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(program.__file__, run_name="__main__")
-    assert caught.value.code == 0
-
-
 def test_machine_is_described() -> None:
     described = machine()
     assert described["memory_gib"] > 0
     assert f"Python {described['python']}" in sentence(described)
-
-
-@pytest.mark.parametrize(("work_ms", "factor"), [(4.1, 1.0), (8.2, 1.0), (16.4, 2.0)])
-def test_slowdown_counts_only_slower_machines(
-    work_ms: float, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fixed_work_ms() > 0
-    monkeypatch.setattr("bench.machine.fixed_work_ms", lambda: work_ms)
-    assert slowdown() == pytest.approx(factor)

@@ -12,7 +12,7 @@ from bench.__main__ import main
 from bench.guard import command
 from bench.guard.accepted import file_of, read, write
 from bench.guard.command import compare, count_all
-from bench.guard.counting import Cost, Recorder
+from bench.guard.counting import Cost
 from bench.guard.script import STEPS
 
 pytestmark = pytest.mark.no_cover  # coverage traces, too
@@ -113,14 +113,6 @@ def test_counts_are_same_in_another_process_whose_build_takes_a_minute(
     assert count_all() == counts_here()
 
 
-def test_failing_script_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    plant(tmp_path, monkeypatch, "import bench.guard.script as script\nscript.STEPS = {'x': None}\n")
-    assert main(["guard"]) == 1
-    assert "the script failed with exit code 1" in capfd.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("before", "now", "code", "notes"),
     [
@@ -162,19 +154,3 @@ def test_counts_can_be_compared_after_they_were_accepted(
     assert json.loads(accepted.read_text())["reason"] == "check the new field"
     assert set(read(accepted)) == set(STEPS)
     assert read(accepted)["depth_1"] == counts_here()["depth_1"]
-
-
-def test_recorder_counts_block_and_nothing_after() -> None:
-    def inside(values: list[int]) -> int:
-        return len(values)
-
-    recorder = Recorder()
-    for _ in range(3):
-        with recorder:
-            inside([1])
-        inside([2])
-    costs = recorder.costs(3)
-    [name] = [each for each in costs if each.endswith("inside")]
-    assert costs[name].calls == 1
-    assert costs["len"] == Cost(0, 1)
-    assert costs[name].bytecodes > 0

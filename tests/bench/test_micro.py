@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.micro import hot_path, hsts_header, metrics_cost, session_cleanup
+from bench.micro import hsts_header, metrics_cost, session_cleanup
 from tests.stores.valkey.server_process import PROGRAMS, needs
 from zcproto.http.messages import SecurityHeaders
 from zcproto.server.protocol import ServerProtocol
@@ -89,27 +89,6 @@ def test_small_run_measures_every_figure(
     assert {key for key, row in rows.items() if row["below"] is not None or row["at_least"]} == BARS[name]
     assert all(row["value"] is not None for key, row in rows.items())
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"], "a temporary file is left"
-
-
-def test_cleanup_without_valkey_measures_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_cleanup, "OPENED", 400)
-    rows = measured(
-        "session_cleanup", ["--sessions", "500", "--program", "no-such-program"], tmp_path / "f.json"
-    )
-    assert "file_rate" in rows
-    assert "valkey_rate" not in rows
-
-
-def test_steps_of_hot_path_add_up_to_whole() -> None:
-    own = {"whole": 10.0, "frame": 1.0, "body": 2.0, "method": 0.5, "result": 1.0, "answer": 1.5}
-    bare = {"whole": 4.0, "frame": 1.0, "body": 1.0, "result": 0.5, "answer": 0.5}
-    report = hot_path.report({**own, "tls_in": 3.0, "tls_out": 2.0}, bare)
-    values = {name: {row.key: row.value for row in rows} for name, rows in report.columns.items()}
-    assert [values[name]["between"] for name in ("zcproto", "bare")] == [4.0, 1.0]
-    assert [values[name]["whole"] for name in ("zcproto", "bare")] == [15.0, 9.0]
-    assert values["bare"]["method"] is None
-    assert report.row("ratio").value == pytest.approx(15 / 9)
-    assert report.exit_code == 1
 
 
 def test_hsts_benchmark_checks_that_header_is_present(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,15 +204,6 @@ def test_calls_of_a_client_are_measured_in_slices(home: Path, servers: Servers, 
     assert min(found[1]["zcproto"] + found[16]["zcproto"]) > 0
 
 
-def test_client_or_server_that_does_not_start_is_error(home: Path, servers: Servers, tmp_path: Path) -> None:
-    no_arguments = run_caller("zcproto", sys.executable, "zcproto_client", [], tmp_path / "log")
-    with pytest.raises(ZcprotoError, match=r"client of zcproto has failed: .*ValueError"), no_arguments:
-        pass
-    (home / "certs" / "server-ecdsa.crt").unlink()
-    with pytest.raises(ZcprotoError, match=r"did not start.*FileNotFoundError"), servers.run(STREAMS):
-        pass
-
-
 def write_program(file: Path, script: str) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(f"#!/bin/sh\n{script}\n")

@@ -16,21 +16,16 @@ from rich.console import Console
 
 from bench import stage
 from bench.__main__ import main
-from bench.curves import run as curves_run
 from bench.curves import sizes as curve_sizes
-from bench.curves import tokens
-from bench.curves.run import fitting
-from bench.requirements import markdown, measures, table
+from bench.requirements import measures, table
 from bench.requirements.finding import Finding, Scale, Verdict
 from bench.requirements.marked_tests import finding_of, run_marked_tests
-from bench.requirements.measures import Handshakes
 from bench.requirements.requirement import KEYS, REQUIREMENTS
-from bench.requirements.run import TESTED, Drawn, Fill, RequirementRow, Run, steps_of
+from bench.requirements.run import TESTED, Fill, RequirementRow, Run, steps_of
 from bench.requirements.sizes import FULL, QUICK
 from bench.stage import Stages
 from zcproto.certs import authority
 from zcproto.errors import ZcprotoError
-from zcproto.load.record import Latencies
 
 GOOD = Finding("as it should be", True)
 TINY = replace(
@@ -156,21 +151,6 @@ def test_long_slice_is_scaled_on_slower_machine(slice_ms: float, slower: float, 
     assert Scale(slower).offered(450.0) == 450.0 / slower
 
 
-def test_times_of_rows_can_miss_their_targets() -> None:
-    latencies = Latencies()
-    latencies.add(0.101)
-    found = {name: Handshakes(latencies, 1.0) for name in ("rsa-4096", "ecdsa-p256")}
-    check = {"check_p99_9_us": 1_001.0, "check_p50_us": 2.0, "single_p99_9_us": 1_500.0}
-    memory = {"memory_mb": 101.0, "memory_a_token": 1_010.0}
-    assert measures.at_rest_row(found, FULL, Scale(1.5)).verdict is Verdict.PASS
-    for finding in (
-        measures.at_rest_row(found, FULL, Scale()),
-        measures.check_row(check, FULL, Scale()),
-        measures.memory_row(memory, FULL),
-    ):
-        assert finding.verdict is Verdict.FAIL
-
-
 # --- rows that tests show ----------------------------------------------------------------------------------
 
 
@@ -213,27 +193,6 @@ def test_failing_marked_test_fails_its_row_alone(tmp_path: Path, monkeypatch: py
         run_marked_tests(["hsts"], tmp_path)
 
 
-# --- as text -----------------------------------------------------------------------------------------------
-
-
-def drawn() -> Drawn:
-    latencies = Latencies()
-    for micros in range(1_000, 2_000):
-        latencies.add(micros / 1e6)
-    return Drawn(handshakes={"ecdsa-p256": Handshakes(latencies, 0.7)})
-
-
-def test_markdown_has_every_row_and_escapes_cells() -> None:
-    run = run_with(hsts=Finding("a | b < c", True))
-    run.drawn = drawn()
-    lines = markdown.requirements(run)
-    rows = [line for line in lines if line.startswith("| ") and line.count(" | ") == 5]
-    assert len(rows) == len(REQUIREMENTS) + 5
-    assert any(r"a \| b \< c" in line for line in lines)
-    assert any(line.startswith("| handshake at rest, ecdsa-p256 | 1,000 | 1.5") for line in lines)
-    assert "| ecdsa-p256 | 0.70 ms |" in lines
-
-
 # --- the commands ------------------------------------------------------------------------------------------
 
 
@@ -255,14 +214,6 @@ def test_one_step_is_shown_and_written(
     assert text.startswith("# Benchmarks\n")
     assert "![Handshakes by key type](images/bench-handshakes-by-key-type.svg)" in text
     assert "<svg" in (tmp_path / "images" / "bench-handshakes-by-key-type.svg").read_text()
-
-
-def test_failed_requirement_is_exit_code_1(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measures, "MAX_HSTS_NS", -1e9)
-    assert main(["requirements", "--quick", "--step", "parts"]) == 1
-    assert "requirements do not hold: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -287,31 +238,3 @@ def test_curves_are_measured_fitted_and_drawn(
     assert curves["connections"]["sizes"] == [3, 6, 9]
     for name in ("payload", "depth"):
         assert all(value > 0 for series in curves[name]["series"] for value in series["values"])
-
-
-def test_curve_that_cannot_be_measured_fails(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(sessions: int, checks: int) -> tokens.Point:
-        raise OSError("no more processes")
-
-    monkeypatch.setattr(curves_run.tokens, "in_a_process", broken)
-    assert main(["curves", "--quick", "--step", "sessions"]) == 1
-    assert "curve sessions: not measured: OSError: no more processes" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("most", "counts"),
-    [
-        (30_000, (100, 3_000, 30_000)),
-        (19_680, (100, 3_000, 19_500)),
-        (3_000, (100, 3_000)),
-        (250, (100, 250)),
-    ],
-)
-def test_largest_number_of_connections_that_fits_replaces_larger_ones(
-    most: int, counts: tuple[int, ...]
-) -> None:
-    found, notes = fitting((100, 3_000, 30_000), most)
-    assert found == counts
-    assert len(notes) == (most < 30_000)

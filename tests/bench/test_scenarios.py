@@ -28,11 +28,9 @@ from bench.scenarios import (
     failover,
     frozen_server,
     half_rate,
-    hostile,
     kills,
     matrix,
     outages,
-    reader_app,
     readers,
     reloads,
     rolling_restart,
@@ -149,20 +147,6 @@ def test_small_run_of_readers_misses_the_bar_that_cannot_be_met(
     (reason,) = written["reasons"]
     assert reason.startswith("unread: memory that each takes")
     assert values(written, "hasty")["alive"] > 1
-
-
-def test_application_of_the_readers_has_its_methods() -> None:
-    shapes = {method.name: method.shape for method in reader_app.app}
-    expected = {"news": "server", "fill": "server", "hold": "server", "publish": "unary"}
-    assert shapes.items() >= expected.items()
-
-
-def test_hostile_servers_need_the_client_for_node(
-    tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(hostile, "PACKAGE", tmp_path / "index.js")
-    assert main(["scenario", "hostile"]) == 2
-    assert "npm ci" in capsys.readouterr().err
 
 
 # --- servers that end -----------------------------------------------------------------------------------------
