@@ -176,13 +176,16 @@ def test_calls_wait_until_handlers_are_registered_after_attach(outcome: str) -> 
             assert await call == {"x": 1}
             if outcome != "refused":
                 assert methods_of(server.link) == ["session.attach", "session.handle", "echo"]
+            await asyncio.sleep(2)
+            assert server.calls("session.handle")[-1].link is server.link
 
     test()
 
 
+@pytest.mark.parametrize("is_called_at_once", [True, False])
 @scripted
 async def test_handlers_are_registered_first_with_the_session_that_replaces_an_expired_one(
-    server: BoundServer,
+    server: BoundServer, is_called_at_once: bool
 ) -> None:
     server.greeting["calls"] = {"max": 4}
     client = device_client(server)
@@ -190,6 +193,7 @@ async def test_handlers_are_registered_first_with_the_session_that_replaces_an_e
     async with client:
         expire_token(client)
         await server.lose()
+        await asyncio.sleep(0 if is_called_at_once else 1)
         assert await client.call("echo", x=1) == {"x": 1}
         assert methods_of(server.link) == ["session.open", "session.handle", "echo"]
 

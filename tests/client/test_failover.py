@@ -800,6 +800,18 @@ async def test_client_moves_while_its_session_is_opened(fleet: Fleet) -> None:
 
 
 @scripted
+async def test_client_moves_while_its_session_is_refreshed(fleet: Fleet) -> None:
+    fleet[A].session = refreshable()
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[A].link.event("session.expiring", {"expires_at": 1}, token_of(client))
+        await asyncio.sleep(SILENT_AT + 1)
+        assert where(client) == B
+        # The refreshed token is not shown, and the refresh token may be spent: its grace is over.
+        assert fleet[B].methods == ["session.open"]
+
+
+@scripted
 async def test_loss_of_a_silent_connection_ends_the_attempt_beside_it(fleet: Fleet) -> None:
     async with fleet.client() as client:
         freeze(fleet[A])
