@@ -12,7 +12,7 @@ from bench.__main__ import main
 from bench.guard import command
 from bench.guard.accepted import file_of, read, write
 from bench.guard.command import compare, count_all
-from bench.guard.counting import Cost, Recorder
+from bench.guard.counting import Cost
 from bench.guard.script import STEPS
 
 pytestmark = pytest.mark.no_cover  # coverage traces, too
@@ -113,76 +113,44 @@ def test_counts_are_same_in_another_process_whose_build_takes_a_minute(
     assert count_all() == counts_here()
 
 
-def test_failing_script_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("before", "now", "code", "notes"),
+    [
+        ({"a f": Cost(1000, 10)}, {"a f": Cost(1029, 10)}, 0, []),
+        (
+            {"a f": Cost(1000, 10)},
+            {"a f": Cost(900, 10)},
+            0,
+            ["request: bytecodes fell by 10.0%; accept it, or later growth hides in the difference"],
+        ),
+        (
+            {"a f": Cost(100, 1), "a g": Cost(50, 1), "a h": Cost(9, 1)},
+            {"a f": Cost(101, 1), "a g": Cost(1, 1), "b new": Cost(70, 0), "a h": Cost(9, 1)},
+            1,
+            [
+                "request: bytecodes grew by 13.8%:",
+                "  +70.00  b new (0.00 -> 70.00)",
+                "  +1.00  a f (100.00 -> 101.00)",
+            ],
+        ),
+    ],
+    ids=["within the bar", "shrinkage", "growth"],
+)
+def test_counts_are_compared_by_function(
+    before: dict[str, Cost], now: dict[str, Cost], code: int, notes: list[str]
 ) -> None:
-    plant(tmp_path, monkeypatch, "import bench.guard.script as script\nscript.STEPS = {'x': None}\n")
-    assert main(["guard"]) == 1
-    assert "the script failed with exit code 1" in capfd.readouterr().err
+    report = compare({"depth_1": now}, {"depth_1": before})
+    assert (report.exit_code, report.notes) == (code, notes)
+    assert "no accepted count" in compare({"depth_1": now}, {}).faults[0]
 
 
-def test_growth_within_bar_passes_and_shrinkage_is_noted() -> None:
-    before = {"depth_1": {"a f": Cost(1000, 10)}, "connect": {"a f": Cost(1000, 10)}}
-    now = {"depth_1": {"a f": Cost(1029, 10)}, "connect": {"a f": Cost(900, 10)}}
-    report = compare(now, before)
-    assert report.exit_code == 0
-    assert report.notes == [
-        "connection with a session: bytecodes fell by 10.0%; accept it, or later growth hides in the difference"
-    ]
-
-
-def test_growth_lists_functions_that_grew_most_first() -> None:
-    before = {"depth_1": {"a f": Cost(100, 1), "a g": Cost(50, 1), "a h": Cost(9, 1)}}
-    now = {"depth_1": {"a f": Cost(101, 1), "a g": Cost(1, 1), "b new": Cost(70, 0), "a h": Cost(9, 1)}}
-    report = compare(now, before)
-    assert report.exit_code == 1
-    assert report.notes == [
-        "request: bytecodes grew by 13.8%:",
-        "  +70.00  b new (0.00 -> 70.00)",
-        "  +1.00  a f (100.00 -> 101.00)",
-    ]
-
-
-def test_step_without_accepted_count_fails() -> None:
-    report = compare({"depth_1": {"a f": Cost(1, 1)}}, {})
-    assert report.exit_code == 1
-    assert "no accepted count" in report.faults[0]
-
-
-def test_accepting_stores_counts_with_reason(accepted: Path) -> None:
-    accepted.unlink()
-    assert main(["guard", "--accept", "check the new field"]) == 0
-    assert json.loads(accepted.read_text())["reason"] == "check the new field"
-    assert set(read(accepted)) == set(STEPS)
-    assert read(accepted)["depth_1"] == counts_here()["depth_1"]
-
-
-def test_accepting_needs_reason(accepted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = accepted.read_bytes()
-    assert main(["guard", "--accept", " "]) == 2
-    assert "give a reason" in capsys.readouterr().err
-    assert accepted.read_bytes() == before
-
-
-def test_python_without_accepted_counts_cannot_be_compared(
+def test_counts_can_be_compared_after_they_were_accepted(
     accepted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     accepted.unlink()
     assert main(["guard"]) == 2
     assert "--accept REASON" in capsys.readouterr().err
-
-
-def test_recorder_counts_block_and_nothing_after() -> None:
-    def inside(values: list[int]) -> int:
-        return len(values)
-
-    recorder = Recorder()
-    for _ in range(3):
-        with recorder:
-            inside([1])
-        inside([2])
-    costs = recorder.costs(3)
-    [name] = [each for each in costs if each.endswith("inside")]
-    assert costs[name].calls == 1
-    assert costs["len"] == Cost(0, 1)
-    assert costs[name].bytecodes > 0
+    assert main(["guard", "--accept", "check the new field"]) == 0
+    assert json.loads(accepted.read_text())["reason"] == "check the new field"
+    assert set(read(accepted)) == set(STEPS)
+    assert read(accepted)["depth_1"] == counts_here()["depth_1"]

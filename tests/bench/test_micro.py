@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.micro import hot_path, hsts_header, metrics_cost, session_cleanup
-from bench.micro.timing import quantile, time_rows, timed
+from bench.micro import hsts_header, metrics_cost, session_cleanup
 from tests.stores.valkey.server_process import PROGRAMS, needs
 from zcproto.http.messages import SecurityHeaders
 from zcproto.server.protocol import ServerProtocol
@@ -92,32 +91,6 @@ def test_small_run_measures_every_figure(
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"], "a temporary file is left"
 
 
-def test_cleanup_without_valkey_measures_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_cleanup, "OPENED", 400)
-    rows = measured(
-        "session_cleanup", ["--sessions", "500", "--program", "no-such-program"], tmp_path / "f.json"
-    )
-    assert "file_rate" in rows
-    assert "valkey_rate" not in rows
-
-
-def test_missing_valkey_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["micro", "session_opening_valkey", "--program", "no-such-program"]) == 2
-    assert "no-such-program is not installed" in capsys.readouterr().err
-
-
-def test_steps_of_hot_path_add_up_to_whole() -> None:
-    own = {"whole": 10.0, "frame": 1.0, "body": 2.0, "method": 0.5, "result": 1.0, "answer": 1.5}
-    bare = {"whole": 4.0, "frame": 1.0, "body": 1.0, "result": 0.5, "answer": 0.5}
-    report = hot_path.report({**own, "tls_in": 3.0, "tls_out": 2.0}, bare)
-    values = {name: {row.key: row.value for row in rows} for name, rows in report.columns.items()}
-    assert [values[name]["between"] for name in ("zcproto", "bare")] == [4.0, 1.0]
-    assert [values[name]["whole"] for name in ("zcproto", "bare")] == [15.0, 9.0]
-    assert values["bare"]["method"] is None
-    assert report.row("ratio").value == pytest.approx(15 / 9)
-    assert report.exit_code == 1
-
-
 def test_hsts_benchmark_checks_that_header_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hsts_header, "WITH", SecurityHeaders(tls=False))
     with pytest.raises(AssertionError):
@@ -141,16 +114,3 @@ def test_changed_counting_lines_are_detected(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(metrics_cost.COUNTING, "method.calls += 2", "pass")
     with pytest.raises(AssertionError, match="does not occur exactly once"):
         metrics_cost.without_counting()
-
-
-def test_quantiles_become_rows_with_bars() -> None:
-    ns = [1_000_000 * number for number in range(1, 101)]
-    rows = time_rows("load", "a load", ns, "ms", "p50", "p99.9", "longest", below={"longest": 100})
-    assert [(row.key, row.value) for row in rows] == [
-        ("load_p50_ms", 51.0),
-        ("load_p99_9_ms", 100.0),
-        ("load_longest_ms", 100.0),
-    ]
-    assert [row.holds for row in rows] == [True, True, False]
-    assert quantile([5], 0.5) == 5
-    assert len(timed(lambda: None, 3)) == 3

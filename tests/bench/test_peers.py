@@ -15,8 +15,8 @@ from bench.peers import environment as environment_module
 from bench.peers import measure as module
 from bench.peers.calls import COMPRESSING, OWN, PLAIN, measure_calls, run_caller
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
-from bench.peers.command import BARS, FIGURES, ITEM, NOTES, REQUEST, report
-from bench.peers.environment import MARK, REQUIREMENTS, Environment, default_folder
+from bench.peers.command import BARS, REQUEST, report
+from bench.peers.environment import MARK, REQUIREMENTS, Environment
 from bench.peers.measure import (
     GRPC,
     ITEM_NAMES,
@@ -83,32 +83,6 @@ def test_call_has_a_bar_by_the_number_in_flight(own: float, of_sixteen: float, m
     assert len(shown.reasons()) == len(missed)
 
 
-def test_memory_has_bars() -> None:
-    made = figures()
-    made.memory_kib |= {ZCPROTO: 60.0}
-    columns = report(made, QUICK, {}).columns
-    assert [name for name, rows in columns.items() if not all(row.holds for row in rows)] == [
-        STREAMS,
-        GRPC,
-        UVICORN,
-    ]
-
-
-def test_memory_may_be_left_out() -> None:
-    made = figures()
-    made.memory_kib = {}
-    assert {row.key for row in report(made, QUICK, {}).columns[ZCPROTO]} == {
-        "request_us",
-        "item_us",
-        "connect_us",
-    }
-
-
-def test_every_figure_has_note_for_every_server() -> None:
-    assert all(NOTES[name].keys() | {ITEM} == FIGURES.keys() for name in NAMES)
-    assert [name for name in NAMES if ITEM in NOTES[name]] == [*ITEM_NAMES]
-
-
 # --- clients --------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +110,16 @@ def client(
     return kind(tls, payload), tls
 
 
+def asked(
+    kind: type[Client], answers: bytes, payload: bytes = b"payload"
+) -> tuple[Client, ScriptedTransport]:
+    """Return a client that has sent a request and checked its answer."""
+    made, tls = client(kind, answers, payload)
+    made.send(made.request())
+    made.check()
+    return made, tls
+
+
 def h2(kind: int, flags: int, stream: int, body: bytes) -> bytes:
     return len(body).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + body
 
@@ -151,112 +135,32 @@ GOOD = [
 
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
 def test_equal_answer_is_accepted(kind: type[Client], answers: bytes) -> None:
-    made, tls = client(kind, answers)
-    made.send(made.request())
-    made.check()
+    made, tls = asked(kind, answers)
     assert tls.answers.read() == b""
     made.close()
     assert tls.sent.endswith(b"<closed>")
 
 
-@pytest.mark.parametrize(("kind", "answers"), GOOD)
-def test_wrong_answer_is_error(kind: type[Client], answers: bytes) -> None:
-    made, _ = client(kind, answers.replace(b"payload", b"paylord"))
-    made.send(made.request())
-    with pytest.raises(ZcprotoError, match="a wrong answer"):
-        made.check()
+WRONG = [
+    *((kind, answers.replace(b"payload", b"paylord"), "a wrong answer") for kind, answers in GOOD),
+    *((kind, answers[:-1], "has closed") for kind, answers in GOOD),
+    (UvicornClient, b"HTTP/1.1 500 Oh\r\n\r\n", "500"),
+    (WebsocketsClient, b"HTTP/1.1 426 Upgrade Required\r\n\r\n", "426"),
+    (WebsocketsClient, b"HTTP/1.1 101 S\r\n\r\n\x88\0", "0x88"),
+    (GrpcClient, h2(7, 0, 0, b"enough"), "enough"),
+    (GrpcClient, h2(3, 0, 1, b"reset"), "reset"),
+]
 
 
-@pytest.mark.parametrize(("kind", "answers"), GOOD)
-def test_closed_connection_is_error(kind: type[Client], answers: bytes) -> None:
-    made, _ = client(kind, answers[:-1])
-    made.send(made.request())
-    with pytest.raises(ZcprotoError, match="has closed"):
-        made.check()
-
-
-@pytest.mark.parametrize(
-    ("kind", "answers", "expected"),
-    [
-        (UvicornClient, b"HTTP/1.1 500 Oh\r\n\r\n", "500"),
-        (WebsocketsClient, b"HTTP/1.1 101 S\r\n\r\n\x88\0", "0x88"),
-        (GrpcClient, h2(7, 0, 0, b"enough"), "enough"),
-        (GrpcClient, h2(3, 0, 1, b"reset"), "reset"),
-    ],
-)
-def test_refusal_is_error(kind: type[Client], answers: bytes, expected: str) -> None:
-    made, _ = client(kind, answers)
-    made.send(made.request())
+@pytest.mark.parametrize(("kind", "answers", "expected"), WRONG)
+def test_wrong_answer_refusal_and_closed_connection_are_errors(
+    kind: type[Client], answers: bytes, expected: str
+) -> None:
     with pytest.raises(ZcprotoError, match=expected):
-        made.check()
-
-
-def test_refused_websocket_upgrade_is_error() -> None:
-    with pytest.raises(ZcprotoError, match="426"):
-        client(WebsocketsClient, b"HTTP/1.1 426 Upgrade Required\r\n\r\n")
-
-
-def test_grpc_client_acknowledges_settings_and_ping() -> None:
-    made, tls = client(*GOOD[3])
-    made.send(made.request())
-    first = tls.sent
-    made.check()
-    assert tls.sent[len(first) :] == h2(4, 1, 0, b"") + h2(6, 1, 0, b"12345678")
-
-
-def test_grpc_client_indexes_header_fields() -> None:
-    made, tls = client(GrpcClient, GRPC_ANSWER)
-    made.send(made.request())
-    made.check()
-    assert b"/peer.Echo/Echo" in tls.sent
-    before = len(tls.sent)
-    made.send(made.request())
-    assert tls.sent[before:] == h2(1, 4, 3, b"\x83\x87\xc1\xc0\xbf\xbe") + h2(0, 1, 3, b"\0\0\0\0\7payload")
-
-
-def test_grpc_client_takes_items_in_frames_of_any_size() -> None:
-    messages = b"\0\0\0\0\7payload" * 3
-    answer = b"".join(h2(0, 0, 3, part) for part in (messages[:10], messages[10:25], messages[25:]))
-    made, tls = client(GrpcClient, GRPC_ANSWER + answer + h2(1, 5, 3, b"\xbf"))
-    assert isinstance(made, GrpcClient)
-    made.send(made.request())
-    made.check()
-    made.items(3)
-    assert tls.sent.endswith(h2(0, 1, 3, b"\0\0\0\0\x0b\0\0\0\3payload"))
-    wrong, _ = client(GrpcClient, GRPC_ANSWER + answer.replace(b"load", b"lord") + h2(1, 5, 3, b"\xbf"))
-    assert isinstance(wrong, GrpcClient)
-    wrong.send(wrong.request())
-    wrong.check()
-    with pytest.raises(ZcprotoError, match="a wrong item"):
-        wrong.items(3)
-
-
-@pytest.mark.parametrize("size", [1, 125, 126, 16_000])
-def test_websocket_client_masks_frames(size: int) -> None:
-    payload = bytes(number % 251 for number in range(size))
-    head = b"HTTP/1.1 101 S\r\n\r\n"
-    length = bytes((size,)) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
-    made, tls = client(WebsocketsClient, head + b"\x82" + length + payload, payload)
-    before = len(tls.sent)
-    made.send(made.request())
-    frame = tls.sent[before:]
-    assert frame[0] == 0x82
-    assert frame[1] & 0x80
-    at = 2 if size < 126 else 4
-    mask, masked = frame[at : at + 4], frame[at + 4 :]
-    assert bytes(each ^ mask[number % 4] for number, each in enumerate(masked)) == payload
-    made.check()
+        asked(kind, answers)
 
 
 # --- measured -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Environment:
-    """An environment that is this one: it has the standard library, which is all that streams need."""
-    made = Environment(tmp_path / "environment")
-    made.python = Path(sys.executable)
-    return made
 
 
 @pytest.fixture
@@ -268,7 +172,10 @@ def home(tmp_path: Path, certs: Path) -> Path:
 
 
 @pytest.fixture
-def servers(home: Path, here: Environment) -> Servers:
+def servers(home: Path, tmp_path: Path) -> Servers:
+    """Their environment is this one: it has the standard library, which is all that streams need."""
+    here = Environment(tmp_path / "environment")
+    here.python = Path(sys.executable)
     return Servers(home, here, QUICK)
 
 
@@ -297,62 +204,30 @@ def test_calls_of_a_client_are_measured_in_slices(home: Path, servers: Servers, 
     assert min(found[1]["zcproto"] + found[16]["zcproto"]) > 0
 
 
-def test_client_that_fails_is_error(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with (
-        pytest.raises(ZcprotoError, match=r"client of zcproto has failed: .*ValueError"),
-        run_caller("zcproto", sys.executable, "zcproto_client", [], log),
-    ):
-        pass
-
-
-def test_server_that_does_not_start_is_error(home: Path, servers: Servers) -> None:
-    (home / "certs" / "server-ecdsa.crt").unlink()
-    with pytest.raises(ZcprotoError, match=r"did not start.*FileNotFoundError"), servers.run(STREAMS):
-        pass
-
-
-# --- the environment ------------------------------------------------------------------------------------------
-
-
-def test_environment_is_in_user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert default_folder() == Path(f"/cache/zcproto/peers-{sys.version_info[0]}.{sys.version_info[1]}")
-
-
-@pytest.fixture
-def pip_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Replace virtual environments by a program that appends its arguments to this file."""
-    calls = tmp_path / "calls"
-
-    def create(folder: Path, **options: Any) -> None:
-        write_program(folder / "bin" / "python", f'echo "$*" >> {calls}')
-
-    monkeypatch.setattr(environment_module.venv, "create", create)
-    return calls
-
-
 def write_program(file: Path, script: str) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(f"#!/bin/sh\n{script}\n")
     file.chmod(0o700)
 
 
-def test_environment_is_made_once(tmp_path: Path, pip_calls: Path) -> None:
-    folder = tmp_path / "one"
+def test_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python is a program that appends its arguments to a file."""
+    calls, folder = tmp_path / "calls", tmp_path / "one"
+
+    def create(folder: Path, **options: Any) -> None:
+        write_program(folder / "bin" / "python", f'echo "$*" >> {calls}')
+
+    monkeypatch.setattr(environment_module.venv, "create", create)
+    environment = Environment(folder)
+    with pytest.raises(ZcprotoError, match="No such file"):
+        environment.versions()
     for _ in range(2):
         Environment(folder).prepare(lambda line: None)
-    (call,) = pip_calls.read_text().splitlines()
+    (call,) = calls.read_text().splitlines()
     assert set(REQUIREMENTS) <= set(call.split())
     (folder / MARK).write_text("{broken off")
     Environment(folder).prepare(lambda line: None)
-    assert pip_calls.read_text().splitlines() == [call, call]
-
-
-def test_environment_that_cannot_be_made_is_error(tmp_path: Path) -> None:
-    environment = Environment(tmp_path)
-    with pytest.raises(ZcprotoError, match="No such file"):
-        environment.versions()
+    assert calls.read_text().splitlines() == [call, call]
     write_program(environment.python, "echo no such package >&2; exit 1")
     with pytest.raises(ZcprotoError, match="no such package"):
         environment.versions()

@@ -146,6 +146,58 @@ async def test_reconnect_attaches_before_handlers_are_registered(server: BoundSe
     assert server.refused == []
 
 
+def methods_of(link: ServerLink) -> list[str]:
+    return [request.method for request in link.requests]
+
+
+@pytest.mark.parametrize("outcome", ["proved", "refused", "lost"])
+def test_calls_wait_until_handlers_are_registered_after_attach(outcome: str) -> None:
+    @scripted
+    async def test() -> None:
+        server = BoundServer()
+        server.greeting["calls"] = {"max": 4}
+        client = device_client(server)
+        client.handler("ask")(lambda: 1)
+        async with client:
+            held: list[ReceivedRequest] = []
+            server.script("session.attach", held.append)
+            await server.lose()
+            call = asyncio.create_task(client.call("echo", x=1))
+            await asyncio.sleep(1)
+            link = server.link
+            assert methods_of(link) == ["session.attach"]
+            if outcome == "proved":
+                server.proved.append(link)
+                held[0].respond({})
+            elif outcome == "refused":
+                held[0].fail(Code.UNAVAILABLE, {"retry_after_ms": 0})
+            else:
+                link.cut()
+            assert await call == {"x": 1}
+            if outcome != "refused":
+                assert methods_of(server.link) == ["session.attach", "session.handle", "echo"]
+            await asyncio.sleep(2)
+            assert server.calls("session.handle")[-1].link is server.link
+
+    test()
+
+
+@pytest.mark.parametrize("is_called_at_once", [True, False])
+@scripted
+async def test_handlers_are_registered_first_with_the_session_that_replaces_an_expired_one(
+    server: BoundServer, is_called_at_once: bool
+) -> None:
+    server.greeting["calls"] = {"max": 4}
+    client = device_client(server)
+    client.handler("ask")(lambda: 1)
+    async with client:
+        expire_token(client)
+        await server.lose()
+        await asyncio.sleep(0 if is_called_at_once else 1)
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert methods_of(server.link) == ["session.open", "session.handle", "echo"]
+
+
 @scripted
 async def test_call_refused_without_proof_attaches_and_is_retried(server: BoundServer) -> None:
     async with device_client(server) as client:

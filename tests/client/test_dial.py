@@ -78,14 +78,17 @@ async def plain_server(
 # --- trust -------------------------------------------------------------------------------------------
 
 
-async def test_ca_file_pin_or_both_are_accepted(shared: ServerThread, connect_to: ConnectTo) -> None:
+async def test_ca_file_pin_or_both_are_accepted(
+    shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
+) -> None:
     for trust in (
         {"ca_file": shared.home / "certs" / "ca.crt"},
         {"ca_file": str(shared.home / "certs" / "ca.crt"), "pins": shared.server.pins},
         {"pins": [WRONG_PIN, *shared.server.pins]},
     ):
-        async with connect_to(shared, **trust) as client:
+        async with connect_to(shared, server_hostname="localhost", **trust) as client:
             assert await client.call("echo", x=1) == {"x": 1}
+        assert list(known()) == ["localhost"]  # the policy is that of the verified name
 
 
 @pytest.mark.parametrize(
@@ -118,19 +121,11 @@ async def test_untrusted_server_gets_no_application_data(
     assert stats["requests"] == 0
 
 
-async def test_server_hostname_replaces_the_verified_name(
-    shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
-) -> None:
-    async with connect_to(shared, server_hostname="localhost") as client:
-        assert await client.call("echo", x=1) == {"x": 1}
-    assert list(known()) == ["localhost"]
-
-
 async def test_missing_or_invalid_ca_file_is_named(
     shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
 ) -> None:
     nothing = tmp_path / "nothing.pem"
-    with pytest.raises(CertificateError, match=r"nothing\.pem"):
+    with pytest.raises(CertificateError, match=r"nothing\.pem: does not exist; copy the CA of the server"):
         await connect_to(shared, ca_file=nothing)
     nothing.write_text("no certificate")
     with pytest.raises(CertificateError, match=r"nothing\.pem"):
@@ -273,14 +268,6 @@ async def test_sts_policy_expires_when_the_clock_is_set(home: Path) -> None:
     clock.wall_ms += 2_000
     with pytest.raises(CannotConnect):
         await client
-
-
-async def test_sts_policy_is_learned_over_a_pinned_connection(
-    shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
-) -> None:
-    async with connect_to(shared, host="localhost", pins=shared.server.pins):
-        pass
-    assert "localhost" in known()
 
 
 def damage(home: Path) -> None:
@@ -434,9 +421,6 @@ async def test_ca_that_the_server_creates_before_it_listens_is_awaited(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.close()
-
     address, listening = silent_socket
     opening = asyncio.create_task(
         connect(address, ca_file=tmp_path / "ca.crt", start_timeout=TIMEOUT, **PATIENT_CLIENT).open()
@@ -449,14 +433,6 @@ async def test_ca_that_the_server_creates_before_it_listens_is_awaited(
     with pytest.raises(ConnectionClosed, match="closed"):  # after the handshake: the CA was trusted
         await opening
     server.close()
-
-
-async def test_missing_ca_of_a_running_server_raises_at_once(
-    shared: ServerThread, connect_to: ConnectTo
-) -> None:
-    missing = shared.home / "nothing" / "ca.crt"
-    with pytest.raises(CertificateError, match=r"ca\.crt: does not exist; copy the CA of the server"):
-        await connect_to(shared, ca_file=missing)
 
 
 async def test_missing_ca_without_a_server_is_named(
@@ -479,36 +455,6 @@ async def test_silent_address_fails_before_the_missing_ca_is_named(tmp_path: Pat
                 await connect(f"127.0.0.1:{address[1]}", ca_file=tmp_path / "ca.crt", connect_timeout=0.5)
 
 
-async def test_silent_server_fails_at_the_connect_timeout() -> None:
-    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        await reader.read()
-
-    async with plain_server(silence) as address:
-        with pytest.raises(CannotConnect, match=r"no answer within 0\.5 s"):
-            await connect(address, connect_timeout=0.5, system_store=True)
-
-
-@pytest.mark.parametrize(
-    ("says", "failure"),
-    [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not_tls"),
-        (b"SSH-2.0-OpenSSH_9.9\r\n", "not_tls"),
-        (b"", "disconnected"),
-    ],
-)
-async def test_server_without_tls_is_reported_as_such(says: bytes, failure: str) -> None:
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(10_000)
-        writer.write(says)
-        await writer.drain()
-
-    async with plain_server(speak) as address:
-        with pytest.raises(TlsError) as caught:
-            await connect(address, system_store=True, **PATIENT_CLIENT)
-        assert caught.value.failure == failure
-
-
 def tls_13(pairs: ServerPairs) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*pairs.ecdsa)
@@ -516,24 +462,63 @@ def tls_13(pairs: ServerPairs) -> ssl.SSLContext:
     return context
 
 
-async def test_invalid_welcome_raises(server_pairs: ServerPairs, ca_file: Path) -> None:
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"\xff" * 200)
-        await reader.read()
-
-    async with plain_server(speak, tls_13(server_pairs)) as address:
-        with pytest.raises(ConnectionClosed) as caught:
-            await connect(address, ca_file=ca_file, **PATIENT_CLIENT)
-        assert caught.value.code is Code.FRAME_TOO_LARGE
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
 
-async def test_close_after_handshake_raises(server_pairs: ServerPairs, ca_file: Path) -> None:
-    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pass
+def saying(data: bytes) -> Talk:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10_000)
+        writer.write(data)
+        await writer.drain()
 
-    async with plain_server(leave, tls_13(server_pairs)) as address:
-        with pytest.raises(ConnectionClosed):
-            await connect(address, ca_file=ca_file, **PATIENT_CLIENT)
+    return talk
+
+
+async def say_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\xff" * 200)
+    await reader.read()
+
+
+async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    await reader.read()
+
+
+QUICK = {"connect_timeout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("talk", "is_tls", "options", "error", "attributes"),
+    [
+        (saying(b"HTTP/1.1 400 Bad Request\r\n\r\n"), False, {}, TlsError, {"failure": "not_tls"}),
+        (saying(b"SSH-2.0-OpenSSH_9.9\r\n"), False, {}, TlsError, {"failure": "not_tls"}),
+        (saying(b""), False, {}, TlsError, {"failure": "disconnected"}),
+        (silence, False, QUICK, CannotConnect, {}),
+        (silence, True, QUICK, CannotConnect, {}),  # no WELCOME
+        (say_at_once, True, {}, ConnectionClosed, {"code": Code.FRAME_TOO_LARGE}),
+        (leave, True, {}, ConnectionClosed, {"code": None}),
+    ],
+    ids=["HTTP", "SSH", "closed", "silent", "silent after the handshake", "garbage", "closed after it"],
+)
+async def test_server_that_does_not_welcome_is_an_error(
+    server_pairs: ServerPairs,
+    ca_file: Path,
+    talk: Talk,
+    is_tls: bool,
+    options: dict[str, Any],
+    error: type[Exception],
+    attributes: dict[str, Any],
+) -> None:
+    context = tls_13(server_pairs) if is_tls else None
+    async with plain_server(talk, context) as address:
+        with pytest.raises(error) as caught:
+            await connect(address, ca_file=ca_file, **{**PATIENT_CLIENT, **options})
+    assert {name: getattr(caught.value, name) for name in attributes} == attributes
+    assert "connect_timeout" not in options or "no answer within 0.5 s" in str(caught.value)
 
 
 async def test_late_tls_alert_raises_after_the_close() -> None:
@@ -583,15 +568,6 @@ async def test_late_tls_alert_without_close_raises_at_the_connect_timeout() -> N
                 await connecting
         raised.set()
         await reset.wait()
-
-
-async def test_missing_welcome_fails_at_the_connect_timeout(server_pairs: ServerPairs, ca_file: Path) -> None:
-    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-
-    async with plain_server(silence, tls_13(server_pairs)) as address:
-        with pytest.raises(CannotConnect):
-            await connect(address, ca_file=ca_file, connect_timeout=0.1)
 
 
 async def test_connect_can_be_cancelled() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.client.helpers import (
     STREAMS,
+    ReceivedRequest,
     ScriptedServer,
     client_of_all,
     cut,
@@ -433,6 +434,58 @@ async def test_failed_extra_connection_fails_no_call_and_is_tried_again_later() 
 
 
 @scripted
+async def test_extra_connection_takes_calls_once_the_session_was_accepted_there() -> None:
+    fleet = Fleet(A, max_streams=2)
+    async with fleet.client(max_connections=2) as client:
+        shown: list[ReceivedRequest] = []
+        fleet[A].script("session.info", shown.append)
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(2)]
+        call = asyncio.create_task(client.call("echo", x=1))
+        await asyncio.sleep(1)
+        extra = fleet[A].links[1]
+        assert [request.method for request in extra.requests] == ["session.info"]
+        shown[0].respond()
+        assert await call == {"x": 1}
+        assert fleet[A].calls()[-1].link is extra
+        for each in held:
+            each.cancel()
+
+
+@scripted
+async def test_session_requests_take_the_first_room_on_any_connection() -> None:
+    fleet = Fleet(A, max_streams=1)
+    fleet[A].session = refreshable()
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client) for _ in range(2)]
+        main, extra = fleet[A].links
+        fleet[A].calls()[1].respond("done")
+        assert await held[1] == "done"
+        expire_token(client)
+        assert await client.call("echo", x=1) == {"x": 1}
+        async with client.session_for(user="bob", key="secret") as bob:
+            assert await bob.call("echo", x=2) == {"x": 2}
+        for method in ("session.refresh", "session.open"):
+            assert fleet[A].calls(method)[-1].link is extra
+        assert fleet[A].calls("echo")[-1].token != token_of(client)
+        assert not main.ended
+        held[0].cancel()
+
+
+@scripted
+async def test_extra_connection_is_opened_again_after_the_time_that_goaway_asks_for() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(max_connections=2, random=numbers(0.0)) as client:
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(2)]
+        fleet[A].link.go_away("draining", 5_000)
+        for seconds, dialled in ((4.0, 2), (2.0, 3)):
+            await asyncio.sleep(seconds)
+            held.append(await fleet[A].hold_call(client, timeout=None))
+            assert len(fleet[A].dialled) == dialled
+        for call in held:
+            call.cancel()
+
+
+@scripted
 async def test_lost_extra_connection_fails_only_its_own_calls() -> None:
     fleet = Fleet(A, max_streams=1)
     async with fleet.client(max_connections=2) as client:
@@ -744,6 +797,18 @@ async def test_client_moves_while_its_session_is_opened(fleet: Fleet) -> None:
         assert where(client) == B
         assert now() - start == pytest.approx(SILENT_AT, abs=0.5)
     assert fleet[B].methods == ["session.open", "session.close"]
+
+
+@scripted
+async def test_client_moves_while_its_session_is_refreshed(fleet: Fleet) -> None:
+    fleet[A].session = refreshable()
+    async with fleet.client() as client:
+        freeze(fleet[A])
+        fleet[A].link.event("session.expiring", {"expires_at": 1}, token_of(client))
+        await asyncio.sleep(SILENT_AT + 1)
+        assert where(client) == B
+        # The refreshed token is not shown, and the refresh token may be spent: its grace is over.
+        assert fleet[B].methods == ["session.open"]
 
 
 @scripted

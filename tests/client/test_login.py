@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.client.helpers import (
+    Action,
     ScriptedServer,
     client_of,
     cut,
@@ -17,7 +18,6 @@ from tests.client.helpers import (
     now,
     refreshable,
     scripted,
-    token,
     turns,
 )
 from tests.server.conftest import Serve
@@ -68,16 +68,33 @@ def sent(server: ScriptedServer) -> list[int]:
 # --- opening, refreshing, opening again --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("login", [PASSWORD, lambda: PASSWORD], ids=["fields", "function"])
 @scripted
-async def test_fields_are_sent_as_given(server: ScriptedServer) -> None:
-    async with client_with(server, PASSWORD, client="shop/2.1"):
+async def test_fields_are_sent_as_given(server: ScriptedServer, login: Any) -> None:
+    async with client_with(server, login, client="shop/2.1"):
         assert server.calls("session.open")[0].params == {**PASSWORD, "client": "shop/2.1"}
 
 
+@pytest.mark.parametrize(
+    ("session", "error", "tickets"),
+    [
+        ({}, fail(Code.TOKEN_EXPIRED), [1, 2]),
+        ({"bound": True}, fail(Code.UNAUTHENTICATED, certificate=True), [1, 2]),
+        (refreshable(), fail(Code.TOKEN_EXPIRED), [1]),
+    ],
+    ids=["expired", "bound to the previous certificate", "refreshed"],
+)
 @scripted
-async def test_plain_function_returns_the_fields(server: ScriptedServer) -> None:
-    async with client_with(server, lambda: PASSWORD):
-        assert server.calls("session.open")[0].params["password"] == "correct horse"
+async def test_session_that_cannot_be_refreshed_is_opened_again_with_new_fields(
+    server: ScriptedServer, session: dict[str, Any], error: Action, tickets: list[int]
+) -> None:
+    server.session = session
+    async with client_with(server, Tickets(), certificate="client.crt") as client:
+        server.script("echo", error)
+        assert await client.call("echo", x=1) == {"x": 1}
+        await server.lose()
+        await client.call("echo")  # the session is kept over a reconnect
+    assert sent(server) == tickets
 
 
 @scripted
@@ -92,35 +109,6 @@ async def test_every_session_is_opened_with_new_fields() -> None:
         await client.open_session()
         await client.call("echo")
     assert sent(server) == [1, 2]
-
-
-@scripted
-async def test_expired_session_is_opened_again_with_new_fields() -> None:
-    server, tickets = ScriptedServer(), Tickets()
-    async with client_with(server, tickets) as client:
-        server.script("echo", fail(Code.TOKEN_EXPIRED))
-        assert await client.call("echo", x=1) == {"x": 1}
-    assert sent(server) == [1, 2]
-
-
-@scripted
-async def test_refresh_needs_no_login() -> None:
-    server, tickets = ScriptedServer(), Tickets()
-    server.session = refreshable()
-    async with client_with(server, tickets) as client:
-        server.script("echo", fail(Code.TOKEN_EXPIRED))
-        await client.call("echo")
-    assert (len(server.calls("session.refresh")), tickets.issued) == (1, 1)
-
-
-@scripted
-async def test_session_is_kept_over_a_reconnect_without_another_login() -> None:
-    server, tickets = ScriptedServer(), Tickets()
-    async with client_with(server, tickets) as client:
-        await server.lose()
-        await client.call("echo")
-        assert server.calls()[0].token == token(1)
-    assert tickets.issued == 1
 
 
 @scripted
@@ -153,16 +141,6 @@ async def test_refused_login_is_not_repeated_until_the_application_asks() -> Non
         assert tickets.issued == 1
         await client.open_session()
         assert tickets.issued == 2
-
-
-@scripted
-async def test_session_bound_to_the_previous_certificate_is_opened_again() -> None:
-    server, tickets = ScriptedServer(), Tickets()
-    server.session = {"bound": True}
-    async with client_with(server, tickets, certificate="client.crt") as client:
-        server.script("echo", fail(Code.UNAUTHENTICATED, certificate=True))
-        await client.call("echo")
-    assert sent(server) == [1, 2]
 
 
 # --- the connection is lost while the function runs --------------------------------------------------
@@ -224,27 +202,24 @@ async def test_exception_of_the_function_is_the_cause_of_a_login_error() -> None
         assert client.session is not None
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(ConnectionClosed("of the provider"), "ConnectionClosed"), (asyncio.CancelledError(), "was cancelled")],
+)
 @scripted
-async def test_error_of_another_client_is_not_taken_for_the_servers() -> None:
+async def test_error_of_the_function_is_not_taken_for_the_servers(
+    server: ScriptedServer, error: BaseException, message: str
+) -> None:
     calls = 0
 
     async def login() -> Mapping[str, Any]:
         nonlocal calls
         calls += 1
-        raise ConnectionClosed("of the identity provider")
+        raise error
 
-    with pytest.raises(LoginError, match="ConnectionClosed"):
-        await client_with(ScriptedServer(), login)
+    with pytest.raises(LoginError, match=message):
+        await client_with(server, login)
     assert calls == 1
-
-
-@scripted
-async def test_function_that_cancels_itself_fails_the_login() -> None:
-    async def login() -> Mapping[str, Any]:
-        raise asyncio.CancelledError
-
-    with pytest.raises(LoginError, match="was cancelled"):
-        await client_with(ScriptedServer(), login)
 
 
 @scripted

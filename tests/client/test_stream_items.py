@@ -14,6 +14,7 @@ from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App, Items
+from zcproto.client.client import Client
 from zcproto.client.streams import Stream
 from zcproto.common.parameters import Ended
 from zcproto.errors import InvalidArgument, NotFound
@@ -91,43 +92,44 @@ def server(serve: Serve, methods: Methods) -> ServerThread:
     return serve(methods.app)
 
 
-async def test_items_are_sent_and_the_result_comes_back(server: ServerThread, connect_to: ConnectTo) -> None:
+@pytest.fixture
+async def client(server: ServerThread, connect_to: ConnectTo) -> AsyncIterator[Client]:
     async with connect_to(server) as client:
-        source = Source(1_000)
-        async with client.stream("upload", items=source.chunks(5_000)) as stream:
-            assert await stream.finished() == [1_000, 5_000_000]
-        assert source.closed
-        async with client.stream("upload", items=[b"a", b"bc"]) as stream:
-            assert await stream.finished() == [2, 3]
-        async with client.stream("upload", items=[]) as stream:
-            assert await stream.finished() == [0, 0]
+        yield client
+
+
+async def test_items_are_sent_and_the_result_comes_back(client: Client) -> None:
+    source = Source(1_000)
+    async with client.stream("upload", items=source.chunks(5_000)) as stream:
+        assert await stream.finished() == [1_000, 5_000_000]
+    assert source.closed
+    async with client.stream("upload", items=[b"a", b"bc"]) as stream:
+        assert await stream.finished() == [2, 3]
+    async with client.stream("upload", items=[]) as stream:
+        assert await stream.finished() == [0, 0]
 
 
 async def test_nothing_is_taken_before_the_method_wants_it(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
+    server: ServerThread, methods: Methods, client: Client
 ) -> None:
-    async with connect_to(server) as client:
-        source = Source(10)
-        async with client.stream("deaf", items=source.chunks()):
-            await client.call("server.info")
-            assert source.taken == 0
+    source = Source(10)
+    async with client.stream("deaf", items=source.chunks()):
         await client.call("server.info")
-        server.until(lambda: methods.cancelled == 1)
+        assert source.taken == 0
+    await client.call("server.info")
+    server.until(lambda: methods.cancelled == 1)
 
 
-async def test_leaving_a_stream_ends_the_source_of_its_items(
-    server: ServerThread, connect_to: ConnectTo
-) -> None:
-    async with connect_to(server) as client:
-        source = Source(1, then_wait=True)
-        async with client.stream("upload", items=source.chunks()):
-            while not source.taken:
-                await client.call("server.info")
-        assert source.closed
+async def test_leaving_a_stream_ends_the_source_of_its_items(server: ServerThread, client: Client) -> None:
+    source = Source(1, then_wait=True)
+    async with client.stream("upload", items=source.chunks()):
+        while not source.taken:
+            await client.call("server.info")
+    assert source.closed
 
 
-async def test_both_sides_send_in_turn(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client, client.stream("chat") as stream:
+async def test_both_sides_send_in_turn(client: Client) -> None:
+    async with client.stream("chat") as stream:
         for word in ("hello", "there"):
             await stream.send(word)
             assert await stream.receive() == word.upper()
@@ -140,78 +142,67 @@ async def test_both_sides_send_in_turn(server: ServerThread, connect_to: Connect
         assert stream.result == "bye"
 
 
-async def test_finished_discards_the_items_of_the_method(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client, client.stream("chat") as stream:
+async def test_finished_discards_the_items_of_the_method(client: Client) -> None:
+    async with client.stream("chat") as stream:
         await stream.send("hello")
         assert await stream.finished() == "bye"
 
 
-async def test_method_that_returns_early_closes_the_source(
-    server: ServerThread, connect_to: ConnectTo
-) -> None:
-    async with connect_to(server) as client:
-        source = Source(3, then_wait=True)
-        async with client.stream("upload", most=3, items=source.chunks()) as stream:
-            assert await stream.finished() == [3, 3]
-            await asyncio.sleep(0)
-            assert source.closed
-        async with client.stream("upload", most=1) as stream:
-            await stream.send(b"x")
-            with pytest.raises(EOFError):
-                await send_for_ever(stream, b"x")
-            assert await stream.finished() == [1, 1]
+async def test_method_that_returns_early_closes_the_source(client: Client) -> None:
+    source = Source(3, then_wait=True)
+    async with client.stream("upload", most=3, items=source.chunks()) as stream:
+        assert await stream.finished() == [3, 3]
+        await asyncio.sleep(0)
+        assert source.closed
+    async with client.stream("upload", most=1) as stream:
+        await stream.send(b"x")
+        with pytest.raises(EOFError):
+            await send_for_ever(stream, b"x")
+        assert await stream.finished() == [1, 1]
 
 
-async def test_error_of_the_method_reaches_the_sender(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client:
-        async with client.stream("refuse") as stream:
-            with pytest.raises(NotFound):
-                await send_for_ever(stream, "x")
-        source = Source(3, then_wait=True)
-        async with client.stream("refuse", items=source.chunks()) as stream:
-            with pytest.raises(InvalidArgument) as caught:  # bytes are not str
-                await stream.finished()
-            assert caught.value.details["item"] == 0
+async def test_error_of_the_method_reaches_the_sender(client: Client) -> None:
+    async with client.stream("refuse") as stream:
+        with pytest.raises(NotFound):
+            await send_for_ever(stream, "x")
+    source = Source(3, then_wait=True)
+    async with client.stream("refuse", items=source.chunks()) as stream:
+        with pytest.raises(InvalidArgument) as caught:  # bytes are not str
+            await stream.finished()
+        assert caught.value.details["item"] == 0
 
 
-async def test_error_of_the_source_fails_the_stream_and_cancels_the_method(
-    server: ServerThread, connect_to: ConnectTo
-) -> None:
-    async with connect_to(server) as client:
-        source = Source(3, error=OSError("the disk is full"))
-        async with client.stream("upload", items=source.chunks()) as stream:
-            with pytest.raises(OSError, match="disk"):
-                await stream.finished()
+async def test_error_of_the_source_fails_the_stream_and_cancels_the_method(client: Client) -> None:
+    source = Source(3, error=OSError("the disk is full"))
+    async with client.stream("upload", items=source.chunks()) as stream:
+        with pytest.raises(OSError, match="disk"):
+            await stream.finished()
 
 
-async def test_item_that_cannot_be_sent_is_refused_and_the_stream_goes_on(
-    server: ServerThread, connect_to: ConnectTo
-) -> None:
-    async with connect_to(server) as client:
-        async with client.stream("upload") as stream:
-            await stream.send(b"x")
-            for item in (object(), bytes(70_000)):
-                with pytest.raises(InvalidArgument):
-                    await stream.send(item)
-            assert await stream.finished() == [1, 1]
-        with pytest.raises(InvalidArgument):
-            async with client.stream("upload", items=[object()]) as stream:
-                await stream.finished()
+async def test_item_that_cannot_be_sent_is_refused_and_the_stream_goes_on(client: Client) -> None:
+    async with client.stream("upload") as stream:
+        await stream.send(b"x")
+        for item in (object(), bytes(70_000)):
+            with pytest.raises(InvalidArgument):
+                await stream.send(item)
+        assert await stream.finished() == [1, 1]
+    with pytest.raises(InvalidArgument):
+        async with client.stream("upload", items=[object()]) as stream:
+            await stream.finished()
 
 
-async def test_one_task_sends_at_a_time(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client:
-        async with client.stream("deaf") as stream:
-            first = asyncio.ensure_future(stream.send("x"))
-            await asyncio.sleep(0)
-            with pytest.raises(RuntimeError, match="another task"):
-                await stream.send("y")
-            stream.close()
-            with pytest.raises(RuntimeError, match="closed"):
-                await first
-        async with client.stream("deaf", items=["x"]) as stream:
-            with pytest.raises(RuntimeError, match="another task"):
-                await stream.send("y")
+async def test_one_task_sends_at_a_time(client: Client) -> None:
+    async with client.stream("deaf") as stream:
+        first = asyncio.ensure_future(stream.send("x"))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="another task"):
+            await stream.send("y")
+        stream.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await first
+    async with client.stream("deaf", items=["x"]) as stream:
+        with pytest.raises(RuntimeError, match="another task"):
+            await stream.send("y")
 
 
 def test_blocking_client_sends_items(server: ServerThread, blocking: Blocking) -> None:

@@ -13,6 +13,7 @@ from tests.client.conftest import Blocking, ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually
 from zcproto.app.app import App
+from zcproto.client.client import Client
 from zcproto.common.parameters import Ended
 from zcproto.errors import (
     Cancelled,
@@ -65,63 +66,58 @@ def server(serve: Serve, methods: Methods) -> ServerThread:
     return serve(methods.app)
 
 
-async def test_stream_yields_items_in_order_and_then_its_result(
-    server: ServerThread, connect_to: ConnectTo
-) -> None:
+@pytest.fixture
+async def client(server: ServerThread, connect_to: ConnectTo) -> AsyncIterator[Client]:
     async with connect_to(server) as client:
-        async with client.stream("count", n=2_000, window=(7, 1_000)) as stream:
-            got = [number async for number, _ in stream]
-        assert got == [*range(2_000)]
-        assert stream.result == {"sent": 2_000}
+        yield client
 
 
-async def test_large_items_pass_a_small_window(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client:
-        stream = client.stream("count", n=50, size=60_000, window=(10, 1))
-        assert [len(data) async for _, data in stream] == [60_000] * 50
+async def test_stream_yields_items_in_order_and_then_its_result(client: Client) -> None:
+    async with client.stream("count", n=2_000, window=(7, 1_000)) as stream:
+        got = [number async for number, _ in stream]
+    assert got == [*range(2_000)]
+    assert stream.result == {"sent": 2_000}
 
 
-async def test_server_makes_only_what_the_window_allows(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
-) -> None:
-    async with (
-        connect_to(server) as client,
-        client.stream("count", n=1_000, window=(4, 100_000)) as stream,
-    ):
+async def test_large_items_pass_a_small_window(client: Client) -> None:
+    stream = client.stream("count", n=50, size=60_000, window=(10, 1))
+    assert [len(data) async for _, data in stream] == [60_000] * 50
+
+
+async def test_server_makes_only_what_the_window_allows(methods: Methods, client: Client) -> None:
+    async with client.stream("count", n=1_000, window=(4, 100_000)) as stream:
         assert (await stream.receive())[0] == 0
         await client.call("add", a=1, b=2)
         assert methods.made <= 5
 
 
 async def test_leaving_early_cancels_the_method(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
+    server: ServerThread, methods: Methods, client: Client
 ) -> None:
-    async with connect_to(server) as client:
-        async with client.stream("count", n=1_000, pause=0.001) as stream:
-            async for number, _ in stream:
-                if number == 3:
-                    break
-        await client.call("add", a=1, b=2)
-        server.until(lambda: methods.closed == 1)
-        with pytest.raises(RuntimeError, match="has not ended"):
-            _ = stream.result
+    async with client.stream("count", n=1_000, pause=0.001) as stream:
+        async for number, _ in stream:
+            if number == 3:
+                break
+    await client.call("add", a=1, b=2)
+    server.until(lambda: methods.closed == 1)
+    with pytest.raises(RuntimeError, match="has not ended"):
+        _ = stream.result
 
 
 async def test_break_out_of_the_short_form_cancels_the_method(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
+    server: ServerThread, methods: Methods, client: Client
 ) -> None:
-    async with connect_to(server) as client:
-        async for number, _ in client.stream("count", n=1_000, pause=0.001):
-            if number == 3:
-                break
-        gc.collect()
-        await asyncio.sleep(0)
-        await client.call("add", a=1, b=2)
-        server.until(lambda: methods.closed == 1)
+    async for number, _ in client.stream("count", n=1_000, pause=0.001):
+        if number == 3:
+            break
+    gc.collect()
+    await asyncio.sleep(0)
+    await client.call("add", a=1, b=2)
+    server.until(lambda: methods.closed == 1)
 
 
-async def test_error_comes_after_the_items(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client, client.stream("fail") as stream:
+async def test_error_comes_after_the_items(client: Client) -> None:
+    async with client.stream("fail") as stream:
         assert [await stream.receive() for _ in range(3)] == [0, 1, 2]
         with pytest.raises(NotFound):
             await stream.receive()
@@ -150,32 +146,27 @@ async def test_server_without_streams_is_unimplemented(
                 pass
 
 
-async def test_item_timeout_leaves_the_stream(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
-) -> None:
-    async with connect_to(server) as client:
-
-        async def use() -> None:
-            async with client.stream("count", n=3, pause=3_600.0, item_timeout=0.5) as stream:
-                await asyncio.to_thread(eventually, lambda: methods.made)
-                async for _ in stream:
-                    pass
-
-        with pytest.raises(DeadlineExceeded):
-            await use()
-        await client.call("add", a=1, b=2)
-        server.until(lambda: methods.closed == 1)
-
-
-async def test_timeout_of_the_whole_stream(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client:
-        with pytest.raises(DeadlineExceeded):
-            async for _ in client.stream("count", n=3, pause=3_600.0, timeout=0.2):
+async def test_item_timeout_leaves_the_stream(server: ServerThread, methods: Methods, client: Client) -> None:
+    async def use() -> None:
+        async with client.stream("count", n=3, pause=3_600.0, item_timeout=0.5) as stream:
+            await asyncio.to_thread(eventually, lambda: methods.made)
+            async for _ in stream:
                 pass
 
+    with pytest.raises(DeadlineExceeded):
+        await use()
+    await client.call("add", a=1, b=2)
+    server.until(lambda: methods.closed == 1)
 
-async def test_second_task_that_iterates_fails(server: ServerThread, connect_to: ConnectTo) -> None:
-    async with connect_to(server) as client, client.stream("count", n=3, pause=3_600.0) as stream:
+
+async def test_timeout_of_the_whole_stream(client: Client) -> None:
+    with pytest.raises(DeadlineExceeded):
+        async for _ in client.stream("count", n=3, pause=3_600.0, timeout=0.2):
+            pass
+
+
+async def test_second_task_that_iterates_fails(client: Client) -> None:
+    async with client.stream("count", n=3, pause=3_600.0) as stream:
         await stream.receive()
         first = asyncio.ensure_future(stream.receive())
         await asyncio.sleep(0)
@@ -185,13 +176,9 @@ async def test_second_task_that_iterates_fails(server: ServerThread, connect_to:
 
 
 async def test_revoked_session_cuts_the_stream(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
+    server: ServerThread, methods: Methods, connect_to: ConnectTo, client: Client
 ) -> None:
-    async with (
-        connect_to(server) as client,
-        connect_to(server) as other,
-        client.stream("count", n=3, pause=3_600.0) as stream,
-    ):
+    async with connect_to(server) as other, client.stream("count", n=3, pause=3_600.0) as stream:
         await stream.receive()
         assert client.session is not None
         await other.call("session.revoke", id=client.session.id)

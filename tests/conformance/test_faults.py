@@ -81,10 +81,10 @@ def test_applied_fault_changes_the_behaviour() -> None:
 
 
 def test_fault_that_does_not_match_the_source_is_reported() -> None:
-    missing = fault("x", ("zcproto.client.retry:Backoff.next", "no such text", ""))
+    missing = fault("x", ("Backoff.next", "no such text", ""))
     with pytest.raises(Unmatched, match="no such text"), missing.applied():
         pass
-    ambiguous = fault("x", ("zcproto.client.retry:Backoff.next", "self", ""))
+    ambiguous = fault("x", ("Backoff.next", "self", ""))
     with pytest.raises(Unmatched, match="times"), ambiguous.applied():
         pass
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,27 @@ def children() -> Callable[[], list[int]]:
 
     before = alive()
     return lambda: [pid for pid in alive() if pid not in before]
+
+
+class StandardInput:
+    """The parent's end of this process's standard input."""
+
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        self.file = os.fdopen(reading, "rb", buffering=0)
+        self._writing = os.fdopen(writing, "wb", buffering=0)
+
+    def send(self, *lines: str) -> None:
+        self._writing.write("".join(line + "\n" for line in lines).encode())
+
+    def close(self) -> None:
+        self._writing.close()
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandardInput]:
+    made = StandardInput()
+    monkeypatch.setattr(sys, "stdin", made.file)
+    yield made
+    made.close()
+    made.file.close()

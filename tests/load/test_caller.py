@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -59,7 +58,7 @@ async def connect(server: ServerThread, credential: Credential = OPERATOR) -> Op
     return await Operator.connect("127.0.0.1", "127.0.0.1", server.port, ca_file, credential)
 
 
-async def test_operator_reads_the_server_counters(serve: Serve) -> None:
+async def test_operator_reads_the_server_counters(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     operator = await connect(server)
     figures = await operator.stats()
@@ -69,54 +68,47 @@ async def test_operator_reads_the_server_counters(serve: Serve) -> None:
     assert again.requests - figures.requests == operator.requests - before == 1
     assert figures.cpu_s > 0
     assert figures.rss_bytes > 1_000_000
-    await operator.disconnect()
+    operator.answered(4711, {})  # no call is pending with this number
+    operator.refused(4711, 13, "internal", {})
+    monkeypatch.setattr(module, "TIMEOUT", 0.0)
+    await operator.disconnect()  # without waiting for the server
     server.until_left()
     assert server.stats["sessions"] == 0
 
 
-async def test_user_who_is_not_operator_gets_the_command_to_create_one(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("credential", "fault"),
+    [
+        (Credential("another", KEY), "zcproto user add ops --operator"),
+        (Credential("operator", "not-the-key"), "'operator' got no session: UNAUTHENTICATED"),
+    ],
+)
+async def test_user_who_is_not_operator_is_refused_without_its_key(
+    serve: Serve, credential: Credential, fault: str
+) -> None:
     server = serve()
-    with pytest.raises(ConfigError, match="zcproto user add ops --operator"):
-        await connect(server, Credential("another", KEY))
+    with pytest.raises(ConfigError, match=fault) as caught:
+        await connect(server, credential)
+    assert credential.key not in str(caught.value)
     server.until_left()
     assert server.stats["sessions"] == 0
 
 
-async def test_wrong_operator_key_raises_without_the_key(serve: Serve) -> None:
-    server = serve()
-    with pytest.raises(ConfigError, match="'operator' got no session: UNAUTHENTICATED") as caught:
-        await connect(server, Credential("operator", "not-the-key"))
-    assert "not-the-key" not in str(caught.value)
-    server.until_left()
-
-
-async def test_refused_connection_raises_connection_closed(serve: Serve) -> None:
+async def test_server_that_cannot_be_used_raises(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     port = server.port
+    with pytest.raises(TlsError) as caught:
+        await Operator.connect("127.0.0.1", "127.0.0.1", port, None, OPERATOR)
+    assert caught.value.failure == "certificate_untrusted"
     await asyncio.to_thread(server.drain)
     with pytest.raises(ConnectionClosed, match=f"127.0.0.1:{port}: Connection refused"):
         await Operator.connect("127.0.0.1", "127.0.0.1", port, None, OPERATOR)
-
-
-async def test_untrusted_server_raises_tls_error(serve: Serve) -> None:
-    server = serve()
-    with pytest.raises(TlsError) as caught:
-        await Operator.connect("127.0.0.1", "127.0.0.1", server.port, None, OPERATOR)
-    assert caught.value.failure == "certificate_untrusted"
-
-
-@pytest.fixture
-def silent() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield listening.getsockname()[1]
-
-
-async def test_a_server_that_says_nothing_is_not_waited_for_too_long(
-    silent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(module, "TIMEOUT", 0.1)
-    with pytest.raises((ConnectionClosed, TlsError), match=r"does not answer|in time"):
-        await Operator.connect("127.0.0.1", "127.0.0.1", silent, None, OPERATOR)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises((ConnectionClosed, TlsError), match=r"does not answer|in time"),
+    ):
+        await Operator.connect("127.0.0.1", "127.0.0.1", silent.getsockname()[1], None, OPERATOR)
 
 
 async def test_lost_connection_fails_pending_calls(serve: Serve) -> None:
@@ -148,21 +140,6 @@ async def test_missing_answer_raises_after_the_timeout(serve: Serve, monkeypatch
             await operator.call("echo", {"n": 1})
     server.in_loop(release.set)
     assert await operator.call("echo", {"n": 2}) == 2  # not confused with the late answer
-    await operator.disconnect()
-
-
-async def test_disconnect_from_a_silent_server_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve()
-    operator = await connect(server)
-    monkeypatch.setattr(module, "TIMEOUT", 0.0)
-    await operator.disconnect()
-    server.until_left()
-
-
-async def test_answers_without_a_pending_call_are_dropped(serve: Serve) -> None:
-    operator = await connect(serve())
-    operator.answered(4711, {})
-    operator.refused(4711, 13, "internal", {})
     await operator.disconnect()
 
 

@@ -112,15 +112,10 @@ def test_close_is_not_a_loss(ends: Ends) -> None:
     assert ends.transport.closed == 1
     ends.connection.flush()
     assert ends.transport.sent == []
-
-
-def test_connection_closed_while_connecting_is_closed_when_made() -> None:
-    connection = RecordedConnection(DeadlineWheel(FakeTimers()))
-    connection.close()
-    transport = FakeTransport()
+    connection, transport = RecordedConnection(DeadlineWheel(FakeTimers())), FakeTransport()
+    connection.close()  # before it is made
     connection.connection_made(cast("Any", transport))
-    assert transport.closed == 1
-    assert connection.transport is None
+    assert (transport.closed, connection.transport) == (1, None)
 
 
 def test_events_without_a_handler_are_ignored(ends: Ends) -> None:

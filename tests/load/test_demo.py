@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 from tests.limits import TIMEOUT
+from tests.load.conftest import StandardInput
 from tests.load.helpers import plan, verified_result
 from tests.server.helpers import eventually
 from zcproto.errors import ConfigError, ZcprotoError
@@ -108,19 +109,17 @@ def test_rates_stay_if_the_machine_is_not_measured(monkeypatch: pytest.MonkeyPat
     assert out.getvalue() == ""
 
 
-def test_low_file_limit_names_the_possible_connections(
-    monkeypatch: pytest.MonkeyPatch, temporary: Path
+def test_impossible_demo_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1_024, 4_096))
-    with pytest.raises(ConfigError, match="--connections 3776"):
-        run_demo(Demo(10_000, 5_000.0, 6.0), console()[0])
-    assert [*temporary.iterdir()] == []
-
-
-def test_unwritable_file_is_refused_first(temporary: Path, tmp_path: Path) -> None:
     view, out = console()
-    with pytest.raises(ConfigError, match="cannot be written"):
-        run_demo(Demo(20, 400.0, 0.2, json=tmp_path / "no" / "demo.json"), view)
+    for demo, fault in (
+        (Demo(20, 400.0, 0.2, json=tmp_path / "no" / "demo.json"), "cannot be written"),
+        (Demo(10_000, 5_000.0, 6.0), "--connections 3776"),
+    ):
+        with pytest.raises(ConfigError, match=fault):
+            run_demo(demo, view)
     assert out.getvalue() == ""
     assert [*temporary.iterdir()] == []
 
@@ -200,18 +199,6 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-# --- conclusion -------------------------------------------------------------------------------------------
-
-
-def test_conclusion_states_what_was_proven() -> None:
-    assert module.conclusion(verified_result(), 33.4).endswith(
-        "counts of both sides agree. The server is stopped and its folder deleted; total time 33 s."
-    )
-    unproven = module.conclusion(Result(plan()), 5.0)
-    assert unproven.startswith("Not proven: 10 of 10 connections not verified; ")
-    assert module.conclusion(Result(plan(), interrupted=True), 5.0).startswith("Interrupted")
-
-
 # --- the server's process -----------------------------------------------------------------------------------
 
 
@@ -245,16 +232,40 @@ def test_other_program_is_not_accepted_as_server(
         pass
 
 
-def test_missing_server_program_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "module_command", lambda *_: ["/no/such/program"])
-    with pytest.raises(FileNotFoundError), DemoServer(tmp_path):
-        pass
+def test_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program(
+        monkeypatch,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print('zcproto: listening on 127.0.0.1:4711', flush=True); time.sleep(60)",
+    )
+    monkeypatch.setattr(module, "END_TIMEOUT", 0.1)
+    with DemoServer(tmp_path) as running:
+        assert running.port == 4711
+        pid = running.pid
+    assert not Path(f"/proc/{pid}").exists()
 
 
-def test_missing_temporary_folder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
-    with pytest.raises(FileNotFoundError), temporary_home():
-        pass
+def test_module_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('the wrong module')")
+    for path, end in ((None, ""), ("/somewhere", os.pathsep + "/somewhere")):
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        if path is not None:
+            monkeypatch.setenv("PYTHONPATH", path)
+        environment = module_environment()
+        assert environment["PYTHONPATH"].partition(os.pathsep)[1:] == (end[:1], end[1:])
+        command = module_command("zcproto.load.processes", "x")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_conclusion_states_what_was_proven() -> None:
+    assert module.conclusion(verified_result(), 33.4).endswith(
+        "counts of both sides agree. The server is stopped and its folder deleted; total time 33 s."
+    )
+    unproven = module.conclusion(Result(plan()), 5.0)
+    assert unproven.startswith("Not proven: 10 of 10 connections not verified; ")
+    assert module.conclusion(Result(plan(), interrupted=True), 5.0).startswith("Interrupted")
 
 
 def test_uninterrupted_delays_ctrl_c() -> None:
@@ -274,46 +285,7 @@ def test_uninterrupted_delays_ctrl_c() -> None:
         pass
 
 
-def test_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(
-        monkeypatch,
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "print('zcproto: listening on 127.0.0.1:4711', flush=True); time.sleep(60)",
-    )
-    monkeypatch.setattr(module, "END_TIMEOUT", 0.1)
-    with DemoServer(tmp_path) as running:
-        assert running.port == 4711
-        pid = running.pid
-    assert not Path(f"/proc/{pid}").exists()
-
-
 # --- the child, from inside -----------------------------------------------------------------------------------
-
-
-class FakeParent:
-    """The writing end of the child's standard input."""
-
-    def __init__(self) -> None:
-        reading, writing = os.pipe()
-        self.stdin = os.fdopen(reading, "rb", buffering=0)
-        self._pipe = os.fdopen(writing, "wb", buffering=0)
-
-    def send(self, words: bytes) -> None:
-        self._pipe.write(words)
-
-    def die(self) -> None:
-        self._pipe.close()
-
-
-@pytest.fixture
-def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeParent]:
-    made = FakeParent()
-    monkeypatch.setattr(sys, "stdin", made.stdin)
-    before = signal.getsignal(signal.SIGTERM)
-    yield made
-    signal.signal(signal.SIGTERM, before)
-    made.die()
-    made.stdin.close()
 
 
 @pytest.fixture
@@ -324,24 +296,24 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_child_serves_its_folder_and_keeps_it(
-    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
+    stdin: StandardInput, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     started: list[list[str]] = []
     watched: list[int] = []
     monkeypatch.setattr(child, "zcproto", lambda arguments: started.append(arguments) or 0)
-    monkeypatch.setattr(child, "end_with_parent", lambda parent, *_: watched.append(parent))
+    monkeypatch.setattr(child, "end_with_parent", lambda watching, *_: watched.append(watching))
     assert child.main(str(home), "--port", "0") == 0
     assert started == [["--home", str(home), "serve", "--port", "0"]]
-    assert watched == [parent.stdin.fileno()]
+    assert watched == [stdin.file.fileno()]
     assert home.exists()
 
 
 def test_orphaned_child_ends_and_deletes_its_folder(
-    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
+    stdin: StandardInput, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     def serve(arguments: list[str]) -> int:
-        parent.send(b"input is ignored")
-        parent.die()
+        stdin.send("input is ignored")
+        stdin.close()
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:  # a signal just before `signal.pause` would leave it waiting for ever
             time.sleep(0.01)
@@ -354,7 +326,7 @@ def test_orphaned_child_ends_and_deletes_its_folder(
     assert not home.exists()
 
 
-def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_the_module_is_the_program(stdin: StandardInput, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.delitem(sys.modules, "zcproto.load.demo_child")
     monkeypatch.setattr("zcproto.cli.main", len)
     monkeypatch.setattr(sys, "argv", ["child", str(home)])
@@ -362,22 +334,22 @@ def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(child.__file__, run_name="__main__")
     assert caught.value.code == 3
-    parent.die()
+    stdin.close()
     for thread in {*threading.enumerate()} - threads:
         thread.join(TIMEOUT)
 
 
 def test_orphaned_child_that_does_not_drain_exits(
-    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
+    stdin: StandardInput, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     monkeypatch.setattr(child, "DRAIN_TIMEOUT", 0.0)
     sent: list[tuple[int, int]] = []
     codes: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     monkeypatch.setattr(os, "_exit", codes.append)
-    parent.die()
+    stdin.close()
     orphaned = threading.Event()
-    child.end_with_parent(parent.stdin.fileno(), str(home), orphaned, threading.Event())
+    child.end_with_parent(stdin.file.fileno(), str(home), orphaned, threading.Event())
     assert sent == [(os.getpid(), signal.SIGTERM)]
     assert codes == [1]
     assert orphaned.is_set()
@@ -385,32 +357,12 @@ def test_orphaned_child_that_does_not_drain_exits(
 
 
 def test_parent_that_ends_after_its_child_changes_nothing(
-    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
+    stdin: StandardInput, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     monkeypatch.setattr(os, "kill", None)
-    parent.die()
+    stdin.close()
     orphaned, ended = threading.Event(), threading.Event()
     ended.set()
-    child.end_with_parent(parent.stdin.fileno(), str(home), orphaned, ended)
+    child.end_with_parent(stdin.file.fileno(), str(home), orphaned, ended)
     assert not orphaned.is_set()
     assert home.exists()
-
-
-def test_module_is_found_from_any_working_directory(tmp_path: Path) -> None:
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('the wrong module')")
-    done = subprocess.run(
-        module_command("zcproto.load.processes", "x"),
-        cwd=tmp_path,
-        env=module_environment(),
-        capture_output=True,
-        check=True,
-    )
-    assert (done.stdout, done.stderr) == (b"", b"")
-
-
-def test_existing_pythonpath_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    assert module_environment()["PYTHONPATH"].endswith(os.pathsep + "/somewhere")
-    monkeypatch.delenv("PYTHONPATH")
-    assert os.pathsep not in module_environment()["PYTHONPATH"]

@@ -17,14 +17,8 @@ def test_percentiles_match_the_counts() -> None:
     assert percentiles_ms(counted) == pytest.approx(
         {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}, rel=0.002
     )
-
-
-def test_no_percentile_is_above_the_exact_maximum() -> None:
     figures = percentiles_ms(latencies(1_234_567))
     assert figures["p99.9"] <= figures["max"] == pytest.approx(1234.567, abs=0.001)
-
-
-def test_empty_latencies_have_no_percentiles() -> None:
     assert percentiles_ms(Latencies()) == {}
 
 
@@ -56,12 +50,8 @@ def test_log_is_readable_by_hdrhistogram(tmp_path: Path) -> None:
         ("last_request", start, 49),
     ]
     assert reader.get_start_time_sec() == 1_800_000_000.0
-
-
-def test_empty_log_has_only_its_header(tmp_path: Path) -> None:
-    path = tmp_path / "run.hlog"
     write_file(path, Record(), 1_800_000_000.0)
-    assert len(path.read_text().splitlines()) == 4
+    assert len(path.read_text().splitlines()) == 4  # only its header
 
 
 def test_percentile_distribution_is_in_milliseconds(tmp_path: Path) -> None:

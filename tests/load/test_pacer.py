@@ -77,6 +77,11 @@ async def test_pacer_never_acts_early() -> None:
     await pacing.ring(102.0)
     await run
     assert pacing.acted == [101.0, 102.0]
+    await pacing.start()  # a schedule of nothing
+    await pacing.start(0.0)
+    assert pacing.acted == [101.0, 102.0, 102.0]
+    pacing.pacer.close()
+    assert pacing.alarm.closed
 
 
 async def test_late_action_gets_its_due_time() -> None:
@@ -98,12 +103,6 @@ async def test_loop_runs_between_many_due_actions() -> None:
     assert len(pacing.acted) == 2 * ACTS_PER_TURN
 
 
-async def test_empty_schedule_ends_at_once() -> None:
-    pacing = Pacing()
-    await pacing.start()
-    assert pacing.acted == []
-
-
 async def test_stop_skips_remaining_actions() -> None:
     pacing = Pacing()
     run = pacing.start(0.0, 5.0)
@@ -112,15 +111,6 @@ async def test_stop_skips_remaining_actions() -> None:
     await run
     await pacing.ring(200.0)
     assert pacing.acted == [100.0]
-
-
-async def test_pacer_can_run_again_and_closes_its_alarm() -> None:
-    pacing = Pacing()
-    await pacing.start(0.0)
-    await pacing.start(0.0, 0.0)
-    assert len(pacing.acted) == 3
-    pacing.pacer.close()
-    assert pacing.alarm.closed
 
 
 @pytest.mark.parametrize(
@@ -201,11 +191,8 @@ def test_poisson_times_have_the_exact_total(rate: float, seconds: float, total: 
     assert len(times) == total == round(rate * seconds)
     assert all(earlier <= later for earlier, later in pairwise(times))
     assert all(0 <= time < seconds for time in times)
-
-
-def test_each_second_has_its_share_of_the_times() -> None:
-    times = [*poisson_times(500, 4, random.Random(7))]
-    assert [sum(int(time) == second for time in times) for second in range(4)] == [500] * 4
+    whole = [sum(int(time) == second for time in times) for second in range(int(seconds))]
+    assert rate % 1 or set(whole) <= {rate}
 
 
 def test_poisson_times_are_random_and_repeatable() -> None:
@@ -223,7 +210,4 @@ def test_each_round_has_every_item_once() -> None:
     first, second = [*islice(turns, 20)], [*islice(turns, 20)]
     assert sorted(first) == sorted(second) == [*range(20)]
     assert first != second
-
-
-def test_rounds_of_nothing_end() -> None:
     assert [*shuffled_rounds([], random.Random(7))] == []

@@ -13,16 +13,10 @@ def counts(**changes: int) -> dict[str, int]:
     return {"connect": 0, "load": 0, "verify": 0, "failed": 0, **changes}
 
 
-def test_terminal_gets_bars_and_others_get_lines() -> None:
+def test_terminal_gets_bars_of_its_width_and_others_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(view_for(Console(file=io.StringIO(), force_terminal=True)), Bars)
     assert isinstance(view_for(Console(file=io.StringIO())), Lines)
-
-
-def test_pipe_is_wide_enough_for_tables() -> None:
     assert new_console().width == progress.PLAIN_WIDTH
-
-
-def test_terminal_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "77")
     assert new_console().width == 77

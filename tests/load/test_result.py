@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.load.helpers import latencies, plan, stats, verified_result
@@ -15,45 +17,33 @@ def test_run_with_equal_counts_is_verified() -> None:
     assert result.reasons() == []
     assert result.verdict is Verdict.VERIFIED
     assert all(each.agree for each in result.counted())
+    requests = {each.what: each for each in result.counted()}["requests"]
+    assert (requests.asked, requests.client, requests.server) == (70, 70, 70)  # without the operator's
+    assert verified_result(interrupted=True).verdict is Verdict.INTERRUPTED
 
 
-def test_operator_requests_are_subtracted() -> None:
-    requests = {each.what: each for each in verified_result().counted()}["requests"]
-    assert (requests.asked, requests.client, requests.server) == (70, 70, 70)
+LOAD, LAST, CLOSE = RequestKind.LOAD, RequestKind.LAST, RequestKind.CLOSE
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "reason"),
+    ("kind", "field", "value", "reason"),
     [
-        ("unequal", 1, "1 request of the load got a wrong answer"),
-        ("lost", 2, "2 requests of the load got no answer"),
-        ("errors", {"INTERNAL": 2, "ABORTED": 1}, "3 requests of the load got an error"),
-        ("not_sent", {"gone": 1_500}, "1,500 requests of the load could not be sent"),
+        (LOAD, "unequal", 1, "1 request of the load got a wrong answer"),
+        (LOAD, "lost", 2, "2 requests of the load got no answer"),
+        (LOAD, "errors", {"INTERNAL": 2, "ABORTED": 1}, "3 requests of the load got an error"),
+        (LOAD, "not_sent", {"gone": 1_500}, "1,500 requests of the load could not be sent"),
+        (CLOSE, "lost", 1, "1 session.close request got no answer"),
+        (LAST, "equal", 7, "3 of 10 connections not verified"),
+        (None, "lost_connections", {"truncated": 2, "TLS: other": 1}, "3 connections failed or got lost"),
     ],
 )
-def test_each_kind_of_failure_is_a_reason(field: str, value: object, reason: str) -> None:
+def test_each_kind_of_failure_is_a_reason(
+    kind: RequestKind | None, field: str, value: object, reason: str
+) -> None:
     result = verified_result()
-    setattr(result.record.tallies[RequestKind.LOAD], field, value)
+    setattr(result.record if kind is None else result.record.tallies[kind], field, value)
     assert result.reasons() == [reason]
     assert result.verdict is Verdict.FAILED
-
-
-def test_unclosed_sessions_are_a_reason() -> None:
-    result = verified_result()
-    result.record.tallies[RequestKind.CLOSE].lost = 1
-    assert result.reasons() == ["1 session.close request got no answer"]
-
-
-def test_lost_connections_are_a_reason() -> None:
-    result = verified_result()
-    result.record.lost_connections = {"truncated": 2, "TLS: other": 1}
-    assert result.reasons() == ["3 connections failed or got lost"]
-
-
-def test_unverified_connections_are_a_reason() -> None:
-    result = verified_result()
-    result.record.tallies[RequestKind.LAST].equal = 7
-    assert result.reasons() == ["3 of 10 connections not verified"]
 
 
 @pytest.mark.parametrize("what", ["connections", "sessions", "requests"])
@@ -72,10 +62,6 @@ def test_unread_counters_are_a_reason() -> None:
     assert len(result.reasons()) == 4
     assert not any(each.agree for each in result.counted())
     assert result.verdict is Verdict.FAILED
-
-
-def test_interrupted_run_is_neither_verified_nor_failed() -> None:
-    assert verified_result(interrupted=True).verdict is Verdict.INTERRUPTED
 
 
 # --- figures --------------------------------------------------------------------------------------------
@@ -103,14 +89,10 @@ def test_unmeasured_figure_has_no_value() -> None:
     assert found.pop("generator_cpu_percent") == 0
     assert set(found.values()) == {None}
     assert Result(plan()).connect_rate == Result(plan()).request_rate == 0
-
-
-def test_memory_is_measured_on_a_fresh_server_only() -> None:
-    result = verified_result()
-    used = result.readings[Moment.IDLE]
-    result.readings[Moment.IDLE] = StatsReading(stats(handshakes=500), used.operator_requests, used.at)
-    assert result.server_was_used
-    assert values(result)["memory_per_connection_kib"] is None
+    used = verified_result()
+    used.readings[Moment.IDLE] = StatsReading(stats(handshakes=500), 3, 0.0)
+    assert used.server_was_used
+    assert values(used)["memory_per_connection_kib"] is None
 
 
 @pytest.mark.parametrize(
@@ -121,20 +103,15 @@ def test_figure_holds_below_its_bar(value: float | None, bar: float | None, hold
     assert Figure("key", "label", "ms", value, bar).holds is holds
 
 
-def test_late_generator_is_saturated() -> None:
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [("lag", latencies(*[20_000] * 5, *range(95))), ("arrival_lag", latencies(20_000)), ("cpu_share", 0.97)],
+)
+def test_late_or_busy_generator_is_saturated(name: str, late: Any) -> None:
     result = verified_result()
     assert not generator_saturated(result)
-    result.record.latencies["lag"] = latencies(*[20_000] * 5, *range(95))
-    assert generator_saturated(result)
-
-
-def test_generator_that_connects_late_is_saturated() -> None:
-    result = verified_result()
-    result.record.latencies["arrival_lag"] = latencies(20_000)
-    assert generator_saturated(result)
-
-
-def test_generator_that_uses_a_whole_core_is_saturated() -> None:
-    result = verified_result()
-    result.record.cpu_share = 0.97
+    if isinstance(late, float):
+        result.record.cpu_share = late
+    else:
+        result.record.latencies[name] = late
     assert generator_saturated(result)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,19 @@ def client_tls(ca_file: Path) -> ssl.SSLContext:
     return client_context(ca_file=ca_file)
 
 
+NewPair = Callable[..., TlsPair]
+
+
 @pytest.fixture
-def tls_pair(timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> TlsPair:
+def new_pair(timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> NewPair:
+    """Return a factory of TCP connections before the first byte."""
+    return partial(TlsPair, timers, server_tls, client_tls)
+
+
+@pytest.fixture
+def tls_pair(new_pair: NewPair) -> TlsPair:
     """A TCP connection before the first byte."""
-    return TlsPair(timers, server_tls, client_tls)
+    return new_pair()
 
 
 @pytest.fixture

@@ -114,11 +114,16 @@ class TlsPair:
         self.incoming.write(data)
         return data
 
-    def agree(self) -> TlsPair:
-        """Complete the handshake."""
+    def exchange(self, data: bytes = b"") -> None:
+        """Pass both flights of the client, and data with the second one, as far as both ends go."""
         self.raw.deliver(self.step())
         self.hear()
-        self.raw.deliver(self.step())
+        last = self.step()
+        self.raw.deliver(last + self.sealed(data) if data else last)
+
+    def agree(self) -> TlsPair:
+        """Complete the handshake."""
+        self.exchange()
         assert self.phase is TlsPhase.OPEN
         return self
 

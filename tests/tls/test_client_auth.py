@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import trustme
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.conftest import ServerPairs
@@ -36,9 +39,72 @@ from zcproto.tls.transport import TlsPhase
 OTHER_PIN = "sha256/" + "A" * 43 + "="
 
 
+@dataclass
+class ClientAuth:
+    """A CA of clients, which is not that of the servers, and connections whose server asks for its certificates."""
+
+    ca: trustme.CA
+    ada: trustme.LeafCert
+    folder: Path
+    timers: FakeTimers
+    pairs: ServerPairs
+    servers_ca: Path
+
+    @property
+    def identity(self) -> Identity:
+        """A valid certificate of a client."""
+        return write_identity(self.folder, self.ada)
+
+    def asking(self, client_auth: str = "required", **options: Any) -> ssl.SSLContext:
+        """Return a server context that requests client certificates."""
+        options.setdefault("ca", self.ca.cert_pem.bytes())
+        trust = client_trust(self.folder, **options, is_required=client_auth == "required")
+        return server_context([self.pairs.ecdsa], ["zcp/1"], clients=None if client_auth == "off" else trust)
+
+    def connect(
+        self, shown: Identity | None, context: ssl.SSLContext | None = None, **options: Any
+    ) -> TlsPair:
+        """Return a connection before its first byte, of a client that shows a certificate, or none."""
+        files = {} if shown is None else {"certificate": shown.certificate, "key": shown.key}
+        client = client_context(ca_file=self.servers_ca, **files)
+        return TlsPair(self.timers, context or self.asking(), client, **options)
+
+    def certificate(self, case: str) -> Identity | None:
+        """Return what a client shows in a case of REFUSED."""
+        now = datetime.now(UTC)
+        match case:
+            case "none":
+                return None
+            case "untrusted":
+                leaf = for_clients(trustme.CA(key_type=trustme.KeyType.ECDSA))
+            case "expired":
+                leaf = for_clients(self.ca, not_after=now - DAY)
+            case "not yet valid":
+                leaf = for_clients(self.ca, not_before=now + DAY)
+            case "purpose":
+                return for_servers_only(self.ca, self.folder)
+            case _:
+                leaf = self.ada
+        return write_identity(self.folder, leaf)
+
+    def revocations(self, case: str) -> bytes | None:
+        """Return the list of revoked certificates in a case of REFUSED."""
+        match case:
+            case "revoked":
+                return revocation_list(self.ca, self.ada)
+            case "expired list":
+                return revocation_list(self.ca, start=-2 * DAY, end=-DAY)
+            case "list of tomorrow":
+                return revocation_list(self.ca, start=DAY, end=2 * DAY)
+            case "list of another":
+                return revocation_list(trustme.CA(organization_name="x", key_type=trustme.KeyType.ECDSA))
+            case "forged list":
+                return revocation_list(self.ca, signer=trustme.CA(key_type=trustme.KeyType.ECDSA))
+        return None
+
+
 @pytest.fixture(scope="module")
 def client_ca() -> trustme.CA:
-    """The CA of the clients, which is not that of the servers."""
     return trustme.CA(organization_name="clients", key_type=trustme.KeyType.ECDSA)
 
 
@@ -48,43 +114,20 @@ def ada(client_ca: trustme.CA) -> trustme.LeafCert:
 
 
 @pytest.fixture
-def identity(ada: trustme.LeafCert, tmp_path: Path) -> Identity:
-    return write_identity(tmp_path, ada)
-
-
-Asking = Callable[..., ssl.SSLContext]
-
-
-@pytest.fixture
-def asking(server_pairs: ServerPairs, client_ca: trustme.CA, tmp_path: Path) -> Asking:
-    """Return a server context that requests client certificates."""
-
-    def make(client_auth: str = "required", **options: Any) -> ssl.SSLContext:
-        options.setdefault("ca", client_ca.cert_pem.bytes())
-        trust = client_trust(tmp_path, **options, is_required=client_auth == "required")
-        clients = None if client_auth == "off" else trust
-        return server_context([server_pairs.ecdsa], ["zcp/1"], clients=clients)
-
-    return make
-
-
-@pytest.fixture
-def showing(ca_file: Path) -> Callable[[Identity | None], ssl.SSLContext]:
-    """Return a client context with a certificate, or without."""
-
-    def make(identity: Identity | None) -> ssl.SSLContext:
-        if identity is None:
-            return client_context(ca_file=ca_file)
-        return client_context(ca_file=ca_file, certificate=identity.certificate, key=identity.key)
-
-    return make
+def auth(
+    client_ca: trustme.CA,
+    ada: trustme.LeafCert,
+    tmp_path: Path,
+    timers: FakeTimers,
+    server_pairs: ServerPairs,
+    ca_file: Path,
+) -> ClientAuth:
+    return ClientAuth(client_ca, ada, tmp_path, timers, server_pairs, ca_file)
 
 
 def refused(pair: TlsPair) -> ssl.SSLError:
     """Run the handshake to its refusal. Return the error of the client."""
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step())
+    pair.exchange()
     assert pair.phase is TlsPhase.CLOSING
     assert pair.protocol.calls == []
     assert pair.acceptor.handshakes_in_progress == 0
@@ -92,125 +135,79 @@ def refused(pair: TlsPair) -> ssl.SSLError:
     return pair.refusal()
 
 
+def refused_after_the_handshake(pair: TlsPair, failure: TlsFailure) -> None:
+    """Run the handshake, after which the server finds the certificate wrong by itself."""
+    pair.exchange(b"at once")
+    assert (pair.protocol.calls, pair.protocol.received) == ([], b"")
+    assert pair.failures == {failure: 1}
+    assert pair.acceptor.handshakes_completed == 0
+    assert pair.acceptor.handshakes_in_progress == 0
+    assert pair.client_saw_close_notify()
+
+
 # --- accepted -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("client_auth", ["optional", "required"])
-def test_valid_client_certificate_is_accepted_and_readable(
-    client_auth: str, asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    pair = TlsPair(timers, asking(client_auth), showing(identity)).agree()
-    assert pair.server.peer_certificate() == identity.der
-    assert pair.failures == {}
-    pair.say(b"hello")
-    assert pair.protocol.received == b"hello"
-
-
-@pytest.mark.parametrize("client_auth", ["off", "optional"])
-def test_optional_client_auth_accepts_client_without_certificate(
-    client_auth: str, asking: Asking, showing: Any, timers: FakeTimers
-) -> None:
-    pair = TlsPair(timers, asking(client_auth), showing(None)).agree()
+def test_valid_client_certificate_is_accepted_and_readable(auth: ClientAuth, client_auth: str) -> None:
+    identity = auth.identity
+    pair = auth.connect(identity, auth.asking(client_auth))
     assert pair.server.peer_certificate() is None
-
-
-def test_client_certificate_is_not_sent_unless_requested(
-    asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    pair = TlsPair(timers, asking("off"), showing(identity)).agree()
-    assert pair.server.peer_certificate() is None
-
-
-def test_no_peer_certificate_before_and_after_connection(
-    asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    pair = TlsPair(timers, asking(), showing(identity))
-    assert pair.server.peer_certificate() is None
-    pair.agree()
-    pair.raw.lose()
-    assert pair.server.peer_certificate() is None
-
-
-def test_certificate_is_readable_in_connection_made(
-    asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    pair = TlsPair(timers, asking(), showing(identity))
     seen: list[bytes | None] = []
     pair.protocol.actions = {"made": lambda protocol: seen.append(protocol.transport.peer_certificate())}
     pair.agree()
     assert seen == [identity.der]
-
-
-def test_client_ca_may_be_a_file(
-    asking: Asking,
-    showing: Any,
-    identity: Identity,
-    client_ca: trustme.CA,
-    tmp_path: Path,
-    timers: FakeTimers,
-) -> None:
-    file, crl = tmp_path / "clients.pem", tmp_path / "clients.crl"
-    client_ca.cert_pem.write_to_path(file)
-    crl.write_bytes(revocation_list(client_ca))
-    TlsPair(timers, asking(ca=file, crl=crl), showing(identity)).agree()
-
-
-def test_intermediate_ca_is_trusted_without_root_or_siblings(
-    asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
-) -> None:
-    issuing, sister = client_ca.create_child_ca(), client_ca.create_child_ca()
-    context = asking(ca=issuing.cert_pem.bytes())
-    ours = write_identity(tmp_path, issuing.issue_cert("ada@example.org"), "ours")
-    TlsPair(timers, context, showing(ours)).agree()
-    theirs = write_identity(tmp_path, sister.issue_cert("ada@example.org"), "theirs")
-    pair = TlsPair(timers, context, showing(theirs))
-    assert "UNKNOWN_CA" in refused(pair).reason
-
-
-def test_client_chain_to_root_is_accepted(
-    asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
-) -> None:
-    leaf = client_ca.create_child_ca().issue_cert("ada@example.org")
-    identity = write_identity(tmp_path, leaf)
-    pair = TlsPair(timers, asking(), showing(identity)).agree()
     assert pair.server.peer_certificate() == identity.der
+    assert pair.failures == {}
+    pair.say(b"hello")
+    assert pair.protocol.received == b"hello"
+    pair.raw.lose()
+    assert pair.server.peer_certificate() is None
+
+
+@pytest.mark.parametrize(("client_auth", "shows"), [("off", False), ("optional", False), ("off", True)])
+def test_server_that_does_not_ask_or_does_not_insist_gets_no_certificate(
+    auth: ClientAuth, client_auth: str, shows: bool
+) -> None:
+    pair = auth.connect(auth.identity if shows else None, auth.asking(client_auth)).agree()
+    assert pair.server.peer_certificate() is None
+
+
+def test_client_ca_may_be_a_file(auth: ClientAuth) -> None:
+    file, crl = auth.folder / "clients.pem", auth.folder / "clients.crl"
+    auth.ca.cert_pem.write_to_path(file)
+    crl.write_bytes(revocation_list(auth.ca))
+    auth.connect(auth.identity, auth.asking(ca=file, crl=crl)).agree()
+
+
+def test_intermediate_ca_is_trusted_without_root_or_siblings(auth: ClientAuth) -> None:
+    issuing, sister = auth.ca.create_child_ca(), auth.ca.create_child_ca()
+    context = auth.asking(ca=issuing.cert_pem.bytes())
+    ours = write_identity(auth.folder, issuing.issue_cert("ada@example.org"), "ours")
+    auth.connect(ours, context).agree()
+    theirs = write_identity(auth.folder, sister.issue_cert("ada@example.org"), "theirs")
+    assert "UNKNOWN_CA" in refused(auth.connect(theirs, context)).reason
+
+
+def test_client_chain_to_root_is_accepted(auth: ClientAuth) -> None:
+    identity = write_identity(auth.folder, auth.ca.create_child_ca().issue_cert("ada@example.org"))
+    assert auth.connect(identity).agree().server.peer_certificate() == identity.der
+
+
+def test_crl_without_the_client_accepts_it(auth: ClientAuth) -> None:
+    crl = revocation_list(auth.ca, for_clients(auth.ca, "eve@example.org"))
+    auth.connect(auth.identity, auth.asking(crl=crl)).agree()
+
+
+@pytest.mark.parametrize("others", [[], [ExtendedKeyUsageOID.SERVER_AUTH]])
+def test_certificate_with_client_auth_among_its_purposes_is_accepted(
+    auth: ClientAuth, others: list[x509.ObjectIdentifier]
+) -> None:
+    purposes = [*others, ExtendedKeyUsageOID.CLIENT_AUTH]
+    auth.connect(for_purposes(auth.ca, auth.folder, *purposes)).agree()
 
 
 # --- refused ------------------------------------------------------------------------------------------
-
-
-def certificate_of(case: str, client_ca: trustme.CA, ada: trustme.LeafCert, folder: Path) -> Identity | None:
-    now = datetime.now(UTC)
-    match case:
-        case "none":
-            return None
-        case "untrusted":
-            leaf = for_clients(trustme.CA(key_type=trustme.KeyType.ECDSA))
-        case "expired":
-            leaf = for_clients(client_ca, not_after=now - DAY)
-        case "not yet valid":
-            leaf = for_clients(client_ca, not_before=now + DAY)
-        case "purpose":
-            return for_servers_only(client_ca, folder)
-        case _:
-            leaf = ada
-    return write_identity(folder, leaf)
-
-
-def list_of(case: str, client_ca: trustme.CA, ada: trustme.LeafCert) -> bytes | None:
-    match case:
-        case "revoked":
-            return revocation_list(client_ca, ada)
-        case "expired list":
-            return revocation_list(client_ca, start=-2 * DAY, end=-DAY)
-        case "list of tomorrow":
-            return revocation_list(client_ca, start=DAY, end=2 * DAY)
-        case "list of another":
-            return revocation_list(trustme.CA(organization_name="x", key_type=trustme.KeyType.ECDSA))
-        case "forged list":
-            return revocation_list(client_ca, signer=trustme.CA(key_type=trustme.KeyType.ECDSA))
-    return None
-
 
 REFUSED = [
     ("none", TlsFailure.CERTIFICATE_REQUIRED, "CERTIFICATE_REQUIRED"),
@@ -231,164 +228,72 @@ REFUSED = [
     [("required", *row) for row in REFUSED] + [("optional", *row) for row in REFUSED[1:]],
 )
 def test_each_client_certificate_refusal_has_cause_and_alert(
-    case: str,
-    failure: TlsFailure,
-    alert: str,
-    client_auth: str,
-    asking: Asking,
-    showing: Any,
-    client_ca: trustme.CA,
-    ada: trustme.LeafCert,
-    tmp_path: Path,
-    timers: FakeTimers,
+    auth: ClientAuth, client_auth: str, case: str, failure: TlsFailure, alert: str
 ) -> None:
-    context = asking(client_auth, crl=list_of(case, client_ca, ada))
-    pair = TlsPair(timers, context, showing(certificate_of(case, client_ca, ada, tmp_path)))
-    assert alert in refused(pair).reason
+    context = auth.asking(client_auth, crl=auth.revocations(case))
+    pair = auth.connect(auth.certificate(case), context)
+    error = refused(pair)
+    assert alert in error.reason
     assert pair.failures == {failure: 1}
+    if (name := NAMES.get(case)) is not None:
+        assert f"alert {name}" in str(error)
+
+
+NAMES = {
+    "none": "certificate required",
+    "revoked": "certificate revoked",
+    "expired": "certificate expired",
+    "untrusted": "unknown ca",
+}
+"""Alerts of RFC 8446, section 6: OpenSSL has these names for 116, 44, 45 and 48."""
+
+
+def test_certificate_without_extended_key_usage_is_refused(auth: ClientAuth) -> None:
+    """OpenSSL accepts it for every purpose."""
+    pair = auth.connect(for_purposes(auth.ca, auth.folder))
+    refused_after_the_handshake(pair, TlsFailure.CERTIFICATE_UNTRUSTED)
 
 
 @pytest.mark.parametrize(
-    ("number", "case"), [(116, "none"), (44, "revoked"), (45, "expired"), (48, "untrusted")]
+    "purpose", [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE, ExtendedKeyUsageOID.CODE_SIGNING]
 )
-def test_client_auth_alerts_match_rfc_8446(
-    number: int,
-    case: str,
-    asking: Asking,
-    showing: Any,
-    client_ca: trustme.CA,
-    ada: trustme.LeafCert,
-    tmp_path: Path,
-    timers: FakeTimers,
-) -> None:
-    """Compare with RFC 8446 section 6, by the number in OpenSSL's error (SSL_AD_REASON_OFFSET)."""
-    context = asking(crl=list_of(case, client_ca, ada))
-    pair = TlsPair(timers, context, showing(certificate_of(case, client_ca, ada, tmp_path)))
-    words = str(refused(pair))
-    names = {
-        116: "certificate required",
-        44: "certificate revoked",
-        45: "certificate expired",
-        48: "unknown ca",
-    }
-    assert f"alert {names[number]}" in words
-
-
-def test_crl_without_the_client_accepts_it(
-    asking: Asking, showing: Any, client_ca: trustme.CA, identity: Identity, timers: FakeTimers
-) -> None:
-    context = asking(crl=revocation_list(client_ca, for_clients(client_ca, "eve@example.org")))
-    TlsPair(timers, context, showing(identity)).agree()
+def test_certificate_for_other_purposes_is_refused(auth: ClientAuth, purpose: x509.ObjectIdentifier) -> None:
+    pair = auth.connect(for_purposes(auth.ca, auth.folder, purpose))
+    refused(pair)
+    assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
 
 
 # --- pins ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pin_of", [key_pin_of, certificate_pin])
-def test_client_with_matching_pin_is_accepted(
-    pin_of: Callable[[bytes], str], asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    pins = frozenset({OTHER_PIN, pin_of(identity.der)})
-    TlsPair(timers, asking(), showing(identity), client_pins=pins).agree()
+def test_client_with_matching_pin_is_accepted(auth: ClientAuth, pin_of: Callable[[bytes], str]) -> None:
+    identity = auth.identity
+    auth.connect(identity, client_pins=frozenset({OTHER_PIN, pin_of(identity.der)})).agree()
 
 
-def test_certificate_without_extended_key_usage_is_refused(
-    asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
-) -> None:
-    """OpenSSL accepts it for every purpose."""
-    pair = TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path)))
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step() + pair.sealed(b"at once"))
-    assert pair.protocol.calls == []
-    assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
-    assert pair.acceptor.handshakes_completed == 0
-    assert pair.acceptor.handshakes_in_progress == 0
-    assert pair.client_saw_close_notify()
+def test_client_with_wrong_pin_is_refused_and_counted(auth: ClientAuth) -> None:
+    pair = auth.connect(auth.identity, client_pins=frozenset({OTHER_PIN}))
+    refused_after_the_handshake(pair, TlsFailure.PIN_MISMATCH)
 
 
-@pytest.mark.parametrize(
-    "purposes",
-    [
-        [ExtendedKeyUsageOID.CLIENT_AUTH],
-        [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
-    ],
-)
-def test_certificate_with_client_auth_among_its_purposes_is_accepted(
-    purposes: list[x509.ObjectIdentifier],
-    asking: Asking,
-    showing: Any,
-    client_ca: trustme.CA,
-    tmp_path: Path,
-    timers: FakeTimers,
-) -> None:
-    TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path, *purposes))).agree()
-
-
-@pytest.mark.parametrize(
-    "purposes", [[ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE], [ExtendedKeyUsageOID.CODE_SIGNING]]
-)
-def test_certificate_for_other_purposes_is_refused(
-    purposes: list[x509.ObjectIdentifier],
-    asking: Asking,
-    showing: Any,
-    client_ca: trustme.CA,
-    tmp_path: Path,
-    timers: FakeTimers,
-) -> None:
-    pair = TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path, *purposes)))
-    refused(pair)
-    assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
-
-
-def test_client_with_wrong_pin_is_refused_and_counted(
-    asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    pair = TlsPair(timers, asking(), showing(identity), client_pins=frozenset({OTHER_PIN}))
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step() + pair.sealed(b"at once"))
-    assert pair.protocol.calls == []
-    assert pair.protocol.received == b""
-    assert pair.failures == {TlsFailure.PIN_MISMATCH: 1}
-    assert pair.acceptor.handshakes_completed == 0
-    assert pair.acceptor.handshakes_in_progress == 0
-    assert pair.client_saw_close_notify()
-
-
-def test_client_pins_are_checked_in_addition_to_ca(
-    asking: Asking,
-    showing: Any,
-    client_ca: trustme.CA,
-    ada: trustme.LeafCert,
-    tmp_path: Path,
-    timers: FakeTimers,
-) -> None:
-    stranger = certificate_of("untrusted", client_ca, ada, tmp_path)
+def test_client_pins_are_checked_in_addition_to_ca(auth: ClientAuth) -> None:
+    stranger = auth.certificate("untrusted")
     assert stranger is not None
-    pins = frozenset({key_pin_of(stranger.der)})
-    pair = TlsPair(timers, asking(), showing(stranger), client_pins=pins)
+    pair = auth.connect(stranger, client_pins=frozenset({key_pin_of(stranger.der)}))
     assert "UNKNOWN_CA" in refused(pair).reason
     assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
 
 
-def test_pins_do_not_require_optional_client_certificate(
-    asking: Asking, showing: Any, timers: FakeTimers
-) -> None:
-    TlsPair(timers, asking("optional"), showing(None), client_pins=frozenset({OTHER_PIN})).agree()
+def test_pins_do_not_require_optional_client_certificate(auth: ClientAuth) -> None:
+    auth.connect(None, auth.asking("optional"), client_pins=frozenset({OTHER_PIN})).agree()
 
 
-def test_client_pins_can_change_while_connections_are_open(
-    asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
-) -> None:
-    first = TlsPair(
-        timers, asking(), showing(identity), client_pins=frozenset({key_pin_of(identity.der)})
-    ).agree()
+def test_client_pins_can_change_while_connections_are_open(auth: ClientAuth) -> None:
+    identity = auth.identity
+    first = auth.connect(identity, client_pins=frozenset({key_pin_of(identity.der)})).agree()
     first.acceptor.client_pins = frozenset({OTHER_PIN})
-    second = TlsPair(timers, asking(), showing(identity), acceptor=first.acceptor)
-    second.raw.deliver(second.step())
-    second.hear()
-    second.raw.deliver(second.step())
+    auth.connect(identity, acceptor=first.acceptor).exchange()
     assert first.phase is TlsPhase.OPEN
     assert first.failures == {TlsFailure.PIN_MISMATCH: 1}
 
@@ -399,38 +304,26 @@ def test_client_pins_can_change_while_connections_are_open(
 @pytest.mark.parametrize(("option", "missing"), [("ca", "no CA certificate"), ("crl", "no certificate rev")])
 @pytest.mark.parametrize("content", ["", "garbage", "the other"])
 def test_file_without_certificate_or_crl_is_refused(
-    option: str,
-    missing: str,
-    content: str,
-    asking: Asking,
-    client_ca: trustme.CA,
-    tmp_path: Path,
+    auth: ClientAuth, option: str, missing: str, content: str
 ) -> None:
     data = content.encode()
     if content == "the other":
-        data = revocation_list(client_ca) if option == "ca" else client_ca.cert_pem.bytes()
-    path = tmp_path / "clients.pem"
+        data = revocation_list(auth.ca) if option == "ca" else auth.ca.cert_pem.bytes()
+    path = auth.folder / "clients.pem"
     path.write_bytes(data)
     with pytest.raises(CertificateError, match=missing) as caught:
-        asking(**{option: path})
+        auth.asking(**{option: path})
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("option", ["ca", "crl"])
-def test_missing_client_ca_file_is_named(option: str, asking: Asking, tmp_path: Path) -> None:
+def test_missing_client_ca_file_is_named(auth: ClientAuth, option: str) -> None:
     with pytest.raises(CertificateError, match=r"gone\.pem: no .* could be read from it: No such file"):
-        asking(**{option: tmp_path / "gone.pem"})
+        auth.asking(**{option: auth.folder / "gone.pem"})
 
 
-def test_harmless_deviations_from_rfc_5280_are_accepted(
-    asking: Asking, showing: Any, tmp_path: Path, timers: FakeTimers
-) -> None:
+def test_harmless_deviations_from_rfc_5280_are_accepted(auth: ClientAuth) -> None:
     """Non-critical basic constraints and no key ids, which OpenSSL's strict mode refuses."""
-    from datetime import timedelta
-
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
     names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("CA", "ada")]
     now = datetime.now(UTC)
@@ -442,23 +335,23 @@ def test_harmless_deviations_from_rfc_5280_are_accepted(
             .issuer_name(names[0])
             .public_key(keys[number].public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=1))
+            .not_valid_before(now - DAY)
+            .not_valid_after(now + DAY)
             .add_extension(x509.BasicConstraints(not number, None), critical=False)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
             .sign(keys[0], hashes.SHA256())
         )
 
     form = serialization.Encoding.PEM
-    identity = Identity(tmp_path / "ada.crt", tmp_path / "ada.key")
+    identity = Identity(auth.folder / "ada.crt", auth.folder / "ada.key")
     identity.certificate.write_bytes(issue(1).public_bytes(form))
     identity.key.touch(0o600)
     identity.key.write_bytes(
         keys[1].private_bytes(form, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    context = asking(ca=issue(0).public_bytes(form))
-    TlsPair(timers, context, showing(identity)).agree()
+    context = auth.asking(ca=issue(0).public_bytes(form))
+    auth.connect(identity, context).agree()
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
-    strict = TlsPair(timers, context, showing(identity))
+    strict = auth.connect(identity, context)
     refused(strict)
     assert strict.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}

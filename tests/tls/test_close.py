@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import FakeTimers
+from tests.tls.conftest import NewPair
 from tests.tls.support import RecordingProtocol, TlsPair
 from zcproto.errors import TlsError
 from zcproto.tls.context import SiteContexts
@@ -318,10 +318,10 @@ def end(pair: TlsPair, how: str) -> None:
 
 @pytest.mark.parametrize("how", ENDS)
 def test_closed_connection_leaves_no_reference_cycle(
-    how: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    how: str, server_tls: ssl.SSLContext, new_pair: NewPair
 ) -> None:
     """Checked without the garbage collector, which a server runs rarely: no cycle may remain."""
-    pair = TlsPair(timers, server_tls, client_tls, kind=Tracked)
+    pair = new_pair(kind=Tracked)
     gone: list[weakref.ref[Any]] = [weakref.ref(pair.server), weakref.ref(pair.protocol)]
     wrap = ssl.SSLContext.wrap_bio
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeTimers
+from tests.tls.conftest import NewPair
 from tests.tls.support import RecordingProtocol, TlsPair, new_acceptor
 from zcproto.tls.server import BUDGET_WINDOW, TURN_BUDGET, TlsAcceptor
 from zcproto.tls.transport import TlsPhase
@@ -181,14 +182,10 @@ class Ticking:
 
 
 @pytest.fixture
-def queued(
-    timers: FakeTimers,
-    server_tls: ssl.SSLContext,
-    client_tls: ssl.SSLContext,
-) -> list[TlsPair]:
+def queued(new_pair: NewPair) -> list[TlsPair]:
     """Return five connections whose hellos arrived in one turn."""
-    first = TlsPair(timers, server_tls, client_tls, perf_counter=Ticking().perf_counter)
-    pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor) for _ in range(4))]
+    first = new_pair(perf_counter=Ticking().perf_counter)
+    pairs = [first, *(new_pair(acceptor=first.acceptor) for _ in range(4))]
     for pair in pairs:
         pair.raw.deliver(pair.step())
     return pairs

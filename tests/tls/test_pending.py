@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import pytest
 
 from tests.helpers import FakeTimers, MockTransport
-from tests.tls.support import PEER, RecordingProtocol, TlsPair, new_acceptor
+from tests.tls.conftest import NewPair
+from tests.tls.support import PEER, RecordingProtocol, new_acceptor
 from tests.tls.test_proxy import CLIENT, HEADER
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pending import ENDED, READY, SILENT, SLOT, Network, PendingHandshakes
@@ -177,10 +178,8 @@ def connect(acceptor: Any, timers: FakeTimers, peer: str) -> tuple[TlsServerTran
     return server, raw
 
 
-def test_silent_connections_do_not_delay_a_handshake(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
+def test_silent_connections_do_not_delay_a_handshake(timers: FakeTimers, new_pair: NewPair) -> None:
+    pair = new_pair()
     pair.acceptor.set_limits(2, 1_000)
     hello = pair.step()
     for number in range(300):
@@ -195,9 +194,9 @@ def test_silent_connections_do_not_delay_a_handshake(
 
 
 def test_handshakes_of_flooding_networks_leave_slots_for_others(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    timers: FakeTimers, new_pair: NewPair
 ) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
+    pair = new_pair()
     acceptor = pair.acceptor
     acceptor.set_limits(20, 1_000)
     hello = pair.step()
@@ -221,10 +220,8 @@ def test_handshakes_of_flooding_networks_leave_slots_for_others(
     assert acceptor.handshakes_in_progress == acceptor.pending.places == 0
 
 
-def test_raised_limit_starts_waiting_handshakes(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
+def test_raised_limit_starts_waiting_handshakes(timers: FakeTimers, new_pair: NewPair) -> None:
+    pair = new_pair()
     pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(pair.step())
     assert pair.phase is TlsPhase.HELLO
@@ -234,9 +231,9 @@ def test_raised_limit_starts_waiting_handshakes(
 
 
 def test_room_is_reported_when_a_waiting_connection_gets_its_slot_or_is_closed(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    timers: FakeTimers, new_pair: NewPair
 ) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
+    pair = new_pair()
     acceptor, room = pair.acceptor, []
     acceptor.on_room = lambda: room.append(acceptor.pending.places)
     acceptor.set_limits(1, 2)
@@ -277,14 +274,11 @@ def test_displaced_connection_is_reset_and_counted(
 
 
 def test_connection_that_fails_before_its_handshake_ends_is_reported_once(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    timers: FakeTimers, new_pair: NewPair
 ) -> None:
     wasted: list[tuple[str, bool]] = []
     pairs = [
-        TlsPair(
-            timers,
-            server_tls,
-            client_tls,
+        new_pair(
             on_wasted=lambda network, begun: wasted.append((network.name, begun)),
         )
         for _ in "abcd"
@@ -302,10 +296,10 @@ def test_connection_that_fails_before_its_handshake_ends_is_reported_once(
 
 
 def test_handshake_that_waits_for_a_slot_in_vain_is_not_reported(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    timers: FakeTimers, new_pair: NewPair
 ) -> None:
     wasted: list[tuple[Any, bool]] = []
-    pair = TlsPair(timers, server_tls, client_tls, on_wasted=lambda *call: wasted.append(call))
+    pair = new_pair(on_wasted=lambda *call: wasted.append(call))
     pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(pair.step())
     timers.advance(pair.acceptor.handshake_timeout + 1)
@@ -325,9 +319,9 @@ def test_peer_counts_for_its_network(
 
 
 def test_half_proxy_headers_are_displaced_and_header_moves_connection_to_client_network(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    timers: FakeTimers, new_pair: NewPair
 ) -> None:
-    pair = TlsPair(timers, server_tls, client_tls, kind=ForwardedTransport)
+    pair = new_pair(kind=ForwardedTransport)
     pending = pair.acceptor.pending
     pair.acceptor.set_limits(2, 4)
     pair.acceptor.on_forwarded = lambda balancer, client: pending.make_room(pair.acceptor.network_of(client))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import struct
 from itertools import pairwise
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.helpers import FakeTimers
+from tests.tls.conftest import NewPair
 from tests.tls.support import PEER, TlsPair
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.proxy import MAX_SIZE, SIGNATURE, ForwardedTransport, ProxyHeader, ProxyHeaderReader
@@ -146,8 +145,8 @@ HEADER = header(body=bytes([198, 51, 100, 9, 192, 0, 2, 1]) + b"\x9c\x40\x1d\x13
 
 
 @pytest.fixture
-def pair(timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> TlsPair:
-    pair = TlsPair(timers, server_tls, client_tls, kind=ForwardedTransport)
+def pair(new_pair: NewPair) -> TlsPair:
+    pair = new_pair(kind=ForwardedTransport)
     pair.acceptor.on_forwarded = lambda balancer, client: pair.log.append((balancer, client)) is None
     pair.acceptor.on_closed = lambda peer: pair.log.append(f"closed {peer}")
     return pair

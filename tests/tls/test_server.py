@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ServerPairs
 from tests.helpers import FakeTimers
+from tests.tls.conftest import NewPair
 from tests.tls.hellos import (
     in_records,
 )
@@ -107,58 +108,41 @@ def test_hello_retry_request_selects_shared_group(
     assert bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c") in retry
     assert pair.phase is TlsPhase.HANDSHAKE
     assert pair.acceptor.handshakes_in_progress == 1
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step())
+    pair.exchange()
     assert pair.phase is TlsPhase.OPEN
     pair.say(b"hello")
     assert pair.protocol.received == b"hello"
 
 
 def test_data_in_same_read_as_finished_is_delivered(tls_pair: TlsPair) -> None:
-    tls_pair.raw.deliver(tls_pair.step())
-    tls_pair.hear()
-    tls_pair.raw.deliver(tls_pair.step() + tls_pair.sealed(b"first words"))
+    tls_pair.exchange(b"first words")
     assert tls_pair.protocol.received == b"first words"
 
 
 def test_large_data_in_same_read_as_finished_is_delivered(tls_pair: TlsPair) -> None:
     data = bytes(range(256)) * 230
-    tls_pair.raw.deliver(tls_pair.step())
-    tls_pair.hear()
-    tls_pair.raw.deliver(tls_pair.step() + tls_pair.sealed(data))
+    tls_pair.exchange(data)
     assert tls_pair.protocol.received == data
     assert tls_pair.raw.writes
 
 
-def test_protocol_may_write_and_close_in_connection_made(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
+def test_protocol_may_write_and_close_in_connection_made(new_pair: NewPair) -> None:
     def made(protocol: RecordingProtocol) -> None:
         protocol.transport.write(b"go away")
         protocol.transport.close()
 
-    pair = TlsPair(timers, server_tls, client_tls, protocol=RecordingProtocol(made=made))
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))
+    pair = new_pair(protocol=RecordingProtocol(made=made))
+    pair.exchange(b"unheard")
     assert pair.protocol.received == b""
     assert pair.client_reads() == b"go away"
     assert pair.client_saw_close_notify()
 
 
-def test_protocol_may_pause_reading_in_connection_made(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(
-        timers,
-        server_tls,
-        client_tls,
+def test_protocol_may_pause_reading_in_connection_made(new_pair: NewPair) -> None:
+    pair = new_pair(
         protocol=RecordingProtocol(made=lambda protocol: protocol.transport.pause_reading()),
     )
-    pair.raw.deliver(pair.step())
-    pair.hear()
-    pair.raw.deliver(pair.step() + pair.sealed(b"later"))
+    pair.exchange(b"later")
     assert pair.protocol.received == b""
     assert not pair.raw.is_reading()
     pair.server.resume_reading()
@@ -170,6 +154,7 @@ def test_new_connections_use_replaced_context(
     timers: FakeTimers, server_pairs: ServerPairs, client_tls: ssl.SSLContext
 ) -> None:
     old, new = (server_context([pair], ["zcp/1"]) for pair in server_pairs)
+    new.leaves = frozenset({b"leaf"})
     first = TlsPair(timers, old, client_tls)
     first.raw.deliver(first.step())
     first.acceptor.contexts = SiteContexts(new)
@@ -178,6 +163,7 @@ def test_new_connections_use_replaced_context(
     second = TlsPair(timers, old, client_tls, acceptor=first.acceptor).agree()
     assert first.phase is TlsPhase.OPEN
     assert first.client.getpeercert(True) != second.client.getpeercert(True)
+    assert (first.server.leaves(), second.server.leaves()) == (frozenset(), {b"leaf"})
 
 
 def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
@@ -201,6 +187,7 @@ def test_extra_info_is_empty_before_and_after_connection(tls_pair: TlsPair) -> N
     tls_pair.raw.lose()
     assert [server.get_extra_info(name, "none") for name in (*names, "peername")] == ["none"] * 4
     assert server.get_write_buffer_size() == 0
+    assert server.leaves() == frozenset()
     server.set_write_buffer_limits(high=1)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import NOW, FakeTimers, MockTransport
+from tests.tls.conftest import NewPair
 from tests.tls.support import (
     PEER,
     RecordingProtocol,
@@ -29,10 +30,8 @@ TIMEOUT = 5.0
 
 
 @pytest.mark.parametrize("state", ["silent", "half a hello", "waiting for finished"])
-def test_handshake_timeout_ends_connection(
-    state: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
+def test_handshake_timeout_ends_connection(state: str, timers: FakeTimers, new_pair: NewPair) -> None:
+    pair = new_pair(handshake_timeout=TIMEOUT)
     hello = pair.step()
     pair.raw.deliver({"silent": b"", "half a hello": hello[:500], "waiting for finished": hello}[state])
     timers.advance(TIMEOUT - 0.001)
@@ -43,9 +42,9 @@ def test_handshake_timeout_ends_connection(
 
 @pytest.mark.parametrize("every", [0.25, 1.0, 2.4])
 def test_slow_bytes_do_not_extend_handshake_timeout(
-    every: float, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    every: float, timers: FakeTimers, new_pair: NewPair
 ) -> None:
-    pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
+    pair = new_pair(handshake_timeout=TIMEOUT)
     hello = pair.step()
     at = 0
     while pair.phase is TlsPhase.HELLO:
@@ -107,10 +106,8 @@ def test_timed_out_handshake_that_raises_does_not_stop_the_others(
     assert acceptor.failures[TlsFailure.HANDSHAKE_TIMEOUT] == 200
 
 
-def test_timed_out_handshake_lingers_and_is_reset(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
+def test_timed_out_handshake_lingers_and_is_reset(timers: FakeTimers, new_pair: NewPair) -> None:
+    pair = new_pair(handshake_timeout=TIMEOUT)
     timers.advance(TIMEOUT + 0.2)
     assert pair.raw.eof_written
     pair.raw.deliver(b"x" * 100)
@@ -197,12 +194,10 @@ def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
 # --- counters -------------------------------------------------------------------------------------------
 
 
-def test_handshake_counts_from_complete_hello(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    first = TlsPair(timers, server_tls, client_tls)
+def test_handshake_counts_from_complete_hello(timers: FakeTimers, new_pair: NewPair) -> None:
+    first = new_pair()
     acceptor = first.acceptor
-    pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=acceptor) for _ in range(4))]
+    pairs = [first, *(new_pair(acceptor=acceptor) for _ in range(4))]
     hellos = [pair.step() for pair in pairs]
     for pair, hello in zip(pairs, hellos, strict=True):
         pair.raw.deliver(hello[:-1])
@@ -226,7 +221,7 @@ def test_closing_open_connection_frees_no_second_slot(agreed: TlsPair) -> None:
 
 
 def test_acceptor_works_without_callbacks(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext, new_pair: NewPair
 ) -> None:
     from zcproto.common.deadlines import DeadlineWheel
 
@@ -236,7 +231,7 @@ def test_acceptor_works_without_callbacks(
         DeadlineWheel(timers),
         timers,
     )
-    pair = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    pair = new_pair(acceptor=acceptor)
     pair.raw.deliver(captured_hello(client_tls))
     pair.raw.deliver_eof()
     timers.run()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ServerPairs
 from tests.helpers import FakeTimers
+from tests.tls.conftest import NewPair
 from tests.tls.hellos import (
     AES_128,
     AES_256,
@@ -136,14 +137,10 @@ def offering_early_data(hello: bytes, *, retry: bool = False) -> bytes:
 @pytest.mark.parametrize("wait", ["none", "queued", "started"])
 @pytest.mark.parametrize("retry", [False, True])
 def test_early_data_after_hello_is_skipped(
-    timers: FakeTimers,
-    server_tls: ssl.SSLContext,
-    client_tls: ssl.SSLContext,
-    wait: str,
-    retry: bool,
+    timers: FakeTimers, wait: str, retry: bool, new_pair: NewPair
 ) -> None:
     """RFC 8446 section 4.2.10: in the same segment, while the handshake waits for its turn, and after it began."""
-    pair = TlsPair(timers, server_tls, client_tls)
+    pair = new_pair()
     hello, early = offering_early_data(pair.step(), retry=retry), EARLY * 100
     if wait == "queued":
         pair.acceptor.set_limits(0, 10)
@@ -161,10 +158,8 @@ def test_early_data_after_hello_is_skipped(
     assert (sent[11:15] == b"\xcf\x21\xad\x74") is retry  # the random of a HelloRetryRequest
 
 
-def test_queued_data_without_early_data_is_refused(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
+def test_queued_data_without_early_data_is_refused(timers: FakeTimers, new_pair: NewPair) -> None:
+    pair = new_pair()
     pair.acceptor.set_limits(0, 10)
     pair.raw.deliver(pair.step())
     pair.raw.deliver(EARLY * 400)
@@ -174,10 +169,8 @@ def test_queued_data_without_early_data_is_refused(
     is_refused(pair, TlsFailure.BAD_RECORD)
 
 
-def test_data_of_a_queued_hello_is_bounded(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
+def test_data_of_a_queued_hello_is_bounded(new_pair: NewPair) -> None:
+    pair = new_pair()
     pair.acceptor.pending.max_slots = 0
     pair.raw.deliver(pair.step())
     while pair.phase is TlsPhase.HELLO:
@@ -187,11 +180,9 @@ def test_data_of_a_queued_hello_is_bounded(
     is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
 
 
-def test_hello_of_maximum_size_completes_handshake(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
+def test_hello_of_maximum_size_completes_handshake(new_pair: NewPair) -> None:
     """The client does not send one itself: the answer shows that OpenSSL read it whole."""
-    pair = TlsPair(timers, server_tls, client_tls)
+    pair = new_pair()
     hello = with_suites(pair.step(), *[AES_256] * 32_766, CHACHA20)
     pair.raw.deliver(with_extension(hello, 0x1A1A, bytes(60_000)))
     assert pair.failures == {}
@@ -199,28 +190,26 @@ def test_hello_of_maximum_size_completes_handshake(
     assert bytes(pair.raw.sent)[:1] == b"\x16"
 
 
-def test_large_hellos_are_bounded_in_number(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    acceptor = TlsPair(timers, server_tls, client_tls).acceptor
+def test_large_hellos_are_bounded_in_number(new_pair: NewPair) -> None:
+    acceptor = new_pair().acceptor
     start = in_records(b"\1" + (100_000).to_bytes(3, "big") + bytes(50_000))
-    pairs = [TlsPair(timers, server_tls, client_tls, acceptor=acceptor) for _ in range(MAX_LARGE_HELLOS + 1)]
+    pairs = [new_pair(acceptor=acceptor) for _ in range(MAX_LARGE_HELLOS + 1)]
     for pair in pairs:
         pair.raw.deliver(start)
     assert [pair.phase for pair in pairs[:-1]] == [TlsPhase.HELLO] * MAX_LARGE_HELLOS
     assert pairs[-1].phase is TlsPhase.CLOSING
     assert pairs[-1].failures == {TlsFailure.CLIENT_HELLO_TOO_LARGE: 1}
     acceptor.pending.max_slots = 0
-    early = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    early = new_pair(acceptor=acceptor)
     early.raw.deliver(early.step())
     early.raw.deliver(EARLY * 400)
     assert early.phase is TlsPhase.CLOSING
     acceptor.pending.max_slots = 10
-    usual = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    usual = new_pair(acceptor=acceptor)
     usual.raw.deliver(usual.step())
     assert usual.phase is TlsPhase.HANDSHAKE
     pairs[0].server.connection_lost(None)
-    again = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    again = new_pair(acceptor=acceptor)
     again.raw.deliver(start)
     assert again.phase is TlsPhase.HELLO
 
@@ -297,14 +286,10 @@ def test_hello_invalid_only_for_openssl_is_refused_by_it(tls_pair: TlsPair) -> N
 
 @pytest.mark.parametrize("what", ["suite", "protocol"])
 def test_wrong_negotiated_parameters_end_connection(
-    what: str,
-    timers: FakeTimers,
-    server_tls: ssl.SSLContext,
-    client_tls: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
+    what: str, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the ClientHello had been misread or the context misconfigured."""
-    pair = TlsPair(timers, server_tls, client_tls)
+    pair = new_pair()
     pair.raw.deliver(pair.step())
     pair.hear()
     if what == "suite":

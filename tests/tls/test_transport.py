@@ -12,6 +12,7 @@ import pytest
 
 import zcproto.tls.transport as tls_transport
 from tests.helpers import FakeTimers
+from tests.tls.conftest import NewPair
 from tests.tls.support import ALERT, HANDSHAKE, Forger, RecordingProtocol, TlsPair, records
 from zcproto.errors import TlsError
 from zcproto.tls.context import client_context
@@ -51,11 +52,9 @@ def test_bio_gets_at_most_one_record_at_a_time(agreed: TlsPair) -> None:
     assert max(pending) < RECORD_SIZE + 1_000
 
 
-def test_connections_share_one_receive_buffer(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    first = TlsPair(timers, server_tls, client_tls).agree()
-    second = TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor, protocol=RecordingProtocol())
+def test_connections_share_one_receive_buffer(new_pair: NewPair) -> None:
+    first = new_pair().agree()
+    second = new_pair(acceptor=first.acceptor, protocol=RecordingProtocol())
     assert first.server.get_buffer(-1) is second.server.get_buffer(-1)
 
 

@@ -123,6 +123,7 @@ class SessionClient:
             wheel,
             self._clock,
             connections.get,
+            connections.wait_ready,
             credentials=self._credentials,
             client=default_client() if self._options.client is None else self._options.client,
             random=self._random,
@@ -139,6 +140,8 @@ class SessionClient:
                 other.cancel_calls(previous)
                 if not self._registrar.begin(other):
                     self._sessions.present_now(other)
+        if not connection.conversation.handles(self._sessions.token):
+            self._registrar.begin(connection)  # before other requests
         self._registrar.changed()
 
     async def open(self) -> None:

@@ -19,6 +19,7 @@ Rules:
 - An extra connection is made, to where the main one is, while calls wait for room and all connections have as many
   requests in flight as the server allows: one at a time. A failure does not fail a call. The next attempt after it,
   or after a loss, is delayed. Calls are served in order of arrival, by whichever connection has room first.
+- An extra connection takes calls once the requests that show the sessions there were answered.
 - An extra connection is closed when nothing was in flight on it for IDLE_AFTER. A lost one is not replaced until it
   is needed.
 
@@ -126,6 +127,7 @@ class ExtraConnections:
         self._used_at[connection] = self._loop.time()
         self._close_later()
         self.on_opened(connection)
+        connection.hold()
         self.wake(connection.free_streams)
         if self._waiting:
             self._grow(endpoint)
@@ -149,7 +151,7 @@ class ExtraConnections:
     def discard(self, connection: ClientProtocol) -> None:
         """Stop using a connection: it was lost, or the server goes away."""
         if self._used_at.pop(connection, None) is not None:
-            self._not_before = self._loop.time() + self._backoff.next()
+            self._not_before = self._loop.time() + self._backoff.next(connection.retry_after_ms)
 
     def close(self) -> None:
         """Make no more connections. The caller closes those that are open, and cancels `connecting`."""

@@ -261,9 +261,16 @@ class Registrar:
             self._main = connection
         self._sent[connection] = frozenset()
         shows = bool(self._handlers.names) and "calls" in connection.conversation.welcome
-        if not (shows and not self._sessions.is_renewing and self.begin(connection)):
+        begin = partial(self._begin_or_check, connection)
+        if not shows or self._sessions.is_renewing:
             self.changed()
+        elif not self._sessions.prove(connection, begin, holds_calls=not is_extra):
+            begin()
         return shows
+
+    def _begin_or_check(self, connection: ClientProtocol) -> None:
+        if not self.begin(connection):
+            self.changed()
 
     def begin(self, connection: ClientProtocol) -> bool:
         """Send `session.handle` with the present token now, if possible. Return True if it was sent."""

@@ -215,6 +215,7 @@ class ClientProtocol(asyncio.Protocol):
     _max_streams: int = field(default=0, init=False)
     _calls_due: float = field(default=NEVER, init=False)  # when a deadline of a pending call may have passed
     _had_one_answer: bool = field(default=False, init=False)  # in the last read
+    _is_held: bool = field(default=False, init=False)  # until the requests in flight were answered
     is_paused: bool = field(default=False, init=False)
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
@@ -540,9 +541,17 @@ class ClientProtocol(asyncio.Protocol):
             await self._waiting.wait(was_woken=was_woken, pass_on=self.update_ready)
             was_woken = True
 
+    def hold(self) -> None:
+        """Take no requests until those in flight, which show sessions, were answered."""
+        self._is_held = bool(self.conversation.in_flight)
+        self.ready = self.ready and not self._is_held
+
     def update_ready(self) -> None:
         """Let as many callers of `wait_ready` go on as there is room for."""
         conversation = self.conversation
+        if self._is_held and conversation.in_flight:
+            return
+        self._is_held = False
         free = self.free_streams
         if self.is_paused or conversation.state is not State.OPEN or free <= 0:
             return

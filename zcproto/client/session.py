@@ -171,6 +171,7 @@ class SessionManager:
     _wheel: DeadlineWheel
     _clock: Clock
     _get_connection: Callable[[], Awaitable[ClientProtocol]]
+    _get_room: Callable[[], Awaitable[ClientProtocol]]
     _: KW_ONLY
     credentials: Credentials | None
     client: str
@@ -192,6 +193,7 @@ class SessionManager:
     _over: CallError | None = field(default=None, init=False)
     _renewing: asyncio.Task[None] | None = field(default=None, init=False)
     _attaching: tuple[bytes, ClientProtocol, PendingCall] | None = field(default=None, init=False)
+    _proving: asyncio.Future[Any] | None = field(default=None, init=False)  # calls wait for it
     _refreshed_early_at: float = field(default=-NEVER, init=False)
     _not_before: float = field(default=-NEVER, init=False)  # of the next renewal
     is_lost: bool = field(default=False, init=False)
@@ -252,6 +254,9 @@ class SessionManager:
         while True:
             if self._over is not None:
                 raise type(self._over)(self._over.message, self._over.details)
+            if self._proving is not None and self._renewing is None:
+                await asyncio.wait([self._proving])
+                continue
             if self._renewing is None:
                 if self._loop.time() < self.valid_until:
                     return
@@ -264,7 +269,8 @@ class SessionManager:
         session = self.session
         if session is not None and session.idle_timeout_ms:
             session.used(now)
-            self.valid_until = session.valid_until
+            if self._proving is None:
+                self.valid_until = session.valid_until
             self.noted_until = now + session.idle_timeout_ms / MS_PER_SECOND / NOTED_PER_IDLE_TIMEOUT
 
     @property
@@ -325,7 +331,7 @@ class SessionManager:
 
     def _update_validity(self) -> None:
         self.noted_until = -NEVER
-        if self._over is not None or self._renewing is not None:
+        if self._over is not None or self._renewing is not None or self._proving is not None:
             self.valid_until = -NEVER
         elif self.session is not None:
             self.valid_until = self.session.valid_until
@@ -366,8 +372,11 @@ class SessionManager:
 
     async def is_accepted_on(self, connection: ClientProtocol) -> bool:
         """Show the session on a connection that is not used yet, if there is one. Return False if it is refused."""
-        if self.session is None or self._loop.time() >= self.valid_until or not connection.ready:
+        session = self.session
+        if session is None or self.is_renewing or not connection.ready:
             return True  # the first call on it finds out
+        if self._loop.time() >= session.valid_until:
+            return True
         try:
             await answer(connection, self._show(connection))
         except CallError as error:
@@ -400,6 +409,30 @@ class SessionManager:
 
         pending[1].add_done_callback(proved)
         return pending
+
+    def prove(self, connection: ClientProtocol, proved: Callable[[], object], *, holds_calls: bool) -> bool:
+        """Prove the device's key on a new connection. Return False if that is not needed, or not possible now.
+
+        `proved` is called after the answer. With `holds_calls` no call is sent before that.
+        """
+        session, device = self.session, self._device
+        if session is None or device is None or not self.needs_proof(connection):
+            return False
+        if not connection.ready or self._loop.time() >= session.valid_until:
+            return False
+        _, call = self._attach(connection, device)
+
+        def answered(_: asyncio.Future[Any]) -> None:
+            if self._proving is call:
+                self._proving = None
+                self._update_validity()
+            proved()  # before the calls that wait go on
+
+        call.add_done_callback(answered)
+        if holds_calls:
+            self._proving = call
+            self._update_validity()
+        return True
 
     def needs_proof(self, connection: ClientProtocol) -> bool:
         """Return whether the device of the session has to prove its key on a connection."""
@@ -490,11 +523,10 @@ class SessionManager:
         await self._delayed()
         renewal = Renewal(self.random, must=must)
         while True:
-            connection = await self._get_connection()
             if (login := self._login_to_fetch(self._loop.time())) is not None:
+                await self._get_connection()
                 await login.fetch(self._loop.time)
-                continue  # with the connection that is current now
-            await connection.wait_ready()
+            connection = await self._get_room()
             session, sent_at = self.session, self._loop.time()
             if not connection.ready or self._login_to_fetch(sent_at) is not None:
                 continue
@@ -526,11 +558,11 @@ class SessionManager:
                     return
                 await self._take(step, connection)
             else:
+                if method == OPEN and self._device is not None:
+                    connection.proved.add(self._device)
                 self._adopt(result, connection)
                 if method == OPEN:
                     self._opened_at = self._loop.time()
-                    if self._device is not None:
-                        connection.proved.add(self._device)
                 elif self._device is not None and self._device not in connection.proved:
                     self.present_now(connection)
                 return

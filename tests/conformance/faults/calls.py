@@ -6,23 +6,10 @@ from typing import Final
 
 from tests.conformance.faults.mutation import Fault, fault
 
-_CLIENT: Final = "zcproto.client.client:SessionClient"
-_ATTEMPT: Final = "zcproto.client.retry:Attempt"
-_RENEWAL: Final = "zcproto.client.retry:Renewal"
-_PUMP: Final = "zcproto.client.protocol:ClientProtocol"
-_CONNECTION: Final = "zcproto.connection.client:ClientConnection"
-_RESPONSE: Final = f"{_CONNECTION}._received_response"
-_RECEIVE: Final = f"{_CONNECTION}._receive"
-_ENDPOINTS: Final = "zcproto.client.endpoints:Endpoints"
-_MANAGER: Final = "zcproto.client.session:SessionManager"
-_CREDENTIALS: Final = "zcproto.client.credentials"
-_WHAT_NEXT: Final = "zcproto.client.retry:what_next"
 _BY_CODE: Final = "return _BY_CODE.get(error.code, Then.RAISE)"
-_FROM_WIRE: Final = "zcproto.errors:CallError.from_wire"
-_MESSAGE: Final = "zcproto.wire.message"
-_DECODE: Final = f"{_MESSAGE}:decode_body"
+_DECODE: Final = "decode_body"
 _UNPACK: Final = "value = unpack(body) if is_checked else unpack(body, max_ext_len=0, ext_hook=_refuse_ext)"
-_NESTED: Final = f"{_MESSAGE}:_check_nested"
+_NESTED: Final = "_check_nested"
 _KEY: Final = "if key.__class__ is not str:"
 _DEEP: Final = "_check_nested([value], max_depth)"
 SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
@@ -30,18 +17,18 @@ SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
 
 def then(code: str, then: str) -> tuple[str, str, str]:
     """Change what the client does after an error with this code."""
-    return _WHAT_NEXT, _BY_CODE, f"return Then.{then} if error.code is Code.{code} else {_BY_CODE[7:]}"
+    return "what_next", _BY_CODE, f"return Then.{then} if error.code is Code.{code} else {_BY_CODE[7:]}"
 
 
 def more_than_once(then: str) -> tuple[str, str, str]:
     """Take a step as often as its error occurs."""
-    return f"{_ATTEMPT}.after_error", "self.once(then)", f"(then is Then.{then} or self.once(then))"
+    return "Attempt.after_error", "self.once(then)", f"(then is Then.{then} or self.once(then))"
 
 
 _INVALID_RESPONSE_IS_FATAL: Final = fault(
     "ends the connection after an invalid response",
     (
-        _RESPONSE,
+        "ClientConnection._received_response",
         'return ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})',
         'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault") from error',
     ),
@@ -49,30 +36,30 @@ _INVALID_RESPONSE_IS_FATAL: Final = fault(
 _UNKNOWN_RESPONSE_IS_FATAL: Final = fault(
     "ends the connection after a response on an unknown stream",
     (
-        _RESPONSE,
+        "ClientConnection._received_response",
         "self.dropped_unknown += 1",
         'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
     ),
 )
 _NO_SEND_LIMIT: Final = fault(
     "does not limit the size of sent frames",
-    (f"{_CONNECTION}._check_size", "if size > limit:", "if False:"),
+    ("ClientConnection._check_size", "if size > limit:", "if False:"),
 )
 LIMIT_IS_RETRIED: Final = fault(
     "retries after an error with a limit",
-    (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
+    ("what_next", 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
 )
 
 CALLS: Final[dict[str, Fault]] = {
     "responses-out-of-order": fault(
         "matches responses by their order",
         (
-            f"{_PUMP}.data_received",
+            "ClientProtocol.data_received",
             "call = pending.pop(stream, None)",
             "call = pending.pop(next(iter(pending)), None)",
         ),
         (
-            f"{_PUMP}._receive_others",
+            "ClientProtocol._receive_others",
             "call = pending.pop(event.stream, None)",
             "call = pending.pop(next(iter(pending)), None)",
         ),
@@ -80,14 +67,15 @@ CALLS: Final[dict[str, Fault]] = {
     "response-on-unknown-stream": _UNKNOWN_RESPONSE_IS_FATAL,
     "duplicate-response": _UNKNOWN_RESPONSE_IS_FATAL,
     "error-codes": fault(
-        "drops details", (_FROM_WIRE, "return kind(message, details)", "return kind(message)")
+        "drops details", ("CallError.from_wire", "return kind(message, details)", "return kind(message)")
     ),
     "error-without-details": fault(
-        "requires details", (f"{_MESSAGE}:decode_error", "not 2 <= len(value) <= 3", "len(value) != 3")
+        "requires details",
+        ("decode_error", "not 2 <= len(value) <= 3", "len(value) != 3"),
     ),
     "unknown-code": fault(
         "fails at an unknown code",
-        (_FROM_WIRE, "kind = cls.by_code.get(code)", "kind = cls.by_code[code]"),
+        ("CallError.from_wire", "kind = cls.by_code.get(code)", "kind = cls.by_code[code]"),
     ),
     "body-not-msgpack": _INVALID_RESPONSE_IS_FATAL,
     "body-empty": _INVALID_RESPONSE_IS_FATAL,
@@ -132,12 +120,16 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "params-of-all-types": fault(
         "sends bytes as str",
-        (f"{_MESSAGE}:encode_body", "return _pack(value)", "return msgpack.packb(value, use_bin_type=False)"),
+        (
+            "encode_body",
+            "return _pack(value)",
+            "return msgpack.packb(value, use_bin_type=False)",
+        ),
     ),
     "call-without-params": fault(
         "sends an empty array instead of no params",
         (
-            "zcproto.connection.client:ClientConnection.request",
+            "ClientConnection.request",
             "encode_body([method, params, meta] if meta else [method, params])",
             "encode_body([method, params or [], meta or {}])",
         ),
@@ -145,7 +137,7 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-is-sent": fault(
         "does not send the deadline",
         (
-            "zcproto.client.client:_deadline_meta",
+            "_deadline_meta",
             'return {"deadline_ms"',
             'return {} and {"deadline_ms"',
         ),
@@ -153,46 +145,46 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-at-the-client": fault(
         "does not enforce deadlines",
         (
-            "zcproto.client.protocol:ClientProtocol._check_calls",
+            "ClientProtocol._check_calls",
             "if not call.done():",
             "if False:",
         ),
     ),
     "cancel": fault(
         "sends CANCEL without its request's token",
-        (f"{_CONNECTION}.cancel", SEND_CANCEL, 'self._send(CANCEL, stream, NO_TOKEN, b"", wall)'),
+        ("ClientConnection.cancel", SEND_CANCEL, 'self._send(CANCEL, stream, NO_TOKEN, b"", wall)'),
     ),
     "cancelled-call-stays-in-flight": fault(
         "frees the stream of a cancelled request at once",
-        (f"{_CONNECTION}.cancel", SEND_CANCEL, f"{SEND_CANCEL}; self.in_flight.pop(stream)"),
-        (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self.update_ready()"),
+        ("ClientConnection.cancel", SEND_CANCEL, f"{SEND_CANCEL}; self.in_flight.pop(stream)"),
+        ("ClientProtocol.abandon", "self._flush_soon()", "self._flush_soon(); self.update_ready()"),
     ),
     "traceparent-is-sent": fault(
         "does not send traceparent",
-        ("zcproto.client.client:_meta", 'more["traceparent"] = traceparent', "pass"),
+        ("_meta", 'more["traceparent"] = traceparent', "pass"),
     ),
     "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
         "does not answer PING",
-        (_RECEIVE, "self._owes_pong = token", "pass"),
+        ("ClientConnection._receive", "self._owes_pong = token", "pass"),
     ),
     "ping-flood": fault(
         "answers each PING at once",
         (
-            _RECEIVE,
+            "ClientConnection._receive",
             "self._owes_pong = token",
             'self._send(PONG, 0, token, b"", wall)',
         ),
     ),
     "message-with-control-characters": fault(
         "passes on messages as they are",
-        (f"{_PUMP}._handle", "escape_text(event.message, MESSAGE_SHOWN)", "event.message"),
+        ("ClientProtocol._handle", "escape_text(event.message, MESSAGE_SHOWN)", "event.message"),
     ),
-    "keepalive": fault("sends no PING", (f"{_CONNECTION}.handle_timeout", "self.ping(wall)", "pass")),
+    "keepalive": fault("sends no PING", ("ClientConnection.handle_timeout", "self.ping(wall)", "pass")),
     "unknown-event": fault(
         "ends a connection for an event that it does not know",
         (
-            _RECEIVE,
+            "ClientConnection._receive",
             "return EventReceived(name, data, token, body)",
             'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
         ),
@@ -200,7 +192,7 @@ CALLS: Final[dict[str, Fault]] = {
     "events-are-delivered": fault(
         "loses the data of events",
         (
-            "zcproto.client.handlers:EventStream.__anext__",
+            "EventStream.__anext__",
             "Event(*decode_event(body))",
             "Event(decode_event(body)[0], None)",
         ),
@@ -213,20 +205,20 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-with-calls-in-flight": fault(
         "closes at GOAWAY",
         (
-            f"{_PUMP}._go_away",
+            "ClientProtocol._go_away",
             "self._owner.connection_draining(self, event)",
             'self._owner.connection_draining(self, event); self.close("a fault")',
         ),
     ),
     "goaway-and-new-calls": fault(
         "does not listen to GOAWAY",
-        (f"{_CONNECTION}._received_go_away", "self.state = next_state(self.state, Input.GOAWAY)", "pass"),
-        (f"{_PUMP}._go_away", "if self.draining:", "if True:"),
+        ("ClientConnection._received_go_away", "self.state = next_state(self.state, Input.GOAWAY)", "pass"),
+        ("ClientProtocol._go_away", "if self.draining:", "if True:"),
     ),
     "goaway-retry-after": fault(
         "reconnects at once after GOAWAY",
         (
-            f"{_ENDPOINTS}.lost",
+            "Endpoints.lost",
             "_rest(health, now + health.backoff.next(retry_after_ms))",
             "pass",
         ),
@@ -234,7 +226,7 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-and-another-address": fault(
         "waits for a server that goes away, even if there is another",
         (
-            "zcproto.client.connections:ConnectionManager._connect",
+            "ConnectionManager._connect",
             "delay = endpoints.due_at - loop.time()",
             "delay = max(map(endpoints.rests_until, endpoints._listed), default=0.0) - loop.time()",
         ),
@@ -242,7 +234,7 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-twice": fault(
         "refuses a second GOAWAY",
         (
-            f"{_CONNECTION}._received_go_away",
+            "ClientConnection._received_go_away",
             'reason = goaway.get("reason")',
             'reason = goaway.get("reason") if self.state is State.OPEN else None',
         ),
@@ -250,7 +242,7 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-then-clean-end": fault(
         "treats a request that did not run like one that may have",
         (
-            f"{_PUMP}._closed_by_peer",
+            "ClientProtocol._closed_by_peer",
             "self.unanswered_not_run = self.draining",
             "self.unanswered_not_run = False",
         ),
@@ -258,34 +250,34 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-then-truncated": fault(
         "treats a request that may have run like one that did not",
         (
-            f"{_CLIENT}._after_failure",
+            "SessionClient._after_failure",
             _LOST,
             _LOST.replace("connection.unanswered_not_run", "connection.draining"),
         ),
     ),
     "lost-call-without-idempotency-key": fault(
-        "retries a lost call", (f"{_CLIENT}._after_failure", _LOST, "is_repeatable = True")
+        "retries a lost call", ("SessionClient._after_failure", _LOST, "is_repeatable = True")
     ),
     "lost-call-with-idempotency-key": fault(
         "does not retry a lost call with an idempotency key",
-        (f"{_CLIENT}._after_failure", _LOST, "is_repeatable = connection.unanswered_not_run"),
+        ("SessionClient._after_failure", _LOST, "is_repeatable = connection.unanswered_not_run"),
     ),
     "reconnect-after-network-failure": fault(
         "treats a truncation as a clean end",
         (
-            f"{_PUMP}.connection_lost",
+            "ClientProtocol.connection_lost",
             "self._ended(ConnectionClosed(exc.failure))",
             "self._ended(ConnectionClosed(exc.failure, clean=True))",
         ),
     ),
     "reconnect-backoff": fault(
         "always reconnects at once",
-        ("zcproto.client.retry:Backoff.next", "self._random()", "0.0"),
+        ("Backoff.next", "self._random()", "0.0"),
     ),
     "reconnect-backoff-after-answers": fault(
         "resets its backoff with every connection",
         (
-            f"{_ENDPOINTS}.lost",
+            "Endpoints.lost",
             "now >= self._stable_at",
             "True",
         ),
@@ -293,7 +285,7 @@ GOAWAY: Final[dict[str, Fault]] = {
     "silent-server-and-another-address": fault(
         "waits for a server that does not answer PING",
         (
-            "zcproto.client.connections:ConnectionManager.connection_silent",
+            "ConnectionManager.connection_silent",
             "if self._standby is None:",
             "if False:",
         ),
@@ -301,12 +293,12 @@ GOAWAY: Final[dict[str, Fault]] = {
     "slow-server-and-another-address": fault(
         "leaves a server although it has answered PING",
         (
-            "zcproto.connection.silence:Silence.check",
+            "Silence.check",
             "if self._probed_at not in (NEVER, heard_at):",
             "if False:",
         ),
         (
-            "zcproto.connection.silence:Silence.is_silent",
+            "Silence.is_silent",
             "self.is_late and heard_at == self._probed_at",
             "self.is_late",
         ),
@@ -315,19 +307,19 @@ GOAWAY: Final[dict[str, Fault]] = {
     "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", then("RESOURCE_EXHAUSTED", "RAISE")),
     "retry-after": fault(
         "ignores retry_after_ms",
-        (f"{_ATTEMPT}.after_error", "0 if is_draining else retry_after_ms(error.details)", "0"),
+        ("Attempt.after_error", "0 if is_draining else retry_after_ms(error.details)", "0"),
     ),
     "retry-within-deadline": fault(
         "waits beyond the deadline of a call",
-        (f"{_ATTEMPT}.wait", "if delay < left", "if True"),
+        ("Attempt.wait", "if delay < left", "if True"),
     ),
     "retry-reduces-deadline": fault(
         "sends the whole timeout with each attempt",
-        (f"{_CLIENT}.call", "meta = _deadline_meta(deadline - now)", "meta = _deadline_meta(timeout)"),
+        ("SessionClient.call", "meta = _deadline_meta(deadline - now)", "meta = _deadline_meta(timeout)"),
     ),
     "limit-reached": LIMIT_IS_RETRIED,
     "other-errors-are-not-retried": fault(
-        "retries all errors", (_WHAT_NEXT, "error.code, Then.RAISE", "error.code, Then.LATER")
+        "retries all errors", ("what_next", "error.code, Then.RAISE", "error.code, Then.LATER")
     ),
 }
 
@@ -338,16 +330,16 @@ _SAME_ONE: Final = (
 SESSIONS: Final[dict[str, Fault]] = {
     "expired-session": fault(
         "opens sessions without a pause",
-        (f"{_MANAGER}._adopt", "if session.valid_until - now < MIN_REFRESH_INTERVAL:", "if False:"),
+        ("SessionManager._adopt", "if session.valid_until - now < MIN_REFRESH_INTERVAL:", "if False:"),
     ),
     "expiring-again-and-again": fault(
         "refreshes whenever the server suggests it",
-        (f"{_MANAGER}._refresh_early", "if now < allowed_at:", "if False:"),
+        ("SessionManager._refresh_early", "if now < allowed_at:", "if False:"),
     ),
     "session-open": fault(
         "does not send its name",
         (
-            f"{_MANAGER}._next_request",
+            "SessionManager._next_request",
             'return OPEN, {**self.credentials.params(connection), "client": self.client}',
             "return OPEN, self.credentials.params(connection)",
         ),
@@ -355,7 +347,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "own-scheme": fault(
         "sends the first login again",
         (
-            f"{_CREDENTIALS}:SchemeLogin.params",
+            "SchemeLogin.params",
             "self._holds_until = -math.inf",
             "self._holds_until = math.inf",
         ),
@@ -363,7 +355,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "secrets": fault(
         "writes its token to standard error",
         (
-            f"{_MANAGER}._adopt",
+            "SessionManager._adopt",
             "self.session, self.is_lost = session, False\n",
             "self.session, self.is_lost = session, print("
             "session.token, file=__import__('sys').stderr, flush=True)\n",
@@ -372,7 +364,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "no-session": fault(
         "sends a made-up token",
         (
-            f"{_CLIENT}.call",
+            "SessionClient.call",
             "token = sessions.token",
             "token = sessions.token if sessions.session else b'x' * 32",
         ),
@@ -380,34 +372,35 @@ SESSIONS: Final[dict[str, Fault]] = {
     "wrong-key": fault(
         "retries a refused key",
         (
-            f"{_RENEWAL}.after_error",
+            "Renewal.after_error",
             "if then is Then.LATER and self.must:",
             "if then in (Then.LATER, Then.RAISE) and self.must:\n            then = Then.LATER",
         ),
     ),
     "too-many-sessions": LIMIT_IS_RETRIED,
     "unknown-token": fault(
-        "refreshes a session whose token is unknown", (_WHAT_NEXT, "return Then.REPLACE", "return Then.RENEW")
+        "refreshes a session whose token is unknown",
+        ("what_next", "return Then.REPLACE", "return Then.RENEW"),
     ),
     "unknown-token-twice": fault(
         "opens a session after each unknown token of a call", more_than_once("REPLACE")
     ),
     "unknown-token-backoff": fault(
         "opens another session at once",
-        (f"{_MANAGER}._delay_opening", "now + self._lost_backoff.next()", "now"),
+        ("SessionManager._delay_opening", "now + self._lost_backoff.next()", "now"),
     ),
     "unauthenticated": fault("retries after UNAUTHENTICATED", then("UNAUTHENTICATED", "AT_ONCE")),
     "expired-token": fault("gives up at TOKEN_EXPIRED", then("TOKEN_EXPIRED", "RAISE")),
     "refresh-rotation": fault(
         "always uses its first refresh token",
-        (f"{_MANAGER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
+        ("SessionManager._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
     ),
     "refresh-shown-on-each-connection": fault(
         "shows a new token only where it takes new calls",
-        (f"{_CLIENT}._session_changed", "self._connections.open", "self._connections.extra"),
+        ("SessionClient._session_changed", "self._connections.open", "self._connections.extra"),
     ),
     "concurrent-calls-share-one-refresh": fault(
-        "refreshes once per call", (f"{_MANAGER}.ensure", "if self._renewing is None:", "if True:")
+        "refreshes once per call", ("SessionManager.ensure", "if self._renewing is None:", "if True:")
     ),
     "expired-twice": fault(
         "refreshes after each TOKEN_EXPIRED",
@@ -416,7 +409,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "expired-without-refresh-token": fault(
         "refreshes without a refresh token",
         (
-            f"{_MANAGER}._next_request",
+            "SessionManager._next_request",
             "if session is not None and session.can_refresh(now):",
             "if session is not None:",
         ),
@@ -424,18 +417,18 @@ SESSIONS: Final[dict[str, Fault]] = {
     "expired-refresh-token": fault(
         "gives up when its refresh token has expired",
         (
-            f"{_RENEWAL}._instead",
+            "Renewal._instead",
             "return Then.REOPEN if error.code is Code.TOKEN_EXPIRED or",
             "return Then.REOPEN if",
         ),
     ),
     "lost-refresh": fault(
-        "gives up after a lost refresh", (f"{_RENEWAL}.after_loss", "self._lost <= MAX_LOST", "False")
+        "gives up after a lost refresh", ("Renewal.after_loss", "self._lost <= MAX_LOST", "False")
     ),
     "refresh-lost-repeatedly": fault(
         "counts the grace of a lost refresh from its last attempt",
         (
-            "zcproto.client.session:ClientSession.refresh_lost",
+            "ClientSession.refresh_lost",
             "min(self._refresh_ends, sent_at + REFRESH_GRACE)",
             "sent_at + REFRESH_GRACE",
         ),
@@ -443,7 +436,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "refresh-of-revoked-session": fault(
         "opens a session after a refused refresh",
         (
-            f"{_RENEWAL}._instead",
+            "Renewal._instead",
             "if error.code is Code.TOKEN_EXPIRED or error.code in _MAYBE_RUN else None",
             "",
         ),
@@ -451,26 +444,26 @@ SESSIONS: Final[dict[str, Fault]] = {
     "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", then("TOKEN_REVOKED", "RENEW")),
     "replaced-session": fault(
         "reconnects after its session was replaced",
-        ("zcproto.client.client:Client.open", "is_wanted=lambda: not all(", "is_wanted=lambda: True or all("),
+        ("Client.open", "is_wanted=lambda: not all(", "is_wanted=lambda: True or all("),
     ),
     "new-session-after-revocation": fault(
-        "never opens a second session", (f"{_MANAGER}.require", "self._over = None", "pass")
+        "never opens a second session", ("SessionManager.require", "self._over = None", "pass")
     ),
     "session-revoked-event": fault(
         "treats session.revoked like an expiry",
-        (f"{_MANAGER}.event_received", "self.present(connection)", "self.expired(event.token)"),
+        ("SessionManager.event_received", "self.present(connection)", "self.expired(event.token)"),
     ),
     "reconnect-with-token": fault(
         "opens a session on each connection",
         (
-            f"{_MANAGER}.present",
+            "SessionManager.present",
             "self.present_now(connection)",
             "self.session = None; self.token = NO_TOKEN; self._update_validity()",
         ),
     ),
     "reconnect-with-small-frame-first": fault(
         "sends large frames before its token was accepted",
-        (f"{_CONNECTION}._check_size", "limit = self.send_limit", 'limit = self.welcome["max_frame"]'),
+        ("ClientConnection._check_size", "limit = self.send_limit", 'limit = self.welcome["max_frame"]'),
     ),
     "large-frame-without-session": _NO_SEND_LIMIT,
 }
@@ -479,7 +472,7 @@ DEVICES: Final[dict[str, Fault]] = {
     "device-opens-session": fault(
         "signs without the salt",
         (
-            f"{_CREDENTIALS}:DeviceKey.params",
+            "DeviceKey.params",
             "open_message(channel.salt, channel.leaf, self.name)",
             "open_message(bytes(8), channel.leaf, self.name)",
         ),
@@ -487,13 +480,13 @@ DEVICES: Final[dict[str, Fault]] = {
     "device-attaches-session": fault(
         "signs without the server's certificate",
         (
-            f"{_CREDENTIALS}:DeviceKey.attach_params",
+            "DeviceKey.attach_params",
             "attach_message(channel.salt, channel.leaf, token)",
             "attach_message(channel.salt, bytes(32), token)",
         ),
     ),
     "attach-on-demand": fault(
-        "gives up when it must attach", (_WHAT_NEXT, "return Then.ATTACH", "return Then.RAISE")
+        "gives up when it must attach", ("what_next", "return Then.ATTACH", "return Then.RAISE")
     ),
     "attach-refused-twice": fault(
         "attaches after each refusal",
@@ -502,7 +495,7 @@ DEVICES: Final[dict[str, Fault]] = {
     "attach-without-device-key": fault(
         "retries without attaching",
         (
-            f"{_MANAGER}.attach",
+            "SessionManager.attach",
             "        if self._device is None:\n            return False",
             "        if self._device is None:\n            return True",
         ),

@@ -1,9 +1,9 @@
 """Mutate functions of the client at run time, as in mutation testing.
 
-A fault has the name of a function, a part of its code and the replacement. Function and part are parsed before they
-are compared: line breaks, parentheses, quotes and comments do not matter. The function object stays the same and
-only its code object is replaced, so modules that imported the function see the mutant, too. If the part is not in
-the function any more, applying the fault fails: a fault that is not applied would prove nothing.
+A fault has the name of a function, a part of its code and the replacement. The function may be in any module.
+Function and part are parsed before they are compared: line breaks, parentheses, quotes and comments do not matter.
+The function object stays the same and only its code object is replaced, so modules that imported it see the
+mutant, too. If the part is not in the function, applying the fault fails: it would prove nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import importlib
 import inspect
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, Final
+
+import zcproto
 
 
 class Unmatched(Exception):
@@ -27,7 +32,7 @@ class Unmatched(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A function, `module:Class.function`, and replacements in its source. Each `old` must occur once."""
+    """A function, `Class.function`, and replacements in its source. Each `old` must occur once."""
 
     target: str
     changes: tuple[tuple[str, str], ...]
@@ -80,13 +85,30 @@ def _patterns(part: str) -> list[str]:
     return [r"\s+".join(map(re.escape, each.split())) for each in found]
 
 
-def find(target: str) -> Any:
-    """Return the attribute named by `module:Class.function`."""
-    module, _, path = target.partition(":")
-    found: Any = importlib.import_module(module)
-    for name in path.split("."):
-        found = inspect.getattr_static(found, name)
+@cache
+def definitions() -> dict[str, list[str]]:
+    """Return the modules of the package that define each class and function."""
+    package, found = Path(zcproto.__file__).parent, defaultdict[str, list[str]](list)
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for name in re.findall(r"^(?:class|def) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found[name].append(module)
     return found
+
+
+def find(target: str) -> Any:
+    """Return what is named `Class.function` in the only module that defines it. Raises Unmatched."""
+    first, *rest = target.split(".")
+    found = []
+    for module in definitions()[first]:
+        each: Any = getattr(importlib.import_module(module), first)
+        with suppress(AttributeError):
+            for name in rest:
+                each = inspect.getattr_static(each, name)
+            found.append(each)
+    if len(found) != 1:
+        raise Unmatched(f"{target} is defined {len(found)} times")
+    return found[0]
 
 
 def plain_function(found: Any) -> FunctionType:
@@ -124,19 +146,20 @@ class Fault:
 
 
 _GENERAL_WAY: Final = {
-    "zcproto.connection.client:ClientConnection.receive_data",
-    "zcproto.connection.client:ClientConnection._receive",
-    "zcproto.connection.client:ClientConnection._received_response",
-    "zcproto.wire.message:decode_body",
+    "ClientConnection.receive_data",
+    "ClientConnection._receive",
+    "ClientConnection._received_response",
+    "decode_body",
 }
-_SHORT_WAY: Final = "zcproto.connection.client:ClientConnection.receive_answers"
 
 
 def fault(what: str, *mutants: tuple[str, str, str]) -> Fault:
     """Make a fault from tuples of `(target, old, new)`, which are grouped by target."""
     changes: dict[str, list[tuple[str, str]]] = {}
     if any(target in _GENERAL_WAY for target, _, _ in mutants):
-        changes[_SHORT_WAY] = [("token not in self._tokens", "True")]  # usual answers would avoid the fault
+        changes["ClientConnection.receive_answers"] = [
+            ("token not in self._tokens", "True")
+        ]  # usual answers would avoid the fault
     for target, old, new in mutants:
         changes.setdefault(target, []).append((old, new))
     return Fault(what, tuple(Mutant(target, tuple(pieces)) for target, pieces in changes.items()))

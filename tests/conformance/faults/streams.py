@@ -7,36 +7,26 @@ from typing import Final
 from tests.conformance.faults.calls import LIMIT_IS_RETRIED, SEND_CANCEL, then
 from tests.conformance.faults.mutation import Fault, fault
 
-_CLIENT: Final = "zcproto.client.client:Client"
-_RECEIVE_ITEM: Final = "zcproto.client.streams:Stream._receive"
-_ANSWERED: Final = "zcproto.client.streams:Stream._answered"
-_CONNECTION: Final = "zcproto.connection.client:ClientConnection"
-_RECEIVE: Final = f"{_CONNECTION}._received_stale"
-_OUTPUT: Final = "zcproto.connection.client:ClientConnection"
-_OPEN: Final = f"{_OUTPUT}.open_stream"
-_END_ITEMS: Final = f"{_OUTPUT}.end_items"
-_STREAMS: Final = "zcproto.connection.client_streams:ClientStreams"
-_CREDIT: Final = "zcproto.connection.credit"
-_MAY_SEND: Final = f"{_CREDIT}:SendCredit.may_send"
+_MAY_SEND: Final = "SendCredit.may_send"
 _ALLOWED: Final = "return self.sent_items < self.items and self.sent_bytes < self.bytes"
-_WELCOME: Final = "zcproto.connection.settings:read_welcome"
 _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
 _STALE: Final = "if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
 _OPENS_AGAIN: Final = (
-    (_ANSWERED, "if pending.stream.was_answered_to and not can_resume:", "if False:"),
-    (f"{_CLIENT}._after_stream_error", "elif pending.stream.was_answered_to:", "elif False:"),
+    ("Stream._answered", "if pending.stream.was_answered_to and not can_resume:", "if False:"),
+    ("Client._after_stream_error", "elif pending.stream.was_answered_to:", "elif False:"),
 )
 
 
 STREAMS: Final[dict[str, Fault]] = {
     "stream-without-streams": fault(
-        "opens streams whatever WELCOME announces", (_OPEN, "if announced is None:", "if False:")
+        "opens streams whatever WELCOME announces",
+        ("ClientConnection.open_stream", "if announced is None:", "if False:"),
     ),
     "requests-beside-streams": fault(
         "refuses a WELCOME with calls",
         (
-            _WELCOME,
+            "read_welcome",
             "for feature, keys in _OPTIONAL.items():",
             'if "calls" in welcome:\n        raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")\n'
             "    for feature, keys in _OPTIONAL.items():",
@@ -44,38 +34,45 @@ STREAMS: Final[dict[str, Fault]] = {
     ),
     "welcome-streams-is-no-map": fault(
         "does not check the type of `streams`",
-        (_WELCOME, _LIMITS, f"{_LIMITS} = {{'max_open': 1, 'max_item': 64}}"),
+        ("read_welcome", _LIMITS, f"{_LIMITS} = {{'max_open': 1, 'max_item': 64}}"),
     ),
     "welcome-streams-without-max-item": fault(
         "does not require the keys of `streams`",
-        (_WELCOME, _LIMITS, f"{_LIMITS} = {{'max_item': 64, **welcome[feature]}}"),
+        ("read_welcome", _LIMITS, f"{_LIMITS} = {{'max_item': 64, **welcome[feature]}}"),
     ),
     "welcome-calls-without-max": fault(
-        "does not check `calls`", (_WELCOME, _FEATURE, 'if feature in welcome and feature != "calls":')
+        "does not check `calls`", ("read_welcome", _FEATURE, 'if feature in welcome and feature != "calls":')
     ),
     "welcome-streams-with-unknown-keys": fault(
         "refuses unknown keys of `streams`",
         (
-            _WELCOME,
+            "read_welcome",
             "limits.__class__ is not dict or",
             "limits.__class__ is not dict or limits.keys() != keys.keys() or",
         ),
     ),
-    "stream": fault("ignores the window of the application", (_OPEN, '"credit": window', '"credit": (9, 9)')),
+    "stream": fault(
+        "ignores the window of the application",
+        ("ClientConnection.open_stream", '"credit": window', '"credit": (9, 9)'),
+    ),
     "stream-without-items": fault(
         "expects an item before the answer",
-        (_ANSWERED, "self._has_ended = True", "self._has_ended = pending.stream.was_answered_to"),
+        ("Stream._answered", "self._has_ended = True", "self._has_ended = pending.stream.was_answered_to"),
     ),
     "request-of-a-stream": fault("repeats FAILED_PRECONDITION", then("FAILED_PRECONDITION", "AT_ONCE")),
     "stream-limit": LIMIT_IS_RETRIED,
     "max-open": fault(
         "does not count its streams",
-        (_OPEN, 'if self._streams is not None and len(self._streams) >= announced["max_open"]:', "if False:"),
+        (
+            "ClientConnection.open_stream",
+            'if self._streams is not None and len(self._streams) >= announced["max_open"]:',
+            "if False:",
+        ),
     ),
     "credit-follows-the-application": fault(
         "grants for items that it has only stored",
         (
-            f"{_CREDIT}:ItemQueue.next_grant",
+            "ItemQueue.next_grant",
             "self._taken[0] + window_items",
             "self._received[0] + window_items",
         ),
@@ -87,49 +84,61 @@ STREAMS: Final[dict[str, Fault]] = {
     "items-beyond-the-credit": fault(
         "accepts any number of items",
         (
-            f"{_CREDIT}:ItemQueue.receive",
+            "ItemQueue.receive",
             "if items >= self._granted[0] or size >= self._granted[1]:",
             "if False:",
         ),
     ),
     "credit-lower": fault(
         "accepts lower totals",
-        (f"{_CREDIT}:SendCredit.read", "if items < self.items or size < self.bytes:", "if False:"),
+        (
+            "SendCredit.read",
+            "if items < self.items or size < self.bytes:",
+            "if False:",
+        ),
     ),
     "end-at-once": fault(
         "sends END only with credit",
-        (_END_ITEMS, "stream.state is ClientStreamState.OPEN and", "stream.credit.may_send and"),
+        (
+            "ClientConnection.end_items",
+            "stream.state is ClientStreamState.OPEN and",
+            "stream.credit.may_send and",
+        ),
     ),
     "half-close": fault(
         "drops items after its own END",
-        (_END_ITEMS, "stream.state = ClientStreamState.HALF", "stream.state = ClientStreamState.LEAVING"),
+        (
+            "ClientConnection.end_items",
+            "stream.state = ClientStreamState.HALF",
+            "stream.state = ClientStreamState.LEAVING",
+        ),
     ),
     "response-before-the-items-end": fault(
         "sends items on a stream that was answered",
-        ("zcproto.client.streams:Stream._wanted", "if not pending.done():", "if True:"),
-        ("zcproto.client.protocol:PendingStream.wait_to_send", "while not self.done():", "while True:"),
+        ("Stream._wanted", "if not pending.done():", "if True:"),
+        ("PendingStream.wait_to_send", "while not self.done():", "while True:"),
     ),
-    "leave": fault("does not send CANCEL", (f"{_OUTPUT}.cancel", SEND_CANCEL, "pass")),
+    "leave": fault("does not send CANCEL", ("ClientConnection.cancel", SEND_CANCEL, "pass")),
     "cancel-crosses-response": fault(
         "does not free a stream that was left",
         (
-            f"{_STREAMS}.end",
+            "ClientStreams.end",
             "stream = self.pop(number, None)",
             "stream = self.pop(number, None) if self.is_read(number) else None",
         ),
     ),
     "items-after-cancel": fault(
         "frees a stream with its CANCEL",
-        (f"{_OUTPUT}.cancel", "self._streams.leave(stream)", "self._streams.end(stream)"),
+        ("ClientConnection.cancel", "self._streams.leave(stream)", "self._streams.end(stream)"),
     ),
     "stream-deadline": fault(
         "drops the items that wait when a stream ends",
-        (f"{_STREAMS}.end", "stream.items.has_ended = True", "stream.items.clear()"),
+        ("ClientStreams.end", "stream.items.has_ended = True", "stream.items.clear()"),
     ),
     "stream-error-after-items": fault(
         "raises the error of a stream before its items",
         (
-            _RECEIVE_ITEM,
+            "Stream._receive",
             "if pending.stream.items.held:",
             "if pending.stream.items.held and not (pending.done() and pending.exception()):",
         ),
@@ -137,7 +146,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "item-undecodable": fault(
         "does not cancel a stream that it fails",
         (
-            "zcproto.client.streams:Stream.receive",
+            "Stream.receive",
             "self._middleware.end(error=error)\n            self.close()",
             "self._middleware.end(error=error)",
         ),
@@ -145,7 +154,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "item-too-long": fault(
         "does not check the length of items",
         (
-            "zcproto.wire.frame:check_head",
+            "check_head",
             "if bare_head == ITEM and length > accepted.max_item:",
             "if False:",
         ),
@@ -153,7 +162,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "item-on-a-request": fault(
         "drops items on the stream of a REQUEST",
         (
-            f"{_STREAMS}.receive",
+            "ClientStreams.receive",
             'raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM or CREDIT for a request")',
             "return None",
         ),
@@ -161,17 +170,17 @@ STREAMS: Final[dict[str, Fault]] = {
     "item-on-unknown-stream": fault(
         "ends the connection after an item on an unknown stream",
         (
-            f"{_CONNECTION}._receive",
+            "ClientConnection._receive",
             "self.dropped_unknown += 1\n                return None",
             'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")',
         ),
     ),
     "stale-open": fault("reports STALE_TIMESTAMP at once", then("STALE_TIMESTAMP", "RAISE")),
-    "stale-item": fault("drops stale items", (_RECEIVE, _STALE, "if False:")),
+    "stale-item": fault("drops stale items", ("ClientConnection._received_stale", _STALE, "if False:")),
     "stale-credit": fault(
         "drops stale CREDITs",
         (
-            _RECEIVE,
+            "ClientConnection._received_stale",
             _STALE,
             "if head == ITEM and self._streams is not None and self._streams.is_read(stream):",
         ),
@@ -179,7 +188,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "slow-response-of-a-stream": fault(
         "judges frames when they are complete",
         (
-            f"{_CONNECTION}.receive_data",
+            "ClientConnection.receive_data",
             "judged_at, self._partial = self._partial[0], None",
             "self._partial = None",
         ),
@@ -189,16 +198,16 @@ STREAMS: Final[dict[str, Fault]] = {
     ),
     "stream-outlives-a-refresh": fault(
         "sends CREDIT with the newest token",
-        (f"{_OUTPUT}.take_item", "stream.token, encode_body", "[*self._tokens][-1], encode_body"),
+        ("ClientConnection.take_item", "stream.token, encode_body", "[*self._tokens][-1], encode_body"),
     ),
     "stream-of-a-replaced-session": fault(
         "goes on with a replaced session",
-        (f"{_CLIENT}._after_failure", "sessions.ended(token, error)", "pass"),
+        ("Client._after_failure", "sessions.ended(token, error)", "pass"),
     ),
     "stream-after-goaway": fault(
         "forgets its streams at GOAWAY",
         (
-            f"{_CONNECTION}._received_go_away",
+            "ClientConnection._received_go_away",
             "self.state = next_state(self.state, Input.GOAWAY)",
             "self.state, self._streams = next_state(self.state, Input.GOAWAY), None",
         ),
@@ -210,13 +219,13 @@ STREAMS: Final[dict[str, Fault]] = {
     "stream-is-not-repeated-after-an-item": fault("opens a stream again that has begun", *_OPENS_AGAIN),
     "stream-is-not-repeated-after-credit": fault(
         "takes a stream with credit for one that has not begun",
-        (f"{_STREAMS}.receive", "stream.was_answered_to = True", "stream.was_answered_to = head == ITEM"),
+        ("ClientStreams.receive", "stream.was_answered_to = True", "stream.was_answered_to = head == ITEM"),
     ),
     "stream-of-a-lost-connection": fault(
         "opens a stream again after a loss",
         *_OPENS_AGAIN,
         (
-            f"{_CLIENT}._after_failure",
+            "Client._after_failure",
             "is_repeatable = (connection.unanswered_not_run or is_idempotent)",
             "is_repeatable = True",
         ),
