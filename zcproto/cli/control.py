@@ -262,7 +262,7 @@ topic = command_group("topic", "Publish events in the topics of a running server
 def publish(instance: Instance, name: str, event: str, as_json: bool) -> None:
     """Publish an event in a topic of the server, for all its subscribers.
 
-    JSON is the event, or @FILE for a file with it, as in: zcproto topic publish jobs '{"id": 7}'
+    JSON is the event, or @FILE for a file with it.
     """
     done = require_control(instance.home).post("/v1/topics/publish", topic=name, event=read_json(event))
     print_result(as_json, done, f"published in {name}")

@@ -9,6 +9,7 @@ EXAMPLES: Final = {
     "reload": "zcproto reload",
     "drain": "zcproto drain --wait",
     "upgrade": "zcproto upgrade",
+    "topic publish": 'zcproto topic publish jobs \'{"id": 7, "state": "done"}\'',
     "log level": "zcproto log level debug",
     "call": 'zcproto call localhost:7443 greet \'{"name": "world"}\' --user ada --key-file ada.key',
     "login": "zcproto login --issuer https://login.example.com --client-id shell",
