@@ -488,7 +488,7 @@ def own_server(
     if config.certificates.mode != "own" and trust == TrustChoice():
         trust, name = own_trust(config)
     for each in remote.check(own_address(config), trust, home, login, timeout, server_name=name):
-        # Between a machine and itself is no firewall.
+        # No firewall can be the cause between a machine and itself.
         yield each._replace(cure=NOT_SERVING) if each.cure in remote.CURES_OF_SILENCE else each
 
 
