@@ -468,6 +468,8 @@ def _file_limit(config: Config, status: Mapping[str, Any] | None) -> Result:
     """Judge the limit of the running server; that of this shell is another one."""
     if status is None:
         return SKIPPED, "no server runs; its limit is that of its service (LimitNOFILE=), not of this shell"
+    if not hasattr(resource, "prlimit"):
+        return SKIPPED, "this system does not show the limit of another process"
     wanted = config.limits.max_connections + SPARE_FILES
     try:
         allowed, _ = resource.prlimit(status["pid"], resource.RLIMIT_NOFILE)
