@@ -310,6 +310,23 @@ def test_path_through_a_file_is_reported_and_changed_does_not_raise(tmp_path: Pa
     assert faults(users) == ["cannot be read: Not a directory"]
 
 
+def test_link_to_a_missing_file_is_a_fault(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.toml", tmp_path / "users.toml"
+    link.symlink_to(target)
+    fault = f"{link}: is a link to a file that is missing; restore that file, or remove the link"
+    with pytest.raises(ConfigError) as caught:
+        UserFile(link).load()
+    assert caught.value.faults == [fault]
+    UserFile(target).add("ada")
+    file = UserFile(link)
+    file.load()
+    target.unlink()
+    with pytest.raises(ConfigError) as caught:
+        file.reload()
+    assert caught.value.faults == [fault]
+    assert list(file.entries) == ["ada"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -49,19 +49,22 @@ CASES = {
         "",
         "users.toml",
         "users",
-        "{home}/users.toml: Expected '=' after a key in a key/value pair (at line 1, column 7); " + RESTORE,
+        "{home}/users.toml: is not TOML: Expected '=' after a key in a key/value pair (at line 1, column 7); "
+        + RESTORE,
     ),
     "damaged devices": (
         "",
         "devices.toml",
         "devices",
-        "{home}/devices.toml: Expected '=' after a key in a key/value pair (at line 1, column 7); " + RESTORE,
+        "{home}/devices.toml: is not TOML: Expected '=' after a key in a key/value pair (at line 1, column 7); "
+        + RESTORE,
     ),
     "damaged tokens": (
         "",
         "tokens.toml",
         "tokens",
-        "{home}/tokens.toml: Expected '=' after a key in a key/value pair (at line 1, column 7); " + RESTORE,
+        "{home}/tokens.toml: is not TOML: Expected '=' after a key in a key/value pair (at line 1, column 7); "
+        + RESTORE,
     ),
     "dangling users link": (
         "",
@@ -73,8 +76,7 @@ CASES = {
         '[alerts]\ncommand = ["/no/program"]',
         "",
         "alerts",
-        "alerts.command: /no/program cannot be run: No such file or directory; install the program, or correct"
-        " its path",
+        "alerts.command: /no/program cannot be run: No such file or directory; install it, or correct its path",
     ),
     "webhook secret": (
         '[alerts]\nwebhook = "https://h.example/"\nwebhook_secret_file = "{home}/none"',

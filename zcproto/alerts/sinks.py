@@ -481,7 +481,11 @@ def check_program(path: Path) -> None:
         check_access(path, status, OTHERS_WRITE)
         check_place(path)
     except OSError as error:
-        reason = f"cannot be run: {error.strerror}; install the program, or correct its path"
-        raise ConfigError([f"{key}: {escape_text(str(path))} {reason}"]) from error
+        raise ConfigError(
+            [
+                f"{key}: {escape_text(str(path))} cannot be run: {error.strerror}; install it, or correct"
+                " its path"
+            ]
+        ) from error
     except UnusableFileError as error:
         raise ConfigError([f"{key}: {error}"]) from error

@@ -143,8 +143,9 @@ class PrivateFile:
                 data, status = read_file(self.path, self.max_bytes)
             except FileNotFoundError:
                 if self.path.is_symlink():  # without users a server would admit no one, and look healthy
-                    reason = "is a link to a file that is missing; restore that file, or remove the link"
-                    raise self._fault(reason) from None
+                    raise self._fault(
+                        "is a link to a file that is missing; restore that file, or remove the link"
+                    ) from None
                 return NO_FILE, ""
         try:
             return identity_of(status), data.decode()
@@ -156,7 +157,7 @@ class PrivateFile:
         try:
             return tomli.loads(text)
         except tomli.TOMLDecodeError as error:
-            raise self._fault(f"{escape_text(str(error), _SHOWN)}; {_RESTORE}") from None
+            raise self._fault(f"is not TOML: {escape_text(str(error), _SHOWN)}; {_RESTORE}") from None
         except RecursionError:
             raise self._fault(f"is nested too deeply for a {self.what}; {_RESTORE}") from None
 

@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,8 +20,9 @@ from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App, Method
 from zcproto.auth import BUILT_IN_SCHEMES, DeviceFile, UserFile
 from zcproto.auth.tokens import TokenFile
+from zcproto.certs.acme.source import require_package
 from zcproto.certs.examine import survey
-from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.home import Home
 from zcproto.config import Config, RoleConfig
 from zcproto.errors import CertificateError, ConfigError
@@ -105,11 +105,13 @@ def _of_application(roles: Sequence[RoleConfig]) -> list[RoleConfig]:
 def _check_certificates(config: Config) -> None:
     """Raise ConfigError for files of other programs that cannot be served; a server replaces its own."""
     certificates, tls = config.certificates, config.tls
-    if certificates.mode == "acme" and importlib.util.find_spec("acme") is None:
-        raise ConfigError(['the package acme is not installed; run: pip install "zcproto[acme]"'])
+    if certificates.mode == "acme":
+        require_package()
     if certificates.mode != "files" and not certificates.site and tls.client_ca_file is None:
         return
-    found = survey(config, datetime.now(UTC), os.environ).certificates
+    found = survey(
+        config, datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC), os.environ
+    ).certificates
     faults = [
         each.problem
         for each in found

@@ -56,6 +56,14 @@ class _RenewalInfo:
     window: RenewalWindow | None = None
 
 
+def require_package() -> None:
+    """Raise CertificateError without the package of the extra."""
+    if importlib.util.find_spec("acme") is None:
+        raise CertificateError(
+            'certificates.mode = "acme": this needs the package acme; run: pip install "zcproto[acme]"'
+        )
+
+
 class AcmeSource(SiteSource):
     """The default site. Without `maintains`, it serves what another process orders."""
 
@@ -111,10 +119,7 @@ class AcmeSource(SiteSource):
     def start(self, now: datetime, monotonic: float) -> list[Notice]:
         happened = self._managed.start(now, monotonic)
         if self._maintains:
-            if importlib.util.find_spec("acme") is None:
-                raise CertificateError(
-                    'certificates.mode = "acme": this needs the package acme; run: pip install "zcproto[acme]"'
-                )
+            require_package()
             files.make_folder(self._site.directory)
             self._record = schedule.read_record(self._site.directory)
             waits_until = self._record.waits_until(self._site.acme, now)

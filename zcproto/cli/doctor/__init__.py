@@ -468,6 +468,8 @@ def _file_limit(config: Config, status: Mapping[str, Any] | None) -> Result:
     """Judge the limit of the running server; that of this shell is another one."""
     if status is None:
         return SKIPPED, "no server runs; its limit is that of its service (LimitNOFILE=), not of this shell"
+    if not hasattr(resource, "prlimit"):
+        return SKIPPED, "this system does not show the limit of another process"
     wanted = config.limits.max_connections + SPARE_FILES
     try:
         allowed, _ = resource.prlimit(status["pid"], resource.RLIMIT_NOFILE)
@@ -488,7 +490,7 @@ def own_server(
     if config.certificates.mode != "own" and trust == TrustChoice():
         trust, name = own_trust(config)
     for each in remote.check(own_address(config), trust, home, login, timeout, server_name=name):
-        # Between a machine and itself is no firewall.
+        # No firewall can be the cause between a machine and itself.
         yield each._replace(cure=NOT_SERVING) if each.cure in remote.CURES_OF_SILENCE else each
 
 
