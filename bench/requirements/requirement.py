@@ -72,7 +72,7 @@ REQUIREMENTS: Final = (
     ),
     Requirement(
         "hsts", _SECURITY, "HSTS max-age", "31536000 in every response", "",
-        "exactly once in each response, good or bad; curl remembers it; the configuration", True,
+        "exactly once in each response, good or bad; curl remembers it", True,
     ),
     Requirement(
         "pinning", _SECURITY, "certificate pinning", "optional, SHA-256", "",

@@ -196,8 +196,12 @@ def test_progress_is_logged_without_a_terminal(home: Path, started: Started, cap
     main(["serve"])
     configure_logging(LogConfig(format="json"))
     started.options["progress"]("Making keys.")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert json.loads(line).items() >= {"event": "certificate.progress", "message": "Making keys."}.items()
+    started.options["progress"]("ATTENTION: clients need another CA.")
+    lines = map(json.loads, capsys.readouterr().err.splitlines())
+    assert [(each["level"], each["event"], each["message"]) for each in lines] == [
+        ("info", "certificate.progress", "Making keys."),
+        ("warning", "certificate.attention", "ATTENTION: clients need another CA."),
+    ]
 
 
 # --- no start without what it needs ----------------------------------------------------------------------------

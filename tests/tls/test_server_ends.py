@@ -18,7 +18,7 @@ from tests.tls.support import (
     new_acceptor,
 )
 from zcproto.errors import TlsError
-from zcproto.tls.context import SiteContexts
+from zcproto.tls.context import ServerContext, SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME, TlsPhase
@@ -218,6 +218,19 @@ def test_handshake_counts_from_complete_hello(timers: FakeTimers, new_pair: NewP
 def test_closing_open_connection_frees_no_second_slot(agreed: TlsPair) -> None:
     agreed.raw.lose()
     assert agreed.acceptor.handshakes_in_progress == 0
+
+
+def test_connection_has_the_leaves_of_its_context_from_its_hello_on(
+    timers: FakeTimers,
+    server_tls: ServerContext,
+    client_tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_tls, "leaves", frozenset([b"the digest of a certificate"]))
+    pair = TlsPair(timers, server_tls, client_tls)
+    assert pair.server.leaves() == frozenset()
+    pair.agree()
+    assert pair.server.leaves() == server_tls.leaves
 
 
 def test_acceptor_works_without_callbacks(

@@ -90,6 +90,8 @@ def _report_progress(sentence: str) -> None:
 
     if sys.stderr.isatty():
         click.echo(f"zcproto: {sentence}", err=True)
+    elif sentence.startswith("ATTENTION"):
+        log.warning("certificate.attention", message=sentence)
     else:
         log.info("certificate.progress", message=sentence)
 

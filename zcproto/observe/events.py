@@ -452,6 +452,8 @@ certificate.expiry_ended info (file message pins days_left threshold_days), limi
     An expiring certificate or revocation list (CRL) was replaced.
 certificate.progress info (message)
     What happens to the server's certificates and keys; printed instead if standard error is a terminal.
+certificate.attention warning (message)
+    As certificate.progress, and clients are affected: they need another CA file, or cannot verify a certificate.
 certificate.not_used warning (message), limit per event, audit failure
     New certificates failed a test handshake and are not used.
 certificate.look_failed error (exc_info), limit per event
