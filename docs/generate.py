@@ -290,7 +290,16 @@ def _exception_tree() -> str:
 # --- the API ------------------------------------------------------------------------------------------------
 
 API: Final = {
-    "Applications": ("App", "Context", "CallNext", "Items", "Topic", "TopicEvent", "ConnectedClient"),
+    "Applications": (
+        "App",
+        "Context",
+        "CallNext",
+        "Items",
+        "Ended",
+        "Topic",
+        "TopicEvent",
+        "ConnectedClient",
+    ),
     "Running a server": ("serve", "Server", "ServerUsers", "UserEntry"),
     "Configuration": (
         "Config",
