@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import zcproto
 from tests.helpers import variables
 from tests.server.helpers import PATIENT, PATIENT_CLIENT, ROOT, TIMEOUT, eventually
 from zcproto import BlockingClient, connect_blocking
@@ -33,6 +34,9 @@ app = App()
 def answer() -> int:
     return {answer}
 """
+
+
+LISTENS = re.compile(r"listen(?:ing|s) on (?:127\.0\.0\.1|localhost):(\d+)\b.*\n")
 
 
 class Reloading:
@@ -56,8 +60,8 @@ class Reloading:
         )
 
     def wait_until_listening(self) -> None:
-        eventually(lambda: re.search(r"listening on 127\.0\.0\.1:\d+\n", self.output))
-        self.port = int(self.output.partition("listening on 127.0.0.1:")[2].split()[0])
+        eventually(lambda: LISTENS.search(self.output))
+        self.port = int(LISTENS.findall(self.output)[0])
 
     def write(self, text: str) -> None:
         (self.folder / "shop.py").write_text(text)
@@ -226,3 +230,23 @@ def test_ended_server_is_reported_once_and_files_are_listed_up_to_three(capsys: 
         "zcproto: the server has ended; it starts again after a change\n"
         "zcproto: changed: a.py, b.py, c.py, ...; starting again\n"
     )
+
+
+@pytest.mark.parametrize("reloading", [("--dev",)], indirect=True)
+def test_dev_prints_one_line_for_each_start_and_each_request(reloading: Reloading) -> None:
+    assert reloading.answer() == 1
+    reloading.write(APP.format(answer="'no int'"))
+    eventually(lambda: reloading.output.count("listens on") == 2)
+    with pytest.raises(zcproto.InternalError):
+        reloading.answer()
+    eventually(lambda: "result must be an int" in reloading.output)
+    patterns = [
+        r"zcproto: shop:app listens on localhost:\d+: answer",
+        r"\d\d:\d\d:\d\d -  answer  \d+\.\d ms",
+        r"zcproto: changed: shop\.py; starting again",
+        r"zcproto: shop:app listens on localhost:\d+: answer",
+        r"\S+ -  answer  \d+\.\d ms  INTERNAL: the result is not int, as annotated: result must be an int",
+    ]
+    lines = reloading.output.splitlines()
+    for pattern, line in zip(patterns, lines, strict=False):
+        assert re.fullmatch(pattern, line), line

@@ -78,6 +78,7 @@ def test_invalid_address_is_refused_with_the_correct_form(text: str) -> None:
     ("text", "form"),
     [
         ("localhost:1:2", r"write HOST:PORT, or \[ADDRESS\]:PORT for IPv6"),
+        ("::1:7443", r"write \[::1\]:7443 for a port, or \[::1:7443\] for an address"),
         ("[localhost]:1", r"write an IPv6 address with a port as \[::1\]:7443"),
         ("a/b", "not a host name or address; write HOST:PORT"),
         ("localhost:x", "the port must be a number from 1 to 65535"),

@@ -106,7 +106,7 @@ def test_failed_connect_raises_and_leaves_no_thread(shared: ServerThread, blocki
 
 def test_client_opens_once_and_works_only_while_open(shared: ServerThread, blocking: Blocking) -> None:
     client = blocking(shared)
-    with pytest.raises(ConnectionClosed, match="not open yet"):
+    with pytest.raises(ConnectionClosed, match="open the client first"):
         client.call("echo")
     client.open()
     with pytest.raises(RuntimeError, match="opened before"):

@@ -45,7 +45,7 @@ def test_other_ratio_in_a_variable_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("url", ["", "http://127.0.0.1:4318", "https://collector.example.com:4318/otlp"])
 def test_endpoint_is_an_address(url: str) -> None:
-    assert loaded(endpoint=url).endpoint == url
+    assert loaded(endpoint=url, traces=True).endpoint == url
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,12 @@ PORT: Final = re.compile(r"(?<=[:= ])(744\d|6379|8000|50051)\b")
 NODE: Final = re.compile(r"node |npm ")
 """Commands of blocks that are run where the client for Node is built."""
 
-READY: Final = ("server.listening", "Uvicorn running on", "Ready to accept connections")
+READY: Final = (
+    "server.listening",
+    " listens on localhost:",
+    "Uvicorn running on",
+    "Ready to accept connections",
+)
 """What servers print when clients can connect."""
 
 CHANGES: Final = re.compile(r"^(?:.* )?[Ii]n `([\w./~-]+\.\w+)`:$")
@@ -239,7 +244,7 @@ class RunningServer(NamedTuple):
 
     def starts(self) -> int:
         """Return how often it has begun to listen."""
-        return self.log.read_text().count(READY[0])
+        return sum(map(self.log.read_text().count, READY[:2]))
 
     def has_failed(self) -> bool:
         return self.log.read_text().endswith("it starts again after a change\n")

@@ -44,7 +44,7 @@ def test_call_without_session_reaches_only_public_methods(server: ServerThread) 
         for method in ("plain", "operators", "no.such.method", "session.info", "server.stats"):
             refused = client.refused(method)
             assert refused.code == Code.UNAUTHENTICATED
-            assert refused.message == "no session: call session.open first"
+            assert refused.message == "this needs a session: log in first (session.open)"
         # Existing and unknown methods cannot be distinguished.
         bodies = {client.refused(method).body for method in ("plain", "no.such.method")}
         assert len(bodies) == 1

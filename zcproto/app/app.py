@@ -231,6 +231,20 @@ class Method:
             method.is_unchecked = False
         return method
 
+    def check_result(self, result: Any) -> None:
+        """Raise TypeError for a result of another type than annotated, which would be sent all the same."""
+        self.signature.result.check_sent(result, "result")
+
+    def check_items(self) -> None:
+        """Refuse to send items of another type than annotated."""
+        encode, sends = self.encode_item, self.signature.sends
+
+        def checked(item: Any) -> bytes:
+            sends.check_sent(item, "item")
+            return encode(item)
+
+        self.encode_item = checked
+
     def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
         """Yield the names of the function and of its middleware, and these themselves."""
         yield self.name, (self._wrapped or self).function

@@ -22,7 +22,7 @@ import typing
 from bisect import bisect_left
 from collections import deque
 from operator import attrgetter
-from typing import Any, Final, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar
 
 from zcproto.bus.topics import SharedTopics
 from zcproto.common.value_types import ValueType
@@ -38,7 +38,12 @@ MOST_KEPT: Final = 1_024
 SUBSCRIBERS_PER_TURN: Final = 32
 """Each makes its connection encrypt and send a record, up to 50 us of the loop."""
 
-Event = TypeVar("Event")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    Event = TypeVarWithDefault("Event", default=Any)
+else:
+    Event = TypeVar("Event")
 
 Slow = Literal["drop_oldest", "end"]
 """What happens to a subscriber that is more than `keep` events behind."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -21,7 +22,7 @@ import click
 from click.core import ParameterSource
 
 from zcproto.cli import Function, Instance, file_option, instance_options
-from zcproto.cli.json_values import parse_params, stdin_items, to_json
+from zcproto.cli.json_values import params_of, stdin_items, to_json
 from zcproto.cli.output import json_text
 from zcproto.cli.stub_python import listed_methods, signatures
 from zcproto.client.credentials import MAX_KEY, read_key_file, usable_key
@@ -37,6 +38,7 @@ from zcproto.errors import (
     ProtocolError,
     TlsError,
     Unauthenticated,
+    Unimplemented,
     ZcprotoError,
 )
 from zcproto.tls.failure import TlsFailure
@@ -144,6 +146,8 @@ class TrustChoice:
         if cure is None or error.failure == TlsFailure.PIN_MISMATCH.value:
             return str(error)
         ca_file = self.ca_file(home, address)
+        if error.failure == TlsFailure.CERTIFICATE_EXPIRED.value and "not yet valid" in error.detail:
+            cure = "compare the clocks of both machines: the one here is slow, or the server's was fast"
         if error.failure == TlsFailure.CERTIFICATE_UNTRUSTED.value and ca_file is not None:
             cure = f"{ca_file} is not the CA of this server; zcproto cert export-ca writes that: use it with --ca"
         return f"{error.failure}: {error.detail.partition('; ')[0]}; {cure}"
@@ -235,7 +239,7 @@ def call_once(
 @click.command()
 @click.argument("address", metavar="HOST:PORT")
 @click.argument("method", metavar="METHOD|--list", required=False)
-@click.argument("params", metavar="[JSON]", required=False)
+@click.argument("params", metavar="[JSON]", nargs=-1)
 @click.option("--list", "lists", is_flag=True, help="Print the methods that can be called, with their types.")
 @user_option("Open a session of this user. Without it only public methods can be called.")
 @key_option("user")
@@ -256,7 +260,7 @@ def call(
     instance: Instance,
     address: str,
     method: str | None,
-    params: str | None,
+    params: tuple[str, ...],
     lists: bool,
     user: str | None,
     key_file: Path | None,
@@ -285,7 +289,7 @@ def call(
     """
     if lists is (method is not None):
         raise click.UsageError("Give either METHOD or --list.")
-    arguments = parse_params(params)
+    arguments = params_of(params)
     if by_login and is_typed("user", "key_file"):
         raise click.UsageError("--login goes without --user and --key-file.")
     user = None if by_login else user
@@ -316,6 +320,12 @@ def call(
                     f"{escape_text(method)} needs a session; use --user NAME and --key-file FILE, or set"
                     f" {USER_VARIABLE} and {KEY_FILE_VARIABLE}"
                 ) from error
+            except Unimplemented as error:
+                names = [str(each["name"]) for each in listed_methods(await client.call("server.info"))]
+                near = get_close_matches(method, names, 1)
+                if error.details or not near:
+                    raise
+                raise ZcprotoError(f"unknown method; did you mean {near[0]!r}?") from error
             except FailedPrecondition as error:
                 if error.details.get("shape") not in STREAM_SHAPES:
                     raise

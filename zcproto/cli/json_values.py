@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,25 @@ import click
 from zcproto.common.text import escape_text
 
 _EXAMPLE = """such as '{"name": "value"}'"""
+
+
+def params_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return the params of the words of a command line: one JSON text, or none. Raises click.UsageError."""
+    pairs = [word.partition("=") for word in words]
+    if words and words[0][:1] not in ("{", "@") and all(equals and name for name, equals, _ in pairs):
+        meant = {name: _value_of(value) for name, _, value in pairs}
+        raise click.UsageError(
+            f"The params are one JSON object; write: '{escape_text(json.dumps(meant), 300)}'."
+        )
+    if len(words) > 1:
+        raise click.UsageError(f"The params are one JSON object in single quotes, {_EXAMPLE}.")
+    return parse_params(words[0] if words else None)
+
+
+def _value_of(text: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return text
 
 
 def parse_params(text: str | None) -> dict[str, Any]:

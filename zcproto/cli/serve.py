@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     "--workers", metavar="N", help='Processes that serve; "auto" is one for each core. [default: 1]'
 )
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+@click.option(
+    "--dev", is_flag=True, help="For development: print requests, tracebacks and hints, and check results."
+)
 @click.option("--reload", is_flag=True, help="Start again when a Python file has changed: for development.")
 @click.option(
     "--reload-dir",
@@ -47,6 +50,7 @@ def serve(
     port: int | None,
     workers: str | None,
     log_level: str | None,
+    dev: bool,
     reload: bool,
     folders: tuple[Path, ...],
     instance: Instance,
@@ -56,11 +60,12 @@ def serve(
     MODULE:APP is an App object, for example `shop.api:app`. SIGTERM and Ctrl-C drain the server: running requests
     finish within server.drain_timeout. A second signal ends it at once.
     """
-    overrides = {
+    overrides: dict[str, Any] = {
         "server.host": list(host) or None,
         "server.port": port,
         "server.workers": int(workers) if workers is not None and workers.isdecimal() else workers,
-        "log.level": log_level,
+        "log.level": log_level or ("error" if dev else None),
+        "log.format": "console" if dev else None,
     }
     config = instance.read_config(overrides)
     if folders and not reload:
@@ -70,17 +75,23 @@ def serve(
         from zcproto.server.listener import bind  # noqa: PLC0415 - as below
 
         listen = partial(bind, config.server.host, config.server.port)
-        serve_reloading(_arguments(instance, overrides, app), folders or (Path(),), listen)
+        serve_reloading(_arguments(instance, overrides, app, dev=dev), folders or (Path(),), listen)
         return
     application = None if app is None else load_app(app)
 
+    options: dict[str, Any] = {"listening": _print_addresses, "progress": _report_progress}
+    if dev:
+        from zcproto.cli.dev import Development  # noqa: PLC0415 - as above
+
+        development = Development(application, app)
+        application = development.app
+        options = {"listening": development.print_banner, "ready": development.ready}
     run_server(
         application,
         config,
         home=instance.home.path,
-        listening=_print_addresses,
-        progress=_report_progress,
         read_config=partial(_read_again, instance, overrides),
+        **options,
     )
 
 
@@ -115,12 +126,12 @@ def _read_again(instance: Instance, overrides: Mapping[str, Any]) -> Config:
     return config
 
 
-def _arguments(instance: Instance, overrides: Mapping[str, Any], app: str | None) -> list[str]:
+def _arguments(instance: Instance, overrides: Mapping[str, Any], app: str | None, *, dev: bool) -> list[str]:
     """Return the arguments of this command for a process that gets its sockets."""
     arguments = ["--home", str(instance.home.path)]
     if instance.config_file is not None:
         arguments += ["--config", str(instance.config_file)]
-    arguments.append("serve")
+    arguments += ["serve", "--dev"] if dev else ["serve"]
     for option, key in (("--workers", "server.workers"), ("--log-level", "log.level")):
         if overrides[key] is not None:
             arguments += [option, str(overrides[key])]

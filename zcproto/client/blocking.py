@@ -87,7 +87,9 @@ class LoopThread:
             if self._is_closed or self._loop is None:
                 work.close()
                 raise ConnectionClosed(
-                    "this client is closed" if self._is_closed else "this client is not open yet"
+                    "this client is closed; create a new one"
+                    if self._is_closed
+                    else "open the client first: with connect_blocking(...) as client"
                 )
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:

@@ -35,7 +35,7 @@ from zcproto.client.options import (
     check_connections,
     choose_credentials,
 )
-from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
+from zcproto.client.protocol import TIMED_OUT, TOO_LATE, ClientProtocol, PendingStream
 from zcproto.client.retry import (
     MAX_DEADLINE_MS,
     SESSION_IS_OVER,
@@ -78,6 +78,12 @@ from zcproto.wire.message import Credit
 
 CLOSED_AT_ONCE: Final = 32
 """Sessions of users that are closed at once: fewer than the requests that a server allows in flight."""
+
+_OTHER_LOOP: Final = (
+    "this client belongs to another event loop; create it in the one that uses it, or use connect_blocking"
+)
+
+_LATE: Final = frozenset({TIMED_OUT, TOO_LATE})
 
 UNSET: Final[Any] = object()
 """In place of a timeout that was not given: the client's own applies."""
@@ -217,6 +223,8 @@ class SessionClient:
             named = {**params, **named}
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(_OTHER_LOOP)
         if self._options.middleware and not isinstance(params, Prepared):
             return await self._call_within_middleware(  # type: ignore[no-any-return]
                 OutgoingCall(
@@ -257,6 +265,9 @@ class SessionClient:
                     connection.abandon(stream)
                     raise
             except (CallError, ConnectionClosed) as error:
+                if timeout is not None and isinstance(error, DeadlineExceeded) and error.message in _LATE:
+                    late = f"{method} has not answered within {timeout:g} s; give it a longer timeout"
+                    raise DeadlineExceeded(late, error.details) from error
                 attempt = attempt or Attempt(self._random)
                 is_idempotent = idempotency_key is not None
                 await self._after_failure(

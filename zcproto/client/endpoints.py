@@ -108,6 +108,9 @@ def parse_address(text: str) -> Address:
     elif text.count(":") > 1:
         if not is_ip(text):
             raise ConfigError([f"{shown!r}: write HOST:PORT, or [ADDRESS]:PORT for IPv6"])
+        ip, _, last = text.rpartition(":")
+        if last == str(DEFAULT_PORT) and is_ip(ip):
+            raise ConfigError([f"{shown!r}: write [{ip}]:{last} for a port, or [{text}] for an address"])
         host, port = text, str(DEFAULT_PORT)
     else:
         host, colon, port = text.partition(":")

@@ -56,6 +56,8 @@ MIN_READING_PAUSE: Final = 0.05
 REASON_SHOWN: Final = 200
 MESSAGE_SHOWN: Final = 1_000
 TIMED_OUT: Final = "no answer within the call's timeout"
+TOO_LATE: Final = "the deadline has passed"
+"""What servers answer at the deadline."""
 
 
 class WaitingQueue(deque[asyncio.Future[None]]):

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Never, NoReturn, Union
 
 from zcproto.common.faults import refusal
+from zcproto.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -90,6 +91,19 @@ class ValueType:
             self.check = self.adapter.check
             if not _is_msgpack(annotation):
                 self.dump = self.adapter.dump
+
+    def check_sent(self, value: Any, what: str) -> None:
+        """Raise TypeError if a value, which `dump` would send unchecked, is not of this type."""
+        try:
+            if self.dump is None:
+                self.check(list(value) if value.__class__ is tuple else value, what)
+            elif self.adapter is not None:
+                self.adapter.of.dump_python(value, by_alias=True, warnings="error")
+        except Exception as error:  # a serializer of the application may raise anything
+            reason = error.message if isinstance(error, InvalidArgument) else str(error)
+            raise TypeError(
+                f"the {what} is not {describe(self.annotation)}, as annotated: {reason}"
+            ) from None
 
     @property
     def simple_schema(self) -> dict[str, Any]:

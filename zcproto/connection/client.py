@@ -662,7 +662,10 @@ class ClientConnection:
             raise InvalidArgument(str(error)) from error
         length, limit = MIN_LENGTH + len(body), self.welcome["streams"]["max_item"]
         if length > limit:
-            raise InvalidArgument(f"the item has {length} bytes; the server accepts at most {limit}")
+            raise InvalidArgument(
+                f"the item has {length} bytes; the server accepts at most {limit} (streams.max_item_bytes):"
+                " send it in pieces"
+            )
         stream.credit.count(length)
         self._send(ITEM, stream.number, stream.token, body, wall)
 
@@ -683,7 +686,8 @@ class ClientConnection:
         limit = self.send_limit
         if size > limit:
             raise InvalidArgument(
-                f"the request has {size} bytes; the server accepts at most {limit}",
+                f"the request has {size} bytes; the server accepts at most {limit} (limits.max_frame_bytes"
+                f"{'' if self._tokens else '_before_session'}): send it in pieces, as a stream",
                 {"size": size, "limit": limit},
             )
 

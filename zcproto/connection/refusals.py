@@ -32,7 +32,10 @@ NEEDS_ATTACH: Final = encode_error(
 NEEDS_CERTIFICATE: Final = encode_error(
     Code.UNAUTHENTICATED, "token bound to another client certificate: open a session", {"certificate": True}
 )
-NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
+NEEDS_SESSION: Final = encode_error(
+    Code.UNAUTHENTICATED,
+    "this needs a session: log in first (session.open)",
+)
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 LEFT: Final = encode_error(Code.CANCELLED, "cancelled by the caller", {"reason": "caller"})
 WRONG_TOKEN: Final = encode_error(

@@ -89,6 +89,12 @@ class DispatchEdge(CallConnection, Protocol):
     def begin_streams(self) -> bool: ...
 
 
+def _too_large(body: bytes) -> MessageError:
+    return MessageError(
+        f"the answer has {len(body)} bytes, more than limits.max_frame_bytes; send it in pieces, as a stream"
+    )
+
+
 def _raw(stream: ServerStream) -> RawRequest:
     return stream.stream, stream.token, stream.session, stream.method, stream.params, stream.meta
 
@@ -129,6 +135,8 @@ class Dispatcher:
                 ) and (
                     refusal := self.admit(name, method, session, is_stream=opened is not None)
                 ) is not None:
+                    if state.on_refused is not None:
+                        refusal = state.on_refused(name, session, refusal)
                     self._answer(request or Request(*event), refusal)
                 else:
                     method.calls += 1
@@ -293,7 +301,9 @@ class Dispatcher:
             result = method.function(**arguments)
             body = method.encode(await result if method.is_async else result)
             if len(body) > state.settings.max_body:
-                raise MessageError(f"the answer has {len(body)} bytes")
+                raise MessageError(
+                    f"the answer has {len(body)} bytes, more than limits.max_frame_bytes; send items of a stream"
+                )
             return body
 
         began, error_answer = state.clock.now(), partial(self._error_answer, request.method)
@@ -451,7 +461,12 @@ class Dispatcher:
     def _answer_large(self, request: Request, body: bytes) -> None:
         """Answer and send at once, so that a peer that does not read stops the next request."""
         if len(body) > self._connection.settings.max_body:
-            self._answer_exception(request, MessageError(f"the answer has {len(body)} bytes"))
+            self._answer_exception(
+                request,
+                MessageError(
+                    f"the answer has {len(body)} bytes, more than limits.max_frame_bytes; send items of a stream"
+                ),
+            )
             return
         if self._connection.respond(request, body, self._state.clock.wall()):
             if len(body) >= LARGE:

@@ -26,13 +26,13 @@ from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
-from zcproto.server.idempotency import IdempotencyCache
+from zcproto.server.idempotency import Answer, IdempotencyCache
 from zcproto.server.item_budget import ItemBudget
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.request_limits import RequestLimits
 from zcproto.server.threads import ThreadPool
 from zcproto.server.tracing import Tracing
-from zcproto.sessions import EndReason, SessionRegistry
+from zcproto.sessions import EndReason, Session, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.token import id_text
 from zcproto.stores.service import SessionService
@@ -234,6 +234,8 @@ class ServerState:
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
     on_incident: Callable[[str, str, BaseException], None] = lambda what, incident, error: None
     """Called with each internal error: the method, the incident id and the exception."""
+    on_refused: Callable[[str, Session | None, Answer], Answer] | None = None
+    """Called with each request that may not run: the method, the session and the answer. Returns the answer."""
     run: str = field(default_factory=lambda: secrets.token_hex(2))
     """Prefix of connection ids, different in each process."""
     numbers: Iterator[int] = field(default_factory=partial(count, 1))

@@ -268,7 +268,9 @@ class StreamRunner:
                 size = len(body)
                 if size > self._limits.max_item - MIN_LENGTH:
                     limit = self._limits.max_item - MIN_LENGTH
-                    raise MessageError(f"the item has {size} bytes; at most {limit} fit")
+                    raise MessageError(
+                        f"the item has {size} bytes; at most {limit} fit (streams.max_item_bytes)"
+                    )
                 # `may_send` inlined: every item passes here
                 if credit.sent_items >= credit.items or credit.sent_bytes >= credit.bytes:
                     if stream.is_answered:  # cut, and the generator has ignored its cancellation

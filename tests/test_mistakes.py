@@ -1,0 +1,350 @@
+"""Mistakes of application developers: each has a message with the cure, where it is made.
+
+A row is the mistake, and what its message must contain. The cure is after the semicolon or the colon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zcproto
+from tests.server.helpers import KEY, PATIENT_CLIENT, ServerThread
+from zcproto import App, Client, Context, Items
+from zcproto.cli import main
+from zcproto.client.streams import Stream
+from zcproto.errors import ZcprotoError
+
+ADDRESS = "localhost:7443"
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ZCPROTO_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+# --- in the application --------------------------------------------------------------------------------------
+
+
+async def numbers() -> AsyncIterator[int]:
+    yield 1
+
+
+class Greeter:
+    def greet(self, name: str) -> str:
+        return name
+
+
+def add(function: Callable[..., Any], **options: Any) -> Callable[[], object]:
+    return lambda: App().method(options.pop("name", "m"), **options)(function)
+
+
+def plain() -> None: ...
+
+
+async def with_items(items: Items[int]) -> int: ...  # type: ignore[empty-body]
+def blocking_items(items: Items[int]) -> int: ...  # type: ignore[empty-body]
+def generator() -> Any:
+    yield 1
+
+
+def without_annotation(context, name: str) -> None: ...  # type: ignore[no-untyped-def]
+def short_name(ctx) -> None: ...  # type: ignore[no-untyped-def]
+def of_complex(z: complex) -> None: ...
+def int_keys() -> dict[int, str]: ...  # type: ignore[empty-body]
+def positional(*words: str) -> None: ...
+def unresolved(order: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+
+def twice() -> None:
+    app = App()
+    app.method("m")(plain)
+    app.method("m")(plain)
+
+
+def itself() -> None:
+    app = App()
+    app.include(app)
+
+
+async def plain_lifespan(app: App) -> AsyncIterator[None]:
+    yield
+
+
+DEFINITIONS: dict[str, tuple[Callable[[], object], str]] = {
+    "public stream": (add(numbers, public=True), "a stream needs a session; remove public=True"),
+    "public method with items": (
+        add(with_items, public=True),
+        "a stream needs a session; remove public=True",
+    ),
+    "public with roles": (add(plain, public=True, roles={"a"}), "choose public or roles, not both"),
+    "method of a class": (add(Greeter.greet), "self would be sent by the caller; register the bound method"),
+    "unannotated context": (add(without_annotation), "annotate it: context: Context"),
+    "unannotated ctx": (add(short_name), "annotate it: ctx: Context"),
+    "stream by a plain generator": (add(generator), "a stream must be an async generator; write async def"),
+    "items in a plain function": (add(blocking_items), "waits for them; write async def"),
+    "thread of async def": (add(numbers, thread=True), "use asyncio.to_thread in async def"),
+    "type that cannot be sent": (add(of_complex), "complex cannot be used"),
+    "result with keys that are not str": (add(int_keys), "the keys of a dict must be str"),
+    "parameter by position": (add(positional), "must be passable by name"),
+    "misspelt annotation": (
+        add(unresolved),
+        "an annotation cannot be resolved: name 'Missing' is not defined",
+    ),
+    "name in capitals": (add(plain, name="Greet"), "must be 1 to 128 characters of a-z 0-9 _ ."),
+    "name of the protocol": (add(plain, name="server.x"), "are reserved for the protocol"),
+    "name twice": (twice, "is registered twice"),
+    "application in itself": (itself, "an application cannot include itself"),
+    "lifespan without decorator": (
+        lambda: App(lifespan=plain_lifespan),  # type: ignore[arg-type]
+        "decorate the function with contextlib.asynccontextmanager",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", DEFINITIONS)
+def test_mistake_in_the_application_is_refused_with_its_cure(mistake: str) -> None:
+    make, message = DEFINITIONS[mistake]
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        make()
+
+
+# --- in the options of connect -------------------------------------------------------------------------------
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "cafile": ({"cafile": "ca.crt"}, "has no option 'cafile'; give ca_file"),
+    "api_key": ({"api_key": "k"}, "give key or key_file"),
+    "verify_ssl": ({"verify_ssl": False}, "give verify"),
+    "port": ({"port": 7443}, 'give the address, as in connect("host:7443")'),
+    "misspelt": ({"key_fil": "k"}, "give key_file"),
+    "unknown": ({"colour": "red"}, "see zcproto.client.ConnectOptions"),
+    "path as key": ({"user": "ada", "key": "ada.key"}, "this is the path of a file; give it as key_file"),
+    "Path as key": ({"user": "ada", "key": Path("ada")}, "this is the path of a file; give it as key_file"),
+    "bytes as key": ({"user": "ada", "key": b"k"}, "must be a str, not bytes; give the text of the key"),
+    "empty key": ({"user": "ada", "key": " "}, "key: holds no key; write the key into it"),
+    "missing key file": ({"user": "ada", "key_file": "none.key"}, "check the path of the key file"),
+    "key and its file": ({"user": "ada", "key": "k", "key_file": "k"}, "both are given; remove one of them"),
+    "user without key": ({"user": "ada"}, "the key is missing; give key_file, key or certificate"),
+    "key without user": (
+        {"key": "k"},
+        "user is missing; give the name of the key's user, or set ZCPROTO_USER",
+    ),
+    "key of a certificate": (
+        {"certificate": "a.crt", "key_file": "a.key"},
+        "name that of the certificate's key as certificate_key",
+    ),
+    "two kinds of trust": ({"ca_file": "ca.crt", "verify": False}, "remove it or the others"),
+    "device without name": ({"device": zcproto.Device}, "device_name is missing; give the name"),
+    "too many connections": ({"max_connections": 1000}, "is out of range; give from 1 to 64"),
+}
+
+
+@pytest.mark.parametrize("mistake", OPTIONS)
+def test_mistake_in_the_options_is_refused_with_its_cure(mistake: str) -> None:
+    options, message = OPTIONS[mistake]
+    with pytest.raises((TypeError, ZcprotoError)) as caught:
+        zcproto.connect(ADDRESS, **options)
+    assert message in str(caught.value)
+
+
+ADDRESSES = {
+    "::1:7443": "write [::1]:7443 for a port, or [::1:7443] for an address",
+    "localhost:": "the port must be a number from 1 to 65535",
+    "https://localhost:7443": "write HOST:PORT",
+    "": "write HOST:PORT",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_mistake_in_the_address_is_refused_with_its_cure(address: str) -> None:
+    with pytest.raises(ZcprotoError) as caught:
+        zcproto.connect(address)
+    assert ADDRESSES[address] in str(caught.value)
+
+
+# --- in calls --------------------------------------------------------------------------------------------------
+
+app = App()
+
+
+@app.method("items")
+async def take(chunks: Items[bytes]) -> int:
+    return len([chunk async for chunk in chunks])
+
+
+@app.method("stream")
+async def give(context: Context) -> AsyncIterator[int]:
+    yield 1
+
+
+@app.method("wait")
+async def wait() -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+@app.method("keys")
+def keys() -> Any:
+    return {1: "one"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Any:
+    with ServerThread(tmp_path_factory.mktemp("mistakes") / "home", certs, app) as running:
+        yield running
+
+
+async def finish(stream: Stream) -> None:
+    async with stream:
+        await stream.finished()
+
+
+CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
+    "call of a stream": (
+        lambda client: client.call("stream"),
+        "this method is a stream; open it with stream",
+    ),
+    "stream of a call": (
+        lambda client: finish(client.stream("keys")),
+        "this method is not a stream; call it",
+    ),
+    "unknown method": (lambda client: client.call("kees"), "call server.info to list methods"),
+    "unknown param": (lambda client: client.call("wait", ms=1), "ms is unknown"),
+    "key of a param": (lambda client: client.call("wait", {"a": {1: 2}}), "has a key of type int, not str"),
+    "param of another type": (lambda client: client.call("wait", a=object()), "is of type builtins.object"),
+    "params too large": (
+        lambda client: client.call("wait", data=bytes(2_000_000)),
+        "(limits.max_frame_bytes): send it in pieces, as a stream",
+    ),
+    "item too large": (
+        lambda client: finish(client.stream("items", items=[bytes(100_000)])),
+        "(streams.max_item_bytes): send it in pieces",
+    ),
+    "timeout": (
+        lambda client: client.call("wait", timeout=0.001),
+        "wait has not answered within 0.001 s; give it a longer timeout",
+    ),
+    "second open": (lambda client: client.open(), "was opened before; create a new one"),
+}
+
+
+@pytest.mark.parametrize("mistake", CALLS)
+async def test_mistake_in_a_call_is_an_error_with_its_cure(mistake: str, server: ServerThread) -> None:
+    call, message = CALLS[mistake]
+    options = {"user": "ada", "key": f"{KEY}\n", "ca_file": server.ca_file, **PATIENT_CLIENT}
+    async with zcproto.connect(f"127.0.0.1:{server.port}", **options) as client:
+        with pytest.raises((RuntimeError, ZcprotoError)) as caught:
+            await call(client)
+    assert message in str(caught.value)
+
+
+async def test_private_method_without_a_session_names_the_cure(server: ServerThread) -> None:
+    async with zcproto.connect(
+        f"127.0.0.1:{server.port}", ca_file=server.ca_file, **PATIENT_CLIENT
+    ) as client:
+        with pytest.raises(zcproto.Unauthenticated, match="this needs a session: log in first"):
+            await client.call("keys")
+
+
+async def test_result_with_a_key_that_is_not_str_is_logged_and_the_connection_stays(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(server.server.state, "on_incident", lambda what, id, error: found.append(str(error)))
+    async with server.connect("ada", key=KEY, **PATIENT_CLIENT) as client:
+        for _ in range(2):
+            with pytest.raises(zcproto.InternalError):
+                await client.call("keys")
+    assert found == 2 * ["value has a key of type int, not str, and cannot be sent"]
+
+
+async def test_client_that_is_not_open_names_the_cure() -> None:
+    with pytest.raises(RuntimeError, match=r"open the client first: async with connect\(\.\.\.\) as client"):
+        await zcproto.connect(ADDRESS).call("m")
+
+
+def test_blocking_client_that_is_not_open_names_the_cure() -> None:
+    client = zcproto.connect_blocking(ADDRESS)
+    with pytest.raises(zcproto.ConnectionClosed, match=r"open the client first: with connect_blocking"):
+        client.call("m")
+    client.close()
+    with pytest.raises(zcproto.ConnectionClosed, match="this client is closed; create a new one"):
+        client.call("m")
+
+
+def test_client_of_another_event_loop_names_the_cure(server: ServerThread) -> None:
+    async def begin() -> Client:
+        return await server.connect("ada", key=KEY, **PATIENT_CLIENT)
+
+    with asyncio.Runner() as first:
+        client = first.run(begin())
+        with pytest.raises(
+            RuntimeError, match="belongs to another event loop; create it in the one that uses it"
+        ):
+            with_other_loop(client)
+        first.run(client.close())
+
+
+def with_other_loop(client: Client) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        call = loop.create_task(client.call("keys"))
+        loop.run_until_complete(call)
+    finally:
+        loop.close()
+
+
+# --- on the command line ---------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "params as words": (["call", ADDRESS, "m", "a=1", "b=x"], """write: '{"a": 1, "b": "x"}'."""),
+    "one param as a word": (["call", ADDRESS, "m", "a=1"], """write: '{"a": 1}'."""),
+    "params without quotes": (
+        ["call", ADDRESS, "m", "{a:", "1}"],
+        "one JSON object in single quotes, such as",
+    ),
+    "params that are no object": (
+        ["call", ADDRESS, "m", "7"],
+        "JSON must be an object with the params, such as",
+    ),
+    "no method": (["call", ADDRESS], "Give either METHOD or --list."),
+    "key without user": (["call", ADDRESS, "m", "--key-file", "k"], "--key-file goes with --user."),
+    "user without key": (
+        ["call", ADDRESS, "m", "--user", "ada"],
+        "use --key-file FILE, or set ZCPROTO_KEY_FILE",
+    ),
+    "port out of range": (["call", "localhost:99999", "m"], "the port must be a number from 1 to 65535"),
+    "application without object": (["serve", "shop"], "give the application as MODULE:APP, for example"),
+    "module that is missing": (["serve", "missing_shop:app"], "check the name, or install it"),
+    "folder without reload": (["serve", "--reload-dir", "."], "--reload-dir goes with --reload."),
+    "blocking TypeScript": (
+        ["stubs", "tests.cli.stub_app:app", "--language", "typescript", "--blocking"],
+        "--blocking goes with --language python.",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", COMMANDS)
+def test_mistake_on_the_command_line_is_refused_with_its_cure(
+    mistake: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ZCPROTO_KEY", raising=False)
+    arguments, message = COMMANDS[mistake]
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_unknown_method_is_answered_with_the_one_that_was_meant(
+    server: ServerThread, own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key_file = own_home / "key"
+    key_file.touch(0o600)
+    key_file.write_text(KEY)
+    options = ["--user", "ada", "--key-file", str(key_file), "--ca", str(server.ca_file)]
+    assert main(["call", f"127.0.0.1:{server.port}", "kees", *options]) == 1
+    assert "unknown method; did you mean 'keys'?" in capsys.readouterr().err
