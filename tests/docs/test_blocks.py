@@ -60,9 +60,7 @@ def test_page_runs_as_printed(page: Path, tmp_path: Path, certs: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # thirty pages, on a busy machine
-@pytest.mark.parametrize(
-    "has_node", [CLIENT.exists()], ids=["for_node" if CLIENT.exists() else "python; npm ci was not run"]
-)
+@pytest.mark.parametrize("has_node", [CLIENT.exists()], ids=["for_node" if CLIENT.exists() else "for_python"])
 def test_readme_then_tutorial_then_guides_run_in_one_home(
     has_node: bool, tmp_path: Path, certs: Path
 ) -> None:
