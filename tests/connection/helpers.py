@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers import NOW, SALT, WALL
+from tests.helpers import NOW, SALT, WALL, ConnectionPair, small_registry
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, Welcomed
+from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.wire.decoder import FrameDecoder
@@ -84,6 +85,13 @@ class ClientHarness:
         return self.receive_frame(
             head, stream, body, timestamp=self.wall + self.server_ahead_ms + 30_001, **fields
         )
+
+
+def pair_in_session(settings: ConnectionSettings) -> ConnectionPair:
+    """Return a connection with one session, which never becomes idle."""
+    pair = ConnectionPair(small_registry(idle_timeout_ms=None), settings)
+    pair.login()
+    return pair
 
 
 def ended(events: list[ClientEvent]) -> ConnectionEnded:

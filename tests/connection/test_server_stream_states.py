@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.helpers import NOW, SALT, WALL, Answer, small_registry
-from zcproto.connection.events import ConnectionEnded, Request, ServerEvent, ServerStream, StreamState
-from zcproto.connection.server import FRAMES_READ, SILENT_FRAMES, ServerConnection
+from tests.connection.helpers import pair_in_session
+from tests.helpers import NOW, WALL, ConnectionPair
+from zcproto.connection.events import ConnectionEnded, Request, ServerStream, StreamState
+from zcproto.connection.server import FRAMES_READ, SILENT_FRAMES
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.connection.state import State
 from zcproto.errors import Code
-from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
@@ -26,61 +25,21 @@ from zcproto.wire.frame import (
     PONG,
     REQUEST,
     Kind,
-    Side,
-    accepted_with_streams,
-    encode_frame,
 )
 from zcproto.wire.message import encode_body, encode_error, encode_request
 
 NONE, OPENED, HALF, LINGER = StreamState.NONE, StreamState.OPEN, StreamState.HALF, StreamState.LINGER
 LIMITS = StreamLimits(max_open=4, max_item=1_000, window_items=4, window_bytes=1_000, stall_timeout_s=60)
 LARGE = 10_000
+SETTINGS = ConnectionSettings(streams=LIMITS, max_streams=8)
 
 
-class StreamPair:
-    """A server and a scripted client with one session."""
+def stream_pair() -> ConnectionPair:
+    return pair_in_session(SETTINGS)
 
-    def __init__(self, limits: StreamLimits = LIMITS) -> None:
-        registry = small_registry(idle_timeout_ms=None)
-        self.registry = registry
-        self.opened = registry.open("ada", client="", address="", wall=WALL)
-        settings = ConnectionSettings(streams=limits, max_streams=8)
-        self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
-        self.server.join(self.opened.session, self.opened.token, WALL, NOW)
-        self.wall, self.now = WALL, NOW
-        self._counter = itertools.count(1)
-        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
-        self._decoder.accepted = accepted_with_streams(Side.CLIENT, limits.max_item)
-        self.sent()
 
-    def frame(
-        self, head: int, stream: int = 1, body: bytes = b"", *, token: bytes | None = None, late_ms: int = 0
-    ) -> bytes:
-        token = self.opened.token if token is None else token
-        return encode_frame(head, stream, self.wall - late_ms, SALT, next(self._counter), token, body)
-
-    def receive(self, data: bytes) -> list[ServerEvent]:
-        return list(self.server.receive_data(data, self.wall, self.now))
-
-    def open(
-        self, stream: int = 1, *, takes_items: bool = False, credit: tuple[int, int] = (LARGE, LARGE)
-    ) -> ServerStream:
-        body = encode_request("tokens", {}, {"credit": credit})
-        events = self.receive(self.frame(OPEN, stream, body))
-        opened = events[-1]
-        assert isinstance(opened, ServerStream)
-        if takes_items:
-            self.server.streams(self.now).take_items(opened)
-        self.server.hold(opened, self.now)
-        return opened
-
-    def sent(self) -> list[Answer]:
-        self._decoder.feed(self.server.data_to_send())
-        return [Answer(frame) for frame in self._decoder.frames()]
-
-    @property
-    def allowance(self) -> int:
-        return self.server.streams(self.now).allowance
+def allowance(pair: ConnectionPair) -> int:
+    return pair.server.streams(pair.clock.now()).allowance
 
 
 class Case(NamedTuple):
@@ -95,46 +54,46 @@ class Row:
     """A stream in a state: four items granted, one of them received, and credit for 10,000."""
 
     def __init__(self, state: str) -> None:
-        self.pair = pair = StreamPair()
+        self.pair = pair = stream_pair()
         self.stream: ServerStream | None = None
         if state != "none":
             self.stream = pair.open(takes_items=state != "half without items")
             pair.server.grant(self.stream, WALL)
         if state in ("open", "half", "linger"):
-            pair.receive(pair.frame(ITEM, body=encode_body(1)))
+            pair.send(pair.frame(ITEM, 1, encode_body(1)))
         if state == "half":
-            pair.receive(pair.frame(END))
+            pair.send(pair.frame(END, 1))
         if state == "half after end":
-            pair.receive(pair.frame(ITEM, body=encode_body(1)) + pair.frame(END))
+            pair.send(pair.frame(ITEM, 1, encode_body(1)) + pair.frame(END, 1))
         if state == "linger":
-            pair.receive(pair.frame(CANCEL))
-        pair.sent()
+            pair.send(pair.frame(CANCEL, 1))
+        pair.answers()
 
 
-def frame(head: int, body: bytes = b"", **fields: int | bytes) -> Callable[[Row], list[ServerEvent]]:
-    return lambda row: row.pair.receive(row.pair.frame(head, body=body, **fields))  # type: ignore[arg-type]
+def frame(head: int, body: bytes = b"", **fields: int | bytes) -> Callable[[Row], list[Any]]:
+    return lambda row: row.pair.send(row.pair.frame(head, 1, body, **fields))  # type: ignore[arg-type]
 
 
-def respond(row: Row) -> list[ServerEvent]:
+def respond(row: Row) -> list[Any]:
     assert row.stream is not None
     row.pair.server.respond(row.stream, encode_body(None), WALL)
     return []
 
 
-def fail(row: Row) -> list[ServerEvent]:
+def fail(row: Row) -> list[Any]:
     assert row.stream is not None
     row.pair.server.fail(row.stream, encode_error(Code.NOT_FOUND, ""), WALL)
     return []
 
 
-def produce(row: Row) -> list[ServerEvent]:
+def produce(row: Row) -> list[Any]:
     assert row.stream is not None
     if row.stream.credit.may_send:
         row.pair.server.send_item(row.stream, encode_body("x"), WALL)
     return []
 
 
-def take(row: Row) -> list[ServerEvent]:
+def take(row: Row) -> list[Any]:
     assert row.stream is not None
     if row.stream.items is not None and row.stream.items.held:
         row.stream.items.take()
@@ -142,19 +101,19 @@ def take(row: Row) -> list[ServerEvent]:
     return []
 
 
-def end_session(row: Row) -> list[ServerEvent]:
+def end_session(row: Row) -> list[Any]:
     pair = row.pair
     session_id = pair.opened.session.id
     pair.server.leave(session_id, NOW)
     return [*pair.server.cut_streams(session_id, Code.TOKEN_EXPIRED, WALL)]
 
 
-def stall(row: Row) -> list[ServerEvent]:
+def stall(row: Row) -> list[Any]:
     streams = row.pair.server.streams(NOW)
     if row.stream is not None and row.stream.state in (OPENED, HALF):
         streams.wait_for_credit(row.stream, NOW)
-    row.pair.now += LIMITS.stall_timeout_s
-    return row.pair.server.handle_timeout(WALL, row.pair.now)
+    row.pair.clock.now_s += LIMITS.stall_timeout_s
+    return row.pair.timeout()
 
 
 INPUTS = {
@@ -240,17 +199,17 @@ TABLE: dict[str, dict[str, Case]] = {
 )
 def test_state_and_input_give_next_state_and_action(state: str, given: str) -> None:
     row = Row(state)
-    before = row.pair.allowance
+    before = allowance(row.pair)
     expected = TABLE[state][given]
     events = INPUTS[given](row)
-    sent = [answer for answer in row.pair.sent() if answer.kind is not Kind.PING]
+    sent = [answer for answer in row.pair.answers() if answer.kind is not Kind.PING]
     if expected.next is None:
         assert isinstance(events[-1], ConnectionEnded)
         assert sent[-1].stream == 0
         return
     assert tuple(answer.kind for answer in sent) == expected.sent
     assert (NONE if row.stream is None else row.stream.state) is expected.next
-    assert row.pair.allowance - before == expected.allowance
+    assert allowance(row.pair) - before == expected.allowance
 
 
 def test_every_input_is_listed_for_every_state() -> None:
@@ -259,37 +218,36 @@ def test_every_input_is_listed_for_every_state() -> None:
 
 
 def test_request_that_ends_after_its_cut_makes_no_room_for_a_stream() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     for stream in range(1, LIMITS.max_open + 1):
         pair.open(stream)
-    *_, received = pair.receive(pair.frame(REQUEST, 9, encode_request("slow", {})))
-    assert isinstance(received, tuple)
-    request = Request(*received)
-    pair.server.hold(request, pair.now)
-    pair.receive(pair.frame(CANCEL, 9))
-    pair.server.fail(request, encode_error(Code.CANCELLED, ""), pair.wall)
-    pair.sent()
-    pair.receive(pair.frame(OPEN, 10, encode_request("tokens", {}, {"credit": (LARGE, LARGE)})))
-    (refused,) = pair.sent()
+    *_, received = pair.send(pair.frame(REQUEST, 9, encode_request("slow", {})))
+    assert isinstance(received, Request)
+    pair.server.hold(received, NOW)
+    pair.send(pair.frame(CANCEL, 9))
+    pair.server.fail(received, encode_error(Code.CANCELLED, ""), WALL)
+    pair.answers()
+    pair.send(pair.frame(OPEN, 10, encode_request("tokens", {}, {"credit": (LARGE, LARGE)})))
+    (refused,) = pair.answers()
     assert refused.code == Code.RESOURCE_EXHAUSTED
 
 
 def test_grant_reports_whether_credit_was_sent() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     stream = pair.open(takes_items=True)
-    pair.sent()
+    pair.answers()
     assert pair.server.grant(stream, WALL)
     assert not pair.server.grant(stream, WALL)
-    assert [answer.kind for answer in pair.sent()] == [Kind.CREDIT]
+    assert [answer.kind for answer in pair.answers()] == [Kind.CREDIT]
     pair.server.fail(stream, encode_error(Code.NOT_FOUND, ""), WALL)
     assert not pair.server.grant(stream, WALL)
 
 
 def test_frames_without_effect_count_as_wasted_and_others_do_not() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     pair.open(1, credit=(1, 1_000))
     pair.open(3, takes_items=True)
-    pair.receive(pair.frame(CANCEL, 3))
+    pair.send(pair.frame(CANCEL, 3))
     other, late = bytes(32), 30_001
     raised, equal = encode_body([2, 1_000]), encode_body([2, 1_000])
     for frames, wasted in (
@@ -304,50 +262,50 @@ def test_frames_without_effect_count_as_wasted_and_others_do_not() -> None:
         ([pair.frame(CREDIT, 1, raised, late_ms=late)], 0),  # cuts its stream
     ):
         pair.server.wasted, pair.server.deadline_moved = 0, False
-        pair.receive(b"".join(frames))
+        pair.send(b"".join(frames))
         assert (pair.server.wasted, pair.server.deadline_moved) == (wasted, wasted > 0)
     assert pair.server.state is State.OPEN
 
 
 def test_late_items_are_not_wasted_up_to_the_allowance_and_fatal_beyond_it() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     opened = pair.open(takes_items=True)
-    assert pair.server.grant(opened, pair.wall)
-    pair.receive(pair.frame(CANCEL))
+    assert pair.server.grant(opened, WALL)
+    pair.send(pair.frame(CANCEL, 1))
     pair.server.wasted = 0
     items = [pair.frame(ITEM, 1, encode_body(number)) for number in range(LIMITS.window_items)]
-    assert pair.receive(b"".join(items)) == []
-    assert (pair.server.wasted, pair.allowance) == (0, 0)
-    (ended,) = pair.receive(pair.frame(ITEM, 1, encode_body(0)))
+    assert pair.send(b"".join(items)) == []
+    assert (pair.server.wasted, allowance(pair)) == (0, 0)
+    (ended,) = pair.send(pair.frame(ITEM, 1, encode_body(0)))
     assert isinstance(ended, ConnectionEnded)
 
 
 def test_items_of_an_answered_stream_are_discarded() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     opened = pair.open(takes_items=True)
-    assert pair.server.grant(opened, pair.wall)
-    pair.receive(pair.frame(ITEM, 1, encode_body(0)))
+    assert pair.server.grant(opened, WALL)
+    pair.send(pair.frame(ITEM, 1, encode_body(0)))
     assert opened.items is not None
     assert opened.items.held_bytes
-    pair.receive(pair.frame(CANCEL))
+    pair.send(pair.frame(CANCEL, 1))
     assert not opened.items.held_bytes
 
 
 def test_credit_for_each_item_is_not_wasted() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     opened = pair.open(credit=(1, LARGE))
     for number in range(1, 40):
-        pair.server.send_item(opened, encode_body(number), pair.wall)
-        pair.receive(pair.frame(CREDIT, 1, encode_body([number + 1, LARGE])))
+        pair.server.send_item(opened, encode_body(number), WALL)
+        pair.send(pair.frame(CREDIT, 1, encode_body([number + 1, LARGE])))
     assert pair.server.wasted == 0
 
 
 def test_frames_without_events_are_reported_for_their_share_of_a_turn() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     silent = [pair.frame(END, 7) for _ in range(2 * SILENT_FRAMES + 1)]
-    assert pair.receive(b"".join(silent)) == [FRAMES_READ, FRAMES_READ]
+    assert pair.send(b"".join(silent)) == [FRAMES_READ, FRAMES_READ]
     pair.server.wasted = 0
-    events = pair.server.receive_data(b"".join(pair.frame(END, 7) for _ in range(100)), pair.wall, pair.now)
+    events = pair.receive_data(b"".join(pair.frame(END, 7) for _ in range(100)))
     assert next(iter(events)) is FRAMES_READ
     pair.server.end()
     assert list(events) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.connection.test_server_stream_states import LIMITS, StreamPair
+from tests.connection.test_server_stream_states import LIMITS, stream_pair
 from tests.helpers import NOW, WALL
 from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Request, RequestEnded
 from zcproto.connection.refusals import (
@@ -28,34 +28,34 @@ IDLE_S = 300.0
 
 
 def test_streams_beyond_max_open_are_refused_until_a_method_has_ended() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     streams = [pair.open(number) for number in range(1, LIMITS.max_open + 1)]
     one_more = encode_request("tokens", {})
-    assert pair.receive(pair.frame(OPEN, 9, one_more)) == []
-    (refused,) = pair.sent()
+    assert pair.send(pair.frame(OPEN, 9, one_more)) == []
+    (refused,) = pair.answers()
     assert (refused.code, refused.error.details) == (Code.RESOURCE_EXHAUSTED, {"limit": LIMITS.max_open})
-    pair.receive(pair.frame(CANCEL, 1))
-    assert pair.receive(pair.frame(OPEN, 9, one_more)) == [], "its method still runs"
+    pair.send(pair.frame(CANCEL, 1))
+    assert pair.send(pair.frame(OPEN, 9, one_more)) == [], "its method still runs"
     pair.server.respond(streams[0], encode_body(None), WALL)
     pair.open(9)
 
 
 def test_credit_wakes_only_a_stream_that_waits_and_may_send() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     stream = pair.open(credit=(1, 1_000))
-    assert pair.receive(pair.frame(CREDIT, body=encode_body([2, 1_000]))) == []
+    assert pair.send(pair.frame(CREDIT, 1, encode_body([2, 1_000]))) == []
     for _ in range(2):
         pair.server.send_item(stream, encode_body("x"), WALL)
     streams = pair.server.streams(NOW)
     assert streams.wait_for_credit(stream, NOW)
     assert not streams.wait_for_credit(stream, NOW + 1), "the next deadline is not earlier"
-    assert pair.receive(pair.frame(CREDIT, body=encode_body([2, 9_000]))) == []
-    assert pair.receive(pair.frame(CREDIT, body=encode_body([3, 9_000]))) == [CreditReceived(stream)]
+    assert pair.send(pair.frame(CREDIT, 1, encode_body([2, 9_000]))) == []
+    assert pair.send(pair.frame(CREDIT, 1, encode_body([3, 9_000]))) == [CreditReceived(stream)]
     assert stream.waits_until == NEVER
 
 
 def test_item_has_the_stream_the_token_and_the_next_counter() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     stream, body = pair.open(7), encode_body({"n": 1})
     counter = pair.server.outbox.counter
     pair.server.send_item(stream, body, WALL)
@@ -65,7 +65,7 @@ def test_item_has_the_stream_the_token_and_the_next_counter() -> None:
 
 
 def test_item_that_waits_too_long_cuts_its_stream_alone() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     first, second, _third = pair.open(1), pair.open(2), pair.open(3)
     pair.server.hold(Request(4, pair.opened.token, pair.opened.session, "m", {}, NO_META), NOW)
     streams = pair.server.streams(NOW)
@@ -75,14 +75,14 @@ def test_item_that_waits_too_long_cuts_its_stream_alone() -> None:
     assert pair.server.handle_timeout(WALL, NOW + LIMITS.stall_timeout_s) == [
         RequestEnded(first, Code.CANCELLED, "slow")
     ]
-    (answer,) = pair.sent()
+    (answer,) = pair.answers()
     assert answer.error.details == {"reason": "slow"}
     assert streams.slow_at == second.waits_until
     assert pair.server.next_deadline() == second.waits_until
 
 
 def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     key = "device:laptop"
     bound = pair.registry.open("ben", client="", address="", wall=WALL, key=key)
     ended = pair.registry.open("eve", client="", address="", wall=WALL)
@@ -106,19 +106,19 @@ def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
 
 
 def test_silent_peer_with_a_stream_is_pinged_and_then_left() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     pair.open()
     assert pair.server.handle_timeout(WALL, NOW + IDLE_S) == []
-    assert [answer.kind for answer in pair.sent()] == [Kind.PING]
+    assert [answer.kind for answer in pair.answers()] == [Kind.PING]
     assert pair.server.handle_timeout(WALL, NOW + IDLE_S + PONG_TIMEOUT_S - 1) == []
     assert pair.server.next_deadline() == NOW + IDLE_S + PONG_TIMEOUT_S
     ended = pair.server.handle_timeout(WALL, NOW + IDLE_S + PONG_TIMEOUT_S)
     assert ended == [ConnectionEnded(None, "peer_silent")]
-    assert pair.sent() == []
+    assert pair.answers() == []
 
 
 def test_ping_behind_items_that_the_peer_still_receives_is_not_late() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     stream = pair.open(credit=(100, 100_000))
     for _ in range(50):
         pair.server.send_item(stream, encode_body(bytes(100)), WALL)
@@ -134,24 +134,24 @@ def test_ping_behind_items_that_the_peer_still_receives_is_not_late() -> None:
 
 
 def test_peer_that_answers_the_ping_keeps_its_stream() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     pair.open()
     pair.server.handle_timeout(WALL, NOW + IDLE_S)
-    pair.now = NOW + IDLE_S + 1
-    assert pair.receive(pair.frame(PONG, 0)) == []
-    pair.sent()
-    assert pair.server.handle_timeout(WALL, pair.now + IDLE_S - 1) == []
-    assert pair.sent() == []
-    pair.server.handle_timeout(WALL, pair.now + IDLE_S)
-    assert [answer.kind for answer in pair.sent()] == [Kind.PING]
+    pair.clock.now_s = NOW + IDLE_S + 1
+    assert pair.send(pair.frame(PONG, 0)) == []
+    pair.answers()
+    assert pair.server.handle_timeout(WALL, pair.clock.now() + IDLE_S - 1) == []
+    assert pair.answers() == []
+    pair.server.handle_timeout(WALL, pair.clock.now() + IDLE_S)
+    assert [answer.kind for answer in pair.answers()] == [Kind.PING]
 
 
 def test_streams_of_an_ended_connection_may_neither_send_nor_take() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     stream, other = pair.open(1, takes_items=True), pair.open(2)
     pair.server.hold(Request(4, pair.opened.token, pair.opened.session, "m", {}, NO_META), NOW)
     pair.server.grant(stream, WALL)
-    pair.receive(pair.frame(ITEM, 1, encode_body(1)))
+    pair.send(pair.frame(ITEM, 1, encode_body(1)))
     pair.server.end()
     assert not stream.credit.may_send
     assert not other.credit.may_send
@@ -164,12 +164,12 @@ def test_streams_of_an_ended_connection_may_neither_send_nor_take() -> None:
 
 
 def test_totals_count_streams_and_their_items() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     assert pair.server.totals.streams == StreamTotals()
     assert pair.server.open_streams() == []
     stream, _other = pair.open(1, takes_items=True), pair.open(2)
     pair.server.grant(stream, WALL)
-    pair.receive(pair.frame(ITEM, 1, encode_body(1)))
+    pair.send(pair.frame(ITEM, 1, encode_body(1)))
     for _ in range(2):
         pair.server.send_item(stream, encode_body("x"), WALL)
     totals = StreamTotals(opened=2, items_sent=2, items_received=1, bytes_sent=132, bytes_received=65)
@@ -180,7 +180,7 @@ def test_totals_count_streams_and_their_items() -> None:
 
 
 def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:
-    pair = StreamPair()
+    pair = stream_pair()
     stream = pair.open()
     stream.deadline = NOW + 1
     request = Request(4, pair.opened.token, pair.opened.session, "m", {}, NO_META, NOW + 1)
@@ -190,7 +190,7 @@ def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:
         RequestEnded(request, Code.DEADLINE_EXCEEDED),
     ]
     stream = pair.open(2)
-    pair.receive(pair.frame(OPEN, 3, encode_request("m", {"text": "x" * 100}))[:100])
+    pair.send(pair.frame(OPEN, 3, encode_request("m", {"text": "x" * 100}))[:100])
     *_, ended, _end = pair.server.handle_timeout(WALL, NOW + 300)
     assert ended == RequestEnded(stream, Code.CANCELLED, "slow_frame")
 
