@@ -76,14 +76,7 @@ def cancelled_requests(client: Client) -> bytes:
     return b"".join(frames)
 
 
-FLOODS = [
-    large_answers,
-    pings,
-    unknown_methods,
-    unknown_tokens,
-    too_many_requests,
-    cancelled_requests,
-]
+FLOODS = [large_answers, pings, unknown_methods, unknown_tokens, too_many_requests, cancelled_requests]
 
 
 def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
@@ -218,9 +211,7 @@ def test_msgpack_bomb_before_session_is_refused_unread(connect: Connect) -> None
 # --- guessing ------------------------------------------------------------------------------------------------
 
 
-def test_concurrent_key_guessing_is_throttled_per_user(
-    serve: Callable[..., ServerThread],
-) -> None:
+def test_concurrent_key_guessing_is_throttled_per_user(serve: Callable[..., ServerThread]) -> None:
     server = serve(limits__login_failures=3)
     with undisturbed_bystander(server):
         clients = [server.client() for _ in range(10)]

@@ -74,9 +74,7 @@ def test_active_connection_does_not_ping(harness: ClientHarness) -> None:
     assert [frame[1] for frame in harness.sent()] == [PING]
 
 
-def test_connection_that_only_receives_pings(
-    harness: ClientHarness,
-) -> None:
+def test_connection_that_only_receives_pings(harness: ClientHarness) -> None:
     harness.now = NOW + 90
     harness.receive_frame(EVENT, 0, encode_body(["a", None]))
     harness.now = NOW + 100

@@ -25,15 +25,7 @@ from zcproto.errors import (
     UnknownError,
     ZcprotoError,
 )
-from zcproto.wire.frame import (
-    CALL,
-    ERROR,
-    FAILURE,
-    NO_TOKEN,
-    RESULT,
-    WITHDRAW,
-    encode_frame,
-)
+from zcproto.wire.frame import CALL, ERROR, FAILURE, NO_TOKEN, RESULT, WITHDRAW, encode_frame
 from zcproto.wire.message import decode_request, encode_body, encode_error
 
 NONE, WAITING, WITHDRAWN = ServerCallState.NONE, ServerCallState.WAITING, ServerCallState.WITHDRAWN

@@ -14,18 +14,7 @@ from zcproto.connection.server import FRAMES_READ, SILENT_FRAMES
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.connection.state import State
 from zcproto.errors import Code
-from zcproto.wire.frame import (
-    CANCEL,
-    CREDIT,
-    END,
-    ITEM,
-    NO_TOKEN,
-    OPEN,
-    PING,
-    PONG,
-    REQUEST,
-    Kind,
-)
+from zcproto.wire.frame import CANCEL, CREDIT, END, ITEM, NO_TOKEN, OPEN, PING, PONG, REQUEST, Kind
 from zcproto.wire.message import encode_body, encode_error, encode_request
 
 NONE, OPENED, HALF, LINGER = StreamState.NONE, StreamState.OPEN, StreamState.HALF, StreamState.LINGER

@@ -236,10 +236,7 @@ def test_dead_tokens_of_ten_thousand_cycles_leave_nothing(cycle: str) -> None:
                 opened = pair.open_session("eve")
             else:
                 opened = pair.registry.refresh(
-                    opened.refresh_token or b"",
-                    client="test/1",
-                    address="192.0.2.7",
-                    wall=pair.clock.wall(),
+                    opened.refresh_token or b"", client="test/1", address="192.0.2.7", wall=pair.clock.wall()
                 )
             if cycle == "closed":
                 pair.get(pair.request(1, token=NO_TOKEN))  # session.open

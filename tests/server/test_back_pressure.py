@@ -17,10 +17,7 @@ from tests.server.protocol_harness import (
 )
 from zcproto.errors import Code
 from zcproto.server.dispatch import FRAMES_PER_TURN
-from zcproto.server.protocol import (
-    WRITE_BUFFER_HARD_FACTOR,
-    ServerProtocol,
-)
+from zcproto.server.protocol import WRITE_BUFFER_HARD_FACTOR, ServerProtocol
 from zcproto.wire.frame import CANCEL, PING, Kind
 
 __all__ = ["harness", "peer"]

@@ -448,9 +448,7 @@ def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) 
 def expire(client: CallPeer, reason: EndReason = EndReason.EXPIRED) -> str:
     """Let the token of the client's session expire; return the session's id."""
     session_id: str = client.opened.session.id  # type: ignore[attr-defined]
-    client.harness.in_loop(
-        lambda: client.protocol.session_ended(session_id, Code.TOKEN_EXPIRED, reason),
-    )
+    client.harness.in_loop(lambda: client.protocol.session_ended(session_id, Code.TOKEN_EXPIRED, reason))
     client.answers()
     return session_id
 

@@ -7,16 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.eager_harness import (
-    Outcome,
-    TaskHarness,
-    forever,
-    harness,
-    loop,
-    ready,
-    tasks,
-    warm,
-)
+from tests.server.eager_harness import Outcome, TaskHarness, forever, harness, loop, ready, tasks, warm
 from zcproto.server.eager import EagerWorker
 
 __all__ = ["harness", "loop", "tasks", "warm"]

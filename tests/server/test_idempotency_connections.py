@@ -12,13 +12,8 @@ from tests.limits import TIMEOUT
 from tests.server.protocol_harness import Harness, Peer
 from zcproto.app.app import App
 from zcproto.app.context import Context
-from zcproto.errors import (
-    CallError,
-    Code,
-)
-from zcproto.server.idempotency import (
-    request_digest,
-)
+from zcproto.errors import CallError, Code
+from zcproto.server.idempotency import request_digest
 from zcproto.wire.frame import CANCEL, NO_TOKEN, Kind
 
 if TYPE_CHECKING:

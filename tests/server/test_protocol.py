@@ -10,15 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.protocol_harness import (
-    IDLE,
-    Harness,
-    Peer,
-    ended,
-    harness,
-    nothing_left,
-    peer,
-)
+from tests.server.protocol_harness import IDLE, Harness, Peer, ended, harness, nothing_left, peer
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code, ResourceExhausted, TlsError
 from zcproto.observe.events import LIMITS

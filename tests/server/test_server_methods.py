@@ -8,12 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import (
-    RESPONSE,
-    AnsweredError,
-    Client,
-    wall,
-)
+from tests.server.helpers import RESPONSE, AnsweredError, Client, wall
 from zcproto.app.app import App
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code

@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import (
-    ERROR,
-    EVENT,
-    GOAWAY,
-    KEY,
-    NO_TOKEN,
-    RESPONSE,
-    Client,
-    ServerThread,
-    wall,
-)
+from tests.server.helpers import ERROR, EVENT, GOAWAY, KEY, NO_TOKEN, RESPONSE, Client, ServerThread, wall
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Identity, UserFile
 from zcproto.common.roles import OPERATORS

@@ -59,9 +59,7 @@ class TracedPeer(Peer):
     kind = TracedProtocol
 
 
-def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(
-    harness: Harness,
-) -> None:
+def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(harness: Harness) -> None:
     peer = TracedPeer(harness)
     peer.login()
     tracing = harness.state.tracing = FakeTracing()
@@ -74,9 +72,7 @@ def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_rea
     assert len(peer.answers()) == 2
 
 
-def test_traced_connection_serves_before_traces_are_recorded(
-    harness: Harness,
-) -> None:
+def test_traced_connection_serves_before_traces_are_recorded(harness: Harness) -> None:
     peer = TracedPeer(harness)
     peer.login()
     peer.send(peer.request(1, "big", {"n": 1}))

@@ -144,11 +144,7 @@ def check_scan(body: Any, max_depth: Any) -> None:
     if found == (bool, True):
         assert outcome(accelerator.references["scan_body"], (body, max_depth)) == (bool, False)
         found = outcome(decode_by_python, (body, max_depth))
-        assert found[0] is not MessageError or found[1] == "str is not UTF-8", (
-            body,
-            max_depth,
-            found,
-        )
+        assert found[0] is not MessageError or found[1] == "str is not UTF-8", (body, max_depth, found)
     else:
         check_call("scan_body", body, max_depth)
 
