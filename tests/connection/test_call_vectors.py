@@ -81,7 +81,6 @@ class ServerReceiver(Receiver):
                 case CallEnded(call, value, None):
                     self._answered("RESULT", call.number, {"value": typed(value)})
                 case CallEnded(call, _, error):
-                    assert error is not None
                     message = {"code": error.code, "message": error.message, "details": typed(error.details)}
                     self._answered("FAILURE", call.number, message)
                 case ConnectionEnded():

@@ -68,7 +68,7 @@ class Row:
 
 
 def frame(head: int, body: bytes, **fields: int | bytes) -> Callable[[Row], list[Any]]:
-    return lambda row: row.pair.send(row.pair.frame(head, 1, body, **fields))  # type: ignore[arg-type]
+    return lambda row: row.pair.send(row.pair.frame(head, 1, body, **fields))
 
 
 def deadline(row: Row) -> list[Any]:
@@ -181,7 +181,7 @@ def expect(error: type[ZcprotoError], pair: ConnectionPair, method: str = "appro
     with pytest.raises(error) as caught:
         pair.call(method)
     assert pair.answers() == []
-    return caught.value.details  # type: ignore[no-any-return,attr-defined]
+    return caught.value.details
 
 
 def test_method_that_is_not_registered_is_unavailable() -> None:
@@ -315,7 +315,7 @@ def test_calls_go_on_after_goaway() -> None:
     first = pair.call()
     pair.server.go_away(GoAwayReason.DRAINING, 1_000, WALL)
     pair.call()
-    assert [event.call for event in pair.send(pair.frame(RESULT, 1, encode_body(1)))] == [first]  # type: ignore[union-attr]
+    assert [event.call for event in pair.send(pair.frame(RESULT, 1, encode_body(1)))] == [first]
     assert pair.server.has_calls
 
 

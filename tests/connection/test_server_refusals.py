@@ -32,7 +32,7 @@ def pair_counting_in(counts: Counts) -> ConnectionPair:
 
 
 def echo(pair: ConnectionPair, **fields: object) -> bytes:
-    return pair.frame(REQUEST, 1, encode_request("echo", None), **fields)  # type: ignore[arg-type]
+    return pair.frame(REQUEST, 1, encode_request("echo", None), **fields)
 
 
 def test_refused_frames_are_counted_by_cause_and_code() -> None:

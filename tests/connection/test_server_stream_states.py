@@ -60,7 +60,7 @@ class Row:
 
 
 def frame(head: int, body: bytes = b"", **fields: int | bytes) -> Callable[[Row], list[Any]]:
-    return lambda row: row.pair.send(row.pair.frame(head, 1, body, **fields))  # type: ignore[arg-type]
+    return lambda row: row.pair.send(row.pair.frame(head, 1, body, **fields))
 
 
 def respond(row: Row) -> list[Any]:
@@ -76,14 +76,12 @@ def fail(row: Row) -> list[Any]:
 
 
 def produce(row: Row) -> list[Any]:
-    assert row.stream is not None
     if row.stream.credit.may_send:
         row.pair.server.send_item(row.stream, encode_body("x"), WALL)
     return []
 
 
 def take(row: Row) -> list[Any]:
-    assert row.stream is not None
     if row.stream.items is not None and row.stream.items.held:
         row.stream.items.take()
     row.pair.server.grant(row.stream, WALL)
@@ -274,7 +272,6 @@ def test_items_of_an_answered_stream_are_discarded() -> None:
     opened = pair.open(takes_items=True)
     assert pair.server.grant(opened, WALL)
     pair.send(pair.frame(ITEM, 1, encode_body(0)))
-    assert opened.items is not None
     assert opened.items.held_bytes
     pair.send(pair.frame(CANCEL, 1))
     assert not opened.items.held_bytes

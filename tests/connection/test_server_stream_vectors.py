@@ -92,7 +92,7 @@ class StreamHarness(Harness):
                 case RequestEnded() | CreditReceived():
                     pass
                 case _:
-                    self._seen("REQUEST", Request(*event), {})  # type: ignore[misc]  # the only other one
+                    self._seen("REQUEST", Request(*event), {})  # the only other one
         self._collect_all()
 
     def _seen(self, kind: str, request: Request, meta: dict[str, Any]) -> None:
@@ -104,7 +104,6 @@ class StreamHarness(Harness):
         self.outcomes.append({**seen, "message": message})
 
     def _take(self, stream: ServerStream) -> None:
-        assert stream.items is not None
         if not stream.items.held:
             self.outcomes.append({"result": "frame", "kind": "END", "stream": stream.stream})
             return
@@ -134,7 +133,6 @@ def expected_fields(outcome: Vector) -> Vector | None:
         return {**visible_fields(outcome), "details": outcome.get("details", {"map": {}})}
     if outcome["kind"] in ("OPEN", "REQUEST"):
         message = expected_message(outcome)
-        assert message is not None
         if message["meta"].get("credit") == [0, 0]:  # the same as none
             del message["meta"]["credit"]
         wanted = {key: outcome[key] for key in ("result", "kind", "stream", "token")}

@@ -502,7 +502,6 @@ class Model:
             return
         self.use(session)
         node = self.simulation.nodes[number]
-        assert node is not None
         node.is_paused = True
         node.link.set_mode(SLOW)
         self.fail_over(0, is_planned=True)
@@ -581,7 +580,6 @@ class Model:
         self.calm()
         self.advance(RESTORED_S if self.has_lost_data else SETTLED_S)
         for node in self.simulation.nodes:
-            assert node is not None
             assert node.sync.health.state is HealthState.HEALTHY
             assert not len(node.pending)
         accepted, elsewhere = self.accepted_tokens(0), self.accepted_tokens(1)

@@ -366,7 +366,6 @@ class BothEnds(RuleBasedStateMachine):
         assert request.token == known.tokens[-1]
         assert not known.revoked
         assert self.server_wall < known.expires_at
-        assert request.session is not None
         assert request.session.id == known.id
 
     def refresh(self, request: Request) -> None:

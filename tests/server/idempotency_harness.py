@@ -164,7 +164,6 @@ class CacheHarness:
     def save_again(self) -> None:
         """Let the time pass after which what the store has not taken is written again. That must be planned."""
         planned, self._until_saved_again = self._until_saved_again, None
-        assert planned is not None
         self.clock.advance(SAVE_AGAIN_S)
         planned.set_result(None)
         self.turn()

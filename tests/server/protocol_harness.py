@@ -56,7 +56,6 @@ class FakeTransport:
             self.unread += len(data)
             if self.unread > self.high and not self.paused:
                 self.paused = True
-                assert self.protocol is not None
                 self.protocol.pause_writing()
 
     def get_write_buffer_size(self) -> int:
@@ -68,7 +67,6 @@ class FakeTransport:
         self.stuck = stuck
         if self.paused:
             self.paused = False
-            assert self.protocol is not None
             self.protocol.resume_writing()
 
     def pause_reading(self) -> None:

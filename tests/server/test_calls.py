@@ -93,7 +93,7 @@ Connect = Callable[..., CallPeer]
 @pytest.fixture
 def client(harness: Harness) -> CallPeer:
     peer = CallPeer(harness)
-    peer.opened = peer.login()  # type: ignore[attr-defined]
+    peer.opened = peer.login()
     peer.handle("approve", "ask")
     return peer
 
@@ -258,8 +258,8 @@ def test_calls_per_user_and_in_total_are_limited(client: CallPeer, harness: Harn
     (of_bob,) = harness.state.clients.find("bob")
     harness.state.clients.limits = CallLimits(per_user=2, total=3)
     tasks = [client.begin(), client.begin(), bob.begin_call(of_bob, "tell")]
-    assert client.fails(client.begin(), ResourceExhausted).details == {"limit": 2}  # type: ignore[attr-defined]
-    assert bob.fails(bob.begin_call(of_bob, "tell"), ResourceExhausted).details == {"limit": 3}  # type: ignore[attr-defined]
+    assert client.fails(client.begin(), ResourceExhausted).details == {"limit": 2}
+    assert bob.fails(bob.begin_call(of_bob, "tell"), ResourceExhausted).details == {"limit": 3}
     client.send(client.result(1, 1))
     harness.turn()
     assert tasks[0].result() == 1
@@ -342,7 +342,7 @@ def test_cancellation_before_the_answer_of_the_same_turn_drops_it(client: CallPe
 def further(client: CallPeer, *methods: str) -> CallPeer:
     """Return another connection of the client's session, which registers methods."""
     peer = CallPeer(client.harness)
-    peer.opened, peer.token = client.opened, client.token  # type: ignore[attr-defined]
+    peer.opened, peer.token = client.opened, client.token
     peer.send(peer.request(98, "big", {"n": 0, "size": 0}))
     peer.answers()
     if methods:
@@ -393,7 +393,7 @@ def test_method_calls_the_newest_connection_of_its_session_that_takes_calls(
     assert answered(third, caller)
     caller.answers()
     third.lose()
-    session_id: str = client.opened.session.id  # type: ignore[attr-defined]
+    session_id: str = client.opened.session.id
     harness.in_loop(lambda: second.protocol.session_rotated(session_id, b"n" * 32))
     second.answers()
     assert answered(client, caller)
@@ -433,7 +433,7 @@ def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) 
     client.token = token
     task, of_bob = client.begin(), client.begin_call(harness.state.clients.find("bob")[0], "tell")
     client.answers()
-    session = client.opened.session  # type: ignore[attr-defined]
+    session = client.opened.session
     client.protocol.session_ended(session.id, Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
     client.fails(task, ConnectionClosed)
     assert not of_bob.done()
@@ -447,7 +447,7 @@ def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) 
 
 def expire(client: CallPeer, reason: EndReason = EndReason.EXPIRED) -> str:
     """Let the token of the client's session expire; return the session's id."""
-    session_id: str = client.opened.session.id  # type: ignore[attr-defined]
+    session_id: str = client.opened.session.id
     client.harness.in_loop(lambda: client.protocol.session_ended(session_id, Code.TOKEN_EXPIRED, reason))
     client.answers()
     return session_id
@@ -455,12 +455,12 @@ def expire(client: CallPeer, reason: EndReason = EndReason.EXPIRED) -> str:
 
 def refresh(client: CallPeer) -> None:
     """Refresh the session on this connection."""
-    opened, harness = client.opened, client.harness  # type: ignore[attr-defined]
+    opened, harness = client.opened, client.harness
     assert opened.refresh_token is not None
-    client.opened = harness.registry.refresh(  # type: ignore[attr-defined]
+    client.opened = harness.registry.refresh(
         opened.refresh_token, client="", address="", wall=harness.clock.wall()
     )
-    client.token = client.opened.token  # type: ignore[attr-defined]
+    client.token = client.opened.token
 
 
 def test_registration_is_kept_while_its_session_expires_and_is_refreshed(
@@ -476,7 +476,7 @@ def test_registration_is_kept_while_its_session_expires_and_is_refreshed(
     client.fails(client.begin_call(found), Unavailable)
     client.answers()
     refresh(client)
-    client.protocol.join(client.opened.session, client.token)  # type: ignore[attr-defined]
+    client.protocol.join(client.opened.session, client.token)
     assert harness.state.clients.find(handles="approve") == [found]
     task = client.begin()
     (call,) = client.answers()
@@ -500,7 +500,7 @@ def test_registration_is_kept_if_the_session_was_refreshed_elsewhere(
 def test_registration_of_a_session_that_ended_for_good_is_dropped(client: CallPeer, harness: Harness) -> None:
     expire(client, EndReason.DISCONNECTED)
     refresh(client)
-    client.protocol.join(client.opened.session, client.token)  # type: ignore[attr-defined]
+    client.protocol.join(client.opened.session, client.token)
     assert harness.state.clients.find() == []
     assert client.handle("a").value == {}
 
@@ -525,7 +525,7 @@ def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first
     harness.state.clients.limits = CallLimits(names_per_user=4)
     second, third, fourth = (CallPeer(harness) for _ in range(3))
     for peer, name in ((second, "second"), (third, "third")):
-        peer.opened = peer.login()  # type: ignore[attr-defined]
+        peer.opened = peer.login()
         peer.handle(name)
     expire(client)
     expire(second)
@@ -533,7 +533,7 @@ def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first
     assert fourth.handle("a").value == {}, "the oldest makes room"
     for peer in (client, second):
         refresh(peer)
-        peer.protocol.join(peer.opened.session, peer.token)  # type: ignore[attr-defined]
+        peer.protocol.join(peer.opened.session, peer.token)
     assert harness.state.clients.find(handles="approve") == []
     assert len(harness.state.clients.find(handles="second")) == 1
     assert fourth.handle("a", "b", "c").error.details["limit"] == 4
@@ -546,7 +546,7 @@ def test_room_is_made_without_a_look_at_each_registration_of_the_user(
         def items(self) -> NoReturn:
             raise AssertionError("thousands of them for each request of a user at the limit")
 
-        keys = __iter__ = items  # type: ignore[assignment]
+        keys = __iter__ = items
 
     clients = harness.state.clients
     clients.limits = CallLimits(names_per_user=2)
@@ -578,7 +578,7 @@ def test_method_of_a_lost_connection_is_cancelled(client: CallPeer, harness: Har
 
 
 def test_registration_after_the_end_of_the_connection_is_nothing(client: CallPeer, harness: Harness) -> None:
-    session = client.opened.session  # type: ignore[attr-defined]
+    session = client.opened.session
     client.lose()
     client.protocol.register(session, frozenset({"approve"}), 1)
     assert len(harness.state.clients) == 0

@@ -201,7 +201,6 @@ def test_result_without_done_is_dropped(harness: TaskHarness) -> None:
         raise LookupError
 
     worker = harness.start(coroutine())
-    assert worker is not None
     harness.turns(5)
     assert worker.task.done()
 
@@ -261,7 +260,6 @@ def test_timeout_started_in_first_step_ends_the_wait(harness: TaskHarness, warm:
                 await forever()
         except TimeoutError:
             task = asyncio.current_task()
-            assert task is not None
             return f"timed out, cancelling {task.cancelling()}"
         return "never"
 
@@ -277,7 +275,6 @@ def test_expired_timeout_ends_the_wait(harness: TaskHarness, warm: None, delay: 
                 await forever()
         except TimeoutError:
             task = asyncio.current_task()
-            assert task is not None
             return f"timed out, cancelling {task.cancelling()}"
         return "never"
 
@@ -355,7 +352,6 @@ def test_start_within_a_task_may_wait(harness: TaskHarness) -> None:
 
     async def outer() -> str:
         worker = harness.tasks.start(inner())
-        assert worker is not None
         worker.done = outcome
         await asyncio.sleep(0)
         return "outer"
@@ -428,7 +424,6 @@ def test_close_ends_a_task_that_never_began(loop: asyncio.AbstractEventLoop) -> 
     def start() -> None:
         assert tasks.start(ready()) is None
         worker = tasks.start(forever())
-        assert worker is not None
         worker.done = outcome
 
     loop.call_soon(start)
@@ -476,7 +471,7 @@ def test_closing_the_loop_closes_waiting_coroutines() -> None:
     loop = asyncio.new_event_loop()
     worker, _ = TaskHarness(loop, EagerTasks(loop)).waiting(stubborn())
     loop.run_until_complete(asyncio.sleep(0))
-    worker.task.get_coro().close()  # type: ignore[union-attr]  # as the interpreter does when the loop is gone
+    worker.task.get_coro().close()  # as the interpreter does when the loop is gone
     assert closed == [True]
     worker.task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
@@ -520,7 +515,7 @@ def test_custom_awaitable_is_driven_like_a_task(harness: TaskHarness) -> None:
     async def coroutine(awaitable: Awaitable[Any]) -> Any:
         return await awaitable
 
-    assert harness.outcome(coroutine(Pair())).result == "driven"  # type: ignore[arg-type]
+    assert harness.outcome(coroutine(Pair())).result == "driven"
 
 
 # --- tasks from the beginning ----------------------------------------------------------------------------

@@ -44,7 +44,6 @@ def test_cancel_before_first_task_step_reaches_the_coroutine(harness: TaskHarnes
 
     def step() -> None:
         worker = harness.tasks.start(coroutine())
-        assert worker is not None
         worker.done = outcome
         worker.cancel()
 
@@ -74,7 +73,6 @@ def test_cancel_reaches_the_awaited_future(
 
     def step() -> EagerWorker:
         worker = harness.tasks.start(coroutine())
-        assert worker is not None
         worker.done = outcome
         if when == "before the task has begun":
             worker.cancel()
@@ -137,7 +135,6 @@ def test_cancel_reaches_only_its_coroutine(harness: TaskHarness) -> None:
 
 def cancel_current_task() -> None:
     task = asyncio.current_task()
-    assert task is not None
     task.cancel()
 
 
@@ -150,7 +147,6 @@ def test_self_cancel_at_the_end_does_not_affect_others(harness: TaskHarness, war
 
     async def innocent() -> tuple[int, str]:
         task = asyncio.current_task()
-        assert task is not None
         before = task.cancelling()
         await asyncio.sleep(0)
         return before, "untroubled"
@@ -160,7 +156,6 @@ def test_self_cancel_at_the_end_does_not_affect_others(harness: TaskHarness, war
         outcomes = Outcome(), Outcome()
         for outcome in outcomes:
             worker = harness.tasks.start(innocent())
-            assert worker is not None
             worker.done = outcome
         return outcomes
 

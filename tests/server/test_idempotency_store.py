@@ -143,7 +143,6 @@ def test_drain_sends_away_callers_that_wait_for_the_run_of_another_process(make_
     draining = make_harness(FakeStore(shared=True, data_of=store))
     draining.while_asleep = lambda: setattr(draining.cache, "is_draining", len(draining.slept) == 3)
     caller = draining.begin()
-    assert caller.waiting is not None
     assert not caller.waiting.has_begun
     draining.turn()
     assert code(caller.answer) is Code.UNAVAILABLE
@@ -263,7 +262,7 @@ def test_claim_of_a_run_that_is_cancelled_before_its_answer_is_released(
             await lost
         return made
 
-    store.claim = claim_and_wait  # type: ignore[method-assign]
+    store.claim = claim_and_wait
     caller = harness.begin()
     harness.turn()
     assert harness.loop.run_until_complete(harness.tasks.close(10.0)) == 0
@@ -278,7 +277,6 @@ def test_request_without_a_caller_is_not_run_by_a_server_that_drains(
     store.held = harness.loop.create_future()
     caller = harness.begin()
     harness.cache.is_draining = True
-    assert caller.waiting is not None
     caller.waiting.cancel()
     store.held.set_result(None)
     harness.turn()
@@ -415,9 +413,9 @@ def test_delayed_write_waits_for_the_store(make_harness: MakeHarness) -> None:
         raise StoreUnavailable("read only")
 
     store.out = False
-    works, store.keep_answer = store.keep_answer, keep_fails  # type: ignore[method-assign]
+    works, store.keep_answer = store.keep_answer, keep_fails
     harness.call(key="another")
-    store.keep_answer = works  # type: ignore[method-assign]
+    store.keep_answer = works
     for key, answers_stored in (("a third", 3), ("a fourth", 1)):
         store.asked.clear()
         harness.call(key=key)
@@ -447,7 +445,7 @@ def test_exception_of_the_store_is_an_internal_error(make_harness: MakeHarness) 
     async def broken(*args: Any) -> Claim:
         raise ValueError("a fault")
 
-    store.claim = broken  # type: ignore[method-assign]
+    store.claim = broken
     assert code(harness.call()) is Code.INTERNAL
     assert harness.ran == 0
 
@@ -457,7 +455,6 @@ def test_answer_lost_by_the_store_is_reported_as_unknown(make_harness: MakeHarne
     harness = make_harness(store)
     harness.call()
     entry = store.answers.entry("ada", "k")
-    assert entry is not None
     entry.answer = b""
     assert code(harness.call()) is Code.UNKNOWN
     assert (harness.ran, harness.cache.lost) == (1, 1)
@@ -596,7 +593,7 @@ def test_process_that_was_paused_leaves_the_claim_to_the_one_that_has_it(
     store: FakeStore, harness: CacheHarness, another: CacheHarness, is_run: bool
 ) -> None:
     late = harness.hold("late" if is_run else ResourceExhausted("full"))
-    another.cache._breaker.store.is_orphan = True  # type: ignore[union-attr]
+    another.cache._breaker.store.is_orphan = True
     another.advance(KEEP_MS / 1000)
     caller = another.hold("paid")
     assert another.ran == 1
@@ -640,7 +637,6 @@ def test_answer_that_was_not_stored_leaves_the_claim_of_another_process(
 def test_polling_ends_without_waiting_callers(harness: CacheHarness, another: CacheHarness) -> None:
     held = another.hold()
     caller = harness.begin()
-    assert caller.waiting is not None
     caller.waiting.cancel()
     harness.turn()
     assert (harness.cache.running, harness.slept) == (0, [POLL_FIRST_S])

@@ -138,7 +138,7 @@ class IdleAcceptor:
 
 async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
     acceptor: Any = IdleAcceptor()
-    ports = Listener(acceptor, Any, asyncio.get_running_loop(), Config())  # type: ignore[arg-type]
+    ports = Listener(acceptor, Any, asyncio.get_running_loop(), Config())
 
     def connect() -> None:
         ports._by_network.add("192.0.2.1")
@@ -373,7 +373,7 @@ def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: py
             return gone if name == "connect_accepted_socket" else getattr(server.loop, name)
 
     loop = server.server.parts.listener._loop
-    server.server.parts.listener._loop = FailingLoop()  # type: ignore[assignment]
+    server.server.parts.listener._loop = FailingLoop()
     refused_at_accept(server)
     server.server.parts.listener._loop = loop
     server.until_left()
@@ -462,7 +462,7 @@ def test_connection_aborted_in_backlog_ends_the_turn(serve: Serve, monkeypatch: 
             self.accepts += 1
             if self.accepts == 1:
                 raise ConnectionAbortedError
-            return real._accept()  # type: ignore[attr-defined]  # no stub names it
+            return real._accept()  # no stub names it
 
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)

@@ -414,7 +414,6 @@ def test_log_lines_per_peer_are_limited_and_counted(
 
     capsys.readouterr()
     limit = LIMITS["per address"]
-    assert limit is not None
     assert len(fault(limit.lines + 7)) == limit.lines
     assert fault(5) == []
     harness.advance(61)

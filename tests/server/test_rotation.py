@@ -215,7 +215,7 @@ def test_registration_whose_request_waited_during_a_refresh_is_suspended(
     thief.show(thief.token)
     session = harness.registry.check(thief.token, harness.clock.wall())
     owner.refresh()
-    harness.in_loop(lambda: thief.protocol.register(session, frozenset({"approve"}), 8))  # type: ignore[arg-type]
+    harness.in_loop(lambda: thief.protocol.register(session, frozenset({"approve"}), 8))
     assert [each._connection for each in harness.state.clients.find()] == [
         owner.protocol
     ]  # who would be called
@@ -368,7 +368,6 @@ def test_rotation_of_an_expired_session_cuts_its_streams_at_once(harness: Harnes
 def rotate_elsewhere(owner: RotatingPeer, harness: Harness) -> SessionRecord:
     """Read a session from the store that another process has refreshed. Return its record before."""
     before = harness.registry.record(owner.opened.session.raw_id)
-    assert before is not None
     wall = harness.clock.wall()
     after = before._replace(token_digest=b"n" * 32, last_used_at=wall, expires_at=wall + 3_600_000)
     assert harness.in_loop(lambda: harness.registry.restore(after, make_room=True))
@@ -382,7 +381,6 @@ def test_refresh_in_another_process_suspends_all_connections_here(
     pending = owner.call(thief.client)
     if is_forgotten:
         record = harness.registry.record(owner.opened.session.raw_id)
-        assert record is not None
         harness.registry.forget(record.id)
         wall = harness.clock.wall()
         harness.registry.restore(record._replace(token_digest=b"n" * 32, last_used_at=wall), make_room=True)
@@ -425,7 +423,7 @@ def test_refresh_that_waits_for_the_store_does_not_suspend_its_own_connection(
         await gate
         return opened
 
-    harness.state.sessions.refresh = slow  # type: ignore[method-assign]  # a store that answers later
+    harness.state.sessions.refresh = slow  # a store that answers later
     params = {"refresh_token": bytes(owner.opened.refresh_token or b"")}
     owner.token = bytes(32)
     owner.send(owner.request(91, "session.refresh", params))

@@ -152,12 +152,12 @@ def check_scan(body: Any, max_depth: Any) -> None:
 def decode_by_python(body: bytes, max_depth: int) -> Any:
     """Return what decode_body returns without the compiled module."""
     saved = message.scan_body, message._SCANNED_ABOVE
-    message.scan_body = accelerator.references["scan_body"]  # type: ignore[assignment]
-    message._SCANNED_ABOVE = message._TRUSTED_SIZE  # type: ignore[misc]
+    message.scan_body = accelerator.references["scan_body"]
+    message._SCANNED_ABOVE = message._TRUSTED_SIZE
     try:
         return message.decode_body(body, max_depth), outcome(message.decode_request, (body, max_depth))
     finally:
-        message.scan_body, message._SCANNED_ABOVE = saved  # type: ignore[assignment, misc]
+        message.scan_body, message._SCANNED_ABOVE = saved
 
 
 def check_decoders(body: bytes, max_depth: int) -> None:

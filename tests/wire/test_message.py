@@ -115,7 +115,7 @@ def test_unencodable_value_is_refused_and_next_value_is_intact(value: Any) -> No
 
 @dataclass
 class Foreign:
-    held: object | Unknown  # type: ignore[name-defined]  # noqa: F821
+    held: object | Unknown  # noqa: F821
 
 
 @dataclass
