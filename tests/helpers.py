@@ -191,11 +191,13 @@ class FakeTimers:
 
 
 class MockTransport(asyncio.Transport):
-    """A TCP transport without a socket: `sent` is what was written.
+    """A TCP transport, or a server's TLS transport, without a socket: `sent` is what was written.
 
     `deliver` passes bytes to a BufferedProtocol as the loop does. With `stuck` the peer reads nothing, and
     writes count against the high-water mark.
     """
+
+    peer = "192.0.2.7"
 
     def __init__(self, timers: FakeTimers, *, high: int = 65_536) -> None:
         super().__init__()
@@ -213,7 +215,7 @@ class MockTransport(asyncio.Transport):
         self.lost = False
         self._closing = False
         self._reading = True
-        self._paused = False
+        self.paused = False
 
     def connect(self, protocol: Any) -> None:
         self.protocol = protocol
@@ -246,8 +248,8 @@ class MockTransport(asyncio.Transport):
     def drain(self, count: int | None = None) -> None:
         """Let the peer read all or some bytes."""
         self.unsent = 0 if count is None else self.unsent - count
-        if self._paused and self.unsent <= self.high // 4:
-            self._paused = False
+        if self.paused and self.unsent <= self.high // 4:
+            self.paused = False
             self.protocol.resume_writing()
 
     def lose(self, error: Exception | None = None) -> None:
@@ -267,8 +269,8 @@ class MockTransport(asyncio.Transport):
         self.writes.append(len(data))
         if self.stuck:
             self.unsent += len(data)
-            if self.unsent > self.high and not self._paused:
-                self._paused = True
+            if self.unsent > self.high and not self.paused:
+                self.paused = True
                 self.protocol.pause_writing()
 
     def can_write_eof(self) -> bool:
@@ -312,7 +314,7 @@ class MockTransport(asyncio.Transport):
         self.high = 65_536 if high is None else high
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return ("192.0.2.7", 40_000) if name == "peername" else default
+        return (self.peer, 40_000) if name == "peername" else default
 
 
 def small_registry(**settings: Any) -> SessionRegistry:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.protocol_harness import IDLE, Harness, Peer, ended, harness, nothing_left, peer
+from tests.server.protocol_harness import IDLE, Harness, Peer, ended, nothing_left
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code, ResourceExhausted, TlsError
 from zcproto.observe.events import LIMITS
@@ -20,9 +20,6 @@ from zcproto.server.state import CONNECTIONS_PER_TURN
 from zcproto.sessions import Session, SessionSettings
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
 from zcproto.wire.message import encode_body
-
-__all__ = ["harness", "peer"]
-
 
 # --- what the server says of itself ----------------------------------------------------------------------
 
@@ -85,7 +82,7 @@ def test_closed_connection_gets_no_announcement(harness: Harness, peer: Peer) ->
 def test_idle_connection_is_closed(harness: Harness, peer: Peer) -> None:
     harness.advance(IDLE + 2)
     assert [answer.kind for answer in peer.answers()] == [Kind.GOAWAY]
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"idle": 1}
     nothing_left(harness)
 
@@ -94,7 +91,7 @@ def test_active_connection_is_kept(harness: Harness, peer: Peer) -> None:
     for _ in range(4):
         harness.advance(IDLE - 10)
         peer.send(peer.frame(PING))
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     assert {answer.kind for answer in peer.answers()} == {Kind.PONG}
 
 
@@ -110,19 +107,19 @@ def test_answered_request_is_not_in_flight(harness: Harness, peer: Peer) -> None
 def test_idle_time_counts_after_a_long_request(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     harness.advance(5 * IDLE)
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     harness.in_loop(lambda: harness.futures[0].set_result(1))
     harness.turn()
     assert [answer.value for answer in peer.answers()] == [1]
     harness.advance(2 * IDLE + 2)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"idle": 1}
 
 
 def test_connection_without_session_is_closed_soon(harness: Harness) -> None:
     peer = harness.connect()
     harness.advance(12)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"no_session": 1}
     nothing_left(harness)
 
@@ -156,7 +153,7 @@ def test_lookup_that_ends_at_once_delays_no_request(
     refused, pong = peer.answers()
     assert found == [(peer.token, peer.protocol.peer, Code.UNAUTHENTICATED)]
     assert (refused.error.code, pong.kind) == (Code.UNAUTHENTICATED, Kind.PONG)
-    assert peer.transport.reading
+    assert peer.transport.is_reading()
 
 
 def test_refused_lookup_is_the_answer_to_the_request(
@@ -194,7 +191,7 @@ def test_fatal_error_is_sent_and_counted(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"), peer.frame(REQUEST, 0), peer.request(2, "big", {"n": 2}))
     (error,) = peer.answers()
     assert (error.stream, error.code) == (0, Code.PROTOCOL_ERROR)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"protocol_error": 1}
     assert harness.state.counters.errors == {Code.PROTOCOL_ERROR: 1}
     assert harness.ran == []
@@ -257,7 +254,7 @@ def test_ended_session_sends_no_further_event(harness: Harness, peer: Peer) -> N
     peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
     harness.turn()
     assert peer.answers() == []
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     peer.lose()
     peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
 
@@ -272,7 +269,7 @@ def test_revocation_between_reads_is_sent_in_one_write(harness: Harness, peer: P
     assert harness.state.counters.sessions_ended == {"test": 1}
     # Without a session it is closed after the open timeout.
     harness.advance(12)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"no_session": 1}
 
 
@@ -348,15 +345,15 @@ def test_drain_sends_goaway_and_waits_for_answers(harness: Harness, peer: Peer) 
     for each in (peer, idle):
         each.protocol.go_away("draining")
         assert [answer.kind for answer in each.answers()] == [Kind.GOAWAY]
-    assert idle.transport.closed
-    assert not peer.transport.closed
+    assert idle.transport.is_closing()
+    assert not peer.transport.is_closing()
     late = harness.connect()
     assert [answer.value["retry_after_ms"] for answer in late.greeted] == [1_000]
-    assert late.transport.closed
+    assert late.transport.is_closing()
     harness.in_loop(lambda: harness.futures[0].set_result(1))
     harness.turn()
     assert [answer.value for answer in peer.answers()] == [1]
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     nothing_left(harness)
 
 
@@ -370,8 +367,7 @@ def test_ended_connection_is_garbage_collected(harness: Harness, ending: str) ->
     gc.collect()
     gc.disable()
     try:
-        peer = harness.connect()
-        peer.login()
+        peer = harness.connect("ada")
         peer.send(peer.request(1, "wait"), peer.request(2, "wait"))
         assert alive() == 1
         if ending == "close":
@@ -387,7 +383,6 @@ def test_ended_connection_is_garbage_collected(harness: Harness, ending: str) ->
         harness.turn()
         harness.futures.clear()
         harness.contexts.clear()
-        peer.transport.protocol = None
         del peer
         assert alive() == 0
     finally:
