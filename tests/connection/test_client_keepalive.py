@@ -69,6 +69,8 @@ def test_active_connection_does_not_ping(harness: ClientHarness) -> None:
     harness.now = NOW + 100
     assert timeout(harness) == []
     assert harness.sent() == []
+    harness.now = NOW + 150
+    harness.receive_frame(EVENT, 0, encode_body(["a", None]))  # it sends nothing meanwhile
     harness.now = NOW + 200
     timeout(harness)
     assert [frame[1] for frame in harness.sent()] == [PING]

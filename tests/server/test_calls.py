@@ -481,6 +481,7 @@ def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first
     for peer, name in ((second, "second"), (third, "third")):
         peer.opened = peer.login()
         peer.handle(name)
+    (found,) = harness.state.clients.find(handles="approve")
     expire(client)
     expire(second)
     fourth.login()
@@ -489,6 +490,7 @@ def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first
         refresh(peer)
         peer.protocol.join(peer.opened.session, peer.token)
     assert harness.state.clients.find(handles="approve") == []
+    failure(client, client.call(found), Unavailable)
     assert len(harness.state.clients.find(handles="second")) == 1
     assert fourth.handle("a", "b", "c").error.details["limit"] == 4
 
@@ -532,6 +534,7 @@ def test_registration_after_the_end_of_the_connection_is_nothing(client: Peer, h
     session = client.opened.session
     client.lose()
     client.protocol.register(session, frozenset({"approve"}), 1)
+    client.protocol.unregister(session.id)
     assert len(harness.state.clients) == 0
 
 

@@ -137,6 +137,8 @@ def test_large_answer_is_stored_and_too_large_answer_is_an_error(orders: OrderSe
     first = ask(peer, 3, "pay", too_large, idempotency_key="large").error
     assert first.code == Code.INTERNAL
     assert ask(peer, 4, "pay", too_large, idempotency_key="large").error == first
+    largest = orders.state.settings.max_body - 5
+    assert len(ask(peer, 5, "pay", {"size": largest}, idempotency_key="largest").value) == largest
 
 
 def test_waiting_request_is_run_once_for_all_connections(orders: OrderServer) -> None:

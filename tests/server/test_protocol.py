@@ -175,6 +175,7 @@ def test_refused_lookup_is_the_answer_to_the_request(
 def test_proof_after_the_end_does_nothing(peer: Peer) -> None:
     peer.lose()
     peer.protocol.prove("device:phone")
+    peer.protocol.disprove("device:phone")
     assert not peer.protocol.has_proved("device:phone")
 
 
@@ -306,6 +307,8 @@ def test_session_is_in_use_until_its_last_connection_ends(
     connections = harness.state.session_connections
     session = harness.state.registry.check(peer.token, harness.clock.wall())
     assert isinstance(session, Session)
+    changed: list[str] = []
+    connections.on_changed = changed.append
     peers = [peer, harness.connect(), harness.connect()]
     for other in peers[1:]:
         other.token = peer.token
@@ -314,6 +317,7 @@ def test_session_is_in_use_until_its_last_connection_ends(
         assert connections.has_connection(session.id)
         peers[index].lose()
     assert not connections.has_connection(session.id)
+    assert changed == [session.id]
     nothing_left(harness)
 
 
