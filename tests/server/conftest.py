@@ -3,10 +3,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from tests.server.helpers import Client, ServerThread
+from tests.server.idempotency_harness import CacheHarness, MakeHarness
 from tests.server.protocol_harness import Harness, Peer
 
 Serve = Callable[..., ServerThread]
@@ -41,3 +43,18 @@ def harness(loop: asyncio.AbstractEventLoop) -> Iterator[Harness]:
 @pytest.fixture
 def peer(harness: Harness) -> Peer:
     return harness.connect("ada")
+
+
+@pytest.fixture
+def make_harness(loop: asyncio.AbstractEventLoop) -> Iterator[MakeHarness]:
+    """Return a function that makes caches of answers, whose runs must have ended with the test."""
+    made: list[CacheHarness] = []
+
+    def make(*args: Any, **options: Any) -> CacheHarness:
+        made.append(CacheHarness(loop, *args, **options))
+        return made[-1]
+
+    yield make
+    for harness in made:
+        assert loop.run_until_complete(harness.tasks.close(1.0)) == 0
+        assert harness.cache.running == 0

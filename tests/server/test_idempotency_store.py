@@ -15,8 +15,6 @@ from tests.server.idempotency_harness import (
     FakeStore,
     MakeHarness,
     code,
-    loop,
-    make_harness,
 )
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.server.idempotency import (
@@ -30,8 +28,6 @@ from zcproto.server.idempotency import (
 )
 from zcproto.stores.base import Claim, StoreUnavailable
 from zcproto.wire.message import decode_error, encode_body
-
-__all__ = ["loop", "make_harness"]
 
 
 @pytest.fixture
@@ -169,8 +165,7 @@ def test_claim_with_unknown_outcome_is_released_for_other_processes(
     store.out, store.fails_after_the_effect = True, is_claimed
     assert code(harness.call()) is Code.UNAVAILABLE
     store.out = False
-    harness.cache.save()
-    harness.turn()
+    harness.save()
     assert another.call("paid").code == 0
     assert (harness.ran, another.ran, another.slept) == (0, 1, [])
 
@@ -191,17 +186,14 @@ def test_claim_with_unknown_outcome_is_released_soon_without_an_outage(
 
 
 def test_answer_and_release_that_failed_are_repeated_soon_without_an_outage(
-    make_harness: MakeHarness,
+    store: FakeStore, harness: CacheHarness, another: CacheHarness
 ) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(store)
     gate = harness.loop.create_future()
     harness.begin("paid", wait=gate)
     harness.begin(Unavailable("not now"), key="released", wait=gate)
     harness.turn()
     store.out = True
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     store.out = False
     harness.save_again()
     assert another.call("again") == Answer(0, encode_body("paid"))
@@ -293,8 +285,7 @@ def test_claim_of_another_process_is_not_released(make_harness: MakeHarness) -> 
     seen_by_harness.out = True
     assert code(harness.call()) is Code.UNAVAILABLE
     seen_by_harness.out = False
-    harness.cache.save()
-    harness.turn()
+    harness.save()
     assert "release" not in seen_by_harness.asked
     caller.finish()
     assert harness.call("again") == caller.answer
@@ -304,11 +295,9 @@ def test_claim_whose_release_fails_is_released_later(store: FakeStore, harness: 
     store.out = store.fails_after_the_effect = True
     assert code(harness.call()) is Code.UNAVAILABLE
     store.fails_after_the_effect = False
-    harness.cache.save()
-    harness.turn()
+    harness.save()
     store.out = False
-    harness.cache.save()
-    harness.turn()
+    harness.save()
     assert store.asked[-2:] == ["claim", "release"]
     assert not store.answers
 
@@ -316,25 +305,21 @@ def test_claim_whose_release_fails_is_released_later(store: FakeStore, harness: 
 def test_request_that_comes_during_a_release_runs_once(store: FakeStore, harness: CacheHarness) -> None:
     claim_without_an_answer(harness, store)
     store.held = harness.loop.create_future()
-    harness.cache.save()
-    harness.turn()
+    harness.save()
     callers = [harness.begin("paid"), harness.begin("paid")]
     store.held.set_result(None)
     store.held = None
     harness.turn()
     assert [caller.answer.code for caller in callers] == [0, 0]
     assert harness.ran == 1
-    harness.cache.save()
-    harness.turn()
+    harness.save()
     assert harness.call("again") == callers[0].answer
 
 
 @pytest.mark.parametrize("all_the_same", [False, True])
 def test_answer_that_failed_to_be_stored_is_kept_here_and_written_later(
-    make_harness: MakeHarness, all_the_same: bool
+    store: FakeStore, harness: CacheHarness, another: CacheHarness, all_the_same: bool
 ) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(store)
     caller = harness.hold("paid")
     store.out, store.fails_after_the_effect = True, all_the_same
     caller.finish()
@@ -360,22 +345,20 @@ def test_one_task_at_a_time_writes_answers(store: FakeStore, harness: CacheHarne
     store.out, store.held = False, harness.loop.create_future()
     store.asked.clear()
     for _ in range(3):
-        harness.cache.save()
-        harness.turn()
+        harness.save()
     assert store.asked == ["claim"]
     store.held.set_result(None)
     harness.turn()
     assert store.asked == ["claim", "keep"]
 
 
-def test_answer_is_written_when_the_store_is_back(make_harness: MakeHarness) -> None:
-    store = FakeStore(shared=True)
-    harness, another = make_harness(store), make_harness(store)
+def test_answer_is_written_when_the_store_is_back(
+    store: FakeStore, harness: CacheHarness, another: CacheHarness
+) -> None:
     finish_during_outage(harness, store)
     store.out = False
     for _ in range(2):  # the second time all is written
-        harness.cache.save()
-        harness.turn()
+        harness.save()
     assert another.call("again") == harness.call("again")
     assert (another.slept, another.ran) == ([], 0)
 
@@ -525,8 +508,7 @@ def test_run_that_outlasts_the_time_that_answers_are_kept_happens_once(
     other.turn()
     assert (harness.ran, other.ran) == ((21, 0) if other is not harness else (21, 21))
     assert not second.answers
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     other.while_asleep = lambda: None
     other.turn()
     assert first.answer == second.answer == Answer(0, encode_body("paid"))
@@ -551,8 +533,7 @@ def test_claims_of_runs_in_progress_are_renewed_in_batches(make_harness: MakeHar
     held.set_result(None)
     harness.turn()
     assert store.asked == (3 * BATCH - 1) * ["claim"]
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     store.asked.clear()
     harness.advance(2 * RENEW_S)
     assert store.asked == []
