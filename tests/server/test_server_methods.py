@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import RESPONSE, AnsweredError, Client, wall
+from tests.server.helpers import RESPONSE, Client, wall
 from zcproto.app.app import App
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code
@@ -170,12 +170,6 @@ def test_default_methods_need_a_session(connect: Callable[..., Client]) -> None:
 # --- server.sessions and server.revoke -------------------------------------------------------------------
 
 
-def refused(client: Client, method: str, **params: Any) -> AnsweredError:
-    with pytest.raises(AnsweredError) as error:
-        client.call(method, params)
-    return error.value
-
-
 def test_server_sessions_lists_all_sessions_without_secrets(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("ada"), server.client("operator") as operator:
@@ -197,9 +191,9 @@ def test_operator_methods_refuse_other_users(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada:
         for method in ("server.sessions", "server.revoke"):
-            assert refused(ada, method, user="ada").code == Code.PERMISSION_DENIED
+            assert ada.refused(method, {"user": "ada"}).code == Code.PERMISSION_DENIED
             ada.token, token = NO_TOKEN, ada.token
-            assert refused(ada, method).code == Code.UNAUTHENTICATED
+            assert ada.refused(method).code == Code.UNAUTHENTICATED
             ada.token = token
         ada.echo()
 
@@ -221,7 +215,7 @@ def test_server_revoke_by_ids(serve: Serve, capsys: pytest.CaptureFixture[str]) 
         assert operator.call("server.revoke", {"ids": ids}) == {"revoked": 2}
         for client in (ada, bob):
             assert client.event().value == ["session.revoked", {"reason": "revoked by an operator"}]
-            assert refused(client, "echo").code == Code.TOKEN_REVOKED
+            assert client.refused("echo").code == Code.TOKEN_REVOKED
         assert operator.call("server.revoke", {"ids": ids}) == {"revoked": 0}
         operator.echo()
     log = capsys.readouterr().err
@@ -234,7 +228,7 @@ def test_server_revoke_by_user(serve: Serve) -> None:
     with server.client("ada") as ada, server.client("bob") as bob, server.client("operator") as operator:
         assert operator.call("server.revoke", {"user": "ada"}) == {"revoked": 1}
         assert operator.call("server.revoke", {"user": "ada"}) == {"revoked": 0}
-        assert refused(ada, "echo").code == Code.TOKEN_REVOKED
+        assert ada.refused("echo").code == Code.TOKEN_REVOKED
         bob.echo()
 
 
@@ -243,7 +237,7 @@ def test_server_revoke_all_includes_the_operator(serve: Serve) -> None:
     with server.client("ada") as ada, server.client("operator") as operator:
         assert operator.call("server.revoke", {"all": True}) == {"revoked": 2}
         for client in (ada, operator):
-            assert refused(client, "echo").code == Code.TOKEN_REVOKED
+            assert client.refused("echo").code == Code.TOKEN_REVOKED
 
 
 @pytest.mark.parametrize(
@@ -260,7 +254,7 @@ def test_server_revoke_all_includes_the_operator(serve: Serve) -> None:
 def test_server_revoke_needs_exactly_one_selector(serve: Serve, params: dict[str, Any]) -> None:
     server = serve()
     with server.client("operator") as operator:
-        assert refused(operator, "server.revoke", **params).code == Code.INVALID_ARGUMENT
+        assert operator.refused("server.revoke", params).code == Code.INVALID_ARGUMENT
         operator.echo()
 
 
