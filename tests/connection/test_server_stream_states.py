@@ -357,7 +357,8 @@ def test_credit_wakes_only_a_stream_that_waits_and_may_send() -> None:
         pair.server.send_item(stream, encode_body("x"), WALL)
     streams = pair.server.streams(NOW)
     assert streams.wait_for_credit(stream, NOW)
-    assert not streams.wait_for_credit(stream, NOW + 1), "the next deadline is not earlier"
+    for later in (0, 1):
+        assert not streams.wait_for_credit(stream, NOW + later), "the next deadline is not earlier"
     assert pair.send(pair.frame(CREDIT, 1, encode_body([2, 9_000]))) == []
     assert pair.send(pair.frame(CREDIT, 1, encode_body([3, 9_000]))) == [CreditReceived(stream)]
     assert stream.waits_until == NEVER
@@ -400,6 +401,8 @@ def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
         pair.server.join(opened.session, opened.token, WALL, NOW)
         pair.open(number).session = opened.session
     pair.registry.close(ended.session)
+    other = pair.open_session("joe")
+    pair.server.hold(Request(9, other.token, other.session, "m", {}, NO_META), NOW)
 
     def last_used() -> set[int]:
         ids = pair.opened.session.id, bound.session.id
@@ -411,6 +414,7 @@ def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
     assert last_used() == {WALL}
     pair.server.handle_timeout(later, NOW + TOUCH_INTERVAL_S)
     assert last_used() == {later}
+    assert pair.registry.info(other.session.id, later).last_used_at == WALL, "a request is no stream"
     assert pair.server.next_deadline() == NOW + 2 * TOUCH_INTERVAL_S
 
 

@@ -90,11 +90,17 @@ def test_valid_bodies_are_scanned_alike_whole_and_cut_off(kind: str) -> None:
         body = encode_body(value)
         check_scan(body, 32)
         assert compiled.scan_body(body, 32) is True
-        for end in {*range(min(len(body), 8)), len(body) // 2, len(body) - 1}:
+        check_scan(body[:-1], 32)
+        check_decoders(encode_body(["m", {"x": value}]), 32)
+        for end in range(min(len(body), 8)):
             check_scan(body[:end], 32)
             check_decoders(body[:end], 32)
-        check_scan(body + b"\xc0", 32)
-        check_decoders(encode_body(["m", {"x": value}]), 32)
+        if (
+            len(body) < 60_000
+        ):  # the reference takes long, and what is cut off or added differs by its length alone
+            for other in (body[: len(body) // 2], body[:-1], body + b"\xc0"):
+                check_scan(other, 32)
+                check_decoders(other, 32)
 
 
 @needs_compiled
