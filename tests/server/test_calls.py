@@ -9,6 +9,7 @@ import pytest
 
 from tests.server.protocol_harness import Harness, Peer, ended, nothing_left
 from zcproto.app.context import Context
+from zcproto.config import Config
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import (
     Code,
@@ -154,6 +155,7 @@ def test_error_of_a_client_is_shown_on_one_line_and_cut(client: Peer) -> None:
     message = failure(client, task, NotFound).message
     assert message.startswith("a\\r\\nbx")
     assert len(message) < 2_000
+    assert client.harness.state.clients.ended == {"failed": 1}
 
 
 def test_method_without_session_has_no_client(harness: Harness) -> None:
@@ -210,6 +212,11 @@ def test_params_in_a_mapping_and_by_name_are_joined(client: Peer, harness: Harne
     client.send(client.result(1, None))
     harness.turn()
     assert task.result() is None
+
+
+def test_default_limits_of_calls_are_those_of_the_configuration() -> None:
+    calls = Config().calls
+    assert CallLimits() == CallLimits(calls.per_user, calls.total, calls.names_per_user)
 
 
 def test_calls_per_user_and_in_total_are_limited(client: Peer, harness: Harness) -> None:
@@ -470,7 +477,9 @@ def test_expired_registrations_are_dropped_with_their_connection(client: Peer, h
 
 
 def nothing_left_of(client: Peer, harness: Harness) -> None:
+    """Check the tables themselves: what stays in them would be found by nothing else."""
     assert all(key[0] is not client.protocol for key in harness.state.clients._users)
+    assert harness.state.clients._suspended == {}
 
 
 def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first(

@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import Answer
 from tests.server.protocol_harness import LIMITS, Harness, Peer, items, kinds, nothing_left
 from zcproto.errors import Code
+from zcproto.server.item_budget import ItemBudget
 from zcproto.wire.frame import CANCEL, ITEM, Kind
 from zcproto.wire.message import decode_body, encode_body
 
@@ -258,9 +259,48 @@ def test_windows_shrink_before_the_memory_is_promised(harness: Harness) -> None:
             granted += [size for _, size in credits(peer.turn())]
     assert granted == sorted(granted, reverse=True)
     assert granted[0] == WINDOW.window_bytes
-    assert sum(granted) < MEMORY / 2
+    assert sum(granted) < BUDGET / 2
     assert min(granted) >= 1
     bob = harness.connect("bob")
     bob.send(bob.open("sum"))
     ((_, size),) = credits(bob.turn())
     assert size > 4 * granted[-1]
+
+
+BUDGET = 1_200
+MOST = (10, 100)
+
+
+def test_each_of_two_users_holds_at_most_a_third() -> None:
+    budget = ItemBudget()
+    ada, bob = budget.join("ada"), budget.join("bob")
+    ada.count(600, 0)
+    assert not ada.is_over(BUDGET)
+    bob.count(300, 0)
+    assert (ada.is_over(BUDGET), bob.is_over(BUDGET)) == (True, False)
+    ada.count(-200, 0)
+    bob.count(100, 0)
+    assert (ada.is_over(BUDGET), bob.is_over(BUDGET)) == (False, False)
+    bob.count(1, 0)
+    assert bob.is_over(BUDGET)
+
+
+def test_window_shrinks_with_what_was_promised_and_never_below_one_item() -> None:
+    budget = ItemBudget()
+    ada, bob = budget.join("ada"), budget.join("bob")
+    assert ada.window(BUDGET, MOST, 0) == MOST
+    ada.count(0, 500)
+    assert ada.window(BUDGET, MOST, 100) == (5, 50)
+    assert bob.window(BUDGET, MOST, 0) == (8, 87)
+    ada.count(0, 500)
+    assert ada.window(BUDGET, MOST, 0) == (1, 1)
+
+
+def test_share_ends_with_its_last_stream() -> None:
+    budget = ItemBudget()
+    share = budget.join("ada")
+    assert budget.join("ada") is share
+    share.leave()
+    assert [*budget.shares] == ["ada"]
+    share.leave()
+    assert budget.shares == {}
