@@ -276,30 +276,17 @@ def test_cancelled_method_withdraws_its_call(client: Peer, harness: Harness) -> 
     assert client.heads() == [CALL, WITHDRAW]
 
 
-def test_answer_and_cancellation_in_one_turn_withdraw_nothing(client: Peer, harness: Harness) -> None:
+@pytest.mark.parametrize("answer_first", [False, True])
+def test_answer_and_cancellation_in_one_turn_withdraw_nothing(
+    client: Peer, harness: Harness, answer_first: bool
+) -> None:
     task = begin(client)
-
-    def receive_and_cancel() -> None:
-        client.protocol.data_received(client.result(1, 1))
-        task.cancel()
-
-    harness.in_loop(receive_and_cancel)
+    steps = [lambda: client.protocol.data_received(client.result(1, 1)), task.cancel]
+    harness.in_loop(lambda: [step() for step in (steps if answer_first else reversed(steps))])
     harness.turn()
     assert task.cancelled()
     assert client.heads() == [CALL]
     assert harness.state.clients.ended == {"answered": 1}
-
-
-def test_cancellation_before_the_answer_of_the_same_turn_drops_it(client: Peer, harness: Harness) -> None:
-    task = begin(client)
-
-    def cancel_and_receive() -> None:
-        task.cancel()
-        client.protocol.data_received(client.result(1, 1))
-
-    harness.in_loop(cancel_and_receive)
-    harness.turn()
-    assert task.cancelled()
 
 
 # --- several connections of a client -------------------------------------------------------------------

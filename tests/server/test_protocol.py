@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -137,18 +138,27 @@ def test_session_that_joins_late_gets_its_expiring_event_in_time(harness: Harnes
     assert [answer.kind for answer in peer.answers()] == [Kind.EVENT]
 
 
-def test_lookup_that_ends_at_once_delays_no_request(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def looking_up(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Peer]:
+    """Return a function that connects a client with an unknown token, which the server looks up by a function."""
+
+    def connect(look_up: Callable[..., Any]) -> Peer:
+        monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
+        harness.state.settings = replace(harness.state.settings, looks_up=True)
+        peer = harness.connect()
+        peer.token = bytes(32 * [7])
+        return peer
+
+    return connect
+
+
+def test_lookup_that_ends_at_once_delays_no_request(looking_up: Callable[..., Peer]) -> None:
     found: list[Any] = []
 
     async def look_up(*arguments: Any) -> None:
         found.append(arguments)
 
-    monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
-    harness.state.settings = replace(harness.state.settings, looks_up=True)
-    peer = harness.connect()
-    peer.token = bytes(32 * [7])
+    peer = looking_up(look_up)
     peer.send(peer.request(1, "big", {"n": 1}), peer.frame(PING))
     refused, pong = peer.answers()
     assert found == [(peer.token, peer.protocol.peer, Code.UNAUTHENTICATED)]
@@ -156,16 +166,11 @@ def test_lookup_that_ends_at_once_delays_no_request(
     assert peer.transport.is_reading()
 
 
-def test_refused_lookup_is_the_answer_to_the_request(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_lookup_is_the_answer_to_the_request(looking_up: Callable[..., Peer]) -> None:
     async def look_up(*arguments: Any) -> None:
         raise ResourceExhausted("too many tokens to look up", {"retry_after_ms": 100})
 
-    monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
-    harness.state.settings = replace(harness.state.settings, looks_up=True)
-    peer = harness.connect()
-    peer.token = bytes(32 * [7])
+    peer = looking_up(look_up)
     peer.send(peer.request(1, "big", {"n": 1}))
     (refused,) = peer.answers()
     assert (refused.code, refused.error.message) == (Code.RESOURCE_EXHAUSTED, "too many tokens to look up")

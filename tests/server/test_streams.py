@@ -6,8 +6,8 @@ import asyncio
 import gc
 import json
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -547,6 +547,17 @@ def test_unread_stream_does_not_slow_others(client: Peer) -> None:
     assert [answer.stream for answer in client.turn()] == [3, 2, 2, 2, 2]
 
 
+def memory_of(work: Callable[[], object]) -> int:
+    """Return the bytes that work leaves allocated."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
 # --- memory -----------------------------------------------------------------------------------------------
 
 
@@ -560,15 +571,13 @@ def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: st
     count = 500
     frames = [peer.open(method, stream=number) for number in range(1, count + 1)]
     harness.futures = []
-    gc.collect()
-    tracemalloc.start()
-    try:
+
+    def open_streams() -> None:
         for frame in frames:
             peer.send(frame)
         harness.turn()
-        used = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+
+    used = memory_of(open_streams)
     assert harness.state.tasks.running == count
     assert used / count < 2.5 * 1024
 
@@ -577,22 +586,17 @@ def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: st
 def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> None:
     harness.allow_streams()
     first = harness.connect("ada")
-    peers = [Peer(harness) for _ in range(300)]
+    peers = [harness.connect() for _ in range(300)]
     for peer in peers:
-        peer.token = first.token
-        peer.send(peer.frame(REQUEST, 99, encode_request("big", {"n": 0, "size": 0})))
-        peer.answers()
-    body = encode_request("ticks", {}, {"credit": PLENTY})
-    frames = [peer.frame(OPEN, 1, body) for peer in peers]
-    gc.collect()
-    tracemalloc.start()
-    try:
+        peer.use(first.opened)
+    frames = [peer.open("ticks") for peer in peers]
+
+    def open_streams() -> None:
         for peer, frame in zip(peers, frames, strict=True):
             peer.send(frame)
         harness.turn()
-        used = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+
+    used = memory_of(open_streams)
     assert harness.state.tasks.running == len(peers)
     assert used / len(peers) < 2.5 * 1024
 
@@ -600,16 +604,12 @@ def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> N
 @pytest.mark.no_cover  # coverage would be measured, too
 def test_connection_without_streams_takes_little_memory(harness: Harness) -> None:
     harness.state.settings = replace(harness.state.settings, streams=LIMITS)
-    count = 1_000
-    transports: list[Any] = [MockTransport(harness.timers) for _ in range(count)]
-    gc.collect()
-    tracemalloc.start()
-    try:
+    transports = [MockTransport(harness.timers) for _ in range(1_000)]
+
+    def connect() -> None:
         for transport in transports:
-            protocol = transport.protocol = ServerProtocol(harness.state)
-            protocol.connection_made(transport)
+            transport.connect(ServerProtocol(harness.state))
             transport.sent = None
-        used = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert used / count < 1_200, "bytes of a connection without TLS and without a session"
+
+    used = memory_of(connect) / len(transports)
+    assert used < 1_200, "bytes of a connection without TLS and without a session"
