@@ -267,6 +267,13 @@ def test_windows_shrink_before_the_memory_is_promised(harness: Harness) -> None:
     assert size > 4 * granted[-1]
 
 
+def test_memory_for_some_items_is_there_whatever_is_configured(harness: Harness) -> None:
+    harness.allow_streams(replace(WINDOW, memory_bytes=1))
+    client = harness.connect("ada")
+    client.send(client.open("sum"))
+    assert credits(client.turn()) == [[1, 500]]
+
+
 BUDGET = 1_200
 MOST = (10, 100)
 

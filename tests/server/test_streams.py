@@ -317,6 +317,15 @@ def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: Peer) -> No
     assert client.harness.closed == ["count"]
 
 
+def test_wait_for_credit_has_a_deadline_before_any_other(harness: Harness) -> None:
+    harness.allow_streams(replace(LIMITS, stall_timeout_s=30))
+    client = harness.connect("ada")
+    client.send(client.open("count", {"n": 2}, credit=(1, 100)))
+    client.turn()
+    harness.advance(30)
+    assert cut(client.turn(), "slow")
+
+
 def test_silent_client_with_a_stream_is_pinged_and_then_left(client: Peer) -> None:
     client.send(client.open("ticks"))
     client.harness.advance(300)
@@ -519,15 +528,17 @@ def test_large_credit_does_not_keep_other_streams_waiting(client: Peer) -> None:
     assert (Kind.RESPONSE, 1) not in done
 
 
-def test_turn_ends_when_the_room_of_a_connection_is_assigned(harness: Harness) -> None:
-    harness.allow_streams(replace(LIMITS, write_bytes=2 * STREAM_TURN_BYTES))
+@pytest.mark.parametrize(("more", "sending"), [(0, {1, 2}), (1, {1, 2, 3})])
+def test_turn_ends_when_the_room_of_a_connection_is_assigned(
+    harness: Harness, more: int, sending: set[int]
+) -> None:
+    harness.allow_streams(replace(LIMITS, write_bytes=2 * STREAM_TURN_BYTES + more))
     client = harness.connect("ada")
     client.send(*(client.open("count", {"n": 1, "size": 900}, stream=stream) for stream in (1, 2, 3)))
     for _ in range(4):
         harness.loop.run_until_complete(asyncio.sleep(0))
     harness.timers.turn()
-    sent = {answer.stream for answer in client.answers() if answer.kind is Kind.ITEM}
-    assert sent == {1, 2}
+    assert {answer.stream for answer in client.answers() if answer.kind is Kind.ITEM} == sending
 
 
 def test_all_items_arrive_in_order_over_many_turns(client: Peer) -> None:
