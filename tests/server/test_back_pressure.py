@@ -111,7 +111,7 @@ def test_deadline_during_back_pressure_loses_no_request(harness: Harness, peer: 
     assert [answer.value for answer in peer.answers()] == ["still here"]
 
 
-def test_cancel_behind_suspended_requests_is_processed_in_order(harness: Harness, peer: Peer) -> None:
+def test_cancel_behind_suspended_requests_is_processed_in_order(peer: Peer) -> None:
     peer.send(peer.request(50, "wait"))
     peer.transport.stuck = True
     requests = [peer.request(n, "big", {"n": n}) for n in range(1, 6)]

@@ -313,9 +313,7 @@ def answered(peer: Peer, *callers: Peer) -> bool:
     return bool(calls)
 
 
-def test_method_on_a_further_connection_calls_the_connection_that_has_registered(
-    client: Peer, harness: Harness
-) -> None:
+def test_method_on_a_further_connection_calls_the_connection_that_has_registered(client: Peer) -> None:
     other = further(client)
     assert answered(client, other)
     (answer,) = other.answers()

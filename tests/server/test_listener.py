@@ -366,7 +366,7 @@ def test_accepts_per_turn_grow_while_connections_wait(serve: Serve) -> None:
     server.until_left()
 
 
-def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disconnect_before_adoption_leaves_nothing(serve: Serve) -> None:
     server = serve()
 
     async def gone(*args: Any) -> Any:

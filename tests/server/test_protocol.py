@@ -341,7 +341,7 @@ def test_method_closing_its_connection_gets_no_answer_sent(harness: Harness, pee
     nothing_left(harness)
 
 
-def test_system_exit_of_a_method_propagates(harness: Harness, peer: Peer) -> None:
+def test_system_exit_of_a_method_propagates(peer: Peer) -> None:
     with pytest.raises(SystemExit):
         peer.protocol.data_received(peer.request(1, "exit"))
     peer.lose()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,9 +155,7 @@ def test_failed_logins_are_throttled(serve: Serve) -> None:
         bystander.echo()
 
 
-def test_changed_users_file_applies_to_logins(
-    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_users_file_applies_to_logins(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(users_file=True, log__level="info")
     users = UserFile(server.home / "users.toml")
     with server.client() as client:
