@@ -352,8 +352,8 @@ class Peer:
         self.transport.drain()
 
     def login(self, user: str = "ada") -> OpenedSession:
-        self.opened = self.harness.registry.open(user, client="", address="", wall=self.harness.clock.wall())
-        return self.use(self.opened)
+        wall = self.harness.clock.wall()
+        return self.use(self.harness.registry.open(user, client="", address="", wall=wall))
 
     def use(self, opened: OpenedSession) -> OpenedSession:
         """Use a session by a request."""

@@ -392,12 +392,10 @@ def test_ended_session_fails_its_calls_only(client: Peer, harness: Harness) -> N
     assert harness.state.clients.ended == {"closed": 2}
 
 
-def expire(client: Peer, reason: EndReason = EndReason.EXPIRED) -> str:
-    """Let the token of the client's session expire; return the session's id."""
-    session_id: str = client.opened.session.id
-    client.harness.in_loop(lambda: client.protocol.session_ended(session_id, Code.TOKEN_EXPIRED, reason))
+def expire(client: Peer, reason: EndReason = EndReason.EXPIRED) -> None:
+    """Let the token of the client's session expire."""
+    client.end_session(Code.TOKEN_EXPIRED, reason)
     client.answers()
-    return session_id
 
 
 def refresh(client: Peer) -> None:
@@ -458,13 +456,9 @@ def test_expired_registrations_are_dropped_with_their_connection(client: Peer, h
     client.lose()
     other = connect(harness)
     assert other.handle("a", "b").value == {}
-    nothing_left_of(client, harness)
-
-
-def nothing_left_of(client: Peer, harness: Harness) -> None:
-    """Check the tables themselves: what stays in them would be found by nothing else."""
-    assert all(key[0] is not client.protocol for key in harness.state.clients._users)
-    assert harness.state.clients._suspended == {}
+    clients = harness.state.clients  # what stays in its tables would be found by nothing else
+    assert all(key[0] is not client.protocol for key in clients._users)
+    assert clients._suspended == {}
 
 
 def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first(
@@ -473,7 +467,7 @@ def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first
     harness.state.clients.limits = CallLimits(names_per_user=4)
     second, third, fourth = (Peer(harness) for _ in range(3))
     for peer, name in ((second, "second"), (third, "third")):
-        peer.opened = peer.login()
+        peer.login()
         peer.handle(name)
     (found,) = harness.state.clients.find(handles="approve")
     expire(client)
