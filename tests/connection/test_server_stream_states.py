@@ -414,7 +414,7 @@ def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
     assert last_used() == {WALL}
     pair.server.handle_timeout(later, NOW + TOUCH_INTERVAL_S)
     assert last_used() == {later}
-    assert pair.registry.info(other.session.id, later).last_used_at == WALL, "a request is no stream"
+    assert pair.registry.info(other.session.id, later).last_used_at == WALL, "only streams count"
     assert pair.server.next_deadline() == NOW + 2 * TOUCH_INTERVAL_S
 
 
