@@ -18,8 +18,9 @@ from typing import Any, Final
 from hypothesis import settings
 
 from tests.limits import TIMEOUT
-from zcproto.connection.events import ConnectionEnded, Request, ServerEvent
+from zcproto.connection.events import ConnectionEnded, Request, ServerEvent, ServerStream
 from zcproto.connection.server import ServerConnection
+from zcproto.connection.server_calls import ServerCall, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
@@ -27,11 +28,14 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CANCEL,
     NO_TOKEN,
+    OPEN,
     PING,
     REQUEST,
     Kind,
     RawFrame,
     Side,
+    accepted_with_calls,
+    accepted_with_streams,
     encode_frame,
 )
 from zcproto.wire.message import ErrorMessage, decode_body, decode_error, decode_event, encode_request
@@ -187,11 +191,13 @@ class FakeTimers:
 
 
 class MockTransport(asyncio.Transport):
-    """A TCP transport without a socket: `sent` is what was written.
+    """A TCP transport, or a server's TLS transport, without a socket: `sent` is what was written.
 
     `deliver` passes bytes to a BufferedProtocol as the loop does. With `stuck` the peer reads nothing, and
     writes count against the high-water mark.
     """
+
+    peer = "192.0.2.7"
 
     def __init__(self, timers: FakeTimers, *, high: int = 65_536) -> None:
         super().__init__()
@@ -209,7 +215,7 @@ class MockTransport(asyncio.Transport):
         self.lost = False
         self._closing = False
         self._reading = True
-        self._paused = False
+        self.paused = False
 
     def connect(self, protocol: Any) -> None:
         self.protocol = protocol
@@ -242,8 +248,8 @@ class MockTransport(asyncio.Transport):
     def drain(self, count: int | None = None) -> None:
         """Let the peer read all or some bytes."""
         self.unsent = 0 if count is None else self.unsent - count
-        if self._paused and self.unsent <= self.high // 4:
-            self._paused = False
+        if self.paused and self.unsent <= self.high // 4:
+            self.paused = False
             self.protocol.resume_writing()
 
     def lose(self, error: Exception | None = None) -> None:
@@ -263,8 +269,8 @@ class MockTransport(asyncio.Transport):
         self.writes.append(len(data))
         if self.stuck:
             self.unsent += len(data)
-            if self.unsent > self.high and not self._paused:
-                self._paused = True
+            if self.unsent > self.high and not self.paused:
+                self.paused = True
                 self.protocol.pause_writing()
 
     def can_write_eof(self) -> bool:
@@ -308,7 +314,7 @@ class MockTransport(asyncio.Transport):
         self.high = 65_536 if high is None else high
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return ("192.0.2.7", 40_000) if name == "peername" else default
+        return (self.peer, 40_000) if name == "peername" else default
 
 
 def small_registry(**settings: Any) -> SessionRegistry:
@@ -384,6 +390,10 @@ class ConnectionPair:
         self.counter = 0
         self.token = NO_TOKEN
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+        if self.settings.streams is not None:
+            self._decoder.accepted = accepted_with_streams(Side.CLIENT, self.settings.streams.max_item)
+        if self.settings.max_calls:
+            self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
         self.welcome = self.answer()
 
     # frames of the client
@@ -397,6 +407,7 @@ class ConnectionPair:
         token: bytes | None = None,
         counter: int | None = None,
         timestamp: int | None = None,
+        late_ms: int = 0,
         salt: bytes | None = None,
     ) -> bytes:
         """Return one frame. The counter increases unless it is given."""
@@ -406,7 +417,7 @@ class ConnectionPair:
         return encode_frame(
             head,
             stream,
-            self.clock.wall() if timestamp is None else timestamp,
+            self.clock.wall() - late_ms if timestamp is None else timestamp,
             self.salt if salt is None else salt,
             counter,
             self.token if token is None else token,
@@ -451,6 +462,23 @@ class ConnectionPair:
         self.server.hold(request, self.clock.now())
         return request
 
+    def open(
+        self, stream: int = 1, *, takes_items: bool = False, credit: tuple[int, int] = (10_000, 10_000)
+    ) -> ServerStream:
+        """Open a stream whose method runs."""
+        *_, opened = self.send(self.frame(OPEN, stream, encode_request("tokens", {}, {"credit": credit})))
+        assert isinstance(opened, ServerStream)
+        if takes_items:
+            self.server.streams(self.clock.now()).take_items(opened)
+        self.server.hold(opened, self.clock.now())
+        return opened
+
+    def call(self, method: str = "approve", timeout: float = 30.0) -> ServerCall:
+        """Call a method of the client by its session."""
+        body = encode_call(method, {"tool": "shell"}, timeout, None, self.settings.max_body)
+        wall, now = self.clock.wall(), self.clock.now()
+        return self.server.call(self.opened.session.id, method, body, timeout_s=timeout, wall=wall, now=now)
+
     def respond(self, request: Request, body: bytes = b"\x80") -> bool:
         return self.server.respond(request, body, self.clock.wall())
 
@@ -492,7 +520,7 @@ class ConnectionPair:
 
     def use(self, opened: OpenedSession) -> OpenedSession:
         """Use this session's token from now on, as if it had been opened on this connection."""
-        self.token = opened.token
+        self.opened, self.token = opened, opened.token
         self.server.join(opened.session, opened.token, self.clock.wall(), self.clock.now())
         return opened
 

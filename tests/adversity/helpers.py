@@ -79,7 +79,6 @@ def short_timeouts(server: ServerThread) -> Iterator[None]:
     Other connections of a test may need longer on a busy machine.
     """
     acceptor, state = server.server.parts.acceptor, server.server.state
-    assert acceptor is not None
     before = acceptor.handshake_timeout, state.write_timeout
 
     def set_timeouts(handshake: float, write: float) -> None:

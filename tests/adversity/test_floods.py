@@ -7,6 +7,7 @@ import contextlib
 import gc
 import math
 import select
+import socket
 import ssl
 import threading
 import time
@@ -17,8 +18,8 @@ import pytest
 
 from tests.adversity.conftest import SETTINGS, application
 from tests.adversity.helpers import Bystander, short_timeouts, undisturbed_bystander
-from tests.adversity.test_bad_input import BODIES, POINTS
-from tests.adversity.tls13 import RawTls
+from tests.adversity.test_bad_input import BODIES
+from tests.adversity.tls13 import HANDSHAKE, RawTls, client_hello, record
 from tests.server.helpers import (
     CANCEL,
     ERROR,
@@ -76,14 +77,7 @@ def cancelled_requests(client: Client) -> bytes:
     return b"".join(frames)
 
 
-FLOODS = [
-    large_answers,
-    pings,
-    unknown_methods,
-    unknown_tokens,
-    too_many_requests,
-    cancelled_requests,
-]
+FLOODS = [large_answers, pings, unknown_methods, unknown_tokens, too_many_requests, cancelled_requests]
 
 
 def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
@@ -113,13 +107,13 @@ def at_full_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("at_full_speed")
 @pytest.mark.parametrize("make", FLOODS)
-def test_flood_without_reading_is_reset(server: ServerThread, make: Callable[[Client], bytes]) -> None:
-    before, rss = ended(server, "write_timeout"), server.stats["rss_bytes"]
-    client = server.client("flooder", receive_buffer=4_096)
-    with short_timeouts(server):
+def test_flood_without_reading_is_reset(either: ServerThread, make: Callable[[Client], bytes]) -> None:
+    before, rss = ended(either, "write_timeout"), either.stats["rss_bytes"]
+    client = either.client("flooder", receive_buffer=4_096)
+    with short_timeouts(either):
         assert flood(client, make, 64 * MIB) < 32 * MIB
-        eventually(lambda: ended(server, "write_timeout") == before + 1)
-    assert server.stats["rss_bytes"] - rss < 32 * MIB
+        eventually(lambda: ended(either, "write_timeout") == before + 1)
+    assert either.stats["rss_bytes"] - rss < 32 * MIB
     reset(client.tls)
 
 
@@ -218,9 +212,7 @@ def test_msgpack_bomb_before_session_is_refused_unread(connect: Connect) -> None
 # --- guessing ------------------------------------------------------------------------------------------------
 
 
-def test_concurrent_key_guessing_is_throttled_per_user(
-    serve: Callable[..., ServerThread],
-) -> None:
+def test_concurrent_key_guessing_is_throttled_per_user(serve: Callable[..., ServerThread]) -> None:
     server = serve(limits__login_failures=3)
     with undisturbed_bystander(server):
         clients = [server.client() for _ in range(10)]
@@ -305,6 +297,36 @@ def during_flood(server: ServerThread) -> None:
     client.reset()
 
 
+def with_session(client: Client) -> None:
+    client.open_session("ada")
+
+
+def while_method_runs(client: Client) -> None:
+    client.open_session("ada")
+    client.send(client.request("sleep", {"ms": 3_600_000}))
+
+
+def before_reading_answer(client: Client) -> None:
+    client.open_session("ada")
+    client.send(client.request("echo", {}))
+
+
+def after_answer(client: Client) -> None:
+    client.open_session("ada")
+    client.echo()
+
+
+POINTS: dict[str, Callable[[Client], None]] = {
+    "after WELCOME": lambda client: None,
+    "in the middle of a header": lambda client: client.send(client.request("echo", {})[:30]),
+    "in the middle of a body": lambda client: client.send(client.request("echo", {"a": "b" * 50})[:-10]),
+    "with a session": with_session,
+    "while a method waits": while_method_runs,
+    "before the answer is read": before_reading_answer,
+    "after the answer": after_answer,
+}
+
+
 SERVER_POINTS = [
     before_finished,
     after_alert_in_handshake,
@@ -319,10 +341,10 @@ SERVER_POINTS = [
 
 @pytest.mark.parametrize("point", SERVER_POINTS)
 def test_sudden_disconnects_leave_nothing(
-    server: ServerThread, point: Callable[[ServerThread], None]
+    either: ServerThread, point: Callable[[ServerThread], None]
 ) -> None:
-    point(server)
-    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)  # the bystander
+    point(either)
+    until_only_bystander_left(either)
 
 
 @pytest.fixture(scope="module")
@@ -333,40 +355,52 @@ def asyncio_server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Ite
         yield server
 
 
+@pytest.fixture(params=["uvloop", "asyncio"])
+def either(request: pytest.FixtureRequest) -> Iterator[ServerThread]:
+    """Return the server on each of the loops; a bystander is connected."""
+    server = request.getfixturevalue("server" if request.param == "uvloop" else "asyncio_server")
+    with undisturbed_bystander(server):
+        yield server
+
+
+def until_only_bystander_left(server: ServerThread) -> None:
+    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)
+
+
 CLOSE_METHODS = [Client.close, Client.fin, Client.reset]
 
 
 @pytest.mark.parametrize("how", CLOSE_METHODS, ids=["close_notify", "FIN", "RST"])
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
-def test_disconnect_leaves_nothing_on_asyncio_loop(
-    asyncio_server: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
+def test_disconnect_leaves_nothing(
+    either: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
 ) -> None:
-    client = asyncio_server.client()
+    client = either.client()
     point(client)
     how(client)
-    asyncio_server.until_left()
+    until_only_bystander_left(either)
 
 
-@pytest.mark.parametrize("point", SERVER_POINTS)
-def test_sudden_disconnects_leave_nothing_on_asyncio_loop(
-    asyncio_server: ServerThread, point: Callable[[ServerThread], None]
+@pytest.mark.parametrize("sent", [0, 3, 100], ids=["nothing", "a record's beginning", "half a hello"])
+@pytest.mark.parametrize("how", [socket.socket.close, reset], ids=["FIN", "RST"])
+def test_disconnect_during_handshake_leaves_nothing(
+    server: ServerThread, sent: int, how: Callable[[socket.socket], None]
 ) -> None:
-    with undisturbed_bystander(asyncio_server):
-        point(asyncio_server)
+    raw = server.tcp()
+    raw.sendall(record(HANDSHAKE, client_hello(), 0x0301)[:sent])
+    how(raw)
+    until_only_bystander_left(server)
 
 
-@pytest.mark.usefixtures("at_full_speed")
-@pytest.mark.parametrize("make", [large_answers, pings])
-def test_flood_without_reading_is_reset_on_asyncio_loop(
-    asyncio_server: ServerThread, make: Callable[[Client], bytes]
-) -> None:
-    with undisturbed_bystander(asyncio_server):
-        before = ended(asyncio_server, "write_timeout")
-        client = asyncio_server.client("flooder", receive_buffer=4_096)
-        with short_timeouts(asyncio_server):
-            assert flood(client, make, 64 * MIB) < 32 * MIB
-            eventually(lambda: ended(asyncio_server, "write_timeout") == before + 1)
-        reset(client.tls)
+def test_truncated_connection_is_counted_apart_from_clean_close(server: ServerThread) -> None:
+    def truncated() -> int:
+        return int(server.stats["tls_failures"].get("truncated", 0))
+
+    until_only_bystander_left(server)  # includes those of earlier tests
+    before = truncated()
+    server.client().close()
+    server.client().fin()
+    eventually(lambda: truncated() == before + 1)
 
 
 def live_objects() -> dict[str, int]:
@@ -393,8 +427,10 @@ def test_closed_connection_is_freed_without_gc(
                     how(client)
             for server_point in SERVER_POINTS:
                 server_point(target)
-        left = {"connections": 1, "tcp": 1, "sites": 1, "by_session": 1, "wheel": 1}
-        target.until_left(**(left if loop == "uvloop" else {}))
+        if loop == "uvloop":
+            until_only_bystander_left(target)
+        else:
+            target.until_left()
         try:
             eventually(lambda: live_objects() == before)
         except AssertionError:

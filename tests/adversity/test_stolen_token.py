@@ -6,7 +6,6 @@ connections, and a server that the device may be tricked into using.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import ssl
@@ -22,14 +21,13 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.limits import TIMEOUT
-from tests.server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_context
-from zcproto.auth import DeviceFile, UserFile
+from tests.server.helpers import NO_TOKEN, Client, Frame, client_context
+from tests.server.test_bound_sessions import KEYS, DeviceServer, attaching, leaf, needs_attach, opening
 from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.client.credentials import Device
 from zcproto.errors import Code, Unauthenticated
 from zcproto.wire.message import attach_message, open_message
 
-KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
 THIEFS_KEY = Ed25519PrivateKey.from_private_bytes(b"t" * 32)
 METHODS = (
     "echo",
@@ -43,37 +41,17 @@ METHODS = (
 )
 
 
-def leaf(client: Client) -> bytes:
-    certificate = client.tls.getpeercert(binary_form=True)
-    assert certificate is not None
-    return hashlib.sha256(certificate).digest()
-
-
-class AttackedServer:
+class AttackedServer(DeviceServer):
     """A server and the open session of ada's laptop."""
-
-    def __init__(self, home: Path, certs: Path) -> None:
-        home.mkdir(mode=0o700)
-        UserFile(home / "users.toml").add("ada")
-        self.devices = DeviceFile(home / "devices.toml")
-        self.devices.add("laptop", "ada", KEY.public_key().public_bytes_raw(), datetime.now(UTC))
-        self.server = ServerThread(home, certs, users_file=True)
-        self.ca_file = home / "certs" / "ca.crt"
 
     def connect_device(self) -> None:
         """Connect the device and open its session."""
-        self.device = self.server.client()
-        self.device.opened = self.device.call("session.open", self.opening(self.device))
-        self.device.token = self.device.opened["token"]
+        self.device = self.open()
         self.token: bytes = self.device.opened["token"]
         self.refresh_token: bytes = self.device.opened["refresh_token"]
 
-    def opening(self, client: Client) -> dict[str, Any]:
-        signature = KEY.sign(open_message(client.salt, leaf(client), "laptop"))
-        return {"scheme": "ed25519", "device": "laptop", "signature": signature}
-
-    def attaching(self, client: Client, key: Ed25519PrivateKey = KEY) -> dict[str, Any]:
-        return {"signature": key.sign(attach_message(client.salt, leaf(client), self.token))}
+    def attaching(self, client: Client) -> dict[str, Any]:
+        return attaching(client, self.token)
 
     def assert_undisturbed(self) -> None:
         """Check that the device has not been disturbed."""
@@ -98,10 +76,6 @@ def thief(attacked: AttackedServer) -> Iterator[Client]:
         yield client
 
 
-def wants_proof(frame: Frame) -> bool:
-    return (frame.code, frame.details) == (Code.UNAUTHENTICATED, {"attach": True})
-
-
 def not_accepted(frame: Frame) -> bool:
     return (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
 
@@ -111,7 +85,7 @@ def not_accepted(frame: Frame) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stolen_bound_token_cannot_call(attacked: AttackedServer, thief: Client, method: str) -> None:
-    assert wants_proof(thief.refused(method, {"id": attacked.device.opened["id"]}, token=attacked.token))
+    assert needs_attach(thief.refused(method, {"id": attacked.device.opened["id"]}, token=attacked.token))
 
 
 def test_stolen_bound_token_gains_no_event_frame_size_or_time(
@@ -119,7 +93,7 @@ def test_stolen_bound_token_gains_no_event_frame_size_or_time(
 ) -> None:
     before = attacked.device.call("session.info")["last_used_at"]
     for _ in range(100):
-        assert wants_proof(thief.refused("echo", {"x": b"x" * 10_000}, token=attacked.token))
+        assert needs_attach(thief.refused("echo", {"x": b"x" * 10_000}, token=attacked.token))
     thief.send(thief.request("echo", {"x": b"x" * 100_000}, token=attacked.token))
     frames, _ = thief.rest_until_closed()
     assert frames[-1].code == Code.FRAME_TOO_LARGE
@@ -132,16 +106,15 @@ def test_stolen_bound_token_gains_no_event_frame_size_or_time(
 
 def test_stolen_bound_token_fails_beside_the_thiefs_session(attacked: AttackedServer, thief: Client) -> None:
     """The thief has an account, a device and a proved key on this connection."""
-    UserFile(attacked.server.home / "users.toml").add("eve")
+    attacked.users.add("eve")
     attacked.devices.add("eves", "eve", THIEFS_KEY.public_key().public_bytes_raw(), datetime.now(UTC))
     signature = THIEFS_KEY.sign(open_message(thief.salt, leaf(thief), "eves"))
     opened = thief.call("session.open", {"scheme": "ed25519", "device": "eves", "signature": signature})
     thief.token = opened["token"]
     thief.echo()
-    assert wants_proof(thief.refused("echo", token=attacked.token))
-    assert not_accepted(
-        thief.refused("session.attach", attacked.attaching(thief, THIEFS_KEY), token=attacked.token)
-    )
+    assert needs_attach(thief.refused("echo", token=attacked.token))
+    signature = THIEFS_KEY.sign(attach_message(thief.salt, leaf(thief), attacked.token))
+    assert not_accepted(thief.refused("session.attach", {"signature": signature}, token=attacked.token))
     assert thief.refused("session.revoke", {"id": attacked.device.opened["id"]}).code == Code.NOT_FOUND
     thief.echo()
 
@@ -151,14 +124,14 @@ def test_stolen_bound_refresh_token_fails_without_side_effect(
 ) -> None:
     for client in ("", "test/1"):
         params = {"refresh_token": attacked.refresh_token, "client": client}
-        assert wants_proof(thief.refused("session.refresh", params))
+        assert needs_attach(thief.refused("session.refresh", params))
     attacked.assert_undisturbed()
     refreshed = attacked.device.call(
         "session.refresh", {"refresh_token": attacked.refresh_token}, token=NO_TOKEN
     )
     attacked.device.token = attacked.token = refreshed["token"]
-    assert wants_proof(thief.refused("echo", token=attacked.token))
-    assert wants_proof(thief.refused("session.refresh", {"refresh_token": refreshed["refresh_token"]}))
+    assert needs_attach(thief.refused("echo", token=attacked.token))
+    assert needs_attach(thief.refused("session.refresh", {"refresh_token": refreshed["refresh_token"]}))
 
 
 def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(
@@ -169,9 +142,9 @@ def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(
     attacked.server.clock.ahead_ms = 7_200_000
     stolen = thief.call("session.refresh", {"refresh_token": attacked.refresh_token}, token=NO_TOKEN, **late)
     for method in METHODS:
-        assert wants_proof(thief.refused(method, token=stolen["token"], **late))
+        assert needs_attach(thief.refused(method, token=stolen["token"], **late))
     params = {"refresh_token": stolen["refresh_token"]}
-    assert wants_proof(thief.refused("session.refresh", params, token=NO_TOKEN, **late))
+    assert needs_attach(thief.refused("session.refresh", params, token=NO_TOKEN, **late))
     # The device's own refresh token is spent: its next refresh ends the whole session.
     params = {"refresh_token": attacked.refresh_token, "client": "laptop/1"}
     assert (
@@ -179,37 +152,11 @@ def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(
     )
     assert thief.refused("echo", token=stolen["token"], **late).code == Code.TOKEN_REVOKED
     attacked.server.clock.ahead_ms = 0
-    opened = attacked.device.call("session.open", attacked.opening(attacked.device), token=NO_TOKEN)
+    opened = attacked.device.call("session.open", opening(attacked.device), token=NO_TOKEN)
     attacked.device.token = opened["token"]
 
 
 # --- signatures seen elsewhere -----------------------------------------------------------------------
-
-
-def test_signature_of_another_connection_is_refused(attacked: AttackedServer, thief: Client) -> None:
-    """The salt differs."""
-    with attacked.server.client() as seen:
-        opening, attaching = attacked.opening(seen), attacked.attaching(seen)
-        assert not_accepted(thief.refused("session.open", opening))
-        assert not_accepted(thief.refused("session.attach", attaching, token=attacked.token))
-        assert wants_proof(thief.refused("echo", token=attacked.token))
-        assert (
-            seen.call("session.attach", attaching, token=attacked.token) == {}
-        )  # it is valid for its own connection
-
-
-def test_signature_for_another_purpose_is_refused(attacked: AttackedServer, thief: Client) -> None:
-    attaching = {"scheme": "ed25519", "device": "laptop", **attacked.attaching(thief)}
-    assert not_accepted(thief.refused("session.open", attaching))
-    opening = {"signature": attacked.opening(thief)["signature"]}
-    assert not_accepted(thief.refused("session.attach", opening, token=attacked.token))
-
-
-def test_signature_for_another_token_is_refused(attacked: AttackedServer, thief: Client) -> None:
-    other = attacked.device.call("session.open", attacked.opening(attacked.device), token=NO_TOKEN)
-    attaching = attacked.attaching(thief)
-    assert not_accepted(thief.refused("session.attach", attaching, token=other["token"]))
-    assert thief.call("session.attach", attaching, token=attacked.token) == {}
 
 
 # --- a server in between -----------------------------------------------------------------------------
@@ -275,9 +222,11 @@ def relay(attacked: AttackedServer, tmp_path: Path) -> Iterator[Relay]:
     issued = authority.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
     issued.cert_chain_pems[0].write_to_path(tmp_path / "relay.crt")
     issued.private_key_pem.write_to_path(tmp_path / "relay.key")
-    trusted = attacked.ca_file.read_bytes() + authority.cert_pem.bytes()
+    trusted = attacked.server.ca_file.read_bytes() + authority.cert_pem.bytes()
     (tmp_path / "trusted.pem").write_bytes(trusted)
-    relay = Relay(tmp_path / "relay.crt", tmp_path / "relay.key", attacked.server.port, attacked.ca_file)
+    relay = Relay(
+        tmp_path / "relay.crt", tmp_path / "relay.key", attacked.server.port, attacked.server.ca_file
+    )
     relay.start()
     yield relay
     relay.end()
@@ -292,9 +241,9 @@ def test_signature_relayed_through_another_server_opens_no_session(
 ) -> None:
     """The salt is that of the real server, the certificate is not."""
     with through(relay, tmp_path) as fooled:
-        opening = attacked.opening(fooled)
-        assert not_accepted(fooled.refused("session.open", opening))
-        assert opening["signature"] in relay.seen[0]  # it did arrive
+        relayed = opening(fooled)
+        assert not_accepted(fooled.refused("session.open", relayed))
+        assert relayed["signature"] in relay.seen[0]  # it did arrive
 
 
 def test_token_cannot_be_attached_through_a_relay(
@@ -303,16 +252,15 @@ def test_token_cannot_be_attached_through_a_relay(
     with through(relay, tmp_path) as fooled:
         attaching = attacked.attaching(fooled)
         assert not_accepted(fooled.refused("session.attach", attaching, token=attacked.token))
-        assert wants_proof(fooled.refused("echo", token=attacked.token))
+        assert needs_attach(fooled.refused("echo", token=attacked.token))
 
 
 def test_relay_cannot_reuse_what_it_saw(
     attacked: AttackedServer, relay: Relay, thief: Client, tmp_path: Path
 ) -> None:
     with through(relay, tmp_path) as fooled:
-        opening, attaching = attacked.opening(fooled), attacked.attaching(fooled)
-        assert not_accepted(thief.refused("session.open", opening))
-        assert not_accepted(thief.refused("session.attach", attaching, token=attacked.token))
+        assert not_accepted(thief.refused("session.open", opening(fooled)))
+        assert not_accepted(thief.refused("session.attach", attacked.attaching(fooled), token=attacked.token))
 
 
 def library(attacked: AttackedServer, port: int, ca_file: Path, device: Device) -> BlockingClient:
@@ -326,8 +274,8 @@ def library(attacked: AttackedServer, port: int, ca_file: Path, device: Device) 
 
 
 def test_client_library_resists_a_relay(attacked: AttackedServer, relay: Relay, tmp_path: Path) -> None:
-    device = Device(KEY)
-    with library(attacked, attacked.server.port, attacked.ca_file, device) as client:
+    device = Device(KEYS["laptop"])
+    with library(attacked, attacked.server.port, attacked.server.ca_file, device) as client:
         assert client.call("echo", x=1) == {"x": 1}
     with pytest.raises(Unauthenticated), library(attacked, relay.port, tmp_path / "trusted.pem", device):
         pass
@@ -345,3 +293,21 @@ def test_random_signatures_are_refused(attacked: AttackedServer, thief: Client) 
         good[bit // 8] ^= 1 << bit % 8
         assert not_accepted(thief.refused("session.attach", {"signature": bytes(good)}, token=attacked.token))
         good[bit // 8] ^= 1 << bit % 8
+
+
+def test_signature_made_for_something_else_is_refused(attacked: AttackedServer, thief: Client) -> None:
+    """Each of them is valid for what it was made for."""
+    with attacked.client() as seen:
+        other = attacked.device.call("session.open", opening(attacked.device), token=NO_TOKEN)["token"]
+        of_opening, of_attaching = opening(thief), attacked.attaching(thief)
+        assert not_accepted(thief.refused("session.open", opening(seen)))
+        assert not_accepted(thief.refused("session.open", {**of_opening, **of_attaching}))
+        for token, params in (
+            (attacked.token, attacked.attaching(seen)),
+            (attacked.token, {"signature": of_opening["signature"]}),
+            (other, of_attaching),
+        ):
+            assert not_accepted(thief.refused("session.attach", params, token=token))
+            assert needs_attach(thief.refused("echo", token=token))
+        assert seen.call("session.attach", attacked.attaching(seen), token=attacked.token) == {}
+        assert thief.call("session.attach", of_attaching, token=attacked.token) == {}

@@ -26,6 +26,7 @@ from tests.adversity.tls13 import (
     record,
 )
 from tests.limits import TIMEOUT
+from tests.server.conftest import Serve
 from tests.server.helpers import HEADER, WELCOME, ServerThread, client_context, read_to_end
 
 PROTOCOL_VERSION, HANDSHAKE_FAILURE, NO_APPLICATION_PROTOCOL = 70, 40, 120
@@ -171,6 +172,14 @@ def test_tls_1_2_client_gets_an_alert(server: ServerThread, failures: FailureCou
         context.wrap_socket(raw, server_hostname="localhost")
     assert raised.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"
     failures.expect(unsupported_version=1)
+
+
+@pytest.mark.parametrize("alpn", [["http/1.1"], ["h2", "http/1.1"], []])
+def test_http_alpn_is_refused_if_http_is_off(serve: Serve, alpn: list[str]) -> None:
+    server = serve(http__enabled=False)
+    with send(server, record(HANDSHAKE, client_hello(alpn=alpn), 0x0301)) as connection:
+        assert fatal_alert(connection) == NO_APPLICATION_PROTOCOL
+    assert server.stats["tls_failures"] == {"no_application_protocol": 1}
 
 
 @pytest.mark.requirement("tls_errors")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers import NOW, SALT, WALL
+from tests.helpers import NOW, SALT, WALL, ConnectionPair, small_registry
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, Welcomed
+from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.wire.decoder import FrameDecoder
@@ -86,6 +87,13 @@ class ClientHarness:
         )
 
 
+def pair_in_session(settings: ConnectionSettings) -> ConnectionPair:
+    """Return a connection with one session, which never becomes idle."""
+    pair = ConnectionPair(small_registry(idle_timeout_ms=None), settings)
+    pair.login()
+    return pair
+
+
 def ended(events: list[ClientEvent]) -> ConnectionEnded:
     """Return the last event, which must be the end of the connection."""
     event = events[-1]
@@ -108,5 +116,5 @@ def count_checks(registry: SessionRegistry) -> tuple[list[bytes], list[str]]:
         return check_again(session, wall)
 
     # The tests make connections with the registry before they know when to count, so it cannot be a subclass.
-    registry.check, registry.check_again = recorded, recorded_again  # type: ignore[method-assign]
+    registry.check, registry.check_again = recorded, recorded_again
     return looked_up, again

@@ -81,7 +81,7 @@ class Ends:
         for event in self.server.receive_data(data, WALL, self.now):
             assert not isinstance(event, ConnectionEnded), event
             if event.__class__ is tuple:
-                self.answer_request(*event)  # type: ignore[misc]  # the only bare tuple
+                self.answer_request(*event)  # the only bare tuple
             elif isinstance(event, CallEnded):
                 self.ended(event)
         self.to_client += self.server.data_to_send()

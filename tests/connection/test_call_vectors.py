@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.connection.test_server_vectors import pieces_of, registry_of
+from tests.connection.test_server_vectors import pieces_of, server_in
 from tests.helpers import NOW
 from tests.wire.vectors import Vector, document, typed
 from zcproto.connection.client import ClientConnection
-from zcproto.connection.events import CallEnded, CallReceived, CallWithdrawn, ConnectionEnded, Request
-from zcproto.connection.server import ServerConnection
+from zcproto.connection.events import CallEnded, CallReceived, CallWithdrawn, ConnectionEnded
 from zcproto.connection.server_calls import encode_call
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import Code
@@ -27,7 +26,7 @@ from zcproto.wire.frame import (
     accepted_with_calls,
     encode_frame,
 )
-from zcproto.wire.message import NO_META, decode_error, encode_request
+from zcproto.wire.message import decode_error, encode_request
 
 VECTORS = {vector["name"]: vector for vector in document("streaming/calls")["vectors"]}
 Outcome = dict[str, Any]
@@ -53,18 +52,13 @@ class Receiver:
 class ServerReceiver(Receiver):
     def __init__(self, vector: Vector) -> None:
         super().__init__(vector)
-        registry, sessions = registry_of(self.tokens, self.wall)
         calls, streams = self.announced["calls"], self.announced["streams"]
         settings = ConnectionSettings(
             streams=None if streams is None else StreamLimits(**streams),
             max_calls=0 if calls is None else calls["max"],
         )
-        self.server = server = ServerConnection(settings, registry, salt=self.salt, wall=self.wall, now=NOW)
-        for opened in sessions:
-            server.join(opened.session, opened.token, self.wall, NOW)
-        session = sessions[0].session
-        for number in self.context["in_flight"]:
-            server.hold(Request(number, self.tokens[0], session, "sleep", {}, NO_META), NOW)
+        server, sessions = server_in(self.context, settings)
+        self.server, session = server, sessions[0].session
         if calls is not None:
             server.register(session.id, frozenset({"approve"}), 32)
         body = encode_call("approve", {}, 30.0, None, 1_000)
@@ -81,7 +75,6 @@ class ServerReceiver(Receiver):
                 case CallEnded(call, value, None):
                     self._answered("RESULT", call.number, {"value": typed(value)})
                 case CallEnded(call, _, error):
-                    assert error is not None
                     message = {"code": error.code, "message": error.message, "details": typed(error.details)}
                     self._answered("FAILURE", call.number, message)
                 case ConnectionEnded():

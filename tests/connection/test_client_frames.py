@@ -1,4 +1,4 @@
-"""Test CANCEL, PING, GOAWAY, EVENT and connection errors of a client connection."""
+"""Test requests, answers, sessions and the other frames of a client connection."""
 
 from __future__ import annotations
 
@@ -6,14 +6,32 @@ from typing import Any
 
 import pytest
 
-from tests.connection.helpers import TOKEN, ClientHarness, ended
-from tests.helpers import WALL
-from zcproto.connection.client import UNREQUESTED_BURST, UNREQUESTED_PER_S
-from zcproto.connection.events import ConnectionEnded, EventReceived, GoAwayReceived, ResponseReceived
+from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness, ended
+from tests.helpers import SALT, WALL
+from zcproto.connection.client import MAX_FRAME_BEFORE_SESSION, UNREQUESTED_BURST, UNREQUESTED_PER_S
+from zcproto.connection.events import (
+    ClientEvent,
+    ConnectionEnded,
+    ErrorReceived,
+    EventReceived,
+    GoAwayReceived,
+    ResponseReceived,
+)
 from zcproto.connection.state import State
-from zcproto.errors import Code, ConnectionClosed, Unavailable
-from zcproto.wire.frame import CANCEL, ERROR, EVENT, GOAWAY, NO_TOKEN, PING, PONG, REQUEST, RESPONSE
-from zcproto.wire.message import encode_body, encode_error
+from zcproto.errors import Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable
+from zcproto.wire.frame import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    GOAWAY,
+    MAX_STREAM,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESPONSE,
+)
+from zcproto.wire.message import decode_request, encode_body, encode_error
 
 
 def test_cancel_has_token_of_its_request_and_awaits_the_answer(harness: ClientHarness) -> None:
@@ -182,3 +200,229 @@ def test_frame_after_fatal_error_in_same_read_is_ignored(harness: ClientHarness)
         RESPONSE, stream, b"\x01"
     )
     assert harness.receive_data(data) == [ConnectionEnded(Code.REPLAYED, "x")]
+
+
+def test_request_frame_has_salt_counter_token_and_meta(harness: ClientHarness) -> None:
+    harness.request("add", {"a": 1}, token=TOKEN, meta={"deadline_ms": 5})
+    harness.request("time")
+    first, second = harness.sent()
+    assert first[1:7] == (REQUEST, 1, WALL, SALT, 1, TOKEN)
+    assert decode_request(first[7])[:2] == ("add", {"a": 1})
+    assert decode_request(first[7])[2].deadline_ms == 5
+    assert second[1:7] == (REQUEST, 2, WALL, SALT, 2, NO_TOKEN)
+
+
+def test_out_of_order_answers_are_matched_by_stream(harness: ClientHarness) -> None:
+    one, two = harness.request(), harness.request()
+    data = harness.frame(RESPONSE, two, b"\x02") + harness.frame(RESPONSE, one, b"\x01")
+    assert harness.receive_data(data) == [ResponseReceived(two, 2), ResponseReceived(one, 1)]
+    assert len(harness.client.in_flight) == 0
+
+
+def test_answers_received_byte_by_byte_are_the_same(harness: ClientHarness) -> None:
+    one, two = harness.request(), harness.request()
+    data = harness.frame(RESPONSE, two, b"\x02") + harness.frame(ERROR, one, encode_error(5, "no"))
+    events = [event for byte in data for event in harness.receive_data(bytes([byte]))]
+    assert events == [ResponseReceived(two, 2), ErrorReceived(one, 5, "no", {})]
+
+
+@pytest.mark.parametrize("head", [RESPONSE, ERROR])
+def test_answer_for_unknown_stream_is_dropped_and_counted(harness: ClientHarness, head: int) -> None:
+    body = encode_error(5, "no")
+    assert harness.receive_frame(head, 9, body) == []
+    stream = harness.request()
+    harness.receive_frame(head, stream, body)
+    assert harness.receive_frame(head, stream, body) == []
+    assert harness.client.dropped_unknown == 2
+    assert harness.client.state is State.OPEN
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x92\x01", b"\x01\x02", b"\x81\x01\x01", b"\xd4\x01\x00"])
+def test_malformed_response_fails_only_its_own_request(harness: ClientHarness, body: bytes) -> None:
+    one, two = harness.request(), harness.request()
+    (event,) = harness.receive_frame(RESPONSE, one, body)
+    assert isinstance(event, ErrorReceived)
+    assert (event.stream, event.code) == (one, Code.INTERNAL)
+    assert harness.receive_frame(RESPONSE, two, b"\x01") == [ResponseReceived(two, 1)]
+
+
+@pytest.mark.parametrize("body", [b"", encode_body([5]), encode_body(["5", "x"]), encode_body([5, "x", []])])
+def test_malformed_error_fails_its_request_with_internal(harness: ClientHarness, body: bytes) -> None:
+    stream = harness.request()
+    (event,) = harness.receive_frame(ERROR, stream, body)
+    assert isinstance(event, ErrorReceived)
+    assert event.code == Code.INTERNAL
+    assert harness.client.state is State.OPEN
+
+
+def test_answer_nested_too_deeply_fails_its_request() -> None:
+    harness = ClientHarness(WELCOME_MAP, max_depth=3)
+    stream = harness.request()
+    assert harness.receive_frame(RESPONSE, stream, encode_body([[[1]]])) == [
+        ResponseReceived(stream, [[[1]]])
+    ]
+    stream = harness.request()
+    (event,) = harness.receive_frame(RESPONSE, stream, encode_body([[[[1]]]]))
+    assert isinstance(event, ErrorReceived)
+
+
+def test_requests_in_flight_are_limited_to_max_streams(harness: ClientHarness) -> None:
+    streams = [harness.request() for _ in range(4)]
+    with pytest.raises(ResourceExhausted):
+        harness.request()
+    harness.receive_frame(RESPONSE, streams[2], b"\xc0")
+    harness.request()
+
+
+def test_request_with_unserializable_value_is_not_sent(harness: ClientHarness) -> None:
+    with pytest.raises(InvalidArgument):
+        harness.request("echo", {"x": object()})
+    assert len(harness.client.in_flight) == 0
+    assert harness.client.data_to_send() == b""
+
+
+def test_stream_ids_wrap_around_and_skip_those_in_flight(harness: ClientHarness) -> None:
+    first = harness.request()
+    second = harness.request()
+    harness.client._next_stream = MAX_STREAM - 1
+    assert harness.request() == MAX_STREAM - 1
+    assert harness.request() == MAX_STREAM
+    harness.receive_frame(RESPONSE, MAX_STREAM, b"\xc0")
+    assert harness.request() == 3
+    harness.receive_frame(RESPONSE, second, b"\xc0")
+    harness.client._next_stream = MAX_STREAM - 1
+    assert harness.request() == MAX_STREAM
+    harness.receive_frame(RESPONSE, MAX_STREAM - 1, b"\xc0")
+    harness.client._next_stream = MAX_STREAM
+    assert harness.request() == 2
+    assert first == 1
+
+
+def test_queued_bytes_counts_unsent_frames(harness: ClientHarness) -> None:
+    assert harness.client.queued_bytes == 0
+    harness.request("echo", {"x": bytes(1_000)})
+    assert 1_000 < harness.client.queued_bytes < 1_200
+    harness.client.data_to_send()
+    assert harness.client.queued_bytes == 0
+
+
+def body_of(size: int) -> dict[str, Any]:
+    """Return params whose request frame has this length."""
+    overhead = 64 + len(encode_body(["echo", {"x": bytes(70_000)}])) - 70_000
+    return {"x": bytes(size - overhead)}
+
+
+def test_send_limit_is_16_kib_without_session_and_max_frame_with_one(harness: ClientHarness) -> None:
+    assert not harness.client.has_session
+    params = {"x": bytes(MAX_FRAME_BEFORE_SESSION - 64 - 12)}
+    harness.request("echo", params, token=TOKEN)
+    with pytest.raises(InvalidArgument) as caught:
+        harness.request("echo", {"x": bytes(MAX_FRAME_BEFORE_SESSION)}, token=TOKEN)
+    assert caught.value.details["limit"] == MAX_FRAME_BEFORE_SESSION
+    assert caught.value.details["size"] > MAX_FRAME_BEFORE_SESSION
+    assert len(harness.client.in_flight) == 1
+
+    harness.receive_frame(RESPONSE, 1, b"\xc0")
+    assert harness.client.has_session
+    harness.request("echo", body_of(WELCOME_MAP["max_frame"]), token=TOKEN)
+    assert harness.sent()[-1][0] == WELCOME_MAP["max_frame"]
+    with pytest.raises(InvalidArgument) as caught:
+        harness.request("echo", body_of(WELCOME_MAP["max_frame"] + 1), token=TOKEN)
+    assert caught.value.details["limit"] == WELCOME_MAP["max_frame"]
+
+
+def test_send_limit_follows_smaller_server_max_frame() -> None:
+    harness = ClientHarness(WELCOME_MAP | {"max_frame": 200})
+    harness.request("echo", {"x": bytes(100)})
+    with pytest.raises(InvalidArgument):
+        harness.request("echo", {"x": bytes(200)})
+
+
+@pytest.mark.parametrize("method", ["session.open", "session.refresh"])
+def test_session_open_sends_no_token_and_its_result_has_one(harness: ClientHarness, method: str) -> None:
+    stream = harness.request(method, {}, token=TOKEN)
+    assert harness.sent()[0][6] == NO_TOKEN
+    harness.receive_frame(RESPONSE, stream, encode_body({"token": TOKEN}))
+    assert harness.client.has_session
+    harness.client.session_ended(TOKEN)
+    assert not harness.client.has_session
+
+
+@pytest.mark.parametrize(
+    "result", [None, {}, {"token": "text"}, {"token": bytes(31)}, {"token": NO_TOKEN}, []]
+)
+def test_result_without_valid_token_opens_no_session(harness: ClientHarness, result: Any) -> None:
+    stream = harness.request("session.open", {})
+    harness.receive_frame(RESPONSE, stream, encode_body(result))
+    assert not harness.client.has_session
+
+
+def test_accepted_token_counts_as_session_until_it_ends(harness: ClientHarness) -> None:
+    for _ in range(3):
+        harness.receive_frame(RESPONSE, harness.request(token=TOKEN), b"\xc0")
+        assert harness.client.has_session
+    harness.client.session_ended(TOKEN)
+    assert not harness.client.has_session
+
+
+def test_repr_of_event_hides_token() -> None:
+    events: list[ClientEvent] = [ResponseReceived(1, {"token": TOKEN}), EventReceived("a", None, TOKEN, b"")]
+    assert "kkkk" not in repr(events)
+
+
+def test_answer_of_public_method_does_not_confirm_session(harness: ClientHarness) -> None:
+    harness.receive_frame(RESPONSE, harness.request("server.info"), b"\xc0")
+    assert not harness.client.has_session
+
+
+@pytest.mark.parametrize(
+    "code", [Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED]
+)
+def test_refused_token_ends_session(harness: ClientHarness, code: Code) -> None:
+    harness.receive_frame(RESPONSE, harness.request(token=TOKEN), b"\xc0")
+    harness.receive_frame(ERROR, harness.request(token=TOKEN), encode_error(Code.NOT_FOUND, "x"))
+    assert harness.client.has_session
+    harness.receive_frame(ERROR, harness.request(token=TOKEN), encode_error(code, "x"))
+    assert not harness.client.has_session
+    assert harness.client.send_limit == MAX_FRAME_BEFORE_SESSION
+
+
+def test_session_revoked_event_ends_session(harness: ClientHarness) -> None:
+    harness.receive_frame(RESPONSE, harness.request(token=TOKEN), b"\xc0")
+    body = encode_body(["session.revoked", {"reason": "operator"}])
+    assert harness.receive_frame(EVENT, 0, body, token=TOKEN) == [
+        EventReceived("session.revoked", {"reason": "operator"}, TOKEN, body)
+    ]
+    assert not harness.client.has_session
+
+
+# --- showing a token ----------------------------------------------------------------------------------
+
+
+def test_token_is_shown_beyond_the_limit_of_requests_and_after_goaway(harness: ClientHarness) -> None:
+    for _ in range(WELCOME_MAP["max_streams"]):
+        harness.request("echo")
+    with pytest.raises(ResourceExhausted):
+        harness.request("echo")
+    streams = [harness.client.show(TOKEN, harness.wall)]
+    harness.receive_frame(GOAWAY, 0, encode_body({"reason": "draining", "retry_after_ms": 0}))
+    with pytest.raises(Unavailable):
+        harness.request("echo")
+    streams.append(harness.client.show(TOKEN, harness.wall))
+    *_, first, second = harness.sent()
+    assert [frame[2] for frame in (first, second)] == streams
+    assert {frame[6] for frame in (first, second)} == {TOKEN}
+    assert {decode_request(frame[7])[0] for frame in (first, second)} == {"session.info"}
+    assert set(streams) <= set(harness.client.in_flight)
+
+
+def test_token_is_shown_on_a_stream_that_is_not_in_flight(harness: ClientHarness) -> None:
+    harness.request("echo")
+    harness.client._next_stream = 1  # as after 2^32 requests
+    assert harness.client.show(TOKEN, harness.wall) == 2
+
+
+def test_token_is_not_shown_after_the_end(harness: ClientHarness) -> None:
+    harness.client.end()
+    with pytest.raises(ConnectionClosed):
+        harness.client.show(TOKEN, harness.wall)

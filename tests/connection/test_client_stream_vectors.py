@@ -24,13 +24,7 @@ from tests.wire.vectors import Vector, document, typed
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.credit import SendCredit
-from zcproto.connection.events import (
-    ConnectionEnded,
-    ErrorReceived,
-    ItemReceived,
-    ResponseReceived,
-    Welcomed,
-)
+from zcproto.connection.events import ConnectionEnded, ErrorReceived, ItemReceived, ResponseReceived, Welcomed
 from zcproto.errors import Code, InternalError
 from zcproto.wire.frame import CANCEL, HEADER, NO_TOKEN, WELCOME, encode_frame
 from zcproto.wire.message import encode_body

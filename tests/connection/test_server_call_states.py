@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.helpers import NOW, SALT, WALL, small_registry
-from zcproto.connection.events import CallEnded, ConnectionEnded, GoAwayReason, ServerEvent
+from tests.connection.helpers import pair_in_session
+from tests.helpers import NOW, SALT, WALL, ConnectionPair, small_registry
+from zcproto.connection.events import CallEnded, ConnectionEnded, GoAwayReason
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_calls import ServerCall, ServerCallState, encode_call
+from zcproto.connection.server_calls import ServerCallState, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import (
     Code,
@@ -25,65 +25,23 @@ from zcproto.errors import (
     UnknownError,
     ZcprotoError,
 )
-from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import (
-    CALL,
-    ERROR,
-    FAILURE,
-    NO_TOKEN,
-    PING,
-    REQUEST,
-    RESULT,
-    WITHDRAW,
-    RawFrame,
-    Side,
-    accepted_with_calls,
-    encode_frame,
-)
-from zcproto.wire.message import decode_request, encode_body, encode_error, encode_request
+from zcproto.wire.frame import CALL, ERROR, FAILURE, NO_TOKEN, RESULT, WITHDRAW, encode_frame
+from zcproto.wire.message import decode_request, encode_body, encode_error
 
 NONE, WAITING, WITHDRAWN = ServerCallState.NONE, ServerCallState.WAITING, ServerCallState.WITHDRAWN
 SETTINGS = ConnectionSettings(max_calls=4)
 TIMEOUT = 30.0
 
 
-class CallPair:
-    """A server and a scripted client that handles `approve` for one session, three calls at once."""
+def call_pair(settings: ConnectionSettings = SETTINGS) -> ConnectionPair:
+    """Return a connection whose client handles `approve` for its session, three calls at once."""
+    pair = pair_in_session(settings)
+    pair.server.register(pair.opened.session.id, frozenset({"approve"}), 3)
+    return pair
 
-    def __init__(self, settings: ConnectionSettings = SETTINGS) -> None:
-        self.registry = registry = small_registry(idle_timeout_ms=None)
-        self.opened = registry.open("ada", client="", address="", wall=WALL)
-        self.session_id = self.opened.session.id
-        self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
-        self.server.join(self.opened.session, self.opened.token, WALL, NOW)
-        self.server.register(self.session_id, frozenset({"approve"}), 3)
-        self.wall, self.now = WALL, NOW
-        self._counter = itertools.count(1)
-        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
-        self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
-        self.sent()
 
-    def frame(
-        self, head: int, number: int = 1, body: bytes = b"", *, token: bytes | None = None, late_ms: int = 0
-    ) -> bytes:
-        token = self.opened.token if token is None else token
-        return encode_frame(head, number, self.wall - late_ms, SALT, next(self._counter), token, body)
-
-    def receive(self, data: bytes) -> list[ServerEvent]:
-        return list(self.server.receive_data(data, self.wall, self.now))
-
-    def call(self, method: str = "approve", timeout: float = TIMEOUT) -> ServerCall:
-        body = encode_call(method, {"tool": "shell"}, timeout, None, self.server.settings.max_body)
-        return self.server.call(
-            self.session_id, method, body, timeout_s=timeout, wall=self.wall, now=self.now
-        )
-
-    def sent(self) -> list[RawFrame]:
-        self._decoder.feed(self.server.data_to_send())
-        return [*self._decoder.frames()]
-
-    def heads(self) -> list[int]:
-        return [frame[1] for frame in self.sent()]
+def heads(pair: ConnectionPair) -> list[int]:
+    return [answer.raw[1] for answer in pair.answers()]
 
 
 class Case(NamedTuple):
@@ -98,33 +56,33 @@ class Row:
     """A call in a state; `freed`: it waits, although a stale answer has freed its number."""
 
     def __init__(self, state: str) -> None:
-        self.pair = pair = CallPair()
+        self.pair = pair = call_pair()
         self.call = pair.call()
         if state == "freed":
-            pair.receive(pair.frame(RESULT, body=encode_body(1), late_ms=30_001))
+            pair.send(pair.frame(RESULT, 1, encode_body(1), late_ms=30_001))
         if state == "withdrawn":
             pair.server.withdraw(self.call, WALL)
         if state == "none":
-            pair.receive(pair.frame(RESULT, body=encode_body(1)))
-        pair.sent()
+            pair.send(pair.frame(RESULT, 1, encode_body(1)))
+        pair.answers()
 
 
-def frame(head: int, body: bytes, **fields: int | bytes) -> Callable[[Row], list[ServerEvent]]:
-    return lambda row: row.pair.receive(row.pair.frame(head, body=body, **fields))  # type: ignore[arg-type]
+def frame(head: int, body: bytes, **fields: int | bytes) -> Callable[[Row], list[Any]]:
+    return lambda row: row.pair.send(row.pair.frame(head, 1, body, **fields))
 
 
-def deadline(row: Row) -> list[ServerEvent]:
-    row.pair.now += TIMEOUT
-    return row.pair.server.handle_timeout(WALL, row.pair.now)
+def deadline(row: Row) -> list[Any]:
+    row.pair.clock.now_s += TIMEOUT
+    return row.pair.timeout()
 
 
-def cancel(row: Row) -> list[ServerEvent]:
+def cancel(row: Row) -> list[Any]:
     row.pair.server.withdraw(row.call, WALL)
     return []
 
 
-def end_session(row: Row) -> list[ServerEvent]:
-    row.pair.server.withdraw_session(row.pair.session_id, WALL)
+def end_session(row: Row) -> list[Any]:
+    row.pair.server.withdraw_session(row.pair.opened.session.id, WALL)
     return []
 
 
@@ -178,7 +136,7 @@ def test_state_and_input_give_next_state_and_action(state: str, given: str) -> N
     row = Row(state)
     events, expected = INPUTS[given](row), TABLE[state][given]
     assert row.call.state is expected.next
-    assert tuple(row.pair.heads()) == expected.sent
+    assert tuple(heads(row.pair)) == expected.sent
     outcomes = [
         (event.call, event.value if event.error is None else type(event.error))
         for event in events
@@ -189,86 +147,86 @@ def test_state_and_input_give_next_state_and_action(state: str, given: str) -> N
 
 
 def test_call_has_the_newest_token_the_deadline_and_the_traceparent() -> None:
-    pair = CallPair()
+    pair = call_pair()
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     newer = pair.registry.refresh(pair.opened.refresh_token, client="", address="", wall=WALL)
     pair.server.join(newer.session, newer.token, WALL, NOW)
     body = encode_call("approve", {"tool": "shell"}, 0.0015, trace, 1_000)
-    pair.server.call(pair.session_id, "approve", body, timeout_s=0.0015, wall=WALL, now=NOW)
-    ((_, head, number, _, _, _, token, body),) = pair.sent()
-    assert (head, number, token) == (CALL, 1, newer.token)
-    method, params, meta = decode_request(body)
+    pair.server.call(pair.opened.session.id, "approve", body, timeout_s=0.0015, wall=WALL, now=NOW)
+    answer = pair.answer()
+    assert (answer.raw[1], answer.stream, answer.token) == (CALL, 1, newer.token)
+    method, params, meta = decode_request(answer.body)
     assert (method, params, meta.deadline_ms, meta.traceparent) == ("approve", {"tool": "shell"}, 2, trace)
 
 
 def test_numbers_grow_and_skip_those_in_flight() -> None:
-    pair = CallPair()
+    pair = call_pair()
     calls = pair.server._calls
     assert calls is not None
     assert [pair.call().number, pair.call().number] == [1, 2]
-    pair.receive(pair.frame(RESULT, 1, encode_body(None)))
+    pair.send(pair.frame(RESULT, 1, encode_body(None)))
     calls._next_number = 2**32 - 1
     assert pair.call().number == 2**32 - 1
-    pair.receive(pair.frame(RESULT, 2**32 - 1, encode_body(None)))
+    pair.send(pair.frame(RESULT, 2**32 - 1, encode_body(None)))
     assert pair.call().number == 1
     assert pair.call().number == 3  # 2 is in flight
     calls._next_number = 3
-    pair.receive(pair.frame(RESULT, 1, encode_body(None)))
+    pair.send(pair.frame(RESULT, 1, encode_body(None)))
     calls._in_flight[2**32 - 1] = calls._in_flight[3]
     calls._next_number = 2**32 - 1
     assert pair.call().number == 1
 
 
-def expect(error: type[ZcprotoError], pair: CallPair, method: str = "approve") -> dict[str, object]:
+def expect(error: type[ZcprotoError], pair: ConnectionPair, method: str = "approve") -> dict[str, object]:
     with pytest.raises(error) as caught:
         pair.call(method)
-    assert pair.sent() == []
-    return caught.value.details  # type: ignore[no-any-return,attr-defined]
+    assert pair.answers() == []
+    return caught.value.details
 
 
 def test_method_that_is_not_registered_is_unavailable() -> None:
-    pair = CallPair()
+    pair = call_pair()
     expect(Unavailable, pair, "other")
-    pair.server.register(pair.session_id, frozenset(), 3)
+    pair.server.register(pair.opened.session.id, frozenset(), 3)
     expect(Unavailable, pair)
-    pair.server.register(pair.session_id, frozenset({"other"}), 3)
+    pair.server.register(pair.opened.session.id, frozenset({"other"}), 3)
     assert pair.call("other").number == 1
-    pair.server.leave(pair.session_id, NOW)
-    pair.sent()
+    pair.server.leave(pair.opened.session.id, NOW)
+    pair.answers()
     expect(Unavailable, pair, "other")
 
 
 def test_registration_that_is_kept_holds_again_after_a_refresh() -> None:
-    pair = CallPair()
+    pair = call_pair()
     call = pair.call()
-    pair.server.leave(pair.session_id, NOW)
-    assert pair.server.withdraw_session(pair.session_id, WALL, is_kept=True) == [call]
-    assert pair.heads() == [CALL, WITHDRAW]
+    pair.server.leave(pair.opened.session.id, NOW)
+    assert pair.server.withdraw_session(pair.opened.session.id, WALL, is_kept=True) == [call]
+    assert heads(pair) == [CALL, WITHDRAW]
     expect(Unavailable, pair)
-    assert pair.server.registered_sessions == [pair.session_id]
+    assert pair.server.registered_sessions == [pair.opened.session.id]
     newer = pair.registry.refresh(pair.opened.refresh_token, client="", address="", wall=WALL)
     pair.server.join(newer.session, newer.token, WALL, NOW)
     pair.call()
-    assert [frame[6] for frame in pair.sent()] == [newer.token]
-    pair.receive(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
+    assert [answer.token for answer in pair.answers()] == [newer.token]
+    pair.send(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
     assert [pair.call(), pair.call()]
-    pair.sent()
+    pair.answers()
     assert expect(ResourceExhausted, pair) == {"limit": 3}, "calls of before the expiry count until they end"
 
 
 def test_registration_of_nothing_is_not_kept() -> None:
-    pair = CallPair()
-    pair.server.register(pair.session_id, frozenset(), 3)
+    pair = call_pair()
+    pair.server.register(pair.opened.session.id, frozenset(), 3)
     for _ in range(2):
-        assert pair.server.withdraw_session(pair.session_id, WALL, is_kept=True) == []
+        assert pair.server.withdraw_session(pair.opened.session.id, WALL, is_kept=True) == []
         assert pair.server.registered_sessions == []
 
 
 def test_session_that_registered_elsewhere_is_unavailable() -> None:
-    pair = CallPair()
+    pair = call_pair()
     other = pair.registry.open("bob", client="", address="", wall=WALL)
     pair.server.join(other.session, other.token, WALL, NOW)
-    pair.session_id = other.session.id
+    pair.opened = other
     expect(Unavailable, pair)
     fresh = ServerConnection(SETTINGS, pair.registry, salt=SALT, wall=WALL, now=NOW)
     fresh.join(other.session, other.token, WALL, NOW)
@@ -276,47 +234,47 @@ def test_session_that_registered_elsewhere_is_unavailable() -> None:
     pair.server = fresh
     expect(Unavailable, pair)
     assert not fresh.has_calls
-    assert fresh.withdraw_session(pair.session_id, WALL) == []
+    assert fresh.withdraw_session(pair.opened.session.id, WALL) == []
     assert fresh.registered_sessions == []
 
 
 def test_ended_connection_is_unavailable_and_withdraws_nothing() -> None:
-    pair = CallPair()
+    pair = call_pair()
     call = pair.call()
-    pair.sent()
+    pair.answers()
     pair.server.end()
     expect(Unavailable, pair)
     assert pair.server.withdraw(call, WALL)
-    assert pair.sent() == []
+    assert pair.answers() == []
 
 
 def test_calls_beyond_the_limit_of_the_client_or_the_server_are_refused() -> None:
-    pair = CallPair()
+    pair = call_pair()
     calls = [pair.call() for _ in range(3)]
-    pair.sent()
+    pair.answers()
     assert expect(ResourceExhausted, pair) == {"limit": 3}
     pair.server.withdraw(calls[0], WALL)
-    pair.sent()
+    pair.answers()
     assert expect(ResourceExhausted, pair) == {"limit": 3}, "its number is in flight"
-    pair.receive(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
-    pair.receive(pair.frame(RESULT, 2, encode_body(1), late_ms=30_001))
+    pair.send(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
+    pair.send(pair.frame(RESULT, 2, encode_body(1), late_ms=30_001))
     pair.call()
-    pair.sent()
+    pair.answers()
     assert expect(ResourceExhausted, pair) == {"limit": 3}, "one waits for its deadline"
-    pair.server.register(pair.session_id, frozenset({"approve"}), 100)
+    pair.server.register(pair.opened.session.id, frozenset({"approve"}), 100)
     pair.call()
-    pair.sent()
+    pair.answers()
     assert expect(ResourceExhausted, pair) == {"limit": 4}
 
 
 def test_calls_are_refused_while_an_ended_session_has_some_in_flight() -> None:
-    pair = CallPair(replace(SETTINGS, max_calls=1))
+    pair = call_pair(replace(SETTINGS, max_calls=1))
     pair.call()
-    pair.server.withdraw_session(pair.session_id, WALL)
-    pair.sent()
-    pair.server.register(pair.session_id, frozenset({"approve"}), 3)
+    pair.server.withdraw_session(pair.opened.session.id, WALL)
+    pair.answers()
+    pair.server.register(pair.opened.session.id, frozenset({"approve"}), 3)
     assert expect(ResourceExhausted, pair) == {"limit": 1}
-    pair.receive(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
+    pair.send(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
     pair.call()
 
 
@@ -331,20 +289,20 @@ def test_timeout_without_end_fits_the_wire() -> None:
 
 
 def test_deadlines_of_calls_are_deadlines_of_the_connection() -> None:
-    pair = CallPair(replace(SETTINGS, idle_timeout_s=10_000.0))
+    pair = call_pair(replace(SETTINGS, idle_timeout_s=10_000.0))
     pair.server.next_deadline()
     pair.call(timeout=20.0)
     assert pair.server.deadline_moved
     pair.call(timeout=10.0)
     assert pair.server.next_deadline() == NOW + 10.0
     assert pair.server.handle_timeout(WALL, NOW + 9.9) == []
-    pair.now += 10.0
-    assert [type(event) for event in pair.server.handle_timeout(WALL, pair.now)] == [CallEnded]
+    pair.clock.now_s += 10.0
+    assert [type(event) for event in pair.timeout()] == [CallEnded]
     assert pair.server.next_deadline() == NOW + 20.0
 
 
 def test_connection_with_a_call_is_not_idle() -> None:
-    pair = CallPair(replace(SETTINGS, idle_timeout_s=10.0))
+    pair = call_pair(replace(SETTINGS, idle_timeout_s=10.0))
     pair.call(timeout=15.0)
     assert pair.server.handle_timeout(WALL, NOW + 10.0) == []
     assert pair.server.next_deadline() == NOW + 15.0
@@ -353,22 +311,22 @@ def test_connection_with_a_call_is_not_idle() -> None:
 
 
 def test_calls_go_on_after_goaway() -> None:
-    pair = CallPair()
+    pair = call_pair()
     first = pair.call()
     pair.server.go_away(GoAwayReason.DRAINING, 1_000, WALL)
     pair.call()
-    assert [event.call for event in pair.receive(pair.frame(RESULT, 1, encode_body(1)))] == [first]  # type: ignore[union-attr]
+    assert [event.call for event in pair.send(pair.frame(RESULT, 1, encode_body(1)))] == [first]
     assert pair.server.has_calls
 
 
 def test_answers_that_answer_nothing_are_counted_and_slow_the_peer_down() -> None:
-    pair = CallPair()
+    pair = call_pair()
     call = pair.call()
     pair.server.withdraw(call, WALL)
-    assert pair.receive(pair.frame(RESULT, 1, encode_body(1))) == []
+    assert pair.send(pair.frame(RESULT, 1, encode_body(1))) == []
     assert (pair.server.totals.dropped_answers, pair.server.wasted) == (1, 0)
-    assert pair.receive(pair.frame(RESULT, 1, encode_body(1))) == []
-    assert pair.receive(pair.frame(FAILURE, 7, b"")) == []
+    assert pair.send(pair.frame(RESULT, 1, encode_body(1))) == []
+    assert pair.send(pair.frame(FAILURE, 7, b"")) == []
     assert (pair.server.totals.dropped_answers, pair.server.wasted) == (3, 2)
 
 
@@ -383,22 +341,21 @@ def test_answers_without_registration_are_dropped() -> None:
 
 
 def test_ten_stale_answers_in_a_row_end_the_connection() -> None:
-    pair = CallPair()
-    events: list[ServerEvent] = []
+    pair = call_pair()
+    events: list[Any] = []
     for number in range(10):
-        events += pair.receive(pair.frame(RESULT, number + 1, encode_body(1), late_ms=30_001))
+        events += pair.send(pair.frame(RESULT, number + 1, encode_body(1), late_ms=30_001))
     assert [type(event) for event in events] == [ConnectionEnded]
-    assert pair.heads() == [ERROR]
+    assert heads(pair) == [ERROR]
 
 
 def test_request_and_call_with_one_number_are_both_answered() -> None:
-    pair = CallPair()
+    pair = call_pair()
     call = pair.call()
-    (raw,) = pair.receive(pair.frame(REQUEST, 1, encode_request("echo", {})))
-    assert raw.__class__ is tuple
-    (ended,) = pair.receive(pair.frame(RESULT, 1, encode_body(7)))
+    pair.get(pair.request(1))
+    (ended,) = pair.send(pair.frame(RESULT, 1, encode_body(7)))
     assert isinstance(ended, CallEnded)
     assert (ended.call, ended.value) == (call, 7)
     assert "number=1" in repr(ended)
     assert "7" not in repr(ended)
-    assert list(pair.server.receive_data(pair.frame(PING, 0), WALL, NOW)) == []
+    assert pair.send(pair.ping()) == []

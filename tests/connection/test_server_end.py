@@ -1,4 +1,4 @@
-"""Test WELCOME, GOAWAY, fatal errors, and replayed frames of a server connection."""
+"""Test WELCOME, announcements, GOAWAY, fatal errors, replays and counted refusals of a server connection."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import pytest
 
 from tests.helpers import SALT, WALL, ConnectionPair, FakeClock, small_registry
 from zcproto.connection.events import NEVER, ConnectionEnded, Request
+from zcproto.connection.server import ConnectionTotals, ServerConnection
 from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.connection.state import State
 from zcproto.errors import Code
-from zcproto.wire.frame import NO_TOKEN, RESPONSE, Kind
-from zcproto.wire.message import decode_body
+from zcproto.wire.frame import NO_TOKEN, REQUEST, RESPONSE, Kind
+from zcproto.wire.message import decode_body, decode_event, encode_body, encode_request
 
 # --- WELCOME --------------------------------------------------------------------------------------------
 
@@ -208,3 +209,90 @@ def test_immediate_response_on_closed_connection_is_dropped() -> None:
     pair.server.end()
     pair.server.outbox.send(RESPONSE, request.stream, request.token, b"\x01", pair.clock.wall())
     assert pair.server.data_to_send() == b""
+
+
+PINS = {"pins": ["sha256/" + "A" * 43 + "="], "from": WALL + 1}
+BODY = encode_body(["pins.next", PINS])
+
+
+def test_announcement_has_no_token_and_needs_no_session(pair: ConnectionPair) -> None:
+    pair.server.announce(BODY, WALL)
+    answer = pair.answer()
+    assert (answer.kind, answer.stream, answer.token) == (Kind.EVENT, 0, NO_TOKEN)
+    assert decode_event(answer.body, 32) == ("pins.next", PINS)
+
+
+def test_announcements_have_increasing_counters(pair: ConnectionPair) -> None:
+    pair.server.announce(BODY, WALL)
+    pair.server.announce(BODY, WALL)
+    first, second = pair.answers()
+    assert (first.counter, second.counter) == (1, 2)
+
+
+def test_closed_connection_gets_no_announcement(pair: ConnectionPair) -> None:
+    pair.server.end()
+    pair.server.announce(BODY, WALL)
+    assert pair.answers() == []
+
+
+Counts = dict[tuple[str, int], int]
+
+
+def counting_pair() -> tuple[ConnectionPair, Counts]:
+    """Return a connection and its counters of refusals."""
+    counts: Counts = {}
+    return pair_counting_in(counts), counts
+
+
+def pair_counting_in(counts: Counts) -> ConnectionPair:
+    """Return a connection that counts refusals in `counts`."""
+    pair = ConnectionPair()
+    pair.server = ServerConnection(
+        pair.settings,
+        pair.registry,
+        salt=SALT,
+        wall=pair.clock.wall(),
+        now=pair.clock.now(),
+        totals=ConnectionTotals(counts),
+    )
+    return pair
+
+
+def echo(pair: ConnectionPair, **fields: object) -> bytes:
+    return pair.frame(REQUEST, 1, encode_request("echo", None), **fields)
+
+
+def test_refused_frames_are_counted_by_cause_and_code() -> None:
+    pair, counts = counting_pair()
+    pair.login()
+    pair.send(echo(pair, timestamp=pair.clock.wall() - 60_000))
+    pair.send(echo(pair, token=b"?" * 32))
+    pair.send(pair.frame(REQUEST, 1, b"\xc1"))
+    pair.send(pair.frame(REQUEST, 1, encode_request("echo", None, {"deadline_ms": 0})))
+    pair.send(pair.frame(REQUEST, 1, bytes(20_000), token=NO_TOKEN))
+    pair.server.go_away("draining", 1_000, pair.clock.wall())
+    pair.send(echo(pair))
+    assert counts == {
+        ("stale", Code.STALE_TIMESTAMP): 1,
+        ("token", Code.UNAUTHENTICATED): 1,
+        ("malformed", Code.INVALID_ARGUMENT): 1,
+        ("deadline", Code.DEADLINE_EXCEEDED): 1,
+        ("too_large_without_session", Code.UNAUTHENTICATED): 1,
+        ("draining", Code.UNAVAILABLE): 1,
+    }
+
+
+def test_accepted_frame_is_not_counted() -> None:
+    pair, counts = counting_pair()
+    pair.login()
+    (event,) = pair.send(echo(pair))
+    assert event is not None
+    assert counts == {}
+
+
+def test_connections_can_share_refusal_counts() -> None:
+    counts: Counts = {}
+    for number in (1, 2):
+        pair = pair_counting_in(counts)
+        pair.send(echo(pair, token=b"?" * 32))
+        assert counts == {("token", Code.UNAUTHENTICATED): number}

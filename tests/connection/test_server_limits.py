@@ -74,9 +74,7 @@ def test_frame_above_1_mib_is_refused_with_session(pair: ConnectionPair) -> None
     assert pair.fatal(header(LARGE + 1, pair.token)).code == Code.FRAME_TOO_LARGE
 
 
-def test_accepted_token_raises_frame_limit_within_same_read(
-    pair: ConnectionPair,
-) -> None:
+def test_accepted_token_raises_frame_limit_within_same_read(pair: ConnectionPair) -> None:
     opened = pair.open_session()
     data = pair.request(1, token=opened.token) + request_of_length(pair, 50_000, opened.token)
     assert len(pair.send(data)) == 3
@@ -109,9 +107,7 @@ def test_frame_limit_rises_again_with_next_session(pair: ConnectionPair) -> None
         pair.refused(pair.request(1))
 
 
-def test_partly_received_large_frame_is_completed_when_session_ends(
-    pair: ConnectionPair,
-) -> None:
+def test_partly_received_large_frame_is_completed_when_session_ends(pair: ConnectionPair) -> None:
     """It was allowed when it began, so only its token is refused and the connection stays open."""
     opened = pair.login()
     data = request_of_length(pair, 100_000)

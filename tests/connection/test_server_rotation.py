@@ -6,15 +6,14 @@ import pytest
 
 from tests.helpers import NOW, ConnectionPair, small_registry
 from zcproto.connection import refusals
-from zcproto.connection.events import RequestEnded, ServerEvent, ServerStream, SessionJoined, SessionLeft
+from zcproto.connection.events import RequestEnded, ServerEvent, SessionJoined, SessionLeft
 from zcproto.connection.server import ROTATION_GRACE_S
-from zcproto.connection.server_calls import encode_call
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import Code, Unavailable
 from zcproto.sessions import OpenedSession
 from zcproto.sessions.token import digest_of
-from zcproto.wire.frame import OPEN, Kind
-from zcproto.wire.message import encode_body, encode_request
+from zcproto.wire.frame import Kind
+from zcproto.wire.message import encode_body
 
 SETTINGS = ConnectionSettings(
     streams=StreamLimits(max_open=4, max_item=1_000),
@@ -22,7 +21,6 @@ SETTINGS = ConnectionSettings(
     idle_timeout_s=86_400.0,
     open_timeout_s=10.0,
 )
-CALL = encode_call("approve", {}, 30.0, None, 1_000)
 
 
 class RotatedPair(ConnectionPair):
@@ -30,16 +28,10 @@ class RotatedPair(ConnectionPair):
 
     def __init__(self, lifetime_ms: int = 3_600_000) -> None:
         super().__init__(small_registry(refresh=True, lifetime_ms=lifetime_ms), SETTINGS)
-        self.opened = self.login()
+        self.login()
         self.server.register(self.opened.session.id, frozenset({"approve"}), 4)
         self.stream = self.open(1)
         self.answers()
-
-    def open(self, stream: int) -> ServerStream:
-        (opened,) = self.send(self.frame(OPEN, stream, encode_request("ticks", {}, {"credit": (9, 9_000)})))
-        assert isinstance(opened, ServerStream)
-        self.server.hold(opened, self.clock.now())
-        return opened
 
     def refresh(self) -> OpenedSession:
         """Refresh the session on another connection."""
@@ -51,16 +43,6 @@ class RotatedPair(ConnectionPair):
 
     def suspend(self, token_digest: bytes) -> bool:
         return self.server.suspend(self.opened.session.id, token_digest, self.clock.wall(), self.clock.now())
-
-    def call(self) -> None:
-        self.server.call(
-            self.opened.session.id,
-            "approve",
-            CALL,
-            timeout_s=30.0,
-            wall=self.clock.wall(),
-            now=self.clock.now(),
-        )
 
     def event(self) -> bool:
         return self.server.send_event(self.opened.session.id, "news", 1, self.clock.wall())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.connection.test_server_vectors import Harness, pieces_of, registry_of, visible_fields
+from tests.connection.test_server_vectors import Harness, pieces_of, server_in, visible_fields
 from tests.helpers import NOW
 from tests.wire.vectors import Vector, document, expected_message, typed
 from zcproto.connection.credit import ItemQueue, SendCredit
@@ -18,12 +18,11 @@ from zcproto.connection.events import (
     RequestEnded,
     ServerStream,
 )
-from zcproto.connection.server import ServerConnection
 from zcproto.connection.server_streams import read_item
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import InvalidArgument
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import NO_TOKEN, PING, Kind, Side, encode_frame
+from zcproto.wire.frame import Kind, Side
 from zcproto.wire.message import NO_META, decode_error, encode_error
 
 VECTORS = {
@@ -41,24 +40,14 @@ class StreamHarness(Harness):
     def __init__(self, vector: Vector) -> None:
         context = vector["context"]
         self.wall = int(context["now"])
-        salt = bytes.fromhex(context["salt"])
-        tokens = tuple(bytes.fromhex(token) for token in context["tokens"])
-        registry, sessions = registry_of(tokens, self.wall)
         announced = context["announced"]["streams"]
         settings = ConnectionSettings(
             max_depth=context["max_depth"],
             tolerance_ms=context["tolerance_ms"],
             streams=None if announced is None else StreamLimits(**announced),
         )
-        self.server = server = ServerConnection(settings, registry, salt=salt, wall=self.wall, now=NOW)
-        for opened in sessions:
-            server.join(opened.session, opened.token, self.wall, NOW)
-        last = int(context["last_counter"])
-        if last:
-            list(server.receive_data(encode_frame(PING, 0, self.wall, salt, last, NO_TOKEN), self.wall, NOW))
-        session = sessions[0].session
-        for number in context["in_flight"]:
-            server.hold(Request(number, tokens[0], session, "sleep", {}, NO_META), NOW)
+        server, sessions = server_in(context, settings)
+        self.server, session = server, sessions[0].session
         for each in context["open"]:
             stream = ServerStream(each["stream"], TOKEN, session, "upload", {}, NO_META)
             stream.credit = SendCredit((each["credit"][0], each["credit"][1]))
@@ -92,7 +81,7 @@ class StreamHarness(Harness):
                 case RequestEnded() | CreditReceived():
                     pass
                 case _:
-                    self._seen("REQUEST", Request(*event), {})  # type: ignore[misc]  # the only other one
+                    self._seen("REQUEST", Request(*event), {})  # the only other one
         self._collect_all()
 
     def _seen(self, kind: str, request: Request, meta: dict[str, Any]) -> None:
@@ -104,7 +93,6 @@ class StreamHarness(Harness):
         self.outcomes.append({**seen, "message": message})
 
     def _take(self, stream: ServerStream) -> None:
-        assert stream.items is not None
         if not stream.items.held:
             self.outcomes.append({"result": "frame", "kind": "END", "stream": stream.stream})
             return
@@ -134,7 +122,6 @@ def expected_fields(outcome: Vector) -> Vector | None:
         return {**visible_fields(outcome), "details": outcome.get("details", {"map": {}})}
     if outcome["kind"] in ("OPEN", "REQUEST"):
         message = expected_message(outcome)
-        assert message is not None
         if message["meta"].get("credit") == [0, 0]:  # the same as none
             del message["meta"]["credit"]
         wanted = {key: outcome[key] for key in ("result", "kind", "stream", "token")}

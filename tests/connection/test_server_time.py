@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import NOW, WALL, ConnectionPair, small_registry
-from zcproto.connection.events import (
-    NEVER,
-    ConnectionEnded,
-    GoAwayReason,
-    RequestEnded,
-    SessionLeft,
-)
+from zcproto.connection.events import NEVER, ConnectionEnded, GoAwayReason, RequestEnded, SessionLeft
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import Code

@@ -33,30 +33,37 @@ def registry_of(tokens: tuple[bytes, ...], wall: int) -> tuple[SessionRegistry, 
     return registry, [registry.open(f"user{n}", client="", address="", wall=wall) for n in range(len(tokens))]
 
 
+def server_in(
+    context: Vector, settings: ConnectionSettings, *, joins: bool = True
+) -> tuple[ServerConnection, list[OpenedSession]]:
+    """Return a server in the state that a vector requires, and its sessions."""
+    wall, salt = int(context["now"]), bytes.fromhex(context["salt"])
+    tokens = tuple(bytes.fromhex(token) for token in context["tokens"])
+    registry, sessions = registry_of(tokens, wall)
+    server = ServerConnection(settings, registry, salt=salt, wall=wall, now=NOW)
+    for opened in sessions if joins else ():
+        server.join(opened.session, opened.token, wall, NOW)
+    if last := int(context.get("last_counter", 0)):
+        ping = encode_frame(PING, 0, wall, salt, last, NO_TOKEN)
+        assert list(server.receive_data(ping, wall, NOW)) == []
+    for stream in context["in_flight"]:
+        server.hold(Request(stream, tokens[0], sessions[0].session, "sleep", {}, NO_META), NOW)
+    return server, sessions
+
+
 class Harness:
     """A server in the state that a vector requires, with an edge that answers each request immediately."""
 
     def __init__(self, vector: Vector) -> None:
         context = vector["context"]
         self.wall = int(context["now"])
-        salt = bytes.fromhex(context["salt"])
-        tokens = tuple(bytes.fromhex(token) for token in context["tokens"])
-        registry, sessions = registry_of(tokens, self.wall)
         settings = ConnectionSettings(
             max_depth=context["max_depth"], tolerance_ms=context["tolerance_ms"], max_frame=1_048_576
         )
-        self.server = server = ServerConnection(settings, registry, salt=salt, wall=self.wall, now=NOW)
-        if context["limit"] > settings.max_frame_before_session:
-            assert context["limit"] == settings.max_frame
-            for opened in sessions:
-                server.join(opened.session, opened.token, self.wall, NOW)
-        last = int(context["last_counter"])
-        if last:
-            ping = encode_frame(PING, 0, self.wall, salt, last, NO_TOKEN)
-            assert list(server.receive_data(ping, self.wall, NOW)) == []
-        for stream in context["in_flight"]:
-            server.hold(Request(stream, tokens[0], sessions[0].session, "sleep", {}, NO_META), NOW)
-        server.data_to_send()
+        has_session = context["limit"] > settings.max_frame_before_session
+        assert not has_session or context["limit"] == settings.max_frame
+        self.server, _ = server_in(context, settings, joins=has_session)
+        self.server.data_to_send()
         self.outcomes: list[Vector] = []
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
 

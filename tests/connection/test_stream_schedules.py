@@ -80,7 +80,7 @@ class Ends:
                 assert isinstance(event.request, ServerStream)
                 self.cut.append(event.request)
         data, self.to_client[:most] = bytes(self.to_client[:most]), b""
-        for event in self.client.receive_data(data, WALL, NOW):  # type: ignore[assignment]
+        for event in self.client.receive_data(data, WALL, NOW):
             assert not isinstance(event, ConnectionEnded), event
             if isinstance(event, ResponseReceived | ErrorReceived):
                 assert event.stream not in self.answered, "answered twice"

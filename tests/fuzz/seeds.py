@@ -146,10 +146,7 @@ def proxy_header_seeds() -> Iterator[Seed]:
         (0x22, 0x11, four),
         (0x11, 0x11, four),
     ):
-        yield (
-            "proxy_header",
-            signature + bytes([head, family]) + len(rest).to_bytes(2, "big") + rest + tls,
-        )
+        yield ("proxy_header", signature + bytes([head, family]) + len(rest).to_bytes(2, "big") + rest + tls)
     yield "proxy_header", b"PROXY TCP4 192.0.2.7 192.0.2.1 4000 443\r\n"
     yield "proxy_header", signature[:7]
     yield "proxy_header", signature + b"\x21\x11\xff\xff"

@@ -44,7 +44,7 @@ ALSO = {
         "properties/test_server_conversation.py",
         "properties/test_client_conversation.py",
     ),
-    "server": ("runtime/test_server_log.py",),
+    "server": ("runtime/test_server_log.py", "sessions/test_binding.py"),
     "sessions": (
         "properties/test_session_registry.py",
         "properties/test_session_tables.py",

@@ -104,9 +104,9 @@ class SteppedLoop(asyncio.SelectorEventLoop):
 
     @property
     def next_timer(self) -> float:
-        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        scheduled: list[asyncio.TimerHandle] = self._scheduled
         while scheduled and scheduled[0].cancelled():
-            heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
+            heapq.heappop(scheduled)._scheduled = False
         return scheduled[0].when() if scheduled else float("inf")
 
 
@@ -407,7 +407,7 @@ class Node:
         self.registry.observers.append(self._session_ended)
         self.pending = MemoryPending(disk)
         self.sync = StoreSync(
-            self.link,  # type: ignore[arg-type]
+            self.link,
             self.registry,
             self.pending,
             is_used=self._is_used,
@@ -545,7 +545,6 @@ class Simulation:
 
     def crash(self, number: int) -> None:
         node = self.nodes[number]
-        assert node is not None
         node.crash()
         self.nodes[number] = None
 

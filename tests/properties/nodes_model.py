@@ -318,12 +318,7 @@ class Model:
                 if raw_id(each.id) in self.evictions.get(raw_id(session.id), []):
                     each.ended = each.ended or self.fact(number, node)
 
-        self.spawn(
-            number,
-            lambda node: node.sessions.open(user, key=key, **CLIENT),
-            done,
-            self.refused,
-        )
+        self.spawn(number, lambda node: node.sessions.open(user, key=key, **CLIENT), done, self.refused)
 
     def is_evicted(self, session: ModelSession) -> bool:
         return any(raw_id(session.id) in ended for ended in self.evictions.values())
@@ -340,11 +335,7 @@ class Model:
             self.accepted(number, node, session, token)
             self.last_accepted.append((number, session.id, token))
 
-        self.spawn(
-            number,
-            lambda node: node.request(session.id, token, lambda: accepted(node)),
-            done,
-        )
+        self.spawn(number, lambda node: node.request(session.id, token, lambda: accepted(node)), done)
 
     def refresh(self, number: int, session: ModelSession) -> None:
         """Refresh a session; or retry a refresh whose outcome is unknown."""
@@ -511,7 +502,6 @@ class Model:
             return
         self.use(session)
         node = self.simulation.nodes[number]
-        assert node is not None
         node.is_paused = True
         node.link.set_mode(SLOW)
         self.fail_over(0, is_planned=True)
@@ -590,7 +580,6 @@ class Model:
         self.calm()
         self.advance(RESTORED_S if self.has_lost_data else SETTLED_S)
         for node in self.simulation.nodes:
-            assert node is not None
             assert node.sync.health.state is HealthState.HEALTHY
             assert not len(node.pending)
         accepted, elsewhere = self.accepted_tokens(0), self.accepted_tokens(1)

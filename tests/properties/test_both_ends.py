@@ -30,14 +30,7 @@ from zcproto.connection.events import (
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import TRANSITIONS, State
-from zcproto.errors import (
-    CallError,
-    Code,
-    ConnectionClosed,
-    InvalidArgument,
-    ResourceExhausted,
-    Unavailable,
-)
+from zcproto.errors import CallError, Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, NO_TOKEN, REQUEST, RESPONSE, Side, encode_frame
 from zcproto.wire.message import encode_body, encode_error, encode_request
@@ -373,7 +366,6 @@ class BothEnds(RuleBasedStateMachine):
         assert request.token == known.tokens[-1]
         assert not known.revoked
         assert self.server_wall < known.expires_at
-        assert request.session is not None
         assert request.session.id == known.id
 
     def refresh(self, request: Request) -> None:

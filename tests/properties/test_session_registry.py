@@ -255,7 +255,6 @@ class RegistryMachine(RuleBasedStateMachine):
             assert opened.code is expected
             return
         assert expected is None
-        assert session is not None
         assert opened.session.id == session.id
         assert opened.refresh_expires_at == session.refresh_expires_at
         if again:

@@ -130,7 +130,7 @@ class ServerThread(LocalServer):
         def new_loop() -> asyncio.AbstractEventLoop:
             loop = loop_factory()
             if isinstance(loop, asyncio.BaseEventLoop):
-                loop.time = self.clock.now  # type: ignore[method-assign]
+                loop.time = self.clock.now
             return loop
 
         super().__init__(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-import pytest
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from tests.helpers import FakeClock, FakeTimers
 from zcproto.common.clock import MonotonicClock
@@ -96,11 +94,10 @@ class FakeStore:
         self._end()
 
 
-class PassThrough:
+class PassThrough(NamedTuple):
     """A circuit breaker that never opens."""
 
-    def __init__(self, store: FakeStore) -> None:
-        self.store = store
+    store: FakeStore
 
     async def call(self, operation: Coroutine[Any, Any, T]) -> T:
         return await operation
@@ -154,17 +151,17 @@ class CacheHarness:
         """Report that the store was reached after a gap."""
         self._in_loop(self.cache.store_reached)
 
-    def _in_loop(self, work: Callable[[], object]) -> None:
-        async def run() -> None:
-            work()
+    def save(self) -> None:
+        """Write what the store has not taken."""
+        self._in_loop(self.cache.save)
 
-        self.loop.run_until_complete(run())
+    def _in_loop(self, work: Callable[[], object]) -> None:
+        self.loop.call_soon(work)
         self.turn()
 
     def save_again(self) -> None:
         """Let the time pass after which what the store has not taken is written again. That must be planned."""
         planned, self._until_saved_again = self._until_saved_again, None
-        assert planned is not None
         self.clock.advance(SAVE_AGAIN_S)
         planned.set_result(None)
         self.turn()
@@ -214,17 +211,18 @@ class CacheHarness:
         gate = self.loop.create_future()
         caller = self.begin(result, wait=gate, **options)
 
-        def finish() -> None:
-            gate.set_result(None)
-            self.turn()
-
-        caller.finish = finish
+        caller.finish = lambda: self.release(gate)
         self.turn()
         return caller
 
     def turn(self) -> None:
         for _ in range(60):
             self.loop.run_until_complete(asyncio.sleep(0))
+
+    def release(self, gate: asyncio.Future[None]) -> None:
+        """Let the runs go on that wait for a future."""
+        gate.set_result(None)
+        self.turn()
 
     def call(self, result: Any = "paid", **options: Any) -> Answer:
         caller = self.begin(result, **options)
@@ -235,7 +233,7 @@ class CacheHarness:
 class Caller:
     def __init__(self) -> None:
         self.answers: list[Answer] = []
-        self.waiting: Waiting | None = None
+        self.waiting: Waiting
         self.finish: Callable[[], None] = lambda: None
 
     @property
@@ -244,35 +242,7 @@ class Caller:
         return answer
 
 
-@pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
-
-
 MakeHarness = Callable[..., CacheHarness]
-
-
-@pytest.fixture
-def make_harness(loop: asyncio.AbstractEventLoop) -> Iterator[MakeHarness]:
-    made: list[CacheHarness] = []
-
-    def make(*args: Any, **options: Any) -> CacheHarness:
-        made.append(CacheHarness(loop, *args, **options))
-        return made[-1]
-
-    yield make
-    for harness in made:
-        assert loop.run_until_complete(harness.tasks.close(1.0)) == 0
-        assert harness.cache.running == 0
-
-
-@pytest.fixture(params=["memory", "store", "shared store"])
-def harness(request: pytest.FixtureRequest, make_harness: MakeHarness) -> CacheHarness:
-    """Return harnesses without a store, with its own store and with a shared store."""
-    store = None if request.param == "memory" else FakeStore(request.param == "shared store")
-    return make_harness(store)
 
 
 def code(answer: Answer) -> Code:

@@ -49,7 +49,6 @@ class ServerProcess:
             cwd=home,
             env={**patient(home), **os.environ, "PYTHONPATH": str(ROOT)},
         )
-        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("zcproto: listening on "):
             code = self.wait()
@@ -67,7 +66,6 @@ class ServerProcess:
         code = self.process.wait(TIMEOUT)
         if not self._log.closed:
             self._log.close()
-            assert self.process.stdout is not None
             self.process.stdout.close()
         return code
 

@@ -1,87 +1,56 @@
-"""A ServerProtocol with a fake transport and fake time."""
+"""A ServerProtocol with a transport without a socket, and with fake time.
+
+`harness.connect("ada")` is a client with a session. Its `send` delivers frames; its `turn` runs the loop and
+returns answers.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
-import pytest
-
-from tests.helpers import Answer, FakeClock, FakeTimers, small_registry
-from zcproto.app.app import App
-from zcproto.app.context import Context
+from tests.helpers import Answer, FakeClock, FakeTimers, MockTransport, small_registry
+from zcproto.app.app import App, Items, Method
+from zcproto.app.context import ConnectedClient, Context
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.connection.settings import ConnectionSettings
+from zcproto.common.parameters import Ended
+from zcproto.connection.settings import ConnectionSettings, StreamLimits
+from zcproto.errors import Code, NotFound
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.protocol import ServerProtocol
+from zcproto.server.protocol_methods import session_methods
 from zcproto.server.state import ServerState
-from zcproto.sessions import OpenedSession
+from zcproto.sessions import EndReason, OpenedSession
 from zcproto.stores.service import SessionService
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import NO_TOKEN, REQUEST, Side, encode_frame
-from zcproto.wire.message import encode_request
+from zcproto.wire.frame import (
+    CREDIT,
+    END,
+    ITEM,
+    NO_TOKEN,
+    OPEN,
+    REQUEST,
+    RESULT,
+    Accepted,
+    Kind,
+    Side,
+    accepted_with_calls,
+    accepted_with_streams,
+    encode_frame,
+)
+from zcproto.wire.message import decode_body, encode_body, encode_request
 
 WRITE_BUFFER = 20_000
 WRITE_TIMEOUT = 20.0
 IDLE = 300.0
-
-
-class FakeTransport:
-    """Replaces the TLS transport. With `stuck` the peer reads nothing."""
-
-    peer = "192.0.2.7"
-
-    def __init__(self) -> None:
-        self.protocol: ServerProtocol | None = None
-        self.out = bytearray()
-        self.unread = 0
-        self.stuck = False
-        self.high = 0
-        self.paused = False
-        self.reading = True
-        self.closed = False
-        self.aborted = False
-
-    def set_write_buffer_limits(self, high: int) -> None:
-        self.high = high
-
-    def write(self, data: bytes) -> None:
-        if self.closed or self.aborted:
-            return
-        self.out += data
-        if self.stuck:
-            self.unread += len(data)
-            if self.unread > self.high and not self.paused:
-                self.paused = True
-                assert self.protocol is not None
-                self.protocol.pause_writing()
-
-    def get_write_buffer_size(self) -> int:
-        return self.unread
-
-    def drain(self, *, stuck: bool = False) -> None:
-        """Let the peer read all that waits; with `stuck` only once."""
-        self.unread = 0
-        self.stuck = stuck
-        if self.paused:
-            self.paused = False
-            assert self.protocol is not None
-            self.protocol.resume_writing()
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
-
-    def close(self) -> None:
-        self.closed = True
-
-    def abort(self) -> None:
-        self.aborted = True
+LIMITS = StreamLimits(max_open=4, max_item=1_000, write_bytes=20_000)
+PLENTY = (1_000, 1_000_000)
+"""Credit for more items and bytes than a test sends."""
 
 
 class Harness:
@@ -96,6 +65,8 @@ class Harness:
         self.futures: list[asyncio.Future[Any]] = []
         self.ran: list[int] = []
         self.contexts: list[Context] = []
+        self.closed: list[str] = []
+        self.taken: list[Any] = []
         tasks = EagerTasks(loop)
         wheel = DeadlineWheel(self.timers)
         self.state = ServerState(
@@ -129,16 +100,12 @@ class Harness:
         @app.method("wait")
         async def wait(context: Context) -> Any:
             self.contexts.append(context)
-            future = self.loop.create_future()
-            self.futures.append(future)
-            return await future
+            return await self.future()
 
         @app.method("close.and.wait")
         async def close_and_wait(context: Context) -> None:
             context.caller.close("by a method")
-            future = self.loop.create_future()
-            self.futures.append(future)
-            await future
+            await self.future()
 
         @app.method("close.and.answer")
         def close_and_answer(context: Context, size: int = 0) -> bytes:
@@ -155,8 +122,37 @@ class Harness:
 
         return app
 
-    def connect(self) -> Peer:
-        return Peer(self)
+    def future(self) -> asyncio.Future[Any]:
+        """Return a future for which a method waits until the test completes it."""
+        self.futures.append(self.loop.create_future())
+        return self.futures[-1]
+
+    def add_method(self, function: Callable[..., Any], name: str = "", **options: Any) -> None:
+        self.state.add_methods([Method(name or function.__name__, function, **options)])
+
+    def allow_streams(self, limits: StreamLimits = LIMITS) -> None:
+        """Announce streams to connections from now on, and add the methods of `add_stream_methods`."""
+        settings = self.state.settings
+        most = max(settings.max_streams, limits.max_open)
+        self.state.settings = replace(settings, streams=limits, max_streams=most)
+        self.state.add_methods(stream_methods(self))
+
+    def allow_calls(self, most: int = 8) -> None:
+        """Announce calls to connections from now on; the method `call` calls its caller."""
+        self.state.settings = replace(self.state.settings, max_calls=most)
+
+        async def call(context: Context, method: str = "approve", **params: Any) -> Any:
+            return await context.client.call(method, params)
+
+        self.add_method(call)
+        self.state.add_methods(session_methods(self.state, None))
+
+    def connect(self, user: str | None = None, kind: type[ServerProtocol] = ServerProtocol) -> Peer:
+        """Connect a client; with a user, also open a session and use it."""
+        peer = Peer(self, kind)
+        if user is not None:
+            peer.login(user)
+        return peer
 
     def advance(self, seconds: float) -> None:
         """Advance all clocks in steps, so that deadlines run at their due times."""
@@ -182,69 +178,205 @@ class Harness:
         return self.loop.run_until_complete(call())
 
 
+def stream_methods(harness: Harness) -> App:
+    """Return methods that send and take items; `closed` has the names of those that have ended."""
+    app = App()
+
+    @app.method("count")
+    async def count(n: int, size: int = 0) -> AsyncIterator[Any]:
+        try:
+            for number in range(n):
+                yield bytes(size) if size else number
+            yield Ended({"sent": n})
+        finally:
+            harness.closed.append("count")
+
+    @app.method("ticks")
+    async def ticks() -> AsyncIterator[int]:
+        try:
+            for number in range(100):
+                await harness.future()
+                yield number
+        finally:
+            harness.closed.append("ticks")
+
+    @app.method("fail")
+    async def fail(kind: str) -> AsyncIterator[Any]:
+        for number in range(3):
+            yield number
+        if kind == "not_found":
+            raise NotFound("no such thing")
+        if kind == "key":
+            raise KeyError("x")
+        yield {"object": object(), "large": bytes(1_000)}[kind]
+
+    @app.method("stubborn")
+    async def stubborn() -> AsyncIterator[int]:
+        try:
+            await harness.future()
+        except asyncio.CancelledError:
+            await harness.future()
+        yield 1
+
+    @app.method("endless")
+    async def endless() -> AsyncIterator[int]:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await harness.future()
+            yield 1
+
+    @app.method("until.stopping")
+    async def until_stopping(context: Context) -> AsyncIterator[int]:
+        yield 1
+        await context.stopping.wait()
+
+    @app.method("sum")
+    async def sum_(numbers: Items[int], start: int = 0) -> int:
+        total = start
+        async for number in numbers:
+            harness.taken.append(number)
+            total += number
+        return total
+
+    @app.method("echo.items")
+    async def echo_items(said: Items[Any]) -> AsyncIterator[Any]:
+        async for value in said:
+            yield value
+        yield Ended("done")
+
+    @app.method("slowly")
+    async def slowly(said: Items[Any]) -> None:
+        """Take an item each time that a future is done."""
+        while True:
+            await harness.future()
+            try:
+                harness.taken.append(await anext(said))
+            except asyncio.CancelledError:
+                harness.taken.append(await anext(said))
+
+    @app.method("ignore")
+    async def ignore(said: Items[Any]) -> str:
+        await anext(said)
+        return "enough"
+
+    @app.method("pair")
+    async def pair(said: Items[Any]) -> None:
+        async def take() -> None:
+            await anext(said)
+
+        await asyncio.gather(take(), take())
+
+    return app
+
+
 class Peer:
     """The client's end of a connection: it makes frames and reads answers."""
 
-    kind = ServerProtocol
+    opened: OpenedSession
 
-    def __init__(self, harness: Harness) -> None:
+    def __init__(self, harness: Harness, kind: type[ServerProtocol] = ServerProtocol) -> None:
         self.harness = harness
-        self.transport = FakeTransport()
-        self.protocol = self.kind(harness.state)
-        self.transport.protocol = self.protocol
-        transport: Any = self.transport
-        self.protocol.connection_made(transport)
+        self.protocol = kind(harness.state)
+        self.transport = MockTransport(harness.timers)
+        self.transport.connect(self.protocol)
         self.counter = 0
         self.token = NO_TOKEN
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+        settings = harness.state.settings
+        if settings.streams is not None:
+            self.accept(accepted_with_streams(Side.CLIENT, settings.streams.max_item))
+        if settings.max_calls:
+            self.accept(accepted_with_calls(Side.CLIENT, self._decoder.accepted))
         self.welcome, *self.greeted = self.answers()
         self.salt = self.welcome.salt
 
+    def accept(self, accepted: Accepted) -> None:
+        """Set the kinds of frames that the server may send; `answers` fails on another one."""
+        self._decoder.accepted = accepted
+
     def frame(self, head: int, stream: int = 0, body: bytes = b"") -> bytes:
         self.counter += 1
-        return encode_frame(
-            head, stream, self.harness.clock.wall(), self.salt, self.counter, self.token, body
-        )
+        wall = self.harness.clock.wall()
+        return encode_frame(head, stream, wall, self.salt, self.counter, self.token, body)
 
     def request(self, stream: int, method: str, params: dict[str, Any] | None = None, **meta: Any) -> bytes:
         return self.frame(REQUEST, stream, encode_request(method, params, meta))
 
+    def open(
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        *,
+        stream: int = 1,
+        credit: tuple[int, int] = PLENTY,
+        **meta: Any,
+    ) -> bytes:
+        return self.frame(OPEN, stream, encode_request(method, params, {"credit": credit, **meta}))
+
+    def credit(self, items: int, size: int = 1_000_000, stream: int = 1) -> bytes:
+        return self.frame(CREDIT, stream, encode_body([items, size]))
+
+    def items(self, *values: Any, stream: int = 1) -> list[bytes]:
+        return [self.frame(ITEM, stream, encode_body(value)) for value in values]
+
+    def end(self, stream: int = 1) -> bytes:
+        return self.frame(END, stream)
+
+    def result(self, number: int, value: Any) -> bytes:
+        return self.frame(RESULT, number, encode_body(value))
+
     def send(self, *frames: bytes) -> None:
         """Deliver the bytes of one read."""
-        assert self.transport.reading, "the server does not read"
+        assert self.transport.is_reading(), "the server does not read"
         self.harness.in_loop(lambda: self.protocol.data_received(b"".join(frames)))
 
     def answers(self) -> list[Answer]:
-        self._decoder.feed(bytes(self.transport.out))
-        self.transport.out.clear()
+        self._decoder.feed(self.transport.take())
         return [Answer(frame) for frame in self._decoder.frames()]
 
+    def heads(self) -> list[int]:
+        return [answer.raw[1] for answer in self.answers()]
+
+    def turn(self) -> list[Answer]:
+        self.harness.turn()
+        return self.answers()
+
+    def call(self, client: ConnectedClient, method: str = "approve", **params: Any) -> asyncio.Task[Any]:
+        """Call a client from outside of a method."""
+        task = self.harness.loop.create_task(client.call(method, **params))
+        self.harness.turn()
+        return task
+
+    def read_all(self) -> None:
+        """Read what the server has sent, and from now on as it comes."""
+        self.transport.stuck = False
+        self.transport.drain()
+
     def login(self, user: str = "ada") -> OpenedSession:
-        opened = self.harness.registry.open(user, client="", address="", wall=self.harness.clock.wall())
-        self.token = opened.token
+        wall = self.harness.clock.wall()
+        return self.use(self.harness.registry.open(user, client="", address="", wall=wall))
+
+    def use(self, opened: OpenedSession) -> OpenedSession:
+        """Use a session by a request."""
+        self.opened, self.token = opened, opened.token
         self.send(self.frame(REQUEST, 99, encode_request("big", {"n": 0, "size": 0})))
         self.answers()
         self.harness.ran.clear()
         return opened
 
+    def end_session(self, code: Code, reason: EndReason, opened: OpenedSession | None = None) -> None:
+        """End a session, the last one without an argument, as another part of the server does."""
+        session_id = (opened or self.opened).session.id
+        self.harness.in_loop(lambda: self.protocol.session_ended(session_id, code, reason))
+
+    def handle(self, *methods: str, most: int = 8, stream: int = 90) -> Answer:
+        """Register methods that the server may call."""
+        self.send(self.request(stream, "session.handle", {"methods": [*methods], "max": most}))
+        (answer,) = self.answers()
+        return answer
+
     def lose(self, error: Exception | None = None) -> None:
-        self.protocol.connection_lost(error)
-
-
-@pytest.fixture
-def harness() -> Iterator[Harness]:
-    loop = asyncio.new_event_loop()
-    harness = Harness(loop)
-    yield harness
-    assert loop.run_until_complete(harness.state.tasks.close(1.0)) == 0
-    loop.close()
-
-
-@pytest.fixture
-def peer(harness: Harness) -> Peer:
-    peer = harness.connect()
-    peer.login()
-    return peer
+        self.transport.lose(error)
 
 
 def nothing_left(harness: Harness) -> None:
@@ -254,6 +386,20 @@ def nothing_left(harness: Harness) -> None:
     assert len(state.session_connections) == 0
     assert len(state.wheel) == 0
     assert state.tasks.running == 0
+
+
+def kinds(answers: list[Answer]) -> list[Kind]:
+    return [answer.kind for answer in answers]
+
+
+def items(answers: list[Answer]) -> list[Any]:
+    return [decode_body(answer.body) for answer in answers if answer.kind is Kind.ITEM]
+
+
+def cut(answers: list[Answer], reason: str) -> bool:
+    """Return whether the last answer is CANCELLED with this reason."""
+    error = answers[-1].error
+    return error.code == Code.CANCELLED and error.details["reason"] == reason
 
 
 def ended(harness: Harness) -> dict[str, int]:

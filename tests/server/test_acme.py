@@ -64,8 +64,6 @@ def checking(server: ServerThread) -> Callable[[str, str, str, str], str]:
     def check(kind: str, name: str, token: str, text: str) -> str:
         if kind == "http-01":
             http_server = server.server.parts.http
-            assert http_server is not None
-            assert http_server.redirect is not None
             port = http_server.redirect._sockets[0].getsockname()[1]
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
             connection.request("GET", f"/.well-known/acme-challenge/{token}", headers={"Host": name})
@@ -177,7 +175,6 @@ def test_server_ends_at_once_while_it_waits_for_the_ca(serve_acme: ServeAcme, ca
     server = serve_acme(certificates__watch_interval="100ms")
     ca.polls_until_checked = 10_000
     source = server.server.parts.certificates.checker.acme
-    assert source is not None
     server.in_loop(lambda: source.order_now({"ecdsa"}))
     eventually(lambda: ca.orders)
     server.drain()
@@ -190,8 +187,6 @@ def test_server_ends_at_once_while_it_waits_for_the_ca(serve_acme: ServeAcme, ca
 def test_other_paths_of_the_port_without_tls_stay_as_they_are(serve_acme: ServeAcme) -> None:
     server = serve_acme(acme__challenge="http-01", http__redirect_port=free_port())
     http_side = server.server.parts.http
-    assert http_side is not None
-    assert http_side.redirect is not None
     port = http_side.redirect._sockets[0].getsockname()[1]
     for path, status in (("/.well-known/acme-challenge/unknown", 308), ("/", 308)):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)

@@ -296,11 +296,10 @@ def test_device_removed_while_opening_gets_no_session(harness: DeviceServer) -> 
     async def slow(*args: Any, **options: Any) -> Any:
         opened = await opening_one(*args, **options)
         harness.devices.remove("laptop")
-        assert server.parts.devices is not None
         await server.parts.devices.refresh()
         return opened
 
-    server.state.sessions.open = slow  # type: ignore[method-assign]
+    server.state.sessions.open = slow
     with harness.client() as client:
         frame = client.refused("session.open", opening(client))
         assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
@@ -333,7 +332,7 @@ def test_reused_device_name_of_another_user_does_not_attach(harness: DeviceServe
         async def leave(*_: str) -> int:
             return 0
 
-        sessions.revoke_key = leave  # type: ignore[method-assign]
+        sessions.revoke_key = leave
         harness.devices.remove("laptop")
         harness.add("laptop", "bob", "phone")
         with harness.open("laptop", "phone"):  # loaded here

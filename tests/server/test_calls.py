@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
 
-from tests.helpers import Answer
-from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
-from zcproto.app.context import ConnectedClient, Context
+from tests.server.protocol_harness import Harness, Peer, ended, nothing_left
+from zcproto.app.context import Context
+from zcproto.config import Config
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import (
     Code,
@@ -25,77 +23,44 @@ from zcproto.errors import (
     ZcprotoError,
 )
 from zcproto.server.clients import CallLimits
-from zcproto.server.protocol_methods import HANDLED_METHODS, session_methods
+from zcproto.server.protocol_methods import HANDLED_METHODS
 from zcproto.sessions import EndReason
-from zcproto.wire.frame import CALL, FAILURE, RESULT, WITHDRAW, Side, accepted_with_calls
-from zcproto.wire.message import decode_request, encode_body, encode_error
-
-__all__ = ["harness"]
+from zcproto.wire.frame import CALL, FAILURE, WITHDRAW
+from zcproto.wire.message import decode_request, encode_error
 
 
-class CallPeer(Peer):
-    """A client that handles calls, and a method that calls it."""
-
-    def __init__(self, harness: Harness, most: int = 8) -> None:
-        state = harness.state
-        state.settings = replace(state.settings, max_calls=most)
-        if "call" not in state.methods:
-            self.add_methods(harness)
-        super().__init__(harness)
-        self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
-
-    def add_methods(self, harness: Harness) -> None:
-        @harness.app.method("call")
-        async def call(context: Context, method: str = "approve", **params: Any) -> Any:
-            return await context.client.call(method, params)
-
-        unused: Any = None
-        harness.state.add_methods(harness.app)
-        harness.state.add_methods(
-            method for method in session_methods(harness.state, unused) if method.name == "session.handle"
-        )
-
-    def handle(self, *methods: str, most: int = 8, stream: int = 90) -> Answer:
-        self.send(self.request(stream, "session.handle", {"methods": [*methods], "max": most}))
-        (answer,) = self.answers()
-        return answer
-
-    def sent(self) -> list[int]:
-        """Return the heads of the frames that the server has sent."""
-        return [answer.raw[1] for answer in self.answers()]
-
-    def result(self, number: int, value: Any) -> bytes:
-        return self.frame(RESULT, number, encode_body(value))
-
-    def begin(self, **params: Any) -> asyncio.Task[Any]:
-        """Call this client from outside of a method."""
-        (client,) = self.harness.state.clients.find(handles="approve")
-        return self.begin_call(client, **params)
-
-    def begin_call(
-        self, client: ConnectedClient, method: str = "approve", **params: Any
-    ) -> asyncio.Task[Any]:
-        task = self.harness.loop.create_task(client.call(method, **params))
-        self.harness.turn()
-        return task
-
-    def fails(self, task: asyncio.Task[Any], error: type[ZcprotoError]) -> ZcprotoError:
-        self.harness.turn()
-        failure = task.exception()
-        assert isinstance(failure, error)
-        assert failure.of_client
-        return failure
-
-
-Connect = Callable[..., CallPeer]
+def connect(harness: Harness, user: str = "ada", *methods: str) -> Peer:
+    """Connect a client with a session, which registers methods."""
+    peer = harness.connect(user)
+    if methods:
+        peer.handle(*methods)
+    return peer
 
 
 @pytest.fixture
-def client(harness: Harness) -> CallPeer:
-    peer = CallPeer(harness)
-    peer.opened = peer.login()  # type: ignore[attr-defined]
-    peer.handle("approve", "ask")
-    return peer
+def harness(harness: Harness) -> Harness:
+    harness.allow_calls()
+    return harness
+
+
+@pytest.fixture
+def client(harness: Harness) -> Peer:
+    return connect(harness, "ada", "approve", "ask")
+
+
+def begin(peer: Peer, **params: Any) -> asyncio.Task[Any]:
+    """Call the newest client from outside of a method."""
+    (client,) = peer.harness.state.clients.find(handles="approve")
+    return peer.call(client, **params)
+
+
+def failure(peer: Peer, task: asyncio.Task[Any], error: type[ZcprotoError]) -> ZcprotoError:
+    """Return the error of a call, which must be of this type."""
+    peer.harness.turn()
+    failure = task.exception()
+    assert isinstance(failure, error)
+    assert failure.of_client
+    return failure
 
 
 # --- registration --------------------------------------------------------------------------------------
@@ -112,18 +77,18 @@ def client(harness: Harness) -> CallPeer:
         (["approve"], -1),
     ],
 )
-def test_malformed_registration_is_invalid(client: CallPeer, methods: list[str], most: int) -> None:
+def test_malformed_registration_is_invalid(client: Peer, methods: list[str], most: int) -> None:
     assert client.handle(*methods, most=most).error.code == Code.INVALID_ARGUMENT
     assert client.harness.state.clients.find(handles="ask") != []
 
 
-def test_largest_registration_is_accepted(client: CallPeer) -> None:
+def test_largest_registration_is_accepted(client: Peer) -> None:
     names = [f"{number:0128}" for number in range(HANDLED_METHODS)]
     assert client.handle(*names, most=2**63).value == {}
     assert len(client.harness.state.clients.find(handles=names[0])) == 1
 
 
-def test_registration_is_replaced_and_withdrawn(client: CallPeer, harness: Harness) -> None:
+def test_registration_is_replaced_and_withdrawn(client: Peer, harness: Harness) -> None:
     find = harness.state.clients.find
     assert client.handle("ask").value == {}
     assert (len(find(handles="approve")), len(find(handles="ask")), len(find())) == (0, 1, 1)
@@ -133,27 +98,25 @@ def test_registration_is_replaced_and_withdrawn(client: CallPeer, harness: Harne
 
 
 def test_server_without_calls_is_unimplemented(harness: Harness) -> None:
-    peer = CallPeer(harness, most=0)
-    peer.login()
+    harness.allow_calls(0)
+    peer = connect(harness)
     assert peer.handle("approve").error.code == Code.UNIMPLEMENTED
 
 
-def test_names_of_one_user_are_limited(client: CallPeer, harness: Harness) -> None:
+def test_names_of_one_user_are_limited(client: Peer, harness: Harness) -> None:
     harness.state.clients.limits = CallLimits(names_per_user=3)
-    other = CallPeer(harness)
-    other.login()
+    other = connect(harness)
     assert other.handle("a", "b").error.details["limit"] == 3
     assert other.handle("a").value == {}
     assert client.handle("a", "b").value == {}, "it replaces its own"
-    bob = CallPeer(harness)
-    bob.login("bob")
+    bob = connect(harness, "bob")
     assert bob.handle("a", "b", "c").value == {}
     other.handle()
     assert client.handle("a", "b", "c").value == {}, "what was withdrawn does not count"
 
 
 def test_clients_are_found_by_user_and_method_the_newest_first(harness: Harness) -> None:
-    peers = [CallPeer(harness) for _ in range(3)]
+    peers = [Peer(harness) for _ in range(3)]
     for peer, user in zip(peers, ("ada", "ada", "bob"), strict=True):
         peer.login(user)
         peer.handle("approve", "ask" if user == "bob" else "tell")
@@ -170,7 +133,7 @@ def test_clients_are_found_by_user_and_method_the_newest_first(harness: Harness)
 # --- calls ---------------------------------------------------------------------------------------------
 
 
-def test_call_is_handed_over_at_once_and_its_result_returned(client: CallPeer, harness: Harness) -> None:
+def test_call_is_handed_over_at_once_and_its_result_returned(client: Peer, harness: Harness) -> None:
     client.send(client.request(5, "call", {"tool": "sh"}))
     (call,) = client.answers()
     assert (call.raw[1], call.stream) == (CALL, 1)
@@ -185,17 +148,18 @@ def test_call_is_handed_over_at_once_and_its_result_returned(client: CallPeer, h
     assert harness.state.clients.in_flight == harness.state.clients.most_in_flight == 0
 
 
-def test_error_of_a_client_is_shown_on_one_line_and_cut(client: CallPeer) -> None:
-    task = client.begin()
+def test_error_of_a_client_is_shown_on_one_line_and_cut(client: Peer) -> None:
+    task = begin(client)
     error = encode_error(Code.NOT_FOUND, "a\r\nb" + 2_000 * "x", {})
     client.send(client.frame(FAILURE, 1, error))
-    message = client.fails(task, NotFound).message
+    message = failure(client, task, NotFound).message
     assert message.startswith("a\\r\\nbx")
     assert len(message) < 2_000
+    assert client.harness.state.clients.ended == {"failed": 1}
 
 
 def test_method_without_session_has_no_client(harness: Harness) -> None:
-    peer = CallPeer(harness)
+    peer = Peer(harness)
 
     @harness.app.method("public", public=True)
     async def public(context: Context) -> Any:
@@ -208,8 +172,7 @@ def test_method_without_session_has_no_client(harness: Harness) -> None:
 
 
 def test_client_that_has_registered_nothing_is_unavailable(harness: Harness) -> None:
-    peer = CallPeer(harness)
-    peer.login()
+    peer = connect(harness)
     peer.send(peer.request(5, "call"))
     (answer,) = peer.answers()
     assert answer.error.code == Code.ABORTED, "the method may have run: its caller must not repeat it"
@@ -217,10 +180,10 @@ def test_client_that_has_registered_nothing_is_unavailable(harness: Harness) -> 
     assert harness.state.clients.ended == {"unavailable": 1}
 
 
-def test_call_of_another_method_is_unavailable(client: CallPeer, harness: Harness) -> None:
+def test_call_of_another_method_is_unavailable(client: Peer, harness: Harness) -> None:
     (found,) = harness.state.clients.find()
-    client.fails(client.begin_call(found, "other"), Unavailable)
-    assert client.sent() == []
+    failure(client, client.call(found, "other"), Unavailable)
+    assert client.heads() == []
 
 
 @pytest.mark.parametrize(
@@ -233,14 +196,14 @@ def test_call_of_another_method_is_unavailable(client: CallPeer, harness: Harnes
     ],
 )
 def test_call_that_cannot_be_made_sends_nothing(
-    client: CallPeer, harness: Harness, params: dict[str, Any], error: type[ZcprotoError], result: str
+    client: Peer, harness: Harness, params: dict[str, Any], error: type[ZcprotoError], result: str
 ) -> None:
-    client.fails(client.begin(**params), error)
-    assert client.sent() == []
+    failure(client, begin(client, **params), error)
+    assert client.heads() == []
     assert harness.state.clients.ended == {result: 1}
 
 
-def test_params_in_a_mapping_and_by_name_are_joined(client: CallPeer, harness: Harness) -> None:
+def test_params_in_a_mapping_and_by_name_are_joined(client: Peer, harness: Harness) -> None:
     (found,) = harness.state.clients.find()
     task = harness.loop.create_task(found.call("approve", {"timeout": 1, "x": 1}, timeout=5.0, x=2))
     harness.turn()
@@ -251,19 +214,22 @@ def test_params_in_a_mapping_and_by_name_are_joined(client: CallPeer, harness: H
     assert task.result() is None
 
 
-def test_calls_per_user_and_in_total_are_limited(client: CallPeer, harness: Harness) -> None:
-    bob = CallPeer(harness)
-    bob.login("bob")
-    bob.handle("tell")
+def test_default_limits_of_calls_are_those_of_the_configuration() -> None:
+    calls = Config().calls
+    assert CallLimits() == CallLimits(calls.per_user, calls.total, calls.names_per_user)
+
+
+def test_calls_per_user_and_in_total_are_limited(client: Peer, harness: Harness) -> None:
+    bob = connect(harness, "bob", "tell")
     (of_bob,) = harness.state.clients.find("bob")
     harness.state.clients.limits = CallLimits(per_user=2, total=3)
-    tasks = [client.begin(), client.begin(), bob.begin_call(of_bob, "tell")]
-    assert client.fails(client.begin(), ResourceExhausted).details == {"limit": 2}  # type: ignore[attr-defined]
-    assert bob.fails(bob.begin_call(of_bob, "tell"), ResourceExhausted).details == {"limit": 3}  # type: ignore[attr-defined]
+    tasks = [begin(client), begin(client), bob.call(of_bob, "tell")]
+    assert failure(client, begin(client), ResourceExhausted).details == {"limit": 2}
+    assert failure(bob, bob.call(of_bob, "tell"), ResourceExhausted).details == {"limit": 3}
     client.send(client.result(1, 1))
     harness.turn()
     assert tasks[0].result() == 1
-    tasks.append(bob.begin_call(of_bob, "tell"))
+    tasks.append(bob.call(of_bob, "tell"))
     for task in tasks:
         task.cancel()
     harness.turn()
@@ -271,86 +237,71 @@ def test_calls_per_user_and_in_total_are_limited(client: CallPeer, harness: Harn
     assert harness.state.clients.ended == {"limited": 2, "answered": 1, "withdrawn": 3}
 
 
-def test_client_that_does_not_read_is_not_called_beyond_the_buffer(client: CallPeer) -> None:
+def test_client_that_does_not_read_is_not_called_beyond_the_buffer(client: Peer) -> None:
     client.transport.stuck = True
-    tasks = [client.begin(x=bytes(15_000)) for _ in range(5)]
-    client.fails(client.begin(x=bytes(15_000)), ResourceExhausted)
+    tasks = [begin(client, x=bytes(15_000)) for _ in range(5)]
+    failure(client, begin(client, x=bytes(15_000)), ResourceExhausted)
     assert not client.transport.aborted
-    client.transport.drain()
-    assert client.sent() == [CALL] * 5
+    client.read_all()
+    assert client.heads() == [CALL] * 5
     for task in tasks:
         task.cancel()
     client.harness.turn()
 
 
-def test_deadline_fails_the_call_and_withdraws_it(client: CallPeer, harness: Harness) -> None:
-    task = client.begin(timeout=5.0)
-    assert client.sent() == [CALL]
+def test_deadline_fails_the_call_and_withdraws_it(client: Peer, harness: Harness) -> None:
+    task = begin(client, timeout=5.0)
+    assert client.heads() == [CALL]
     harness.advance(6.0)
-    client.fails(task, DeadlineExceeded)
-    assert client.sent() == [WITHDRAW]
+    failure(client, task, DeadlineExceeded)
+    assert client.heads() == [WITHDRAW]
     assert harness.state.clients.ended == {"deadline": 1}
     client.send(client.result(1, "late"))
-    assert client.sent() == []
+    assert client.heads() == []
     client.lose()
     assert harness.state.counters.dropped_answers == 1
 
 
-def test_call_of_an_ended_session_is_refused(client: CallPeer, harness: Harness) -> None:
+def test_call_of_an_ended_session_is_refused(client: Peer, harness: Harness) -> None:
     (found,) = harness.state.clients.find()
     harness.registry.revoke_user("ada", EndReason.BY_OPERATOR)
-    client.fails(client.begin_call(found), ZcprotoError)
+    failure(client, client.call(found), ZcprotoError)
 
 
-def test_cancelled_method_withdraws_its_call(client: CallPeer, harness: Harness) -> None:
-    task = client.begin()
+def test_cancelled_method_withdraws_its_call(client: Peer, harness: Harness) -> None:
+    task = begin(client)
     task.cancel()
     harness.turn()
     assert task.cancelled()
-    assert client.sent() == [CALL, WITHDRAW]
+    assert client.heads() == [CALL, WITHDRAW]
 
 
-def test_answer_and_cancellation_in_one_turn_withdraw_nothing(client: CallPeer, harness: Harness) -> None:
-    task = client.begin()
-
-    def receive_and_cancel() -> None:
-        client.protocol.data_received(client.result(1, 1))
-        task.cancel()
-
-    harness.in_loop(receive_and_cancel)
+@pytest.mark.parametrize("answer_first", [False, True])
+def test_answer_and_cancellation_in_one_turn_withdraw_nothing(
+    client: Peer, harness: Harness, answer_first: bool
+) -> None:
+    task = begin(client)
+    steps = [lambda: client.protocol.data_received(client.result(1, 1)), task.cancel]
+    harness.in_loop(lambda: [step() for step in (steps if answer_first else reversed(steps))])
     harness.turn()
     assert task.cancelled()
-    assert client.sent() == [CALL]
+    assert client.heads() == [CALL]
     assert harness.state.clients.ended == {"answered": 1}
-
-
-def test_cancellation_before_the_answer_of_the_same_turn_drops_it(client: CallPeer, harness: Harness) -> None:
-    task = client.begin()
-
-    def cancel_and_receive() -> None:
-        task.cancel()
-        client.protocol.data_received(client.result(1, 1))
-
-    harness.in_loop(cancel_and_receive)
-    harness.turn()
-    assert task.cancelled()
 
 
 # --- several connections of a client -------------------------------------------------------------------
 
 
-def further(client: CallPeer, *methods: str) -> CallPeer:
+def further(client: Peer, *methods: str) -> Peer:
     """Return another connection of the client's session, which registers methods."""
-    peer = CallPeer(client.harness)
-    peer.opened, peer.token = client.opened, client.token  # type: ignore[attr-defined]
-    peer.send(peer.request(98, "big", {"n": 0, "size": 0}))
-    peer.answers()
+    peer = client.harness.connect()
+    peer.use(client.opened)
     if methods:
         peer.handle(*methods)
     return peer
 
 
-def answered(peer: CallPeer, *callers: CallPeer) -> bool:
+def answered(peer: Peer, *callers: Peer) -> bool:
     """Let a method that was called on one connection call back; return whether that arrives on `peer`."""
     caller = callers[0] if callers else peer
     caller.send(caller.request(7, "call", {"method": "approve"}))
@@ -362,54 +313,50 @@ def answered(peer: CallPeer, *callers: CallPeer) -> bool:
     return bool(calls)
 
 
-def test_method_on_a_further_connection_calls_the_connection_that_has_registered(
-    client: CallPeer, harness: Harness
-) -> None:
+def test_method_on_a_further_connection_calls_the_connection_that_has_registered(client: Peer) -> None:
     other = further(client)
     assert answered(client, other)
     (answer,) = other.answers()
     assert (answer.stream, answer.value) == (7, "yes")
 
 
-def test_method_calls_its_own_connection_if_that_has_registered(client: CallPeer) -> None:
+def test_method_calls_its_own_connection_if_that_has_registered(client: Peer) -> None:
     newest = further(client, "approve")
     assert answered(client)
-    assert newest.sent() == []
+    assert newest.heads() == []
     assert answered(newest)
 
 
 def test_method_calls_the_newest_connection_of_its_session_that_takes_calls(
-    client: CallPeer, harness: Harness
+    client: Peer, harness: Harness
 ) -> None:
     connections = [client, *(further(client, "approve", "ask") for _ in range(3)), further(client, "ask")]
     caller = further(client)
     second, third, newest = connections[1:4]
-    stranger = CallPeer(harness)
-    stranger.login()
-    stranger.handle("approve")
+    stranger = connect(harness, "ada", "approve")
     assert answered(newest, caller)
     caller.answers()
     newest.protocol.go_away(GoAwayReason.DRAINING)
     assert answered(third, caller)
     caller.answers()
     third.lose()
-    session_id: str = client.opened.session.id  # type: ignore[attr-defined]
+    session_id: str = client.opened.session.id
     harness.in_loop(lambda: second.protocol.session_rotated(session_id, b"n" * 32))
     second.answers()
     assert answered(client, caller)
-    assert stranger.sent() == []
+    assert stranger.heads() == []
 
 
-def test_call_without_any_registration_of_the_session_is_unavailable(client: CallPeer) -> None:
+def test_call_without_any_registration_of_the_session_is_unavailable(client: Peer) -> None:
     other = further(client)
     client.handle()
     other.send(other.request(7, "call", {"method": "approve"}))
     other.harness.turn()
     assert "no methods on this connection" in other.answers()[0].error.message
-    assert client.sent() == []
+    assert client.heads() == []
 
 
-def test_client_with_several_connections_is_listed_once(client: CallPeer, harness: Harness) -> None:
+def test_client_with_several_connections_is_listed_once(client: Peer, harness: Harness) -> None:
     find = harness.state.clients.find
     newest = further(client, "approve")
     elsewhere = further(client, "approve")
@@ -426,61 +373,57 @@ def test_client_with_several_connections_is_listed_once(client: CallPeer, harnes
 # --- the end of sessions and connections ---------------------------------------------------------------
 
 
-def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) -> None:
+def test_ended_session_fails_its_calls_only(client: Peer, harness: Harness) -> None:
     bob = harness.registry.open("bob", client="", address="", wall=harness.clock.wall())
     token, client.token = client.token, bob.token
     client.handle("tell", stream=91)
     client.token = token
-    task, of_bob = client.begin(), client.begin_call(harness.state.clients.find("bob")[0], "tell")
+    task, of_bob = begin(client), client.call(harness.state.clients.find("bob")[0], "tell")
     client.answers()
-    session = client.opened.session  # type: ignore[attr-defined]
+    session = client.opened.session
     client.protocol.session_ended(session.id, Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
-    client.fails(task, ConnectionClosed)
+    failure(client, task, ConnectionClosed)
     assert not of_bob.done()
     answers = client.answers()
     assert [answer.kind.name for answer in answers] == ["EVENT", "WITHDRAW"]
     assert harness.state.clients.find(handles="approve") == []
     client.lose()
-    client.fails(of_bob, ConnectionClosed)
+    failure(client, of_bob, ConnectionClosed)
     assert harness.state.clients.ended == {"closed": 2}
 
 
-def expire(client: CallPeer, reason: EndReason = EndReason.EXPIRED) -> str:
-    """Let the token of the client's session expire; return the session's id."""
-    session_id: str = client.opened.session.id  # type: ignore[attr-defined]
-    client.harness.in_loop(
-        lambda: client.protocol.session_ended(session_id, Code.TOKEN_EXPIRED, reason),
-    )
+def expire(client: Peer, reason: EndReason = EndReason.EXPIRED) -> None:
+    """Let the token of the client's session expire."""
+    client.end_session(Code.TOKEN_EXPIRED, reason)
     client.answers()
-    return session_id
 
 
-def refresh(client: CallPeer) -> None:
+def refresh(client: Peer) -> None:
     """Refresh the session on this connection."""
-    opened, harness = client.opened, client.harness  # type: ignore[attr-defined]
+    opened, harness = client.opened, client.harness
     assert opened.refresh_token is not None
-    client.opened = harness.registry.refresh(  # type: ignore[attr-defined]
+    client.opened = harness.registry.refresh(
         opened.refresh_token, client="", address="", wall=harness.clock.wall()
     )
-    client.token = client.opened.token  # type: ignore[attr-defined]
+    client.token = client.opened.token
 
 
 def test_registration_is_kept_while_its_session_expires_and_is_refreshed(
-    client: CallPeer, harness: Harness
+    client: Peer, harness: Harness
 ) -> None:
     (found,) = harness.state.clients.find(handles="approve")
-    task = client.begin()
+    task = begin(client)
     harness.clock.advance(harness.registry.settings.lifetime_ms / 1_000)
     harness.in_loop(lambda: harness.registry.clean(harness.clock.wall(), 100))
-    client.fails(task, ConnectionClosed)
+    failure(client, task, ConnectionClosed)
     assert harness.state.clients.find() == []
     assert len(harness.state.clients) == 0
-    client.fails(client.begin_call(found), Unavailable)
+    failure(client, client.call(found), Unavailable)
     client.answers()
     refresh(client)
-    client.protocol.join(client.opened.session, client.token)  # type: ignore[attr-defined]
+    client.protocol.join(client.opened.session, client.token)
     assert harness.state.clients.find(handles="approve") == [found]
-    task = client.begin()
+    task = begin(client)
     (call,) = client.answers()
     assert (call.raw[1], call.token) == (CALL, client.token)
     client.send(client.result(call.stream, "yes"))
@@ -490,7 +433,7 @@ def test_registration_is_kept_while_its_session_expires_and_is_refreshed(
 
 @pytest.mark.parametrize("reason", [EndReason.EXPIRED, EndReason.IDLE])
 def test_registration_is_kept_if_the_session_was_refreshed_elsewhere(
-    client: CallPeer, harness: Harness, reason: EndReason
+    client: Peer, harness: Harness, reason: EndReason
 ) -> None:
     expire(client, reason)
     refresh(client)
@@ -499,61 +442,57 @@ def test_registration_is_kept_if_the_session_was_refreshed_elsewhere(
     assert len(harness.state.clients.find(handles="approve")) == 1
 
 
-def test_registration_of_a_session_that_ended_for_good_is_dropped(client: CallPeer, harness: Harness) -> None:
+def test_registration_of_a_session_that_ended_for_good_is_dropped(client: Peer, harness: Harness) -> None:
     expire(client, EndReason.DISCONNECTED)
     refresh(client)
-    client.protocol.join(client.opened.session, client.token)  # type: ignore[attr-defined]
+    client.protocol.join(client.opened.session, client.token)
     assert harness.state.clients.find() == []
     assert client.handle("a").value == {}
 
 
-def test_expired_registrations_are_dropped_with_their_connection(client: CallPeer, harness: Harness) -> None:
+def test_expired_registrations_are_dropped_with_their_connection(client: Peer, harness: Harness) -> None:
     harness.state.clients.limits = CallLimits(names_per_user=2)
     expire(client)
     client.lose()
-    other = CallPeer(harness)
-    other.login()
+    other = connect(harness)
     assert other.handle("a", "b").value == {}
-    nothing_left_of(client, harness)
-
-
-def nothing_left_of(client: CallPeer, harness: Harness) -> None:
-    assert all(key[0] is not client.protocol for key in harness.state.clients._users)
+    clients = harness.state.clients  # what stays in its tables would be found by nothing else
+    assert all(key[0] is not client.protocol for key in clients._users)
+    assert clients._suspended == {}
 
 
 def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first(
-    client: CallPeer, harness: Harness
+    client: Peer, harness: Harness
 ) -> None:
     harness.state.clients.limits = CallLimits(names_per_user=4)
-    second, third, fourth = (CallPeer(harness) for _ in range(3))
+    second, third, fourth = (Peer(harness) for _ in range(3))
     for peer, name in ((second, "second"), (third, "third")):
-        peer.opened = peer.login()  # type: ignore[attr-defined]
+        peer.login()
         peer.handle(name)
+    (found,) = harness.state.clients.find(handles="approve")
     expire(client)
     expire(second)
     fourth.login()
     assert fourth.handle("a").value == {}, "the oldest makes room"
     for peer in (client, second):
         refresh(peer)
-        peer.protocol.join(peer.opened.session, peer.token)  # type: ignore[attr-defined]
+        peer.protocol.join(peer.opened.session, peer.token)
     assert harness.state.clients.find(handles="approve") == []
+    failure(client, client.call(found), Unavailable)
     assert len(harness.state.clients.find(handles="second")) == 1
     assert fourth.handle("a", "b", "c").error.details["limit"] == 4
 
 
-def test_room_is_made_without_a_look_at_each_registration_of_the_user(
-    client: CallPeer, harness: Harness
-) -> None:
+def test_room_is_made_without_a_look_at_each_registration_of_the_user(client: Peer, harness: Harness) -> None:
     class Unread(dict[Any, Any]):
         def items(self) -> NoReturn:
             raise AssertionError("thousands of them for each request of a user at the limit")
 
-        keys = __iter__ = items  # type: ignore[assignment]
+        keys = __iter__ = items
 
     clients = harness.state.clients
     clients.limits = CallLimits(names_per_user=2)
-    other = CallPeer(harness)
-    other.login()
+    other = connect(harness)
     clients._by_user["ada"] = Unread(clients._by_user["ada"])
     assert other.handle("a").error.details["limit"] == 2
     expire(client)
@@ -561,17 +500,17 @@ def test_room_is_made_without_a_look_at_each_registration_of_the_user(
     assert len(clients.find(handles="a")) == 1
 
 
-def test_lost_connection_fails_its_calls_and_forgets_the_client(client: CallPeer, harness: Harness) -> None:
+def test_lost_connection_fails_its_calls_and_forgets_the_client(client: Peer, harness: Harness) -> None:
     found = harness.state.clients.find()[0]
-    task = client.begin()
+    task = begin(client)
     client.lose()
-    client.fails(task, ConnectionClosed)
+    failure(client, task, ConnectionClosed)
     assert harness.state.clients.find() == []
-    client.fails(client.begin_call(found), Unavailable)
+    failure(client, client.call(found), Unavailable)
     nothing_left(harness)
 
 
-def test_method_of_a_lost_connection_is_cancelled(client: CallPeer, harness: Harness) -> None:
+def test_method_of_a_lost_connection_is_cancelled(client: Peer, harness: Harness) -> None:
     client.send(client.request(5, "call"))
     client.lose()
     harness.turn()
@@ -579,29 +518,30 @@ def test_method_of_a_lost_connection_is_cancelled(client: CallPeer, harness: Har
     assert harness.state.clients.ended == {"closed": 1}
 
 
-def test_registration_after_the_end_of_the_connection_is_nothing(client: CallPeer, harness: Harness) -> None:
-    session = client.opened.session  # type: ignore[attr-defined]
+def test_registration_after_the_end_of_the_connection_is_nothing(client: Peer, harness: Harness) -> None:
+    session = client.opened.session
     client.lose()
     client.protocol.register(session, frozenset({"approve"}), 1)
+    client.protocol.unregister(session.id)
     assert len(harness.state.clients) == 0
 
 
-def test_draining_connection_waits_for_its_calls(client: CallPeer, harness: Harness) -> None:
-    task = client.begin()
+def test_draining_connection_waits_for_its_calls(client: Peer, harness: Harness) -> None:
+    task = begin(client)
     client.protocol.go_away(GoAwayReason.DRAINING)
     harness.turn()
-    assert not client.transport.closed
+    assert not client.transport.is_closing()
     client.send(client.result(1, 1))
     harness.turn()
     assert task.result() == 1
-    assert client.transport.closed
+    assert client.transport.is_closing()
     assert ended(harness) == {"draining": 1}
 
 
-def test_draining_connection_waits_for_its_methods_too(client: CallPeer, harness: Harness) -> None:
+def test_draining_connection_waits_for_its_methods_too(client: Peer, harness: Harness) -> None:
     client.send(client.request(5, "call"))
     client.protocol.go_away(GoAwayReason.DRAINING)
     client.send(client.result(1, 1))
     harness.turn()
     assert client.answers()[-1].value == 1
-    assert client.transport.closed
+    assert client.transport.is_closing()

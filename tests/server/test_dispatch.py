@@ -1,20 +1,227 @@
-"""Tests of dispatch over real TLS: each request gets exactly one answer."""
+"""Tests of dispatch over real TLS, by methods that return, raise or wait as tests request.
+
+Each request gets exactly one answer, also if requests run at the same time, are cancelled or exceed their deadline.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 
-from tests.server.dispatch_app import RAISED, SECRET, client, gate, server
-from tests.server.helpers import EVENT, NO_TOKEN, PONG, RESPONSE, Client, ServerThread, eventually, wall
+from tests.server.helpers import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    NO_TOKEN,
+    PONG,
+    RESPONSE,
+    Client,
+    ServerThread,
+    eventually,
+    wall,
+)
 from zcproto.app.app import App
-from zcproto.errors import Code
+from zcproto.app.context import Context
+from zcproto.common.roles import OPERATORS
+from zcproto.errors import CallError, Code, NotFound, ResourceExhausted, Unavailable
 
-__all__ = ["client", "gate", "server"]
+SECRET = "canary-5e1f"
+RAISED = {code.name.lower(): CallError.by_code[code] for code in Code if code <= Code.UNAUTHENTICATED}
+"""Errors that every method may raise, by the name of their code."""
+FAULTS: dict[str, BaseException] = {
+    "value_error": ValueError(SECRET),
+    "key_error": KeyError(SECRET),
+    "cancelled_error": asyncio.CancelledError(SECRET),
+    "generator_exit": GeneratorExit(SECRET),
+    "unsendable_details": NotFound("no", {"what": object()}),
+    "without_details": Unavailable("later"),
+    "busy_without_details": ResourceExhausted("later"),
+    "with_limit": ResourceExhausted("too many", {"limit": 3}),
+}
+
+
+@dataclass
+class Item:
+    name: str
+    count: int = 1
+
+
+class WaitingMethods:
+    """Methods that wait until the test releases them: which wait, and how they ended."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, asyncio.Future[Any]] = {}
+        self.ended: list[tuple[str, str]] = []
+        self.contexts: dict[str, Context] = {}
+
+
+def application(gate: WaitingMethods) -> App:
+    app = App()
+
+    @app.method("plain")
+    def plain(item: Item) -> str:
+        return item.name * item.count
+
+    @app.method("async.ready")
+    async def async_ready(item: Item) -> str:
+        return item.name * item.count
+
+    @app.method("hello", public=True)
+    def hello(context: Context) -> Any:
+        return [context.session is None, context.peer]
+
+    @app.method("operators", roles=OPERATORS)
+    def operators() -> str:
+        return "welcome"
+
+    @app.method("wait")
+    async def wait(context: Context, name: str) -> str:
+        future = gate.waiting[name] = asyncio.get_running_loop().create_future()
+        gate.contexts[name] = context
+        try:
+            result = str(await future)
+        except asyncio.CancelledError:
+            gate.ended.append((name, "cancelled"))
+            raise
+        gate.ended.append((name, result))
+        return result
+
+    @app.method("wait.stubborn")
+    async def wait_stubborn(name: str) -> str:
+        future = gate.waiting[name] = asyncio.get_running_loop().create_future()
+        while not future.done():
+            try:
+                await asyncio.shield(future)
+            except asyncio.CancelledError:
+                gate.ended.append((name, "ignored it"))
+        return str(future.result())
+
+    def raises(kind: str) -> None:
+        if kind == "recursion_error":
+            raises(kind)
+        raise RAISED[kind](f"it is {kind}", {"n": 1}) if kind in RAISED else copy.copy(FAULTS[kind])
+
+    @app.method("raise.plain")
+    def raise_plain(kind: str) -> None:
+        raises(kind)
+
+    @app.method("raise.first")
+    async def raise_first(kind: str) -> None:
+        raises(kind)
+
+    @app.method("raise.later")
+    async def raise_later(kind: str) -> None:
+        await asyncio.sleep(0)
+        raises(kind)
+
+    def gives(what: str) -> Any:
+        return {
+            "nil": None,
+            "object": object(),
+            "loop": _loop(),
+            "surrogate": "\ud800",
+            "huge_int": 2**64,
+            "coroutine_like": lambda: 1,
+            "bytes": b"\x00",
+            "nested": [{"a": [1, 2.5, None, True]}],
+        }[what]
+
+    @app.method("give.plain")
+    def give_plain(what: str) -> Any:
+        return gives(what)
+
+    @app.method("give.later")
+    async def give_later(what: str) -> Any:
+        await asyncio.sleep(0)
+        return gives(what)
+
+    @app.method("big")
+    def big(size: int) -> bytes:
+        return bytes(size)
+
+    @app.method("big.later")
+    async def big_later(size: int) -> bytes:
+        await asyncio.sleep(0)
+        return bytes(size)
+
+    @app.method("context")
+    async def context_(context: Context) -> dict[str, Any]:
+        before = context.time_left
+        return {
+            "user": context.user,
+            "method": context.method,
+            "peer": context.peer,
+            "traceparent": context.traceparent,
+            "time_left": before,
+            "cancelled": context.cancelled,
+            "wall": context.wall(),
+            "now": context.now(),
+        }
+
+    @app.method("context.user", public=True)
+    def context_user(context: Context) -> str:
+        return context.user
+
+    @app.method("event")
+    def event(context: Context, data: Any = None, size: int = 0) -> bool:
+        return context.send_event("news", bytes(size) if size else data)
+
+    @app.method("event.public", public=True)
+    def event_public(context: Context) -> bool:
+        return context.send_event("news", 1)
+
+    return app
+
+
+def _loop() -> list[Any]:
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
+
+
+@pytest.fixture(scope="module")
+def gate() -> WaitingMethods:
+    return WaitingMethods()
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def server(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    certs: Path,
+    gate: WaitingMethods,
+) -> Iterator[ServerThread]:
+    loop_factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+    home = tmp_path_factory.mktemp("dispatch") / "home"
+    with ServerThread(
+        home, certs, application(gate), loop_factory=loop_factory, limits__max_streams=8
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: ServerThread, gate: WaitingMethods) -> Iterator[Client]:
+    gate.waiting.clear()
+    gate.ended.clear()
+    gate.contexts.clear()
+    with server.client("ada") as client:
+        yield client
+    server.until_left()
+
+
+def release(server: ServerThread, gate: WaitingMethods, name: str, result: str) -> None:
+    eventually(lambda: name in gate.waiting)
+    server.in_loop(lambda: gate.waiting[name].set_result(result))
 
 
 # --- who may call what -------------------------------------------------------------------------------------
@@ -249,3 +456,101 @@ def test_method_may_drain_its_server(serve: Callable[..., ServerThread]) -> None
     client.close()
     eventually(lambda: stopped)
     server.drain()
+
+
+def test_concurrent_requests_are_answered_in_any_order(
+    client: Client, server: ServerThread, gate: WaitingMethods
+) -> None:
+    client.send(*(client.request("wait", {"name": name}) for name in "abc"))
+    for name in "cab":
+        release(server, gate, name, name.upper())
+    first = client.stream - 2
+    found = {stream - first: frame.value for stream, frame in client.answers(3).items()}
+    assert found == {0: "A", 1: "B", 2: "C"}
+
+
+def test_request_over_max_streams_is_refused(
+    client: Client, server: ServerThread, gate: WaitingMethods
+) -> None:
+    names = [str(number) for number in range(8)]
+    client.send(*(client.request("wait", {"name": name}) for name in names))
+    refused = client.refused("hello")
+    assert refused.code == Code.RESOURCE_EXHAUSTED
+    assert refused.details["retry_after_ms"] > 0
+    release(server, gate, names.pop(), "done")
+    assert client.answer().value == "done"
+    assert client.call("hello")
+    for name in names:
+        release(server, gate, name, "done")
+    assert len(client.answers(7)) == 7
+
+
+@pytest.mark.parametrize("in_one_read", [False, True])
+def test_cancel_is_answered_once_at_once(
+    client: Client, server: ServerThread, gate: WaitingMethods, in_one_read: bool
+) -> None:
+    before = server.stats["errors"].get("1", 0)
+    frames = client.request("wait", {"name": "a"}), client.frame(CANCEL, stream=client.stream)
+    if in_one_read:
+        client.send(*frames)
+    else:
+        client.send(frames[0])
+        eventually(lambda: "a" in gate.waiting)
+        client.send(frames[1])
+    answer = client.answer(client.stream)
+    assert (answer.kind, answer.code, answer.message) == (ERROR, Code.CANCELLED, "cancelled by the caller")
+    eventually(lambda: gate.ended == [("a", "cancelled")])
+    assert gate.contexts["a"].cancelled
+    client.call("hello")  # no second answer came before this one
+    assert server.stats["errors"]["1"] - before == 1
+
+
+def test_method_ignoring_cancellation_still_counts_as_running(
+    client: Client, server: ServerThread, gate: WaitingMethods
+) -> None:
+    names = [str(number) for number in range(8)]
+    client.send(*(client.request("wait.stubborn", {"name": name}) for name in names))
+    first = client.stream - 7
+    for stream in range(first, first + 8):
+        client.cancel(stream)
+    assert {frame.code for frame in client.answers(8).values()} == {Code.CANCELLED}
+    assert client.refused("hello").code == Code.RESOURCE_EXHAUSTED
+    for name in names:
+        release(server, gate, name, "late")
+    server.until(lambda: server.server.state.tasks.running == 0)
+    assert client.call("hello")
+
+
+def test_deadline_exceeded_cancels_the_method(client: Client, gate: WaitingMethods) -> None:
+    client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 30}))
+    answer = client.answer(client.stream)
+    assert (answer.code, answer.message) == (Code.DEADLINE_EXCEEDED, "the deadline has passed")
+    eventually(lambda: gate.ended == [("a", "cancelled")])
+    client.call("hello")
+
+
+def test_context_has_time_left(client: Client, server: ServerThread, gate: WaitingMethods) -> None:
+    client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 60_000}))
+    eventually(lambda: "a" in gate.waiting)
+    left = server.in_loop(lambda: gate.contexts["a"].time_left)
+    assert left is not None
+    assert 50 < left <= 60
+    assert not server.in_loop(lambda: gate.contexts["a"].cancelled)
+    release(server, gate, "a", "in time")
+    assert client.answer(client.stream).value == "in time"
+
+
+def test_deadline_does_not_affect_immediate_answer(client: Client) -> None:
+    assert client.call("async.ready", {"item": {"name": "a"}}, meta={"deadline_ms": 1}) == "a"
+
+
+@pytest.mark.parametrize("size", [1, 10_000])
+def test_result_after_disconnect_is_dropped(server: ServerThread, gate: WaitingMethods, size: int) -> None:
+    client = server.client("ada")
+    gate.waiting.clear()
+    client.send(client.request("wait.stubborn", {"name": "late"}))
+    eventually(lambda: "late" in gate.waiting)
+    client.reset()
+    server.until_left(handlers=1)
+    release(server, gate, "late", "x" * size)
+    server.until_left()

@@ -3,29 +3,135 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import time
 import weakref
-from collections.abc import Awaitable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import pytest
+import uvloop
 
 from tests.limits import TIMEOUT
-from tests.server.eager_harness import (
-    Outcome,
-    TaskHarness,
-    forever,
-    harness,
-    loop,
-    ready,
-    tasks,
-    variable,
-    warm,
-)
-from zcproto.server.eager import EagerTasks
+from zcproto.server.eager import EagerTasks, EagerWorker
 
-__all__ = ["harness", "loop", "tasks", "warm"]
+T = TypeVar("T")
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="untouched")
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop() if request.param == "asyncio" else uvloop.new_event_loop()
+    yield loop
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+@pytest.fixture
+def tasks(loop: asyncio.AbstractEventLoop) -> Iterator[EagerTasks]:
+    tasks = EagerTasks(loop)
+    yield tasks
+    assert loop.run_until_complete(tasks.close(1.0)) == 0
+
+
+class Outcome:
+    """Records the call of a Worker's `done`."""
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.calls = 0
+
+    def __call__(self, result: Any, error: BaseException | None) -> None:
+        self.result, self.error = result, error
+        self.calls += 1
+
+
+class TaskHarness:
+    """Runs steps as the loop does, outside any task."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> None:
+        self.loop = loop
+        self.tasks = tasks
+
+    def in_loop(self, step: Callable[[], T]) -> T:
+        """Call a function from a plain callback of the loop."""
+        future: asyncio.Future[T] = self.loop.create_future()
+
+        def callback() -> None:
+            try:
+                future.set_result(step())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.loop.call_soon(callback)
+        return self.loop.run_until_complete(future)
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> EagerWorker | None:
+        return self.in_loop(lambda: self.tasks.start(coroutine))
+
+    def value(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Return the result of a coroutine that must end in its first step."""
+        assert self.start(coroutine) is None
+        return self.tasks.result
+
+    def waiting(self, coroutine: Coroutine[Any, Any, Any]) -> tuple[EagerWorker, Outcome]:
+        """Start a coroutine that must wait."""
+        outcome = Outcome()
+
+        def step() -> EagerWorker:
+            worker = self.tasks.start(coroutine)
+            worker.done = outcome
+            return worker
+
+        return self.in_loop(step), outcome
+
+    def turns(self, count: int = 3) -> None:
+        for _ in range(count):
+            self.in_loop(lambda: None)
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Run the loop until a worker is done."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(TIMEOUT):
+                while not outcome.calls:  # noqa: ASYNC110 - the EagerWorker knows no events
+                    await asyncio.sleep(0)
+
+        self.loop.run_until_complete(wait())
+        self.turns()
+        assert outcome.calls == 1
+        return outcome
+
+    def outcome(self, coroutine: Coroutine[Any, Any, Any]) -> Outcome:
+        return self.finish(self.waiting(coroutine)[1])
+
+
+@pytest.fixture
+def harness(loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> TaskHarness:
+    return TaskHarness(loop, tasks)
+
+
+@pytest.fixture(params=["a new task", "a task that waits for work"])
+def warm(request: pytest.FixtureRequest, harness: TaskHarness) -> None:
+    """Cover the first coroutine, whose task has not run yet, and later ones."""
+    if request.param == "a task that waits for work":
+        harness.value(ready())
+        harness.turns()
+
+
+async def ready(value: Any = None) -> Any:
+    return value
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def who() -> asyncio.Task[Any] | None:
+    return asyncio.current_task()
 
 
 # --- the first step --------------------------------------------------------------------------------------
@@ -48,14 +154,7 @@ def test_first_step_runs_in_the_callers_turn(harness: TaskHarness, warm: None) -
 
 
 def test_immediate_coroutines_reuse_one_task(harness: TaskHarness) -> None:
-    seen = []
-
-    async def coroutine() -> None:
-        seen.append(asyncio.current_task())
-
-    for _ in range(100):
-        harness.value(coroutine())
-    assert len(set(seen)) == 1
+    assert len({harness.value(who()) for _ in range(100)}) == 1
     assert harness.tasks.running == 0
     assert len(asyncio.all_tasks(harness.loop)) == 1
 
@@ -167,9 +266,6 @@ def test_task_that_waited_is_not_reused(harness: TaskHarness) -> None:
         await asyncio.sleep(0)
         return asyncio.current_task()
 
-    async def who() -> asyncio.Task[Any] | None:
-        return asyncio.current_task()
-
     first = harness.outcome(coroutine()).result
     assert harness.value(who()) is not first
     assert harness.outcome(coroutine()).result is not first
@@ -201,7 +297,6 @@ def test_result_without_done_is_dropped(harness: TaskHarness) -> None:
         raise LookupError
 
     worker = harness.start(coroutine())
-    assert worker is not None
     harness.turns(5)
     assert worker.task.done()
 
@@ -254,45 +349,22 @@ def test_child_task_inherits_the_context(harness: TaskHarness) -> None:
 # --- what asks for the current task ------------------------------------------------------------------------
 
 
-def test_timeout_started_in_first_step_ends_the_wait(harness: TaskHarness, warm: None) -> None:
-    async def coroutine() -> str:
-        try:
-            async with asyncio.timeout(0.01):
-                await forever()
-        except TimeoutError:
-            task = asyncio.current_task()
-            assert task is not None
-            return f"timed out, cancelling {task.cancelling()}"
-        return "never"
-
-    assert harness.outcome(coroutine()).result == "timed out, cancelling 0"
-
-
-@pytest.mark.parametrize("delay", [0.001, 0, -1])
-def test_expired_timeout_ends_the_wait(harness: TaskHarness, warm: None, delay: float) -> None:
-    async def coroutine() -> str:
+@pytest.mark.parametrize("delay", [0.01, 0.001, 0, -1])
+def test_timeout_started_in_first_step_ends_the_wait(harness: TaskHarness, warm: None, delay: float) -> None:
+    async def coroutine() -> int | None:
         try:
             async with asyncio.timeout(delay):
-                time.sleep(0.005)  # noqa: ASYNC251 - uvloop runs the timer before the task
+                if delay < 0.01:  # expired
+                    time.sleep(0.005)  # noqa: ASYNC251 - uvloop runs the timer before the task
                 await forever()
         except TimeoutError:
-            task = asyncio.current_task()
-            assert task is not None
-            return f"timed out, cancelling {task.cancelling()}"
-        return "never"
+            return asyncio.current_task().cancelling()
 
-    assert harness.outcome(coroutine()).result == "timed out, cancelling 0"
+    assert harness.outcome(coroutine()).result == 0
 
 
 def test_wait_for_in_first_step_times_out(harness: TaskHarness, warm: None) -> None:
-    async def coroutine() -> str:
-        try:
-            await asyncio.wait_for(forever(), 0.01)
-        except TimeoutError:
-            return "timed out"
-        return "never"
-
-    assert harness.outcome(coroutine()).result == "timed out"
+    assert isinstance(harness.outcome(asyncio.wait_for(forever(), 0.01)).error, TimeoutError)
 
 
 def test_task_group_gathers_its_children(harness: TaskHarness, warm: None) -> None:
@@ -329,9 +401,6 @@ def test_failing_child_cancels_only_its_group(harness: TaskHarness, warm: None) 
 
 
 def test_start_within_a_task_runs_first_step(harness: TaskHarness) -> None:
-    async def who() -> asyncio.Task[Any] | None:
-        return asyncio.current_task()
-
     async def failing() -> None:
         raise LookupError
 
@@ -355,7 +424,6 @@ def test_start_within_a_task_may_wait(harness: TaskHarness) -> None:
 
     async def outer() -> str:
         worker = harness.tasks.start(inner())
-        assert worker is not None
         worker.done = outcome
         await asyncio.sleep(0)
         return "outer"
@@ -428,7 +496,6 @@ def test_close_ends_a_task_that_never_began(loop: asyncio.AbstractEventLoop) -> 
     def start() -> None:
         assert tasks.start(ready()) is None
         worker = tasks.start(forever())
-        assert worker is not None
         worker.done = outcome
 
     loop.call_soon(start)
@@ -476,7 +543,7 @@ def test_closing_the_loop_closes_waiting_coroutines() -> None:
     loop = asyncio.new_event_loop()
     worker, _ = TaskHarness(loop, EagerTasks(loop)).waiting(stubborn())
     loop.run_until_complete(asyncio.sleep(0))
-    worker.task.get_coro().close()  # type: ignore[union-attr]  # as the interpreter does when the loop is gone
+    worker.task.get_coro().close()  # as the interpreter does when the loop is gone
     assert closed == [True]
     worker.task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
@@ -520,7 +587,7 @@ def test_custom_awaitable_is_driven_like_a_task(harness: TaskHarness) -> None:
     async def coroutine(awaitable: Awaitable[Any]) -> Any:
         return await awaitable
 
-    assert harness.outcome(coroutine(Pair())).result == "driven"  # type: ignore[arg-type]
+    assert harness.outcome(coroutine(Pair())).result == "driven"
 
 
 # --- tasks from the beginning ----------------------------------------------------------------------------
@@ -546,3 +613,172 @@ def test_task_runs_from_the_next_turn_on_and_is_cancelled_by_close(loop: asyncio
         assert ended == [task]
 
     loop.run_until_complete(main())
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_cancel_raises_where_the_coroutine_waits(harness: TaskHarness, warm: None, is_begun: bool) -> None:
+    cleaned: list[str] = []
+    outcome = Outcome()
+
+    def step() -> EagerWorker:
+        worker = harness.tasks.start(noting(cleaned))
+        worker.done = outcome
+        if not is_begun:
+            worker.cancel()
+        return worker
+
+    worker = harness.in_loop(step)
+    if is_begun:
+        harness.turns()
+        harness.in_loop(worker.cancel)
+    assert isinstance(harness.finish(outcome).error, asyncio.CancelledError)
+    assert cleaned == ["cancelled", "ended"]
+
+
+@pytest.mark.parametrize("when", ["before the task has begun", "before it goes on", "later"])
+def test_cancel_reaches_the_awaited_future(
+    harness: TaskHarness, loop: asyncio.AbstractEventLoop, warm: None, when: str
+) -> None:
+    children: list[str] = []
+
+    async def child() -> None:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            children.append("cancelled")
+            raise
+
+    async def coroutine() -> None:
+        await asyncio.gather(child(), child())
+
+    outcome = Outcome()
+
+    def step() -> EagerWorker:
+        worker = harness.tasks.start(coroutine())
+        worker.done = outcome
+        if when == "before the task has begun":
+            worker.cancel()
+        elif when == "before it goes on":
+            loop.call_soon(loop.call_soon, worker.cancel)
+        return worker
+
+    worker = harness.in_loop(step)
+    if when == "later":
+        harness.turns()
+        assert outcome.calls == 0
+        harness.in_loop(worker.cancel)
+    harness.finish(outcome)
+    harness.turns()
+    assert isinstance(outcome.error, asyncio.CancelledError)
+    # Children that have not begun never do; the others are cancelled where they wait.
+    assert children in ([], ["cancelled"] * 2)
+    assert [task for task in asyncio.all_tasks(loop) if task.get_name() != "zcproto-handler"] == []
+
+
+def test_cancelled_coroutine_may_wait_while_cleaning_up(harness: TaskHarness, warm: None) -> None:
+    async def coroutine() -> str:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+            return "cleaned up"
+        return "never"
+
+    worker, outcome = harness.waiting(coroutine())
+    harness.in_loop(worker.cancel)
+    assert harness.finish(outcome).result == "cleaned up"
+
+
+def test_cancel_after_the_end_does_nothing(harness: TaskHarness) -> None:
+    async def coroutine() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    worker, outcome = harness.waiting(coroutine())
+    harness.finish(outcome)
+    harness.in_loop(worker.cancel)
+    assert harness.value(ready(2)) == 2
+    assert harness.outcome(coroutine()).result == 1
+
+
+def test_cancel_reaches_only_its_coroutine(harness: TaskHarness) -> None:
+    async def coroutine() -> str:
+        await asyncio.sleep(0.001)
+        return "untroubled"
+
+    victim, cancelled = harness.waiting(forever())
+    others = [harness.waiting(coroutine())[1] for _ in range(5)]
+    harness.in_loop(victim.cancel)
+    harness.finish(cancelled)
+    assert isinstance(cancelled.error, asyncio.CancelledError)
+    assert [harness.finish(other).result for other in others] == ["untroubled"] * 5
+
+
+def test_self_cancel_at_the_end_does_not_affect_others(harness: TaskHarness, warm: None) -> None:
+    async def coroutine(wait: bool) -> str:
+        if wait:
+            await asyncio.sleep(0)
+        asyncio.current_task().cancel()
+        return "ended"
+
+    async def innocent() -> tuple[int, str]:
+        before = asyncio.current_task().cancelling()
+        await asyncio.sleep(0)
+        return before, "untroubled"
+
+    def step() -> tuple[Outcome, Outcome]:
+        assert harness.tasks.start(coroutine(wait=False)) is None
+        outcomes = Outcome(), Outcome()
+        for outcome in outcomes:
+            harness.tasks.start(innocent()).done = outcome
+        return outcomes
+
+    for outcome in harness.in_loop(step):
+        assert harness.finish(outcome).result == (0, "untroubled")
+    assert harness.outcome(coroutine(wait=True)).result == "ended"
+    assert harness.outcome(innocent()).result == (0, "untroubled")
+
+
+@pytest.mark.parametrize(("is_warm", "noted"), [(False, {"ended"}), (True, {"cancelled", "ended"})])
+def test_self_cancel_before_waiting_cancels(harness: TaskHarness, is_warm: bool, noted: set[str]) -> None:
+    cleaned: list[str] = []
+
+    async def coroutine() -> None:
+        asyncio.current_task().cancel()
+        try:
+            await noting(cleaned)
+        finally:
+            cleaned.append("ended")
+
+    if is_warm:
+        harness.value(ready())
+        harness.turns()
+    assert isinstance(harness.outcome(coroutine()).error, asyncio.CancelledError)
+    assert noted <= {*cleaned}
+
+
+def test_idle_task_cancelled_gets_no_work(harness: TaskHarness) -> None:
+    task = harness.value(who())
+    harness.turns()
+
+    def step() -> asyncio.Task[Any] | None:
+        task.cancel()
+        assert harness.tasks.start(who()) is None
+        return harness.tasks.result
+
+    assert harness.in_loop(step) is not task
+    harness.turns()
+    assert task.done()
+    assert harness.tasks.running == 0
+
+
+async def noting(cleaned: list[str]) -> None:
+    """Wait until a cancellation, and note it and the end."""
+    try:
+        await forever()
+    except asyncio.CancelledError:
+        cleaned.append("cancelled")
+        raise
+    finally:
+        cleaned.append("ended")

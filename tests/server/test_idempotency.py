@@ -17,9 +17,6 @@ from tests.server.idempotency_harness import (
     FakeStore,
     MakeHarness,
     code,
-    harness,
-    loop,
-    make_harness,
 )
 from zcproto.errors import (
     CallError,
@@ -35,7 +32,12 @@ from zcproto.server.idempotency import NOT_RUN, Answer, answer_limits, request_d
 from zcproto.stores.answers import AnswerLimits
 from zcproto.wire.message import decode_error, encode_body
 
-__all__ = ["harness", "loop", "make_harness"]
+
+@pytest.fixture(params=["memory", "store", "shared store"])
+def harness(request: pytest.FixtureRequest, make_harness: MakeHarness) -> CacheHarness:
+    """Return harnesses without a store, with its own store and with a shared store."""
+    store = None if request.param == "memory" else FakeStore(request.param == "shared store")
+    return make_harness(store)
 
 
 # --- once ------------------------------------------------------------------------------------------------
@@ -55,8 +57,7 @@ def test_concurrent_requests_share_one_answer(harness: CacheHarness) -> None:
     harness.turn()
     assert harness.ran == 1
     assert not any(caller.answers for caller in callers)
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert {caller.answer for caller in callers} == {Answer(0, encode_body("paid"))}
     assert (harness.ran, harness.cache.repeated, harness.cache.running) == (1, 4, 0)
 
@@ -66,11 +67,9 @@ def test_cancelled_wait_gets_no_answer_and_does_not_stop_the_run(harness: CacheH
     first, second = harness.begin("paid", wait=gate), harness.begin("paid", wait=gate)
     harness.turn()
     for caller in (first, second):
-        assert caller.waiting is not None
         caller.waiting.cancel()
         caller.waiting.cancel()
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert not first.answers
     assert not second.answers
     assert harness.call("again") == Answer(0, encode_body("paid"))
@@ -81,11 +80,8 @@ def test_caller_may_leave_while_others_are_answered(harness: CacheHarness) -> No
     gate = harness.loop.create_future()
     first, second = harness.begin(wait=gate), harness.begin(wait=gate)
     harness.turn()
-    assert first.waiting is not None
-    assert second.waiting is not None
-    first.waiting.on_answer = lambda answer: second.waiting.cancel()  # type: ignore[union-attr]
-    gate.set_result(None)
-    harness.turn()
+    first.waiting.on_answer = lambda answer: second.waiting.cancel()
+    harness.release(gate)
     assert not second.answers
 
 
@@ -94,12 +90,10 @@ def test_key_of_another_request_is_refused(harness: CacheHarness, running: bool)
     gate = harness.loop.create_future()
     first = harness.begin("paid", wait=gate)
     if not running:
-        gate.set_result(None)
-    harness.turn()
+        harness.release(gate)
     assert code(harness.call(digest=OTHER)) is Code.FAILED_PRECONDITION
     if running:
-        gate.set_result(None)
-        harness.turn()
+        harness.release(gate)
     assert first.answer.code == 0
     assert (harness.ran, harness.cache.conflicts) == (1, 1)
 
@@ -115,8 +109,7 @@ def test_answer_is_kept_for_the_configured_time_after_the_run(harness: CacheHarn
     caller = harness.begin("paid", wait=gate)
     harness.turn()
     harness.clock.advance(500)
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     harness.clock.advance(KEEP_MS / 1000 - 0.001)
     assert harness.call("again") == caller.answer
     harness.clock.advance(0.001)
@@ -165,8 +158,7 @@ def test_all_waiting_callers_get_an_error_that_guarantees_no_run(harness: CacheH
     gate = harness.loop.create_future()
     callers = [harness.begin(Unavailable("not now"), wait=gate) for _ in range(3)]
     harness.turn()
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert [code(caller.answer) for caller in callers] == [Code.UNAVAILABLE] * 3
 
 
@@ -201,8 +193,7 @@ def test_running_requests_per_user_are_bounded(make_harness: MakeHarness) -> Non
     assert code(refused) is Code.RESOURCE_EXHAUSTED
     assert decode_error(refused.body).details["retry_after_ms"] > 0
     assert harness.call(user="bob", key="c").code == 0
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert harness.call(key="c").code == 0
 
 
@@ -250,8 +241,7 @@ def test_shutdown_while_the_answer_is_stored(loop: asyncio.AbstractEventLoop, re
     caller = harness.begin(result, wait=gate)
     harness.turn()
     store.held = loop.create_future()
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert not caller.answers
     assert loop.run_until_complete(harness.tasks.close(1.0)) == 0
     assert caller.answer == (
@@ -294,7 +284,6 @@ def test_method_that_cancels_itself_is_answered_and_not_run_again(make_harness: 
     class CancelsItself:
         def __await__(self) -> Iterator[Any]:
             task = asyncio.current_task()
-            assert task is not None
             task.cancel()
             yield from harness.loop.create_future()
 
@@ -308,7 +297,6 @@ def test_runs_of_one_user_are_bounded_when_their_callers_have_gone(make_harness:
     gate = harness.loop.create_future()
     for key in ("one", "two"):
         waiting = harness.begin(key=key, wait=gate).waiting
-        assert waiting is not None
         waiting.cancel()
     harness.turn()
     refused = harness.call(key="three")
@@ -316,8 +304,7 @@ def test_runs_of_one_user_are_bounded_when_their_callers_have_gone(make_harness:
     assert decode_error(refused.body).details == {"retry_after_ms": 1_000}
     assert harness.cache.counts["refused"] == 1
     assert harness.call(key="three", user="bob") == Answer(0, encode_body("paid"))
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert harness.call(key="three") == Answer(0, encode_body("paid"))
     assert harness.ran == 4
 
@@ -329,8 +316,7 @@ def test_answer_that_a_full_store_refuses_is_stored_in_memory(make_harness: Make
     caller = harness.begin("paid", wait=gate)
     harness.turn()
     store.is_full = True
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert caller.answer == Answer(0, encode_body("paid"))
     assert harness.call() == Answer(0, encode_body("paid"))
     assert code(harness.call(key="another")) is Code.RESOURCE_EXHAUSTED
@@ -344,8 +330,7 @@ def test_wait_idle_returns_when_no_request_runs(make_harness: MakeHarness) -> No
     waiting = harness.loop.create_task(harness.cache.wait_idle())
     harness.turn()
     assert not waiting.done()
-    gate.set_result(None)
-    harness.turn()
+    harness.release(gate)
     assert waiting.done()
 
 

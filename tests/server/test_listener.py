@@ -138,7 +138,7 @@ class IdleAcceptor:
 
 async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
     acceptor: Any = IdleAcceptor()
-    ports = Listener(acceptor, Any, asyncio.get_running_loop(), Config())  # type: ignore[arg-type]
+    ports = Listener(acceptor, Any, asyncio.get_running_loop(), Config())
 
     def connect() -> None:
         ports._by_network.add("192.0.2.1")
@@ -350,17 +350,23 @@ def test_accepts_per_turn_grow_while_connections_wait(serve: Serve) -> None:
             batches.append(ports.connections - before)
         return batches
 
+    def accept_nothing() -> None:
+        for _ in range(10):
+            ports._accept(ports._sockets[0], socket.AF_INET)
+
     batches = server.in_loop(accept)
     assert batches[:6] == [1] * 6
     assert sorted(batches[:-1]) == batches[:-1]
     assert max(batches) > 20
+    server.in_loop(accept_nothing)
+    assert server.in_loop(accept)[0] == 1, "they shrink while none wait"
     server.until(lambda: ports.connections == len(waiting))
     for each in waiting:
         reset(each)
     server.until_left()
 
 
-def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disconnect_before_adoption_leaves_nothing(serve: Serve) -> None:
     server = serve()
 
     async def gone(*args: Any) -> Any:
@@ -373,7 +379,7 @@ def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: py
             return gone if name == "connect_accepted_socket" else getattr(server.loop, name)
 
     loop = server.server.parts.listener._loop
-    server.server.parts.listener._loop = FailingLoop()  # type: ignore[assignment]
+    server.server.parts.listener._loop = FailingLoop()
     refused_at_accept(server)
     server.server.parts.listener._loop = loop
     server.until_left()
@@ -447,28 +453,30 @@ def test_protocol_that_closes_at_once_does_not_stop_other_adoptions(
     assert not accepting._adopting
 
 
+class FailingSocket:
+    """A listening socket whose first `accept` fails; the others are those of another one."""
+
+    def __init__(self, error: OSError, others: socket.socket | None = None) -> None:
+        self.error = error
+        self.others = others
+        self.accepts = 0
+
+    def _accept(self) -> Any:
+        self.accepts += 1
+        if self.accepts == 1 or self.others is None:
+            raise self.error
+        return self.others._accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.others, name)
+
+
 def test_connection_aborted_in_backlog_ends_the_turn(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    monkeypatch.setattr(server.server.parts.listener, "_batch", 8.0)
-    real = server.server.parts.listener._sockets[0]
-
-    class AbortingSocket:
-        """A listening socket whose first connection was aborted."""
-
-        def __init__(self) -> None:
-            self.accepts = 0
-
-        def _accept(self) -> Any:
-            self.accepts += 1
-            if self.accepts == 1:
-                raise ConnectionAbortedError
-            return real._accept()  # type: ignore[attr-defined]  # no stub names it
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-    backlog: Any = AbortingSocket()
-    server.in_loop(lambda: server.server.parts.listener._accept(backlog, socket.AF_INET))
+    ports = server.server.parts.listener
+    monkeypatch.setattr(ports, "_batch", 8.0)
+    backlog: Any = FailingSocket(ConnectionAbortedError(), ports._sockets[0])
+    server.in_loop(lambda: ports._accept(backlog, socket.AF_INET))
     assert backlog.accepts == 1
     with server.client("ada") as client:
         client.echo()
@@ -476,12 +484,7 @@ def test_connection_aborted_in_backlog_ends_the_turn(serve: Serve, monkeypatch: 
 
 def test_unexpected_accept_error_is_raised(serve: Serve) -> None:
     server = serve()
-
-    class FailingSocket:
-        def _accept(self) -> Any:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-
-    broken: Any = FailingSocket()
+    broken: Any = FailingSocket(OSError(errno.EBADF, "Bad file descriptor"))
     with pytest.raises(OSError, match="Bad file descriptor"):
         server.in_loop(lambda: server.server.parts.listener._accept(broken, socket.AF_INET))
 
@@ -490,12 +493,7 @@ def test_descriptor_exhaustion_pauses_accepting(serve: Serve, monkeypatch: pytes
     monkeypatch.setattr(listener, "PAUSE_WHEN_EXHAUSTED", 0.3)
     server = serve()
     monkeypatch.setattr(server.server.parts.listener, "_batch", 8.0)
-
-    class ExhaustedSocket:
-        def _accept(self) -> Any:
-            raise OSError(errno.EMFILE, "Too many open files")
-
-    exhausted: Any = ExhaustedSocket()
+    exhausted: Any = FailingSocket(OSError(errno.EMFILE, "Too many open files"))
     with bystander(server) as client:
         paused_at = time.monotonic()
         server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))

@@ -52,11 +52,9 @@ class ProviderProcess:
         }
 
     def _line(self) -> str:
-        assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def run(self, command: str) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         assert self._line() == "done"

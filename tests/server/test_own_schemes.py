@@ -319,7 +319,6 @@ def test_serve_takes_authenticators(tmp_path: Path, certs: Path) -> None:
     command = [sys.executable, "-c", PROGRAM]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
             address, ca_file = f"127.0.0.1:{process.stdout.readline().strip()}", tmp_path / "certs" / "ca.crt"
             options = {"login": {"scheme": "own", "name": "ada"}, "ca_file": ca_file, "home": tmp_path}
             with zcproto.connect_blocking(address, **options, **PATIENT_CLIENT) as client:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 from tests.server.helpers import eventually
 from tests.server.process import ServerProcess
-from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
+from tests.server.protocol_harness import Harness, Peer, ended, nothing_left
 from zcproto.auth import UserFile
 from zcproto.config import Config
 from zcproto.errors import Code
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.wire.frame import Kind
-
-__all__ = ["harness"]
 
 MIB = 1 << 20
 
@@ -106,10 +104,10 @@ def test_user_over_the_bound_gets_a_clear_error_and_others_nothing(harness: Harn
     assert (answer.kind, answer.stream, answer.code) == (Kind.ERROR, 0, Code.RESOURCE_EXHAUSTED)
     assert "send fewer large frames at once" in answer.error.message
     assert answer.error.details == {"retry_after_ms": 1_000}
-    assert first.transport.closed
+    assert first.transport.is_closing()
     assert ended(harness) == {"resource_exhausted": 1}
-    assert not second.transport.closed
-    assert not other.transport.closed
+    assert not second.transport.is_closing()
+    assert not other.transport.is_closing()
     second.send(b"x")
     other.send(b"x")
     assert [answer.stream for answer in (*second.answers(), *other.answers())] == [1, 1]
@@ -125,10 +123,10 @@ def test_connections_without_a_session_share_the_bound_of_their_address(harness:
     for peer in peers:
         peer.send(unfinished(peer, 10_000))
         harness.advance(1.0)
-    assert [peer.transport.closed for peer in peers] == [False, False, False]
+    assert [peer.transport.is_closing() for peer in peers] == [False, False, False]
     late = harness.connect()
     late.send(unfinished(late, 10_000))
-    assert [peer.transport.closed for peer in (*peers, late)] == [True, False, False, False]
+    assert [peer.transport.is_closing() for peer in (*peers, late)] == [True, False, False, False]
     for peer in (*peers, late):
         peer.lose()
     assert harness.state.partial_frames.bytes == 0
@@ -143,8 +141,7 @@ def test_connection_that_ends_meanwhile_is_not_cut(harness: Harness) -> None:
 
 
 def test_large_bodies_are_counted_in_both_directions(harness: Harness) -> None:
-    peer = harness.connect()
-    peer.login()
+    peer = harness.connect("ada")
     counters = harness.state.counters
     peer.send(unfinished(peer, 100_000))
     peer.send(b"x")
@@ -160,13 +157,12 @@ def test_large_bodies_are_counted_in_both_directions(harness: Harness) -> None:
 
 
 def test_frame_that_never_completes_closes_its_connection_and_is_counted(harness: Harness) -> None:
-    peer = harness.connect()
-    peer.login()
+    peer = harness.connect("ada")
     peer.send(peer.request(2, "wait"))
     harness.advance(100.0)
     peer.send(unfinished(peer, 10_000))
     harness.advance(299.0)
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     assert harness.state.partial_frames.bytes > 10_000
     harness.advance(2.0)
     *_, cancelled, goaway = peer.answers()

@@ -5,20 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.server.protocol_harness import (
-    IDLE,
-    Harness,
-    Peer,
-    ended,
-    harness,
-    nothing_left,
-    peer,
-)
+from tests.server.protocol_harness import IDLE, Harness, Peer, ended, nothing_left
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code, ResourceExhausted, TlsError
 from zcproto.observe.events import LIMITS
@@ -28,9 +21,6 @@ from zcproto.server.state import CONNECTIONS_PER_TURN
 from zcproto.sessions import Session, SessionSettings
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
 from zcproto.wire.message import encode_body
-
-__all__ = ["harness", "peer"]
-
 
 # --- what the server says of itself ----------------------------------------------------------------------
 
@@ -93,7 +83,7 @@ def test_closed_connection_gets_no_announcement(harness: Harness, peer: Peer) ->
 def test_idle_connection_is_closed(harness: Harness, peer: Peer) -> None:
     harness.advance(IDLE + 2)
     assert [answer.kind for answer in peer.answers()] == [Kind.GOAWAY]
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"idle": 1}
     nothing_left(harness)
 
@@ -102,7 +92,7 @@ def test_active_connection_is_kept(harness: Harness, peer: Peer) -> None:
     for _ in range(4):
         harness.advance(IDLE - 10)
         peer.send(peer.frame(PING))
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     assert {answer.kind for answer in peer.answers()} == {Kind.PONG}
 
 
@@ -118,19 +108,19 @@ def test_answered_request_is_not_in_flight(harness: Harness, peer: Peer) -> None
 def test_idle_time_counts_after_a_long_request(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     harness.advance(5 * IDLE)
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     harness.in_loop(lambda: harness.futures[0].set_result(1))
     harness.turn()
     assert [answer.value for answer in peer.answers()] == [1]
     harness.advance(2 * IDLE + 2)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"idle": 1}
 
 
 def test_connection_without_session_is_closed_soon(harness: Harness) -> None:
     peer = harness.connect()
     harness.advance(12)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"no_session": 1}
     nothing_left(harness)
 
@@ -148,35 +138,39 @@ def test_session_that_joins_late_gets_its_expiring_event_in_time(harness: Harnes
     assert [answer.kind for answer in peer.answers()] == [Kind.EVENT]
 
 
-def test_lookup_that_ends_at_once_delays_no_request(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def looking_up(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Peer]:
+    """Return a function that connects a client with an unknown token, which the server looks up by a function."""
+
+    def connect(look_up: Callable[..., Any]) -> Peer:
+        monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
+        harness.state.settings = replace(harness.state.settings, looks_up=True)
+        peer = harness.connect()
+        peer.token = bytes(32 * [7])
+        return peer
+
+    return connect
+
+
+def test_lookup_that_ends_at_once_delays_no_request(looking_up: Callable[..., Peer]) -> None:
     found: list[Any] = []
 
     async def look_up(*arguments: Any) -> None:
         found.append(arguments)
 
-    monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
-    harness.state.settings = replace(harness.state.settings, looks_up=True)
-    peer = harness.connect()
-    peer.token = bytes(32 * [7])
+    peer = looking_up(look_up)
     peer.send(peer.request(1, "big", {"n": 1}), peer.frame(PING))
     refused, pong = peer.answers()
     assert found == [(peer.token, peer.protocol.peer, Code.UNAUTHENTICATED)]
     assert (refused.error.code, pong.kind) == (Code.UNAUTHENTICATED, Kind.PONG)
-    assert peer.transport.reading
+    assert peer.transport.is_reading()
 
 
-def test_refused_lookup_is_the_answer_to_the_request(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_lookup_is_the_answer_to_the_request(looking_up: Callable[..., Peer]) -> None:
     async def look_up(*arguments: Any) -> None:
         raise ResourceExhausted("too many tokens to look up", {"retry_after_ms": 100})
 
-    monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
-    harness.state.settings = replace(harness.state.settings, looks_up=True)
-    peer = harness.connect()
-    peer.token = bytes(32 * [7])
+    peer = looking_up(look_up)
     peer.send(peer.request(1, "big", {"n": 1}))
     (refused,) = peer.answers()
     assert (refused.code, refused.error.message) == (Code.RESOURCE_EXHAUSTED, "too many tokens to look up")
@@ -186,6 +180,7 @@ def test_refused_lookup_is_the_answer_to_the_request(
 def test_proof_after_the_end_does_nothing(peer: Peer) -> None:
     peer.lose()
     peer.protocol.prove("device:phone")
+    peer.protocol.disprove("device:phone")
     assert not peer.protocol.has_proved("device:phone")
 
 
@@ -202,7 +197,7 @@ def test_fatal_error_is_sent_and_counted(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"), peer.frame(REQUEST, 0), peer.request(2, "big", {"n": 2}))
     (error,) = peer.answers()
     assert (error.stream, error.code) == (0, Code.PROTOCOL_ERROR)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"protocol_error": 1}
     assert harness.state.counters.errors == {Code.PROTOCOL_ERROR: 1}
     assert harness.ran == []
@@ -265,7 +260,7 @@ def test_ended_session_sends_no_further_event(harness: Harness, peer: Peer) -> N
     peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
     harness.turn()
     assert peer.answers() == []
-    assert not peer.transport.closed
+    assert not peer.transport.is_closing()
     peer.lose()
     peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
 
@@ -280,7 +275,7 @@ def test_revocation_between_reads_is_sent_in_one_write(harness: Harness, peer: P
     assert harness.state.counters.sessions_ended == {"test": 1}
     # Without a session it is closed after the open timeout.
     harness.advance(12)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     assert ended(harness) == {"no_session": 1}
 
 
@@ -317,6 +312,8 @@ def test_session_is_in_use_until_its_last_connection_ends(
     connections = harness.state.session_connections
     session = harness.state.registry.check(peer.token, harness.clock.wall())
     assert isinstance(session, Session)
+    changed: list[str] = []
+    connections.on_changed = changed.append
     peers = [peer, harness.connect(), harness.connect()]
     for other in peers[1:]:
         other.token = peer.token
@@ -325,6 +322,7 @@ def test_session_is_in_use_until_its_last_connection_ends(
         assert connections.has_connection(session.id)
         peers[index].lose()
     assert not connections.has_connection(session.id)
+    assert changed == [session.id]
     nothing_left(harness)
 
 
@@ -343,7 +341,7 @@ def test_method_closing_its_connection_gets_no_answer_sent(harness: Harness, pee
     nothing_left(harness)
 
 
-def test_system_exit_of_a_method_propagates(harness: Harness, peer: Peer) -> None:
+def test_system_exit_of_a_method_propagates(peer: Peer) -> None:
     with pytest.raises(SystemExit):
         peer.protocol.data_received(peer.request(1, "exit"))
     peer.lose()
@@ -356,15 +354,15 @@ def test_drain_sends_goaway_and_waits_for_answers(harness: Harness, peer: Peer) 
     for each in (peer, idle):
         each.protocol.go_away("draining")
         assert [answer.kind for answer in each.answers()] == [Kind.GOAWAY]
-    assert idle.transport.closed
-    assert not peer.transport.closed
+    assert idle.transport.is_closing()
+    assert not peer.transport.is_closing()
     late = harness.connect()
     assert [answer.value["retry_after_ms"] for answer in late.greeted] == [1_000]
-    assert late.transport.closed
+    assert late.transport.is_closing()
     harness.in_loop(lambda: harness.futures[0].set_result(1))
     harness.turn()
     assert [answer.value for answer in peer.answers()] == [1]
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
     nothing_left(harness)
 
 
@@ -378,8 +376,7 @@ def test_ended_connection_is_garbage_collected(harness: Harness, ending: str) ->
     gc.collect()
     gc.disable()
     try:
-        peer = harness.connect()
-        peer.login()
+        peer = harness.connect("ada")
         peer.send(peer.request(1, "wait"), peer.request(2, "wait"))
         assert alive() == 1
         if ending == "close":
@@ -395,7 +392,6 @@ def test_ended_connection_is_garbage_collected(harness: Harness, ending: str) ->
         harness.turn()
         harness.futures.clear()
         harness.contexts.clear()
-        peer.transport.protocol = None
         del peer
         assert alive() == 0
     finally:
@@ -422,7 +418,6 @@ def test_log_lines_per_peer_are_limited_and_counted(
 
     capsys.readouterr()
     limit = LIMITS["per address"]
-    assert limit is not None
     assert len(fault(limit.lines + 7)) == limit.lines
     assert fault(5) == []
     harness.advance(61)

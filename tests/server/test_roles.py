@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import PATIENT_CLIENT, AnsweredError, Client, ServerThread, eventually
+from tests.server.helpers import PATIENT_CLIENT, Client, ServerThread, eventually
 from zcproto import App, Context, Identity
 from zcproto.app.app import Access
 from zcproto.auth.identity import Channel
@@ -64,12 +64,6 @@ def listed(client: Client) -> set[str]:
     return {name for name in names if not name.startswith("session.")} - PROTOCOL - {"open"}
 
 
-def refused(client: Client, method: str) -> AnsweredError:
-    with pytest.raises(AnsweredError) as caught:
-        client.call(method)
-    return caught.value
-
-
 # --- in the application --------------------------------------------------------------------------------------
 
 
@@ -80,9 +74,9 @@ def test_session_needs_one_of_the_roles_of_a_method(serve: Serve) -> None:
         assert bob.call("any") == "any"
         assert bob.call("who") == ["billing"]
         answers = [
-            refused(ada, "invoice.create"),
-            refused(ada, "invoice.delete"),
-            refused(bob, "invoice.delete"),
+            ada.refused("invoice.create"),
+            ada.refused("invoice.delete"),
+            bob.refused("invoice.delete"),
         ]
         assert {answer.code for answer in answers} == {Code.PERMISSION_DENIED}
         assert len({(answer.message, str(answer.details)) for answer in answers}) == 1
@@ -94,7 +88,7 @@ def test_missing_role_is_logged_and_not_answered(serve: Serve, capsys: pytest.Ca
     server = serve(application(), users_file=True)
     with client_of(server, "ada.reader") as ada:
         capsys.readouterr()
-        answer = refused(ada, "invoice.create")
+        answer = ada.refused("invoice.create")
     assert "billing" not in answer.message
     assert answer.details == {}
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "request.denied" in line]
@@ -135,9 +129,9 @@ def test_allow_has_the_effect_of_a_role_in_the_code(serve: Serve) -> None:
     server = serve(application(), users_file=True, auth__role=roles)
     with client_of(server, "ada") as ada, client_of(server, "bob.billing.admin") as bob:
         assert listed(ada) == {"who"}
-        assert refused(ada, "any").code == Code.PERMISSION_DENIED
+        assert ada.refused("any").code == Code.PERMISSION_DENIED
         assert listed(bob) == OPEN | {"invoice.delete"}
-        assert refused(bob, "invoice.create").code == Code.PERMISSION_DENIED
+        assert bob.refused("invoice.create").code == Code.PERMISSION_DENIED
     with client_of(server, "eve.support") as eve, client_of(server, "max.admin") as max_:
         assert listed(eve) == {"who", "server.sessions"}
         assert eve.call("server.sessions")
@@ -150,7 +144,7 @@ def test_denying_role_is_logged(serve: Serve, capsys: pytest.CaptureFixture[str]
     with client_of(server, "ada.guest") as ada, client_of(server, "bob") as bob:
         assert bob.call("any") == "any"
         capsys.readouterr()
-        assert refused(ada, "any").code == Code.PERMISSION_DENIED
+        assert ada.refused("any").code == Code.PERMISSION_DENIED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "request.denied" in line]
     event = json.loads(line)
     assert event["denied"] == ["guest"]
@@ -164,7 +158,7 @@ def test_reload_applies_roles_to_open_sessions(serve: Serve) -> None:
         assert ada.call("any") == "any"
         reloaded = server.reload(auth__role=[{"name": "guest", "deny": ["any"]}])
         assert [each.key for each in reloaded.applied] == ["auth.role"]
-        assert refused(ada, "any").code == Code.PERMISSION_DENIED
+        assert ada.refused("any").code == Code.PERMISSION_DENIED
         calls = server.server.state.methods["any"].calls
         server.reload(auth__role=[])
         assert ada.call("any") == "any"

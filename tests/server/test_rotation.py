@@ -2,138 +2,85 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.helpers import Answer
-from tests.server.protocol_harness import Harness, Peer, harness, nothing_left
+from tests.server.protocol_harness import Harness, Peer, nothing_left
 from zcproto.app.context import ConnectedClient
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server import ROTATION_GRACE_S
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ConnectionClosed
-from zcproto.server.protocol_methods import session_methods
 from zcproto.server.state import LISTED_CONNECTIONS
 from zcproto.sessions import SessionSettings
 from zcproto.sessions.record import SessionRecord
-from zcproto.wire.frame import (
-    CALL,
-    CREDIT,
-    EVENT,
-    OPEN,
-    RESULT,
-    WITHDRAW,
-    Side,
-    accepted_with_calls,
-    accepted_with_streams,
-)
-from zcproto.wire.message import encode_body, encode_request
-
-__all__ = ["harness"]
+from zcproto.wire.frame import CALL, EVENT, WITHDRAW
 
 LIMITS = StreamLimits(max_open=4, max_item=1_000)
-CREDITS = (1_000, 1_000_000)
-
-
-class RotatingPeer(Peer):
-    """A client with streams and handlers."""
-
-    def __init__(self, harness: Harness) -> None:
-        state = harness.state
-        if "ticks" not in state.methods:
-            state.settings = replace(state.settings, max_calls=8, streams=LIMITS)
-            self._add_methods(harness)
-        super().__init__(harness)
-        accepted = accepted_with_streams(Side.CLIENT, LIMITS.max_item)
-        self._decoder.accepted = accepted_with_calls(Side.CLIENT, accepted)
-
-    def _add_methods(self, harness: Harness) -> None:
-        @harness.app.method("ticks")
-        async def ticks() -> AsyncIterator[int]:
-            for number in range(100):
-                future = harness.loop.create_future()
-                harness.futures.append(future)
-                await future
-                yield number
-
-        unused: Any = None
-        harness.state.add_methods(harness.app)
-        harness.state.add_methods(session_methods(harness.state, unused))
-
-    def begin_session(self, lifetime_ms: int = 3_600_000) -> RotatingPeer:
-        registry = self.harness.registry
-        settings = registry.settings
-        registry.reconfigure(
-            SessionSettings(
-                max_sessions=settings.max_sessions,
-                dead_limit=settings.dead_limit,
-                grace_limit=settings.grace_limit,
-                lifetime_ms=lifetime_ms,
-                idle_timeout_ms=None,
-            )
-        )
-        self.opened = self.login()
-        self.handle()
-        return self
-
-    def steal(self) -> RotatingPeer:
-        """Return a thief's connection with this client's token: a stream, a registration, a waiting method."""
-        thief = RotatingPeer(self.harness)
-        thief.opened, thief.token = self.opened, self.token
-        thief.handle()
-        thief.send(thief.frame(OPEN, 1, encode_request("ticks", {}, {"credit": CREDITS})))
-        thief.send(thief.request(2, "wait"))
-        thief.turn()
-        return thief
-
-    def handle(self) -> None:
-        self.send(self.request(90, "session.handle", {"methods": ["approve"], "max": 8}))
-        assert self.answers()[0].value == {}
-
-    def refresh(self) -> None:
-        """Refresh the session on this connection, and show the new token elsewhere only by `show`."""
-        params = {"refresh_token": bytes(self.opened.refresh_token or b"")}
-        token, self.token = self.token, bytes(32)
-        self.send(self.request(91, "session.refresh", params))
-        self.token = token
-        answers = {answer.stream: answer for answer in self.turn()}
-        self.token = answers[91].value["token"]
-        self.opened.refresh_token = answers[91].value["refresh_token"]
-
-    def show(self, token: bytes) -> list[Answer]:
-        self.token = token
-        self.send(self.request(92, "session.info"))
-        return self.turn()
-
-    def turn(self) -> list[Answer]:
-        self.harness.turn()
-        return self.answers()
-
-    def call(self, client: ConnectedClient) -> asyncio.Task[Any]:
-        task = self.harness.loop.create_task(client.call("approve"))
-        self.harness.turn()
-        return task
-
-    @property
-    def client(self) -> ConnectedClient:
-        return ConnectedClient(self.protocol, self.opened.session.id, "ada")
 
 
 @pytest.fixture
-def owner(harness: Harness) -> RotatingPeer:
-    return RotatingPeer(harness).begin_session()
+def harness(harness: Harness) -> Harness:
+    harness.allow_streams(LIMITS)
+    harness.allow_calls()
+    return harness
+
+
+def begin_session(harness: Harness, lifetime_ms: int = 3_600_000) -> Peer:
+    """Return a client with a session that never becomes idle, and a registration."""
+    settings = harness.registry.settings
+    limits = {name: getattr(settings, name) for name in ("max_sessions", "dead_limit", "grace_limit")}
+    harness.registry.reconfigure(SessionSettings(**limits, lifetime_ms=lifetime_ms, idle_timeout_ms=None))
+    owner = harness.connect("ada")
+    owner.handle("approve")
+    return owner
+
+
+def steal(owner: Peer) -> Peer:
+    """Return a thief's connection with a client's token: a stream, a registration, a waiting method."""
+    thief = owner.harness.connect()
+    thief.opened, thief.token = owner.opened, owner.token
+    thief.handle("approve")
+    thief.send(thief.open("ticks"))
+    thief.send(thief.request(2, "wait"))
+    thief.turn()
+    return thief
+
+
+def refresh(owner: Peer) -> None:
+    """Refresh the session on this connection; `show` shows the new token on another one."""
+    params = {"refresh_token": bytes(owner.opened.refresh_token)}
+    token, owner.token = owner.token, bytes(32)
+    owner.send(owner.request(91, "session.refresh", params))
+    owner.token = token
+    answers = {answer.stream: answer for answer in owner.turn()}
+    owner.token = answers[91].value["token"]
+    owner.opened.refresh_token = answers[91].value["refresh_token"]
+
+
+def show(peer: Peer, token: bytes) -> list[Answer]:
+    peer.token = token
+    peer.send(peer.request(92, "session.info"))
+    return peer.turn()
+
+
+def client_at(peer: Peer) -> ConnectedClient:
+    return ConnectedClient(peer.protocol, peer.opened.session.id, "ada")
 
 
 @pytest.fixture
-def thief(owner: RotatingPeer) -> RotatingPeer:
-    return owner.steal()
+def owner(harness: Harness) -> Peer:
+    return begin_session(harness)
 
 
-def items(harness: Harness, peer: RotatingPeer) -> int:
+@pytest.fixture
+def thief(owner: Peer) -> Peer:
+    return steal(owner)
+
+
+def items(harness: Harness, peer: Peer) -> int:
     """Let the peer's stream produce an item, if it runs; return how many items arrive."""
     for future in harness.futures:
         if not future.done() and future is not harness.futures[1]:  # that of `wait`
@@ -141,7 +88,7 @@ def items(harness: Harness, peer: RotatingPeer) -> int:
     return sum(answer.kind.name == "ITEM" for answer in peer.turn())
 
 
-def cut_reasons(peer: RotatingPeer) -> list[Any]:
+def cut_reasons(peer: Peer) -> list[Any]:
     answers = [answer for answer in peer.turn() if answer.kind.name == "ERROR"]
     assert all(answer.code == Code.CANCELLED for answer in answers)
     return [answer.error.details["reason"] for answer in answers]
@@ -151,45 +98,45 @@ def cut_reasons(peer: RotatingPeer) -> list[Any]:
 
 
 def test_stolen_token_answers_no_call_after_a_refresh_elsewhere(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
-    pending = owner.call(thief.client)
+    pending = owner.call(client_at(thief))
     (call,) = thief.answers()
     assert call.raw[1] == CALL
-    owner.refresh()
+    refresh(owner)
     assert [answer.raw[1] for answer in thief.turn()] == [WITHDRAW]
     assert isinstance(pending.exception(), ConnectionClosed)
     dropped = harness.state.counters.dropped_answers
-    thief.send(thief.frame(RESULT, call.stream, encode_body("yes")))
+    thief.send(thief.result(call.stream, "yes"))
     assert harness.state.counters.dropped_answers == dropped + 1
-    task = owner.call(thief.client)  # of a method that the thief has called
+    task = owner.call(client_at(thief))  # of a method that the thief has called
     (call,) = owner.answers()
     assert (call.raw[1], call.token) == (CALL, owner.token)
-    owner.send(owner.frame(RESULT, call.stream, encode_body("no")))
+    owner.send(owner.result(call.stream, "no"))
     harness.turn()
     assert task.result() == "no"
     assert thief.turn() == []
 
 
-def test_refresh_does_not_withdraw_calls_of_its_own_connection(owner: RotatingPeer, harness: Harness) -> None:
-    task = owner.call(owner.client)
+def test_refresh_does_not_withdraw_calls_of_its_own_connection(owner: Peer, harness: Harness) -> None:
+    task = owner.call(client_at(owner))
     (call,) = owner.answers()
     token = owner.token
-    owner.refresh()
+    refresh(owner)
     assert owner.token != token
     owner.token = token  # of the CALL
-    owner.send(owner.frame(RESULT, call.stream, encode_body("yes")))
+    owner.send(owner.result(call.stream, "yes"))
     harness.turn()
     assert task.result() == "yes"
 
 
 def test_registration_holds_again_when_the_newest_token_is_shown(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
     second = thief  # now it is the owner's second connection
-    owner.refresh()
-    second.show(owner.token)
-    task = owner.call(second.client)
+    refresh(owner)
+    show(second, owner.token)
+    task = owner.call(client_at(second))
     (call,) = second.answers()
     assert (call.raw[1], call.token) == (CALL, owner.token)
     task.cancel()
@@ -197,25 +144,25 @@ def test_registration_holds_again_when_the_newest_token_is_shown(
 
 
 def test_request_refused_by_draining_shows_the_newest_token(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
     thief.protocol.go_away(GoAwayReason.DRAINING)
     thief.answers()
-    owner.refresh()
-    assert [answer.code for answer in thief.show(owner.token)] == [Code.UNAVAILABLE]
+    refresh(owner)
+    assert [answer.code for answer in show(thief, owner.token)] == [Code.UNAVAILABLE]
     harness.advance(ROTATION_GRACE_S + 1)
     assert items(harness, thief) == 1
 
 
 def test_registration_whose_request_waited_during_a_refresh_is_suspended(
-    owner: RotatingPeer, harness: Harness
+    owner: Peer, harness: Harness
 ) -> None:
-    thief = RotatingPeer(harness)
+    thief = harness.connect()
     thief.token = owner.token
-    thief.show(thief.token)
+    show(thief, thief.token)
     session = harness.registry.check(thief.token, harness.clock.wall())
-    owner.refresh()
-    harness.in_loop(lambda: thief.protocol.register(session, frozenset({"approve"}), 8))  # type: ignore[arg-type]
+    refresh(owner)
+    harness.in_loop(lambda: thief.protocol.register(session, frozenset({"approve"}), 8))
     assert [each._connection for each in harness.state.clients.find()] == [
         owner.protocol
     ]  # who would be called
@@ -225,26 +172,24 @@ def test_registration_whose_request_waited_during_a_refresh_is_suspended(
 
 
 def test_stolen_token_gets_no_event_after_a_refresh_elsewhere(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
     (context,) = harness.contexts
     send = context.send_event
     assert harness.in_loop(lambda: send("news", 1))
     assert [answer.raw[1] for answer in thief.turn()] == [EVENT]
-    owner.refresh()
+    refresh(owner)
     assert not harness.in_loop(lambda: send("news", 2))
     assert thief.turn() == []
-    thief.show(owner.token)
+    show(thief, owner.token)
     assert harness.in_loop(lambda: send("news", 3))
 
 
 # --- streams -------------------------------------------------------------------------------------------
 
 
-def test_stream_with_an_old_token_is_cut_after_a_minute(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
-) -> None:
-    owner.refresh()
+def test_stream_with_an_old_token_is_cut_after_a_minute(owner: Peer, thief: Peer, harness: Harness) -> None:
+    refresh(owner)
     harness.advance(ROTATION_GRACE_S - 0.5)
     assert items(harness, thief) == 1
     harness.advance(0.5)
@@ -257,10 +202,10 @@ def test_stream_with_an_old_token_is_cut_after_a_minute(
 
 
 def test_stream_with_an_old_token_is_cut_when_that_would_have_expired(harness: Harness) -> None:
-    owner = RotatingPeer(harness).begin_session(lifetime_ms=40_000)
-    thief = owner.steal()
+    owner = begin_session(harness, lifetime_ms=40_000)
+    thief = steal(owner)
     harness.advance(10)
-    owner.refresh()
+    refresh(owner)
     harness.advance(29.5)
     thief.answers()  # session.expiring is not sent
     assert items(harness, thief) == 1
@@ -269,44 +214,40 @@ def test_stream_with_an_old_token_is_cut_when_that_would_have_expired(harness: H
 
 
 def test_second_refresh_does_not_prolong_a_stream_with_an_old_token(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
-    owner.refresh()
+    refresh(owner)
     harness.advance(ROTATION_GRACE_S / 2)
-    owner.refresh()
+    refresh(owner)
     harness.advance(ROTATION_GRACE_S / 2)
     assert cut_reasons(thief) == ["token_rotated"]
 
 
-def test_stream_goes_on_if_the_newest_token_is_shown(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
-) -> None:
+def test_stream_goes_on_if_the_newest_token_is_shown(owner: Peer, thief: Peer, harness: Harness) -> None:
     token = thief.token
-    owner.refresh()
+    refresh(owner)
     harness.advance(ROTATION_GRACE_S / 2)
-    thief.show(owner.token)
+    show(thief, owner.token)
     harness.advance(ROTATION_GRACE_S)
     assert items(harness, thief) == 1
     thief.token = token
-    thief.send(thief.frame(CREDIT, 1, encode_body([1_001, 1_000_001])))  # carries the token of OPEN
+    thief.send(thief.credit(1_001, 1_000_001))  # carries the token of OPEN
     assert items(harness, thief) == 1
 
 
-def test_old_token_does_not_end_the_suspension(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
-) -> None:
-    owner.refresh()
-    assert [answer.code for answer in thief.show(thief.token)] == [Code.TOKEN_REVOKED]
+def test_old_token_does_not_end_the_suspension(owner: Peer, thief: Peer, harness: Harness) -> None:
+    refresh(owner)
+    assert [answer.code for answer in show(thief, thief.token)] == [Code.TOKEN_REVOKED]
     thief.token = thief.opened.token
-    thief.send(thief.frame(CREDIT, 1, encode_body([1_001, 1_000_001])))
+    thief.send(thief.credit(1_001, 1_000_001))
     harness.advance(ROTATION_GRACE_S)
     assert cut_reasons(thief) == ["token_rotated"]
 
 
-def test_streams_of_another_session_go_on(owner: RotatingPeer, thief: RotatingPeer, harness: Harness) -> None:
+def test_streams_of_another_session_go_on(owner: Peer, thief: Peer, harness: Harness) -> None:
     thief.login("eve")
-    thief.send(thief.frame(OPEN, 5, encode_request("ticks", {}, {"credit": CREDITS})))
-    owner.refresh()
+    thief.send(thief.open("ticks", stream=5))
+    refresh(owner)
     harness.advance(ROTATION_GRACE_S)
     assert cut_reasons(thief) == ["token_rotated"]
     assert items(harness, thief) == 1
@@ -316,7 +257,7 @@ def test_streams_of_another_session_go_on(owner: RotatingPeer, thief: RotatingPe
 
 
 def test_stream_ends_when_its_token_expires_and_not_when_that_is_noticed(harness: Harness) -> None:
-    thief = RotatingPeer(harness).begin_session(lifetime_ms=40_000).steal()
+    thief = steal(begin_session(harness, lifetime_ms=40_000))
     harness.advance(39.9)
     thief.answers()
     assert items(harness, thief) == 1
@@ -327,8 +268,8 @@ def test_stream_ends_when_its_token_expires_and_not_when_that_is_noticed(harness
 
 
 def test_expired_token_of_a_session_unknown_here_ends_its_streams(harness: Harness) -> None:
-    owner = RotatingPeer(harness).begin_session(lifetime_ms=40_000)
-    thief = owner.steal()
+    owner = begin_session(harness, lifetime_ms=40_000)
+    thief = steal(owner)
     harness.registry.forget(owner.opened.session.raw_id)  # as if the table had been full
     harness.advance(40)
     assert cut_reasons(thief) == ["token_expired"]
@@ -337,13 +278,13 @@ def test_expired_token_of_a_session_unknown_here_ends_its_streams(harness: Harne
 
 
 def test_refresh_of_an_expired_session_elsewhere_revives_no_registration(harness: Harness) -> None:
-    owner = RotatingPeer(harness).begin_session(lifetime_ms=40_000)
-    thief = owner.steal()
+    owner = begin_session(harness, lifetime_ms=40_000)
+    thief = steal(owner)
     harness.advance(40)
     thief.answers()
-    owner.refresh()
+    refresh(owner)
     assert len(harness.state.clients) == 1
-    task = owner.call(thief.client)
+    task = owner.call(client_at(thief))
     assert [answer.raw[1] for answer in owner.answers()] == [CALL]
     assert not any(answer.raw[1] == CALL for answer in thief.turn())
     task.cancel()
@@ -352,8 +293,8 @@ def test_refresh_of_an_expired_session_elsewhere_revives_no_registration(harness
 
 def test_rotation_of_an_expired_session_cuts_its_streams_at_once(harness: Harness) -> None:
     """Another process has refreshed the session before this one has noticed that its token had expired."""
-    owner = RotatingPeer(harness).begin_session(lifetime_ms=40_000)
-    thief = owner.steal()
+    owner = begin_session(harness, lifetime_ms=40_000)
+    thief = steal(owner)
     harness.clock.advance(40)  # without its timers
     rotate_elsewhere(owner, harness)
     assert harness.state.clients.find() == []
@@ -365,10 +306,9 @@ def test_rotation_of_an_expired_session_cuts_its_streams_at_once(harness: Harnes
 # --- other processes -----------------------------------------------------------------------------------
 
 
-def rotate_elsewhere(owner: RotatingPeer, harness: Harness) -> SessionRecord:
+def rotate_elsewhere(owner: Peer, harness: Harness) -> SessionRecord:
     """Read a session from the store that another process has refreshed. Return its record before."""
     before = harness.registry.record(owner.opened.session.raw_id)
-    assert before is not None
     wall = harness.clock.wall()
     after = before._replace(token_digest=b"n" * 32, last_used_at=wall, expires_at=wall + 3_600_000)
     assert harness.in_loop(lambda: harness.registry.restore(after, make_room=True))
@@ -377,12 +317,11 @@ def rotate_elsewhere(owner: RotatingPeer, harness: Harness) -> SessionRecord:
 
 @pytest.mark.parametrize("is_forgotten", [False, True])
 def test_refresh_in_another_process_suspends_all_connections_here(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness, is_forgotten: bool
+    owner: Peer, thief: Peer, harness: Harness, is_forgotten: bool
 ) -> None:
-    pending = owner.call(thief.client)
+    pending = owner.call(client_at(thief))
     if is_forgotten:
         record = harness.registry.record(owner.opened.session.raw_id)
-        assert record is not None
         harness.registry.forget(record.id)
         wall = harness.clock.wall()
         harness.registry.restore(record._replace(token_digest=b"n" * 32, last_used_at=wall), make_room=True)
@@ -397,13 +336,13 @@ def test_refresh_in_another_process_suspends_all_connections_here(
 
 
 def test_token_that_a_failover_brings_back_is_accepted_again(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
     before = rotate_elsewhere(owner, harness)
     harness.registry.forget(before.id)
     harness.registry.restore(before, make_room=True)
     assert harness.state.clients.find() == []
-    owner.show(owner.token)
+    show(owner, owner.token)
     (found,) = harness.state.clients.find()
     assert found._connection is owner.protocol  # who would be called
 
@@ -412,10 +351,10 @@ def test_token_that_a_failover_brings_back_is_accepted_again(
 
 
 def test_refresh_that_waits_for_the_store_does_not_suspend_its_own_connection(
-    owner: RotatingPeer, harness: Harness
+    owner: Peer, harness: Harness
 ) -> None:
     """The store's task has applied the rotation some turns before the request goes on."""
-    task = owner.call(owner.client)
+    task = owner.call(client_at(owner))
     owner.answers()
     sessions, gate = harness.state.sessions, harness.loop.create_future()
     refresh = sessions.refresh
@@ -425,7 +364,7 @@ def test_refresh_that_waits_for_the_store_does_not_suspend_its_own_connection(
         await gate
         return opened
 
-    harness.state.sessions.refresh = slow  # type: ignore[method-assign]  # a store that answers later
+    harness.state.sessions.refresh = slow  # a store that answers later
     params = {"refresh_token": bytes(owner.opened.refresh_token or b"")}
     owner.token = bytes(32)
     owner.send(owner.request(91, "session.refresh", params))
@@ -440,10 +379,10 @@ def test_refresh_that_waits_for_the_store_does_not_suspend_its_own_connection(
 
 
 def test_connection_whose_refresh_failed_after_another_one_is_suspended(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
+    owner: Peer, thief: Peer, harness: Harness
 ) -> None:
     with harness.state.refreshing(thief.protocol, thief.opened.session.raw_id):
-        owner.refresh()
+        refresh(owner)
         assert len(harness.state.clients) == 2
     assert len(harness.state.clients) == 1
 
@@ -451,7 +390,7 @@ def test_connection_whose_refresh_failed_after_another_one_is_suspended(
 # --- the list of sessions ------------------------------------------------------------------------------
 
 
-def listed(peer: RotatingPeer, method: str = "session.list") -> list[dict[str, Any]]:
+def listed(peer: Peer, method: str = "session.list") -> list[dict[str, Any]]:
     """Return the connections of the peer's session."""
     peer.send(peer.request(93, method))
     (answer,) = peer.turn()
@@ -462,12 +401,12 @@ def listed(peer: RotatingPeer, method: str = "session.list") -> list[dict[str, A
 
 @pytest.mark.parametrize("method", ["session.list", "session.info"])
 def test_list_of_sessions_shows_the_connections_that_use_them(
-    owner: RotatingPeer, harness: Harness, method: str
+    owner: Peer, harness: Harness, method: str
 ) -> None:
     began = harness.clock.wall()
     assert listed(owner, method) == [{"address": "192.0.2.7", "since": began}]
     harness.advance(5)
-    thief = owner.steal()
+    thief = steal(owner)
     thief.protocol.peer = "198.51.100.9"
     for refreshed in (False, True):
         assert listed(owner, method) == [
@@ -475,26 +414,24 @@ def test_list_of_sessions_shows_the_connections_that_use_them(
             {"address": "192.0.2.7", "since": began},
         ]
         if not refreshed:
-            owner.refresh()
+            refresh(owner)
     harness.advance(ROTATION_GRACE_S)
     thief.turn()
     assert listed(owner, method) == [{"address": "192.0.2.7", "since": began}]
 
 
-def test_list_of_sessions_has_the_newest_connections(owner: RotatingPeer, harness: Harness) -> None:
+def test_list_of_sessions_has_the_newest_connections(owner: Peer, harness: Harness) -> None:
     began = harness.clock.wall()
     for _ in range(LISTED_CONNECTIONS):
         harness.advance(1)
-        peer = RotatingPeer(harness)
-        peer.show(owner.token)
+        peer = harness.connect()
+        show(peer, owner.token)
     sinces = [each["since"] - began for each in listed(owner)]
     assert sinces == [1_000 * number for number in range(LISTED_CONNECTIONS, 0, -1)]
 
 
-def test_suspended_sessions_leave_nothing_behind(
-    owner: RotatingPeer, thief: RotatingPeer, harness: Harness
-) -> None:
-    owner.refresh()
+def test_suspended_sessions_leave_nothing_behind(owner: Peer, thief: Peer, harness: Harness) -> None:
+    refresh(owner)
     harness.advance(ROTATION_GRACE_S)
     for peer in (owner, thief):
         peer.lose()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, AnsweredError, Client, ServerThread
+from tests.server.helpers import KEY, ServerThread
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Identity
 from zcproto.config.model import LogConfig
@@ -37,12 +37,6 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Log:
 def flush(server: ServerThread) -> None:
     """Write the queued log lines."""
     server.in_loop(server.server.state.log_soon.write)
-
-
-def refused(client: Client, method: str, /, **params: Any) -> int:
-    with pytest.raises(AnsweredError) as error:
-        client.call(method, params)
-    return error.value.code
 
 
 def test_session_that_ended_without_a_connection_is_logged(serve: Serve, lines: Log) -> None:
@@ -96,8 +90,8 @@ def test_failed_logins_are_logged_with_a_limit(serve: Serve, lines: Log) -> None
     server = serve()
     with server.client() as client:
         for _ in range(30):
-            refused(client, "session.open", scheme="api_key", user="ada", key="a wrong key")
-        assert refused(client, "session.open", scheme="nonsense") == 3
+            client.refused("session.open", {"scheme": "api_key", "user": "ada", "key": "a wrong key"})
+        assert client.refused("session.open", {"scheme": "nonsense"}).code == 3
     found = lines()
     assert len(found) == 10
     assert {tuple(line[name] for name in ("event", "level", "scheme", "user", "peer")) for line in found} == {
@@ -113,7 +107,7 @@ def test_failed_login_of_an_authenticator_that_is_awaited_is_logged(serve: Serve
 
     server = serve(authenticators=[CallableAuthenticator("directory", identify)])
     with server.client() as client:
-        refused(client, "session.open", scheme="directory", user="ada")
+        client.refused("session.open", {"scheme": "directory", "user": "ada"})
     (line,) = lines()
     assert (line["event"], line["scheme"], line["user"]) == ("login.failed", "directory", "ada")
 
@@ -127,8 +121,8 @@ def test_name_in_a_failed_login_is_escaped_and_bounded(
     configure_logging(LogConfig(level="info", format=form, audit_file=audit))
     sent = "\n\x1b[31m\u202e\u2028" + 200 * "x"
     with server.client() as client:
-        refused(client, "session.open", scheme="api_key", user=sent[:128], key="a wrong key")
-        refused(client, "session.open", scheme="api_key", user=sent, key="a wrong key")
+        client.refused("session.open", {"scheme": "api_key", "user": sent[:128], "key": "a wrong key"})
+        client.refused("session.open", {"scheme": "api_key", "user": sent, "key": "a wrong key"})
     configure_logging(LogConfig())
     for text in (capsys.readouterr().err, audit.read_text()):
         assert text.isascii()
@@ -143,14 +137,14 @@ def test_name_in_a_failed_login_is_escaped_and_bounded(
 def test_failed_login_of_a_device_names_the_device(serve: Serve, lines: Log) -> None:
     server = serve(users_file=True)
     with server.client() as client:
-        refused(client, "session.open", scheme="ed25519", device="laptop", signature=bytes(64))
+        client.refused("session.open", {"scheme": "ed25519", "device": "laptop", "signature": bytes(64)})
     assert [line["user"] for line in lines() if line["event"] == "login.failed"] == ["device:laptop"]
 
 
 def test_failed_login_that_names_no_user_is_logged_without_one(serve: Serve, lines: Log) -> None:
     server = serve(authenticators=[CallableAuthenticator("ticket", lambda ticket: None)])
     with server.client() as client:
-        refused(client, "session.open", scheme="ticket", ticket="a")
+        client.refused("session.open", {"scheme": "ticket", "ticket": "a"})
     (line,) = lines()
     assert "user" not in line
 
@@ -164,7 +158,7 @@ def test_refresh_token_reuse_is_logged_as_warning(serve: Serve, lines: Log) -> N
         client.call("session.refresh", {"refresh_token": token, "client": "test/1"})
         flush(server)
         lines()
-        refused(client, "session.refresh", refresh_token=token, client="thief/1")
+        client.refused("session.refresh", {"refresh_token": token, "client": "thief/1"})
     (line,) = lines()
     assert (line["event"], line["level"]) == ("session.refresh_reused", "warning")
     assert (line["session"], line["user"], line["peer"]) == (client.opened["id"], "ada", "127.0.0.1")

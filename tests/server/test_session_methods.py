@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.helpers import (
-    ERROR,
-    EVENT,
-    GOAWAY,
-    KEY,
-    NO_TOKEN,
-    RESPONSE,
-    Client,
-    ServerThread,
-    wall,
-)
+from tests.server.helpers import ERROR, EVENT, GOAWAY, KEY, NO_TOKEN, RESPONSE, Client, ServerThread, wall
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Identity, UserFile
 from zcproto.common.roles import OPERATORS
@@ -166,9 +155,7 @@ def test_failed_logins_are_throttled(serve: Serve) -> None:
         bystander.echo()
 
 
-def test_changed_users_file_applies_to_logins(
-    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_users_file_applies_to_logins(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(users_file=True, log__level="info")
     users = UserFile(server.home / "users.toml")
     with server.client() as client:
@@ -463,38 +450,6 @@ def test_session_methods_need_a_session(connect: Callable[..., Client], method: 
     assert connect().refused(method).code == Code.UNAUTHENTICATED
 
 
-def test_connection_left_without_session_gets_goaway(serve: Serve) -> None:
-    server = serve(loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
-    with server.client("ada") as client:
-        client.call("session.close")
-        server.advance(300)
-        frames, how = client.rest_until_closed()
-        assert [frame.kind for frame in frames] == [GOAWAY]
-        assert frames[0].value == {"reason": "no_session", "retry_after_ms": 0}
-        assert how == "close_notify"
-        assert server.stats["connections_ended"] == {"no_session": 1}
-
-
-def test_connection_that_opens_no_session_gets_goaway(serve: Serve) -> None:
-    server = serve(loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
-    with server.client() as client, server.client("ada") as other:
-        server.advance(300)
-        frames, how = client.rest_until_closed()
-        assert [frame.value["reason"] for frame in frames] == ["no_session"]
-        assert how == "close_notify"
-        other.echo()
-
-
-def test_idle_connection_gets_goaway(serve: Serve) -> None:
-    server = serve(loop_factory=asyncio.new_event_loop)
-    with server.client("ada") as client:
-        server.advance(300)
-        frames, how = client.rest_until_closed()
-        assert [frame.value["reason"] for frame in frames] == ["idle"]
-        assert how == "close_notify"
-    server.until_left()
-
-
 def test_session_expiring_event_is_sent_once(serve: Serve) -> None:
     server = serve(sessions__lifetime="1h", sessions__refresh_lifetime="2h")
     with server.client("ada") as first, server.client() as client:
@@ -505,3 +460,19 @@ def test_session_expiring_event_is_sent_once(serve: Serve) -> None:
         assert event.value == ["session.expiring", {"expires_at": first.opened["expires_at"]}]
         assert event.token == first.token
         assert 0 < first.opened["expires_at"] - event.timestamp <= 6 * 60_000
+
+
+@pytest.mark.parametrize(("user", "reason"), [("ada", "idle"), ("ada", "no_session"), (None, "no_session")])
+def test_connection_without_use_or_session_gets_goaway(serve: Serve, user: str | None, reason: str) -> None:
+    idle_timeout = "5m" if reason == "idle" else "1h"
+    server = serve(loop_factory=asyncio.new_event_loop, limits__idle_timeout=idle_timeout)
+    with server.client(user) as client:
+        if user is not None and reason == "no_session":
+            client.call("session.close")
+        server.advance(300)
+        frames, how = client.rest_until_closed()
+        assert [frame.kind for frame in frames] == [GOAWAY]
+        assert frames[0].value == {"reason": reason, "retry_after_ms": 0}
+        assert how == "close_notify"
+        assert server.stats["connections_ended"] == {reason: 1}
+    server.until_left()

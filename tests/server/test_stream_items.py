@@ -2,135 +2,72 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from tests.helpers import Answer
-from tests.server.protocol_harness import Harness, harness, nothing_left
-from tests.server.test_streams import LIMITS, StreamPeer, items, kinds
-from zcproto.app.app import Items
-from zcproto.common.parameters import Ended
+from tests.server.protocol_harness import LIMITS, Harness, Peer, items, kinds, nothing_left
 from zcproto.errors import Code
-from zcproto.wire.frame import CANCEL, END, ITEM, Kind
+from zcproto.server.item_budget import ItemBudget
+from zcproto.wire.frame import CANCEL, ITEM, Kind
 from zcproto.wire.message import decode_body, encode_body
-
-__all__ = ["harness"]
 
 WINDOW = replace(LIMITS, window_items=4, window_bytes=2_000)
 ITEM_SIZE = 65
 """Bytes of an item that is a small number."""
 
 
-class ItemPeer(StreamPeer):
-    """A client that sends items."""
-
-    def __init__(self, harness: Harness, user: str = "ada", **limits: Any) -> None:
-        super().__init__(harness, replace(WINDOW, **limits))
-        self.login(user)
-
-    def _add_methods(self, harness: Harness) -> None:
-        super()._add_methods(harness)
-        app, self.taken = harness.app, list[Any]()
-
-        @app.method("sum")
-        async def sum_(numbers: Items[int], start: int = 0) -> int:
-            total = start
-            async for number in numbers:
-                self.taken.append(number)
-                total += number
-            return total
-
-        @app.method("echo.items")
-        async def echo_items(said: Items[Any]) -> AsyncIterator[Any]:
-            async for value in said:
-                yield value
-            yield Ended("done")
-
-        @app.method("slowly")
-        async def slowly(said: Items[Any]) -> None:
-            """Take an item each time that a future is done."""
-            while True:
-                future = harness.loop.create_future()
-                self.futures.append(future)
-                await future
-                try:
-                    self.taken.append(await anext(said))
-                except asyncio.CancelledError:
-                    self.taken.append(await anext(said))
-
-        @app.method("ignore")
-        async def ignore(said: Items[Any]) -> str:
-            await anext(said)
-            return "enough"
-
-        @app.method("pair")
-        async def pair(said: Items[Any]) -> None:
-            async def take() -> None:
-                await anext(said)
-
-            await asyncio.gather(take(), take())
-
-        harness.state.add_methods(app)
-
-    def items(self, *values: Any, stream: int = 1) -> list[bytes]:
-        return [self.frame(ITEM, stream, encode_body(value)) for value in values]
-
-    def end(self, stream: int = 1) -> bytes:
-        return self.frame(END, stream)
-
-    def next(self) -> None:
-        """Let `slowly` take an item."""
-        self.futures.pop().set_result(None)
+def next_item(harness: Harness) -> None:
+    """Let `slowly` take an item."""
+    harness.futures.pop().set_result(None)
 
 
 @pytest.fixture
-def client(harness: Harness) -> ItemPeer:
-    return ItemPeer(harness)
+def client(harness: Harness) -> Peer:
+    harness.allow_streams(WINDOW)
+    return harness.connect("ada")
 
 
 def credits(answers: list[Answer]) -> list[list[int]]:
     return [decode_body(answer.body) for answer in answers if answer.kind is Kind.CREDIT]
 
 
-def test_method_takes_items_and_returns_its_result(client: ItemPeer) -> None:
+def test_method_takes_items_and_returns_its_result(client: Peer) -> None:
     client.send(client.open("sum", {"start": 10}))
     assert credits(client.turn()) == [[4, 2_000]]
     client.send(*client.items(1, 2, 3), client.end())
     answers = client.turn()
     assert answers[-1].value == 16
-    assert client.taken == [1, 2, 3]
+    assert client.harness.taken == [1, 2, 3]
     nothing_held(client)
 
 
-def nothing_held(client: ItemPeer) -> None:
+def nothing_held(client: Peer) -> None:
     assert client.harness.state.items.held == 0
 
 
-def test_end_at_once_gives_no_items(client: ItemPeer) -> None:
+def test_end_at_once_gives_no_items(client: Peer) -> None:
     client.send(client.open("sum"), client.end())
     (answer,) = client.turn()
     assert answer.value == 0
 
 
-def test_credit_follows_what_the_method_takes(client: ItemPeer) -> None:
+def test_credit_follows_what_the_method_takes(client: Peer) -> None:
     client.send(client.open("slowly"))
     assert client.turn() == [], "nothing is granted before the method asks"
-    client.next()
+    next_item(client.harness)
     assert credits(client.turn()) == [[4, 2_000]]
     client.send(*client.items(1, 2, 3, 4))
     assert client.turn() == []
-    client.next()
+    next_item(client.harness)
     assert credits(client.turn()) == [[6, 2_000 + 2 * ITEM_SIZE]]
     client.send(client.frame(CANCEL, 1))
     client.turn()
     nothing_held(client)
 
 
-def test_items_both_ways_wait_for_each_other(client: ItemPeer) -> None:
+def test_items_both_ways_wait_for_each_other(client: Peer) -> None:
     client.send(client.open("echo.items", credit=(1, 10_000)))
     client.turn()
     client.send(*client.items("a", "b", "c"))
@@ -141,7 +78,7 @@ def test_items_both_ways_wait_for_each_other(client: ItemPeer) -> None:
     assert answers[-1].value == "done"
 
 
-def test_client_that_has_ended_its_items_gets_all_of_the_server(client: ItemPeer) -> None:
+def test_client_that_has_ended_its_items_gets_all_of_the_server(client: Peer) -> None:
     client.send(client.open("count", {"n": 1_000}), client.end())
     answers = client.answers()
     for _ in range(100):
@@ -155,7 +92,7 @@ def test_client_that_has_ended_its_items_gets_all_of_the_server(client: ItemPeer
     [(b"", 1), (b"\xc1", 1), (encode_body("x"), 1), (b"\x91" * 40 + b"\x01", 1), (b"\xc7\x01\x05\x00", 1)],
 )
 def test_item_that_does_not_suit_fails_the_stream_with_its_number(
-    client: ItemPeer, body: bytes, number: int
+    client: Peer, body: bytes, number: int
 ) -> None:
     client.send(client.open("sum"))
     client.turn()
@@ -166,7 +103,7 @@ def test_item_that_does_not_suit_fails_the_stream_with_its_number(
     assert kinds(client.turn()) == [Kind.RESPONSE], "the connection goes on"
 
 
-def test_late_items_are_dropped_and_one_more_is_fatal(client: ItemPeer) -> None:
+def test_late_items_are_dropped_and_one_more_is_fatal(client: Peer) -> None:
     client.send(client.open("ignore"))
     client.turn()
     client.send(*client.items(1))
@@ -177,7 +114,7 @@ def test_late_items_are_dropped_and_one_more_is_fatal(client: ItemPeer) -> None:
     assert client.answers()[-1].code == Code.PROTOCOL_ERROR
 
 
-def test_late_items_are_not_those_of_another_stream(client: ItemPeer) -> None:
+def test_late_items_are_not_those_of_another_stream(client: Peer) -> None:
     client.send(client.open("ignore"))
     client.turn()
     client.send(*client.items(1))
@@ -188,55 +125,56 @@ def test_late_items_are_not_those_of_another_stream(client: ItemPeer) -> None:
     assert client.turn()[-1].value == 10
 
 
-def test_request_of_a_method_that_takes_items_is_refused_with_its_shape(client: ItemPeer) -> None:
+def test_request_of_a_method_that_takes_items_is_refused_with_its_shape(client: Peer) -> None:
     for method, shape in (("sum", "client"), ("echo.items", "both")):
         client.send(client.request(1, method))
         (answer,) = client.answers()
         assert (answer.code, answer.error.details) == (Code.FAILED_PRECONDITION, {"shape": shape})
 
 
-def test_caller_cannot_pass_the_items_as_a_param(client: ItemPeer) -> None:
+def test_caller_cannot_pass_the_items_as_a_param(client: Peer) -> None:
     client.send(client.open("sum", {"numbers": [1, 2]}))
     (answer,) = client.answers()
     assert answer.code == Code.INVALID_ARGUMENT
 
 
-def test_second_task_that_takes_items_fails(client: ItemPeer) -> None:
+def test_second_task_that_takes_items_fails(client: Peer) -> None:
     client.send(client.open("pair"))
     assert client.turn()[-1].code == Code.INTERNAL
 
 
 @pytest.mark.parametrize("how", ["cancelled", "lost"])
-def test_method_that_ignores_the_cut_gets_no_more_items(client: ItemPeer, how: str) -> None:
+def test_method_that_ignores_the_cut_gets_no_more_items(client: Peer, how: str) -> None:
     client.send(client.open("slowly"))
     client.turn()
-    client.next()
+    next_item(client.harness)
     client.turn()
     if how == "lost":
         client.lose()
     else:
         client.send(client.frame(CANCEL, 1))
     client.turn()
-    assert client.taken == []
+    assert client.harness.taken == []
     assert client.harness.state.tasks.running == 0
 
 
 def test_streams_that_depend_on_one_another_do_not_deadlock(harness: Harness) -> None:
-    client = ItemPeer(harness, window_items=1, window_bytes=1)
+    harness.allow_streams(replace(WINDOW, window_items=1, window_bytes=1))
+    client = harness.connect("ada")
     client.send(client.open("slowly", stream=1), client.open("echo.items", stream=2, credit=(1, 1)))
     client.turn()
-    client.next()
+    next_item(client.harness)
     client.turn()
     client.send(*client.items("x", stream=1))
     client.send(*client.items("y", stream=2))
     assert items(client.turn()) == ["y"]
-    assert client.taken == ["x"]
+    assert client.harness.taken == ["x"]
 
 
-def test_items_of_an_ended_connection_are_discarded(client: ItemPeer) -> None:
+def test_items_of_an_ended_connection_are_discarded(client: Peer) -> None:
     client.send(client.open("slowly"))
     client.turn()
-    client.next()
+    next_item(client.harness)
     client.turn()
     client.send(*client.items(1, 2, 3))
     assert client.harness.state.items.held > 0
@@ -245,29 +183,22 @@ def test_items_of_an_ended_connection_are_discarded(client: ItemPeer) -> None:
     nothing_left(client.harness)
 
 
-class FurtherPeer(ItemPeer):
-    """Another client of the methods that the first one has added."""
-
-    def _add_methods(self, harness: Harness) -> None:
-        self.taken, self.futures = [], harness.futures
-
-
 MEMORY = 16_000
 LARGE_ITEM = bytes(900)
 
 
-def fill(harness: Harness, connections: int) -> list[FurtherPeer]:
+def fill(harness: Harness, connections: int) -> list[Peer]:
     """Let one user be granted items on all streams before it sends any; then it sends all that it may.
 
     A last connection opens one more stream while these items wait.
     """
-    peers = [FurtherPeer(harness, memory_bytes=MEMORY) for _ in range(connections)]
-    granted = list[tuple[FurtherPeer, Answer]]()
+    peers = [harness.connect("ada") for _ in range(connections)]
+    granted = list[tuple[Peer, Answer]]()
     for peer in peers:
         for number in range(1, LIMITS.max_open + 1):
             peer.send(peer.open("slowly", stream=number))
             peer.turn()
-            peer.next()
+            next_item(harness)
             granted += [(peer, answer) for answer in peer.turn()]
     assert {answer.kind for _, answer in granted} == {Kind.CREDIT}
     assert harness.state.items.held == 0
@@ -281,7 +212,7 @@ def fill(harness: Harness, connections: int) -> list[FurtherPeer]:
             held.append(harness.state.items.held)
         last.protocol.data_received(last.open("sum"))
 
-    last = FurtherPeer(harness, memory_bytes=MEMORY)
+    last = harness.connect("ada")
     held = list[int]()
     harness.in_loop(send)
     assert MEMORY / 2 - 2_000 < max(held) <= MEMORY / 2
@@ -289,7 +220,7 @@ def fill(harness: Harness, connections: int) -> list[FurtherPeer]:
 
 
 def test_items_granted_before_any_is_held_stay_within_the_share_of_their_user(harness: Harness) -> None:
-    ItemPeer(harness, memory_bytes=MEMORY)
+    harness.allow_streams(replace(WINDOW, memory_bytes=MEMORY))
     *peers, last = fill(harness, connections=6)
     answers = [answer for peer in peers for answer in peer.turn()]
     cut = [answer.error for answer in answers if answer.kind is Kind.ERROR]
@@ -303,9 +234,9 @@ def test_items_granted_before_any_is_held_stay_within_the_share_of_their_user(ha
 
 
 def test_user_that_fills_its_share_does_not_refuse_or_cut_another_one(harness: Harness) -> None:
-    ItemPeer(harness, memory_bytes=MEMORY)
+    harness.allow_streams(replace(WINDOW, memory_bytes=MEMORY))
     fill(harness, connections=6)
-    bob = FurtherPeer(harness, "bob", memory_bytes=MEMORY)
+    bob = harness.connect("bob")
     bob.send(bob.open("sum"))
     (credit,) = credits(bob.turn())
     total = 0
@@ -319,8 +250,8 @@ def test_user_that_fills_its_share_does_not_refuse_or_cut_another_one(harness: H
 
 
 def test_windows_shrink_before_the_memory_is_promised(harness: Harness) -> None:
-    first = ItemPeer(harness, memory_bytes=MEMORY)
-    peers = [first, *(FurtherPeer(harness, memory_bytes=MEMORY) for _ in range(5))]
+    harness.allow_streams(replace(WINDOW, memory_bytes=MEMORY))
+    peers = [harness.connect("ada") for _ in range(6)]
     granted = list[int]()
     for peer in peers:
         for number in range(1, LIMITS.max_open + 1):
@@ -330,7 +261,53 @@ def test_windows_shrink_before_the_memory_is_promised(harness: Harness) -> None:
     assert granted[0] == WINDOW.window_bytes
     assert sum(granted) < MEMORY / 2
     assert min(granted) >= 1
-    bob = FurtherPeer(harness, "bob", memory_bytes=MEMORY)
+    bob = harness.connect("bob")
     bob.send(bob.open("sum"))
     ((_, size),) = credits(bob.turn())
     assert size > 4 * granted[-1]
+
+
+def test_memory_for_some_items_is_there_whatever_is_configured(harness: Harness) -> None:
+    harness.allow_streams(replace(WINDOW, memory_bytes=1))
+    client = harness.connect("ada")
+    client.send(client.open("sum"))
+    assert credits(client.turn()) == [[1, 500]]
+
+
+BUDGET = 1_200
+MOST = (10, 100)
+
+
+def test_each_of_two_users_holds_at_most_a_third() -> None:
+    budget = ItemBudget()
+    ada, bob = budget.join("ada"), budget.join("bob")
+    ada.count(600, 0)
+    assert not ada.is_over(BUDGET)
+    bob.count(300, 0)
+    assert (ada.is_over(BUDGET), bob.is_over(BUDGET)) == (True, False)
+    ada.count(-200, 0)
+    bob.count(100, 0)
+    assert (ada.is_over(BUDGET), bob.is_over(BUDGET)) == (False, False)
+    bob.count(1, 0)
+    assert bob.is_over(BUDGET)
+
+
+def test_window_shrinks_with_what_was_promised_and_never_below_one_item() -> None:
+    budget = ItemBudget()
+    ada, bob = budget.join("ada"), budget.join("bob")
+    assert ada.window(BUDGET, MOST, 0) == MOST
+    ada.count(0, 500)
+    assert ada.window(BUDGET, MOST, 100) == (5, 50)
+    assert bob.window(BUDGET, MOST, 0) == (8, 87)
+    ada.count(0, 500)
+    assert ada.window(BUDGET, MOST, 0) == (1, 1)
+
+
+def test_share_ends_with_its_last_stream() -> None:
+    budget = ItemBudget()
+    share = budget.join("ada")
+    assert budget.join("ada") is share
+    share.leave()
+    assert [*budget.shares] == ["ada"]
+    share.leave()
+    assert budget.shares == {}

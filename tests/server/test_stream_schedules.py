@@ -8,14 +8,14 @@ every stream that was not left must have its result.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.server.protocol_harness import Harness
-from tests.server.test_stream_items import ItemPeer
+from tests.server.test_stream_items import WINDOW
 from zcproto.wire.frame import CANCEL, LENGTH_SIZE, MIN_LENGTH, Kind
 from zcproto.wire.message import decode_body
 
@@ -49,13 +49,14 @@ class EchoClient:
 
     def __init__(self, harness: Harness, window: int) -> None:
         self.harness = harness
-        self.peer = ItemPeer(harness, window_items=window, write_bytes=WRITE_BYTES)
+        harness.allow_streams(replace(WINDOW, window_items=window, write_bytes=WRITE_BYTES))
+        self.peer = harness.connect("ada")
         self.streams: dict[int, EchoStream] = {}
 
     def open(self, which: int, size: int) -> None:
         number = which + 1
         known = self.streams.get(number)
-        if (known is None or known.outcome is not None) and self.peer.transport.reading:
+        if (known is None or known.outcome is not None) and self.peer.transport.is_reading():
             credit = (size % 5, size)
             if number == MANY:
                 credit = (size % 41, 10 * size)
@@ -93,7 +94,7 @@ class EchoClient:
         self.peer.transport.stuck = True
 
     def read(self) -> None:
-        self.peer.transport.drain()
+        self.peer.read_all()
 
     def turn(self) -> None:
         """Run a turn of the server, and look at what it has sent."""
@@ -110,14 +111,14 @@ class EchoClient:
                 assert answer.kind is Kind.RESPONSE or stream.was_left, answer
                 assert stream.outcome is None, "answered twice"
                 stream.outcome = answer.kind
-        assert self.peer.transport.unread <= MOST_UNREAD
+        assert self.peer.transport.unsent <= MOST_UNREAD
 
     def act(self, what: str, which: int, size: int) -> None:
         if what in ("turn", "stop_reading", "read"):
             getattr(self, what)()
         elif what == "open":
             self.open(which, size)
-        elif which + 1 in self.streams and self.peer.transport.reading:
+        elif which + 1 in self.streams and self.peer.transport.is_reading():
             stream = self.streams[which + 1]
             if stream.outcome is None and not stream.was_left:
                 getattr(self, what)(which + 1, stream, size)

@@ -3,182 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import json
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from tests.helpers import Answer
+from tests.helpers import MockTransport
 from tests.server.protocol_harness import (
+    LIMITS,
+    PLENTY,
     WRITE_TIMEOUT,
-    FakeTransport,
     Harness,
     Peer,
+    cut,
     ended,
-    harness,
+    items,
+    kinds,
     nothing_left,
 )
 from zcproto.app.context import Context
-from zcproto.common.parameters import Ended
 from zcproto.config.model import LogConfig
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server_streams import StreamTotals
-from zcproto.connection.settings import StreamLimits
-from zcproto.errors import Code, NotFound
+from zcproto.errors import Code
 from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import cut_afterwards
 from zcproto.server.request_limits import RequestSettings
 from zcproto.server.streams import STREAM_TURN_BYTES
 from zcproto.sessions import EndReason
-from zcproto.wire.frame import (
-    ACCEPTED,
-    CANCEL,
-    CREDIT,
-    NO_TOKEN,
-    OPEN,
-    PING,
-    REQUEST,
-    Kind,
-    Side,
-    accepted_with_streams,
-)
-from zcproto.wire.message import decode_body, encode_body, encode_request
-
-__all__ = ["harness"]
-
-LIMITS = StreamLimits(max_open=4, max_item=1_000, write_bytes=20_000)
-PLENTY = (1_000, 1_000_000)
-
-
-class StreamPeer(Peer):
-    """A client that opens streams."""
-
-    def __init__(self, harness: Harness, limits: StreamLimits = LIMITS) -> None:
-        max_streams = max(harness.state.settings.max_streams, limits.max_open)
-        harness.state.settings = replace(harness.state.settings, streams=limits, max_streams=max_streams)
-        self.closed: list[str] = []
-        self._add_methods(harness)
-        super().__init__(harness)
-        self._decoder.accepted = accepted_with_streams(Side.CLIENT, LIMITS.max_item)
-
-    def _add_methods(self, harness: Harness) -> None:
-        app = harness.app
-        self.futures = harness.futures
-
-        @app.method("count")
-        async def count(n: int, size: int = 0) -> AsyncIterator[Any]:
-            try:
-                for number in range(n):
-                    yield bytes(size) if size else number
-                yield Ended({"sent": n})
-            finally:
-                self.closed.append("count")
-
-        @app.method("ticks")
-        async def ticks() -> AsyncIterator[int]:
-            try:
-                for number in range(100):
-                    future = harness.loop.create_future()
-                    self.futures.append(future)
-                    await future
-                    yield number
-            finally:
-                self.closed.append("ticks")
-
-        @app.method("fail")
-        async def fail(kind: str) -> AsyncIterator[Any]:
-            for number in range(3):
-                yield number
-            if kind == "not_found":
-                raise NotFound("no such thing")
-            if kind == "key":
-                raise KeyError("x")
-            yield {"object": object(), "large": bytes(1_000)}[kind]
-
-        @app.method("stubborn")
-        async def stubborn() -> AsyncIterator[int]:
-            future = harness.loop.create_future()
-            self.futures.append(future)
-            try:
-                await future
-            except asyncio.CancelledError:
-                future = harness.loop.create_future()
-                self.futures.append(future)
-                await future
-            yield 1
-
-        @app.method("endless")
-        async def endless() -> AsyncIterator[int]:
-            while True:
-                future = harness.loop.create_future()
-                self.futures.append(future)
-                with contextlib.suppress(asyncio.CancelledError):
-                    await future
-                yield 1
-
-        @app.method("until.stopping")
-        async def until_stopping(context: Context) -> AsyncIterator[int]:
-            yield 1
-            await context.stopping.wait()
-
-        harness.state.add_methods(app)
-
-    def open(
-        self,
-        method: str,
-        params: dict[str, Any] | None = None,
-        *,
-        stream: int = 1,
-        credit: tuple[int, int] = PLENTY,
-        **meta: Any,
-    ) -> bytes:
-        return self.frame(OPEN, stream, encode_request(method, params, {"credit": credit, **meta}))
-
-    def credit(self, items: int, size: int = 1_000_000, stream: int = 1) -> bytes:
-        return self.frame(CREDIT, stream, encode_body([items, size]))
-
-    def turn(self) -> list[Answer]:
-        self.harness.turn()
-        return self.answers()
+from zcproto.wire.frame import ACCEPTED, CANCEL, NO_TOKEN, OPEN, PING, REQUEST, Kind, Side
+from zcproto.wire.message import encode_request
 
 
 @pytest.fixture
-def client(harness: Harness) -> StreamPeer:
-    peer = StreamPeer(harness)
-    peer.login()
-    return peer
+def client(harness: Harness) -> Peer:
+    harness.allow_streams()
+    return harness.connect("ada")
 
 
-def kinds(answers: list[Answer]) -> list[Kind]:
-    return [answer.kind for answer in answers]
-
-
-def items(answers: list[Answer]) -> list[Any]:
-    return [decode_body(answer.body) for answer in answers if answer.kind is Kind.ITEM]
-
-
-def cut(answers: list[Answer], reason: str) -> bool:
-    """Return whether the last answer is CANCELLED with this reason."""
-    error = answers[-1].error
-    return error.code == Code.CANCELLED and error.details["reason"] == reason
-
-
-def test_stream_sends_its_items_and_then_its_result(client: StreamPeer) -> None:
+def test_stream_sends_its_items_and_then_its_result(client: Peer) -> None:
     client.send(client.open("count", {"n": 3}))
     *sent, response = client.turn()
     assert items(sent) == [0, 1, 2]
     assert response.kind is Kind.RESPONSE
     assert response.value == {"sent": 3}
-    assert client.closed == ["count"]
+    assert client.harness.closed == ["count"]
 
 
-def test_stream_without_credit_starts_and_waits(client: StreamPeer) -> None:
+def test_stream_without_credit_starts_and_waits(client: Peer) -> None:
     client.send(client.frame(OPEN, 1, encode_request("count", {"n": 2})))
     assert client.turn() == []
     client.send(client.credit(1))
@@ -189,52 +65,52 @@ def test_stream_without_credit_starts_and_waits(client: StreamPeer) -> None:
     assert kinds(client.turn()) == [Kind.ITEM, Kind.RESPONSE]
 
 
-def test_method_waits_at_its_yield_for_credit(client: StreamPeer) -> None:
+def test_method_waits_at_its_yield_for_credit(client: Peer) -> None:
     client.send(client.open("count", {"n": 10}, credit=(3, 100_000)))
     assert items(client.turn()) == [0, 1, 2]
     client.send(client.credit(5))
     assert items(client.turn()) == [3, 4]
 
 
-def test_one_byte_of_credit_allows_one_item(client: StreamPeer) -> None:
+def test_one_byte_of_credit_allows_one_item(client: Peer) -> None:
     client.send(client.open("count", {"n": 10, "size": 900}, credit=(10, 1)))
     assert len(items(client.turn())) == 1
 
 
 @pytest.mark.parametrize("credit", [(0, 100), (100, 0)])
-def test_credit_of_zero_items_or_bytes_allows_nothing(client: StreamPeer, credit: tuple[int, int]) -> None:
+def test_credit_of_zero_items_or_bytes_allows_nothing(client: Peer, credit: tuple[int, int]) -> None:
     client.send(client.open("count", {"n": 10}, credit=credit))
     assert client.turn() == []
 
 
-def test_request_of_streaming_method_is_refused_with_its_shape(client: StreamPeer) -> None:
+def test_request_of_streaming_method_is_refused_with_its_shape(client: Peer) -> None:
     client.send(client.request(1, "count", {"n": 1}))
     (answer,) = client.answers()
     assert (answer.code, answer.error.details) == (Code.FAILED_PRECONDITION, {"shape": "server"})
-    assert client.closed == []
+    assert client.harness.closed == []
 
 
-def test_open_of_unary_method_is_refused_with_its_shape(client: StreamPeer) -> None:
+def test_open_of_unary_method_is_refused_with_its_shape(client: Peer) -> None:
     client.send(client.open("wait"))
     (answer,) = client.answers()
     assert (answer.code, answer.error.details) == (Code.FAILED_PRECONDITION, {"shape": "unary"})
-    assert client.futures == []
+    assert client.harness.futures == []
     assert client.protocol._connection is not None
     assert client.protocol._connection.streams(0).in_flight == 0
 
 
-def test_unknown_method_and_wrong_params_of_open_are_refused(client: StreamPeer) -> None:
+def test_unknown_method_and_wrong_params_of_open_are_refused(client: Peer) -> None:
     client.send(client.open("missing"), client.open("count", {"m": 1}, stream=2))
     assert [answer.code for answer in client.answers()] == [Code.UNIMPLEMENTED, Code.INVALID_ARGUMENT]
 
 
-def test_open_without_token_is_unauthenticated(client: StreamPeer) -> None:
+def test_open_without_token_is_unauthenticated(client: Peer) -> None:
     client.token = NO_TOKEN
     client.send(client.open("server.info"))
     assert [answer.code for answer in client.answers()] == [Code.UNAUTHENTICATED]
 
 
-def test_streams_beyond_max_open_are_refused_and_requests_go_on(client: StreamPeer) -> None:
+def test_streams_beyond_max_open_are_refused_and_requests_go_on(client: Peer) -> None:
     client.send(*(client.open("ticks", stream=number) for number in range(1, 6)))
     (answer,) = client.answers()
     assert (answer.stream, answer.code, answer.error.details) == (5, Code.RESOURCE_EXHAUSTED, {"limit": 4})
@@ -242,43 +118,43 @@ def test_streams_beyond_max_open_are_refused_and_requests_go_on(client: StreamPe
     assert kinds(client.answers()) == [Kind.RESPONSE]
 
 
-def test_open_beyond_max_streams_gets_its_answer(client: StreamPeer) -> None:
+def test_open_beyond_max_streams_gets_its_answer(client: Peer) -> None:
     client.send(*(client.request(number, "wait") for number in range(1, 17)))
     client.send(client.open("ticks", stream=20))
     (answer,) = client.answers()
     assert answer.error.details == {"retry_after_ms": 100}
 
 
-def test_cancel_while_method_waits_for_credit_closes_generator(client: StreamPeer) -> None:
+def test_cancel_while_method_waits_for_credit_closes_generator(client: Peer) -> None:
     client.send(client.open("count", {"n": 10}, credit=(1, 100)))
     client.send(client.frame(CANCEL, 1))
     answers = client.answers()
     assert cut(answers, "caller")
     assert client.turn() == []
-    assert client.closed == ["count"]
+    assert client.harness.closed == ["count"]
 
 
-def test_cancel_while_method_awaits_cancels_it(client: StreamPeer) -> None:
+def test_cancel_while_method_awaits_cancels_it(client: Peer) -> None:
     client.send(client.open("ticks"))
     client.send(client.frame(CANCEL, 1))
     assert cut(client.turn(), "caller")
-    assert client.closed == ["ticks"]
+    assert client.harness.closed == ["ticks"]
 
 
-def test_method_that_ignores_cancellation_keeps_its_place(client: StreamPeer) -> None:
+def test_method_that_ignores_cancellation_keeps_its_place(client: Peer) -> None:
     client.send(*(client.open("stubborn", stream=number) for number in range(1, 5)))
     client.send(*(client.frame(CANCEL, number) for number in range(1, 5)))
     assert len(client.turn()) == 4
     client.send(client.open("count", {"n": 1}))
     assert client.turn()[-1].code == Code.RESOURCE_EXHAUSTED
-    for future in client.futures[4:]:
+    for future in client.harness.futures[4:]:
         future.set_result(None)
     client.turn()
     client.send(client.open("count", {"n": 1}))
     assert kinds(client.turn()) == [Kind.ITEM, Kind.RESPONSE]
 
 
-def test_rapid_open_and_cancel_in_one_read_runs_at_most_max_open_methods(client: StreamPeer) -> None:
+def test_rapid_open_and_cancel_in_one_read_runs_at_most_max_open_methods(client: Peer) -> None:
     pairs = [(client.open("ticks", stream=n), client.frame(CANCEL, n)) for n in range(1, 101)]
     client.send(*(frame for pair in pairs for frame in pair))
     assert client.harness.state.tasks.running == LIMITS.max_open
@@ -290,14 +166,14 @@ def test_rapid_open_and_cancel_in_one_read_runs_at_most_max_open_methods(client:
     assert client.harness.state.tasks.running == 0
 
 
-def test_deadline_between_two_items_cuts_the_stream(client: StreamPeer) -> None:
+def test_deadline_between_two_items_cuts_the_stream(client: Peer) -> None:
     client.send(client.open("ticks", deadline_ms=5_000))
-    client.futures.pop().set_result(None)
+    client.harness.futures.pop().set_result(None)
     assert items(client.turn()) == [0]
     client.harness.advance(5)
     (answer,) = client.turn()
     assert answer.code == Code.DEADLINE_EXCEEDED
-    assert client.closed == ["ticks"]
+    assert client.harness.closed == ["ticks"]
 
 
 @pytest.mark.parametrize(
@@ -309,46 +185,41 @@ def test_deadline_between_two_items_cuts_the_stream(client: StreamPeer) -> None:
         ("large", Code.INTERNAL),
     ],
 )
-def test_failing_method_sends_items_then_its_error(client: StreamPeer, kind: str, code: Code) -> None:
+def test_failing_method_sends_items_then_its_error(client: Peer, kind: str, code: Code) -> None:
     client.send(client.open("fail", {"kind": kind}))
     answers = client.turn()
     assert items(answers) == [0, 1, 2]
     assert answers[-1].code == code
 
 
-def test_session_revoked_in_mid_stream_cuts_it_after_the_event(client: StreamPeer) -> None:
-    session = client.login()
+def test_session_revoked_in_mid_stream_cuts_it_after_the_event(client: Peer) -> None:
+    client.login()
     client.send(client.open("ticks"))
     state = client.harness.state
-    client.harness.in_loop(
-        lambda: client.protocol.session_ended(session.session.id, Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
-    )
+    client.end_session(Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
     event, error = client.turn()
     assert event.event[0] == "session.revoked"
     assert error.error.details == {"reason": "token_revoked"}
-    assert client.closed == ["ticks"]
+    assert client.harness.closed == ["ticks"]
     assert state.counters.errors[Code.CANCELLED] == 1
 
 
-def test_expired_session_cuts_its_streams_only(client: StreamPeer) -> None:
+def test_expired_session_cuts_its_streams_only(client: Peer) -> None:
     first = client.login("ada")
     client.send(client.open("ticks", stream=1))
     client.login("bob")
     client.send(client.open("ticks", stream=2))
-    client.harness.in_loop(
-        lambda: client.protocol.session_ended(first.session.id, Code.TOKEN_EXPIRED, EndReason.EXPIRED)
-    )
+    client.end_session(Code.TOKEN_EXPIRED, EndReason.EXPIRED, first)
     answers = client.turn()
     assert [answer.stream for answer in answers] == [1]
     assert cut(answers, "token_expired")
-    client.futures[-1].set_result(None)
+    client.harness.futures[-1].set_result(None)
     assert [answer.stream for answer in client.turn()] == [2]
 
 
-def test_closing_ones_own_session_is_answered_before_its_streams_are_cut(client: StreamPeer) -> None:
+def test_closing_ones_own_session_is_answered_before_its_streams_are_cut(client: Peer) -> None:
     state, harness = client.harness.state, client.harness
 
-    @harness.app.method("close.own")
     async def close_own(context: Context) -> None:
         assert context.session is not None
         with cut_afterwards(context) as quiet:
@@ -357,27 +228,25 @@ def test_closing_ones_own_session_is_answered_before_its_streams_are_cut(client:
             )
             await harness.loop.create_task(asyncio.sleep(0))  # the store
 
-    state.add_methods(harness.app)
+    harness.add_method(close_own, "close.own")
     client.send(client.open("ticks"), client.request(2, "close.own"))
     answers = client.turn()
     assert [(answer.kind, answer.stream) for answer in answers] == [(Kind.RESPONSE, 2), (Kind.ERROR, 1)]
     assert cut(answers, "token_revoked")
     client.turn()
-    assert client.closed == ["ticks"]
+    assert client.harness.closed == ["ticks"]
 
 
-def test_evicted_session_cuts_its_streams(client: StreamPeer) -> None:
-    session = client.login()
+def test_evicted_session_cuts_its_streams(client: Peer) -> None:
+    client.login()
     client.send(client.open("ticks"))
-    client.harness.in_loop(
-        lambda: client.protocol.session_ended(session.session.id, Code.SESSION_REPLACED, EndReason.REPLACED)
-    )
+    client.end_session(Code.SESSION_REPLACED, EndReason.REPLACED)
     answers = client.turn()
     assert kinds(answers) == [Kind.EVENT, Kind.ERROR]
     assert cut(answers, "session_replaced")
 
 
-def test_refreshed_session_keeps_its_streams_and_the_token_of_their_frames(client: StreamPeer) -> None:
+def test_refreshed_session_keeps_its_streams_and_the_token_of_their_frames(client: Peer) -> None:
     harness, registry = client.harness, client.harness.registry
     opened = client.login()
     client.send(client.open("count", {"n": 3}, credit=(1, 1_000)))
@@ -396,23 +265,24 @@ def test_refreshed_session_keeps_its_streams_and_the_token_of_their_frames(clien
     assert cut(client.turn(), "token_expired")
 
 
-def test_streams_go_on_while_tokens_cannot_be_checked(client: StreamPeer) -> None:
+def test_streams_go_on_while_tokens_cannot_be_checked(client: Peer) -> None:
     client.send(client.open("ticks"))
     client.harness.registry.distrust()
-    client.futures.pop().set_result(None)
+    client.harness.futures.pop().set_result(None)
     assert items(client.turn()) == [0]
     client.harness.advance(60)
     client.send(client.open("ticks", stream=2))
     (answer,) = client.turn()
     assert answer.code == Code.UNAVAILABLE
-    client.futures.pop().set_result(None)
+    client.harness.futures.pop().set_result(None)
     assert items(client.turn()) == [1]
 
 
 def test_client_that_uses_no_stream_gets_no_new_kind(harness: Harness) -> None:
-    peer = StreamPeer(harness)
+    harness.allow_streams()
+    peer = harness.connect()
     assert "streams" in peer.welcome.value
-    peer._decoder.accepted = ACCEPTED[Side.CLIENT]  # another kind would raise
+    peer.accept(ACCEPTED[Side.CLIENT])
     peer.login()
     peer.send(peer.request(1, "big", {"n": 1}), peer.request(2, "wait"), peer.frame(PING))
     peer.send(peer.frame(CANCEL, 2), peer.request(3, "count", {"n": 1}))
@@ -421,21 +291,21 @@ def test_client_that_uses_no_stream_gets_no_new_kind(harness: Harness) -> None:
     assert set(kinds(peer.turn())) == {Kind.RESPONSE, Kind.ERROR, Kind.PONG, Kind.GOAWAY}
 
 
-def test_client_that_reads_its_items_too_slowly_is_reset(client: StreamPeer) -> None:
+def test_client_that_reads_its_items_too_slowly_is_reset(client: Peer) -> None:
     client.transport.stuck = True
     client.send(client.open("count", {"n": 1_000, "size": 900}))
     client.turn()
     client.harness.advance(WRITE_TIMEOUT - 1)
     assert not client.transport.aborted
-    client.transport.unread -= 20  # a byte a second
+    client.transport.unsent -= 20  # a byte a second
     client.harness.advance(1)
     assert client.transport.aborted
     assert ended(client.harness) == {"write_timeout": 1}
     client.turn()
-    assert client.closed == ["count"]
+    assert client.harness.closed == ["count"]
 
 
-def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: StreamPeer) -> None:
+def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: Peer) -> None:
     client.send(client.open("count", {"n": 2}, credit=(1, 100)))
     client.turn()
     client.harness.advance(LIMITS.stall_timeout_s - 150)
@@ -444,68 +314,77 @@ def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: StreamPeer)
     assert kinds(client.turn()) == [Kind.PONG]
     client.harness.advance(1)
     assert cut(client.turn(), "slow")
-    assert client.closed == ["count"]
+    assert client.harness.closed == ["count"]
 
 
-def test_silent_client_with_a_stream_is_pinged_and_then_left(client: StreamPeer) -> None:
+def test_wait_for_credit_has_a_deadline_before_any_other(harness: Harness) -> None:
+    harness.allow_streams(replace(LIMITS, stall_timeout_s=30))
+    client = harness.connect("ada")
+    client.send(client.open("count", {"n": 2}, credit=(1, 100)))
+    client.turn()
+    harness.advance(30)
+    assert cut(client.turn(), "slow")
+
+
+def test_silent_client_with_a_stream_is_pinged_and_then_left(client: Peer) -> None:
     client.send(client.open("ticks"))
     client.harness.advance(300)
     assert kinds(client.turn()) == [Kind.PING]
     client.harness.advance(9)
-    assert not client.transport.closed
+    assert not client.transport.is_closing()
     client.harness.advance(1)
-    assert client.transport.closed
+    assert client.transport.is_closing()
     assert ended(client.harness) == {"peer_silent": 1}
     client.turn()
-    assert client.closed == ["ticks"]
+    assert client.harness.closed == ["ticks"]
 
 
-def test_client_that_answers_the_ping_keeps_its_stream(client: StreamPeer) -> None:
+def test_client_that_answers_the_ping_keeps_its_stream(client: Peer) -> None:
     client.send(client.open("ticks"))
     client.harness.advance(300)
     client.send(client.frame(PING))
     client.harness.advance(299)
-    assert not client.transport.closed
+    assert not client.transport.is_closing()
 
 
-def test_stream_counts_as_use_of_its_session(client: StreamPeer) -> None:
+def test_stream_counts_as_use_of_its_session(client: Peer) -> None:
     client.send(client.open("ticks"))
     state = client.harness.state
     checked: list[bytes] = []
     check = state.registry.check
-    state.registry.check = lambda token, wall: checked.append(token) or check(token, wall)  # type: ignore[method-assign, func-returns-value, assignment]
+    state.registry.check = lambda token, wall: checked.append(token) or check(token, wall)
     client.harness.advance(60)
     assert checked == [client.token, client.token]
 
 
-def test_goaway_refuses_open_and_lets_streams_end(client: StreamPeer) -> None:
+def test_goaway_refuses_open_and_lets_streams_end(client: Peer) -> None:
     client.send(client.open("until.stopping"))
     state = client.harness.state
     state.draining = True
     client.protocol.go_away(GoAwayReason.DRAINING)
     client.send(client.open("count", {"n": 1}, stream=2))
     assert [answer.stream for answer in client.answers()] == [1, 0, 2]
-    assert not client.transport.closed
+    assert not client.transport.is_closing()
     client.harness.in_loop(state.stopping.set)
     assert kinds(client.turn()) == [Kind.RESPONSE]
-    assert client.transport.closed
+    assert client.transport.is_closing()
 
 
-def test_drain_timeout_cuts_streams(client: StreamPeer) -> None:
+def test_drain_timeout_cuts_streams(client: Peer) -> None:
     client.send(client.open("ticks"))
     client.protocol.cancel_all()
     (answer,) = client.turn()
     assert answer.error.details == {"reason": "draining", "retry_after_ms": 1_000}
 
 
-def test_end_of_connection_cancels_its_streams(client: StreamPeer) -> None:
+def test_end_of_connection_cancels_its_streams(client: Peer) -> None:
     client.send(client.open("ticks"), client.open("count", {"n": 10}, stream=2, credit=(1, 1)))
     client.lose()
     nothing_left(client.harness)
-    assert sorted(client.closed) == ["count", "ticks"]
+    assert sorted(client.harness.closed) == ["count", "ticks"]
 
 
-def test_streams_are_counted_also_after_their_connection(client: StreamPeer) -> None:
+def test_streams_are_counted_also_after_their_connection(client: Peer) -> None:
     counters = client.harness.state.counters
     client.send(client.open("count", {"n": 3}), client.open("ticks", stream=2))
     client.turn()
@@ -520,7 +399,7 @@ def test_streams_are_counted_also_after_their_connection(client: StreamPeer) -> 
 
 
 def test_cuts_are_counted_and_those_of_slow_clients_are_logged(
-    client: StreamPeer, capsys: pytest.CaptureFixture[str]
+    client: Peer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging(LogConfig(level="info"), clock=client.harness.clock)
     client.send(client.open("ticks"), client.open("count", {"n": 2}, stream=2, credit=(1, 100)))
@@ -535,7 +414,7 @@ def test_cuts_are_counted_and_those_of_slow_clients_are_logged(
 
 @pytest.mark.parametrize("how", ["cancelled", "lost"])
 def test_generator_that_ignores_its_cancellation_is_closed_at_its_next_item(
-    client: StreamPeer, how: str, capsys: pytest.CaptureFixture[str]
+    client: Peer, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging(LogConfig(level="info"), clock=client.harness.clock)
     client.send(client.open("endless"))
@@ -549,7 +428,7 @@ def test_generator_that_ignores_its_cancellation_is_closed_at_its_next_item(
     assert "request.failed" not in capsys.readouterr().err
 
 
-def test_stream_is_a_request_in_progress_until_it_ends(client: StreamPeer) -> None:
+def test_stream_is_a_request_in_progress_until_it_ends(client: Peer) -> None:
     limits = client.harness.state.request_limits
     limits.reconfigure(RequestSettings(running_per_user=1))
     client.send(client.open("ticks"))
@@ -565,42 +444,42 @@ def test_stream_is_a_request_in_progress_until_it_ends(client: StreamPeer) -> No
 # --- room -------------------------------------------------------------------------------------------------
 
 
-def test_item_is_sent_once_the_client_reads(client: StreamPeer) -> None:
+def test_item_is_sent_once_the_client_reads(client: Peer) -> None:
     client.send(client.open("ticks", credit=PLENTY))
     client.turn()
     client.protocol.pause_writing()
-    client.harness.in_loop(lambda: client.futures[0].set_result(None))
+    client.harness.in_loop(lambda: client.harness.futures[0].set_result(None))
     client.harness.turn()
     assert client.turn() == []
     client.protocol.resume_writing()
     assert kinds(client.turn()) == [Kind.ITEM]
 
 
-def test_items_for_a_client_that_does_not_read_are_bounded(client: StreamPeer) -> None:
+def test_items_for_a_client_that_does_not_read_are_bounded(client: Peer) -> None:
     client.send(client.open("count", {"n": 1_000_000, "size": 900}, credit=(1, 1_000)))
     client.turn()
     client.transport.stuck = True
-    client.transport.unread = STREAM_TURN_BYTES - 1_500
+    client.transport.unsent = STREAM_TURN_BYTES - 1_500
     client.send(client.credit(2))
     client.turn()
     assert not client.transport.paused
     client.send(client.credit(2**53 - 1, 2**53 - 1))
     for _ in range(20):
         client.harness.turn()
-    assert client.transport.unread <= 2 * STREAM_TURN_BYTES + LIMITS.max_item
+    assert client.transport.unsent <= 2 * STREAM_TURN_BYTES + LIMITS.max_item
     assert client.transport.paused
     client.answers()
-    client.transport.drain(stuck=True)
+    client.transport.drain()
     client.harness.turn()
     assert client.answers()
-    assert client.transport.unread <= LIMITS.write_bytes + STREAM_TURN_BYTES + LIMITS.max_item
+    assert client.transport.unsent <= LIMITS.write_bytes + STREAM_TURN_BYTES + LIMITS.max_item
 
 
-def test_methods_wait_while_a_part_waits_for_the_client(client: StreamPeer) -> None:
+def test_methods_wait_while_a_part_waits_for_the_client(client: Peer) -> None:
     client.send(client.open("count", {"n": 1_000, "size": 900}, credit=(1, 1_000)))
     client.turn()
     client.transport.stuck = True
-    client.transport.unread = STREAM_TURN_BYTES - 500
+    client.transport.unsent = STREAM_TURN_BYTES - 500
     client.send(client.credit(2))
     client.turn()
     assert client.transport.paused
@@ -609,35 +488,35 @@ def test_methods_wait_while_a_part_waits_for_the_client(client: StreamPeer) -> N
 
 
 def test_client_that_does_not_read_its_items_is_still_read(harness: Harness) -> None:
-    client = StreamPeer(harness, replace(LIMITS, write_bytes=5_000))
-    client.login()
+    harness.allow_streams(replace(LIMITS, write_bytes=5_000))
+    client = harness.connect("ada")
     client.transport.stuck = True
     client.send(client.open("count", {"n": 1_000, "size": 900}))
     client.turn()
-    assert (client.transport.paused, client.transport.reading) == (True, True)
+    assert (client.transport.paused, client.transport.is_reading()) == (True, True)
     client.send(client.frame(PING), client.frame(CANCEL, 1))
     assert kinds(client.turn()) == [Kind.PONG, Kind.ERROR]
-    assert client.closed == ["count"]
+    assert client.harness.closed == ["count"]
 
 
 def test_client_that_does_not_read_its_answers_is_held_up_until_it_reads(harness: Harness) -> None:
-    client = StreamPeer(harness, replace(LIMITS, write_bytes=5_000))
-    client.login()
+    harness.allow_streams(replace(LIMITS, write_bytes=5_000))
+    client = harness.connect("ada")
     client.transport.stuck = True
     client.send(client.open("count", {"n": 100, "size": 900}))
     harness.turn()
     client.send(*(client.request(number, "big", {"n": number}) for number in range(2, 6)))
-    assert not client.transport.reading
+    assert not client.transport.is_reading()
     assert harness.ran == [2, 3]
-    client.transport.drain()
+    client.read_all()
     for _ in range(20):
         harness.turn()
-    assert client.transport.reading
+    assert client.transport.is_reading()
     assert harness.ran == [2, 3, 4, 5]
     assert items(client.answers()) == [bytes(900)] * 100
 
 
-def test_large_credit_does_not_keep_other_streams_waiting(client: StreamPeer) -> None:
+def test_large_credit_does_not_keep_other_streams_waiting(client: Peer) -> None:
     client.send(
         client.open("count", {"n": 10_000}), client.open("count", {"n": 3}, stream=2), client.frame(PING)
     )
@@ -649,19 +528,20 @@ def test_large_credit_does_not_keep_other_streams_waiting(client: StreamPeer) ->
     assert (Kind.RESPONSE, 1) not in done
 
 
-def test_turn_ends_when_the_room_of_a_connection_is_assigned(harness: Harness) -> None:
-    limits = replace(LIMITS, write_bytes=2 * STREAM_TURN_BYTES)
-    client = StreamPeer(harness, limits)
-    client.login()
+@pytest.mark.parametrize(("more", "sending"), [(0, {1, 2}), (1, {1, 2, 3})])
+def test_turn_ends_when_the_room_of_a_connection_is_assigned(
+    harness: Harness, more: int, sending: set[int]
+) -> None:
+    harness.allow_streams(replace(LIMITS, write_bytes=2 * STREAM_TURN_BYTES + more))
+    client = harness.connect("ada")
     client.send(*(client.open("count", {"n": 1, "size": 900}, stream=stream) for stream in (1, 2, 3)))
     for _ in range(4):
         harness.loop.run_until_complete(asyncio.sleep(0))
     harness.timers.turn()
-    sent = {answer.stream for answer in client.answers() if answer.kind is Kind.ITEM}
-    assert sent == {1, 2}
+    assert {answer.stream for answer in client.answers() if answer.kind is Kind.ITEM} == sending
 
 
-def test_all_items_arrive_in_order_over_many_turns(client: StreamPeer) -> None:
+def test_all_items_arrive_in_order_over_many_turns(client: Peer) -> None:
     client.send(client.open("count", {"n": 1_000}))
     answers = client.answers()
     for _ in range(100):
@@ -670,12 +550,23 @@ def test_all_items_arrive_in_order_over_many_turns(client: StreamPeer) -> None:
     assert answers[-1].value == {"sent": 1_000}
 
 
-def test_unread_stream_does_not_slow_others(client: StreamPeer) -> None:
+def test_unread_stream_does_not_slow_others(client: Peer) -> None:
     client.send(client.open("count", {"n": 10}, credit=(0, 0)))
     client.send(
         client.open("count", {"n": 3}, stream=2), client.frame(REQUEST, 3, encode_request("big", {"n": 1}))
     )
     assert [answer.stream for answer in client.turn()] == [3, 2, 2, 2, 2]
+
+
+def memory_of(work: Callable[[], object]) -> int:
+    """Return the bytes that work leaves allocated."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -685,44 +576,38 @@ def test_unread_stream_does_not_slow_others(client: StreamPeer) -> None:
 @pytest.mark.parametrize("method", ["ticks", "news"])
 def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: str) -> None:
     harness.app.topic("news")
-    peer = StreamPeer(harness, replace(LIMITS, max_open=1_000))
-    peer.login()
+    harness.state.add_methods(harness.app)
+    harness.allow_streams(replace(LIMITS, max_open=1_000))
+    peer = harness.connect("ada")
     count = 500
     frames = [peer.open(method, stream=number) for number in range(1, count + 1)]
-    harness.futures = peer.futures = []
-    gc.collect()
-    tracemalloc.start()
-    try:
+    harness.futures = []
+
+    def open_streams() -> None:
         for frame in frames:
             peer.send(frame)
         harness.turn()
-        used = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+
+    used = memory_of(open_streams)
     assert harness.state.tasks.running == count
     assert used / count < 2.5 * 1024
 
 
 @pytest.mark.no_cover  # coverage would be measured, too
 def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> None:
-    first = StreamPeer(harness)
-    first.login()
-    peers = [Peer(harness) for _ in range(300)]
+    harness.allow_streams()
+    first = harness.connect("ada")
+    peers = [harness.connect() for _ in range(300)]
     for peer in peers:
-        peer.token = first.token
-        peer.send(peer.frame(REQUEST, 99, encode_request("big", {"n": 0, "size": 0})))
-        peer.answers()
-    body = encode_request("ticks", {}, {"credit": PLENTY})
-    frames = [peer.frame(OPEN, 1, body) for peer in peers]
-    gc.collect()
-    tracemalloc.start()
-    try:
+        peer.use(first.opened)
+    frames = [peer.open("ticks") for peer in peers]
+
+    def open_streams() -> None:
         for peer, frame in zip(peers, frames, strict=True):
             peer.send(frame)
         harness.turn()
-        used = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+
+    used = memory_of(open_streams)
     assert harness.state.tasks.running == len(peers)
     assert used / len(peers) < 2.5 * 1024
 
@@ -730,16 +615,12 @@ def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> N
 @pytest.mark.no_cover  # coverage would be measured, too
 def test_connection_without_streams_takes_little_memory(harness: Harness) -> None:
     harness.state.settings = replace(harness.state.settings, streams=LIMITS)
-    count = 1_000
-    transports: list[Any] = [FakeTransport() for _ in range(count)]
-    gc.collect()
-    tracemalloc.start()
-    try:
+    transports = [MockTransport(harness.timers) for _ in range(1_000)]
+
+    def connect() -> None:
         for transport in transports:
-            protocol = transport.protocol = ServerProtocol(harness.state)
-            protocol.connection_made(transport)
-            transport.out = None
-        used = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert used / count < 1_200, "bytes of a connection without TLS and without a session"
+            transport.connect(ServerProtocol(harness.state))
+            transport.sent = None
+
+    used = memory_of(connect) / len(transports)
+    assert used < 1_200, "bytes of a connection without TLS and without a session"

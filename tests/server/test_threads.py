@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -298,10 +298,6 @@ def test_only_a_plain_function_runs_in_a_thread(function: Any, reason: str) -> N
 # --- a server --------------------------------------------------------------------------------------------
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, TIMEOUT))
-
-
 class BlockingMethods:
     """An application whose methods block."""
 
@@ -334,95 +330,79 @@ def methods(blocker: Blocker) -> BlockingMethods:
     return BlockingMethods(blocker)
 
 
-def test_blocking_method_leaves_the_loop_free(
+async def test_blocking_method_leaves_the_loop_free(
     serve: Serve, connect_to: ConnectTo, methods: BlockingMethods, blocker: Blocker
 ) -> None:
     server = serve(methods.app)
-
-    async def main() -> None:
-        async with connect_to(server) as client:
-            call = asyncio.create_task(client.call("block", name="a"))
-            await until(lambda: blocker.begun)
-            assert await client.call("echo", n=1) == {"n": 1}
-            assert await client.call("plain", n=1) == 2
-            blocker.release.set()
-            assert await call == "a"
-            assert await client.call("who") == ["ada", "zcproto-method"]
-            assert await client.call("plain", n=1, idempotency_key="k") == 2
-            with pytest.raises(InternalError):
-                await client.call("event")
-
-    run(main())
+    async with connect_to(server) as client:
+        call = asyncio.create_task(client.call("block", name="a"))
+        await until(lambda: blocker.begun)
+        assert await client.call("echo", n=1) == {"n": 1}
+        assert await client.call("plain", n=1) == 2
+        blocker.release.set()
+        assert await call == "a"
+        assert await client.call("who") == ["ada", "zcproto-method"]
+        assert await client.call("plain", n=1, idempotency_key="k") == 2
+        with pytest.raises(InternalError):
+            await client.call("event")
 
 
-def test_deadline_and_cancellation_answer_while_the_thread_runs(
+async def test_deadline_and_cancellation_answer_while_the_thread_runs(
     serve: Serve, connect_to: ConnectTo, methods: BlockingMethods, blocker: Blocker
 ) -> None:
     server = serve(
         methods.app, limits__threads=3, limits__idle_timeout="24h", loop_factory=asyncio.new_event_loop
     )
-
-    async def main() -> None:
-        async with connect_to(server) as client:
-            call = asyncio.create_task(client.call("block", name="a", timeout=3_600.0))
-            await until(lambda: blocker.begun)
-            server.advance(3_600)
-            with pytest.raises(DeadlineExceeded):
-                await call
-            call = asyncio.create_task(client.call("block", name="b"))
-            await until(lambda: len(blocker.begun) == 2)
-            call.cancel()
-            await until(lambda: all(context.cancelled for context in methods.contexts))
-            assert server.server.state.threads.running == 2
-            with pytest.raises(DeadlineExceeded):  # waits for a thread
-                await client.call("plain", n=1, timeout=0.1)
-            blocker.release.set()
-            assert await client.call("plain", n=1) == 2
-
-    run(main())
+    async with connect_to(server) as client:
+        call = asyncio.create_task(client.call("block", name="a", timeout=3_600.0))
+        await until(lambda: blocker.begun)
+        server.advance(3_600)
+        with pytest.raises(DeadlineExceeded):
+            await call
+        call = asyncio.create_task(client.call("block", name="b"))
+        await until(lambda: len(blocker.begun) == 2)
+        call.cancel()
+        await until(lambda: all(context.cancelled for context in methods.contexts))
+        assert server.server.state.threads.running == 2
+        with pytest.raises(DeadlineExceeded):  # waits for a thread
+            await client.call("plain", n=1, timeout=0.1)
+        blocker.release.set()
+        assert await client.call("plain", n=1) == 2
     assert blocker.begun == ["a", "b"]
 
 
-def test_calls_beyond_the_queue_are_refused_and_counted(
+async def test_calls_beyond_the_queue_are_refused_and_counted(
     serve: Serve, connect_to: ConnectTo, methods: BlockingMethods, blocker: Blocker
 ) -> None:
     server = serve(methods.app, limits__threads=1, limits__waiting_for_thread=1)
-
-    async def main() -> None:
-        async with connect_to(server) as client, connect_to(server, "bob") as bob:
-            calls = [asyncio.create_task(each.call("block", name="x")) for each in (client, bob)]
-            pool = server.server.state.threads
-            await until(lambda: pool.running == pool.waiting == 1)
-            with server.client("eve") as eve:
-                refused = eve.refused("plain", {"n": 1})
-                assert refused.code == Code.UNAVAILABLE
-                assert "too many calls wait for a thread" in refused.message
-            blocker.release.set()
-            await asyncio.gather(*calls)
-            assert pool.refused > 0
-
-    run(main())
+    async with connect_to(server) as client, connect_to(server, "bob") as bob:
+        calls = [asyncio.create_task(each.call("block", name="x")) for each in (client, bob)]
+        pool = server.server.state.threads
+        await until(lambda: pool.running == pool.waiting == 1)
+        with server.client("eve") as eve:
+            refused = eve.refused("plain", {"n": 1})
+            assert refused.code == Code.UNAVAILABLE
+            assert "too many calls wait for a thread" in refused.message
+        blocker.release.set()
+        await asyncio.gather(*calls)
+        assert pool.refused > 0
 
 
-def test_drain_waits_for_threads_and_then_answers_cancelled(
+async def test_drain_waits_for_threads_and_then_answers_cancelled(
     serve: Serve, connect_to: ConnectTo, methods: BlockingMethods, blocker: Blocker
 ) -> None:
     server = serve(methods.app)
-
-    async def main() -> None:
-        async with connect_to(server) as client:
-            finished = asyncio.create_task(client.call("block", name="a"))
-            await until(lambda: blocker.begun)
-            server.begin_drain(TIMEOUT)
-            await until(lambda: server.server.state.draining)
-            blocker.release.set()
-            assert await finished == "a"
-            await asyncio.to_thread(server.join)
-
-    run(main())
+    async with connect_to(server) as client:
+        finished = asyncio.create_task(client.call("block", name="a"))
+        await until(lambda: blocker.begun)
+        server.begin_drain(TIMEOUT)
+        await until(lambda: server.server.state.draining)
+        blocker.release.set()
+        assert await finished == "a"
+        await asyncio.to_thread(server.join)
 
 
-def test_thread_that_outlives_the_drain_does_not_keep_the_server(
+async def test_thread_that_outlives_the_drain_does_not_keep_the_server(
     serve: Serve,
     connect_to: ConnectTo,
     methods: BlockingMethods,
@@ -431,16 +411,12 @@ def test_thread_that_outlives_the_drain_does_not_keep_the_server(
 ) -> None:
     monkeypatch.setattr("zcproto.runtime.server.CANCELLED_TIME", 0.05)
     server = serve(methods.app)
-
-    async def main() -> None:
-        async with connect_to(server) as client:
-            call = asyncio.create_task(client.call("block", name="a"))
-            await until(lambda: blocker.begun)
-            await asyncio.to_thread(server.drain)
-            await asyncio.wait([call])
-            assert isinstance(call.exception(), Cancelled)
-
-    run(main())
+    async with connect_to(server) as client:
+        call = asyncio.create_task(client.call("block", name="a"))
+        await until(lambda: blocker.begun)
+        await asyncio.to_thread(server.drain)
+        await asyncio.wait([call])
+        assert isinstance(call.exception(), Cancelled)
     assert server.server.state.threads.running == 1
     blocker.release.set()
 

@@ -179,9 +179,7 @@ def test_client_certificate_opens_a_session_of_its_user(
     assert harness.refused == []
 
 
-def test_operator_by_certificate_comes_from_the_users_file(
-    harness: CertificateServer,
-) -> None:
+def test_operator_by_certificate_comes_from_the_users_file(harness: CertificateServer) -> None:
     with harness.open(harness.issue("root")) as client:
         assert client.call("server.stats")["sessions"] == 1
 
@@ -192,11 +190,7 @@ def test_certificate_from_a_signing_request_opens_a_session(
     key = ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     issued = client_ca.issue_client(
-        harness.certs,
-        "ada",
-        lifetime=DAY,
-        now=datetime.now(UTC),
-        csr=request.public_bytes(PEM),
+        harness.certs, "ada", lifetime=DAY, now=datetime.now(UTC), csr=request.public_bytes(PEM)
     )
     with harness.open(ClientIdentity(issued.certificate, write_key(tmp_path / "device.key", key))) as client:
         client.echo()
@@ -241,15 +235,9 @@ def test_session_is_bound_to_the_certificate_key(harness: CertificateServer, tmp
         client.echo()
 
 
-def test_refreshed_session_stays_bound_to_the_certificate(
-    harness: CertificateServer,
-) -> None:
+def test_refreshed_session_stays_bound_to_the_certificate(harness: CertificateServer) -> None:
     shown = harness.issue("ada")
-    with (
-        harness.open(shown) as client,
-        harness.client() as thief,
-        harness.client(shown) as renewed,
-    ):
+    with harness.open(shown) as client, harness.client() as thief, harness.client(shown) as renewed:
         params = {"refresh_token": client.opened["refresh_token"]}
         frame = thief.refused("session.refresh", params)
         assert (frame.code, frame.details) == (UNAUTHENTICATED, {"certificate": True})
@@ -277,35 +265,26 @@ def test_client_with_certificate_may_use_an_api_key(harness: CertificateServer) 
 
 
 @pytest.mark.parametrize(
-    ("options", "user"),
-    [({}, "ada"), ({"user": "ada"}, "ada"), ({"user": "bob", "key": KEY}, "bob")],
+    ("options", "user"), [({}, "ada"), ({"user": "ada"}, "ada"), ({"user": "bob", "key": KEY}, "bob")]
 )
 def test_client_library_opens_session_by_certificate(
     harness: CertificateServer, options: dict[str, str], user: str
 ) -> None:
     with harness.library(harness.issue("ada"), **options) as client:
-        assert client.session is not None
         assert client.session.user == user
         assert client.call("echo", word="hello") == {"word": "hello"}
         assert client.call("shown") is not None
 
 
-def test_client_library_reports_certificate_of_another_user(
-    harness: CertificateServer,
-) -> None:
-    with (
-        pytest.raises(Unauthenticated),
-        harness.library(harness.issue("ada"), user="root"),
-    ):
+def test_client_library_reports_certificate_of_another_user(harness: CertificateServer) -> None:
+    with pytest.raises(Unauthenticated), harness.library(harness.issue("ada"), user="root"):
         pass
 
 
 # --- turned away -----------------------------------------------------------------------------------------
 
 
-def test_certificate_refusals_share_one_answer_and_log_the_cause(
-    harness: CertificateServer,
-) -> None:
+def test_certificate_refusals_share_one_answer_and_log_the_cause(harness: CertificateServer) -> None:
     frames = [
         harness.turned_away(None),
         harness.turned_away(None, user="ada"),
@@ -324,9 +303,7 @@ def test_certificate_refusals_share_one_answer_and_log_the_cause(
     ]
 
 
-def test_client_without_certificate_may_call_public_methods(
-    harness: CertificateServer,
-) -> None:
+def test_client_without_certificate_may_call_public_methods(harness: CertificateServer) -> None:
     with harness.client() as client:
         assert client.call("server.info")["versions"] == [1]
         assert client.refused("echo").code == UNAUTHENTICATED
@@ -362,11 +339,7 @@ def test_logins_without_certificate_are_throttled_separately(tmp_path: Path, cer
         shown = harness.issue("ada")
         with harness.open(shown):
             pass
-        assert [harness.turned_away(None).code for _ in range(3)] == [
-            UNAUTHENTICATED,
-            UNAUTHENTICATED,
-            8,
-        ]
+        assert [harness.turned_away(None).code for _ in range(3)] == [UNAUTHENTICATED, UNAUTHENTICATED, 8]
         with harness.open(shown) as client:
             client.echo()
 
@@ -394,9 +367,7 @@ def test_expired_client_certificate_is_refused(harness: CertificateServer) -> No
     assert harness.handshake_refused(shown) == "SSLV3_ALERT_CERTIFICATE_EXPIRED"
 
 
-def test_certificate_expiring_while_connected_opens_no_session(
-    harness: CertificateServer,
-) -> None:
+def test_certificate_expiring_while_connected_opens_no_session(harness: CertificateServer) -> None:
     with harness.client(harness.issue("ada")) as client:
         client.call("session.open", {"scheme": "tls"})
         harness.server.clock.ahead_ms = 91 * 86_400_000
@@ -425,10 +396,7 @@ def test_expired_crl_refuses_client_certificates(harness: CertificateServer) -> 
 
 
 def test_server_certificate_is_refused_as_client(harness: CertificateServer) -> None:
-    leaked = ClientIdentity(
-        harness.certs / "server-ecdsa.crt",
-        harness.certs / "server-ecdsa.key",
-    )
+    leaked = ClientIdentity(harness.certs / "server-ecdsa.crt", harness.certs / "server-ecdsa.key")
     assert harness.handshake_refused(leaked) == "TLSV1_ALERT_UNKNOWN_CA"
 
 

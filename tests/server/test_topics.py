@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.protocol_harness import Harness, harness, nothing_left
-from tests.server.test_streams import LIMITS, StreamPeer, cut, items, kinds
+from tests.server.protocol_harness import LIMITS, Harness, Peer, cut, items, kinds, nothing_left
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.topics import Topic
@@ -16,8 +15,6 @@ from zcproto.connection.events import GoAwayReason
 from zcproto.errors import Code
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import CANCEL, PING, Kind
-
-__all__ = ["harness"]
 
 KEEP = 4
 
@@ -48,27 +45,19 @@ class Topics:
         self.harness.turn()
 
 
-class OtherPeer(StreamPeer):
-    """Another client of the same server."""
-
-    def _add_methods(self, harness: Harness) -> None:
-        pass  # its first client has added them
-
-
 @pytest.fixture
 def topics(harness: Harness) -> Topics:
     return Topics(harness)
 
 
 @pytest.fixture
-def client(harness: Harness, topics: Topics) -> StreamPeer:
-    peer = StreamPeer(harness)
-    peer.login()
-    return peer
+def client(harness: Harness, topics: Topics) -> Peer:
+    harness.allow_streams()
+    return harness.connect("ada")
 
 
 def test_event_is_encoded_once_and_sent_to_every_stream(
-    client: StreamPeer, topics: Topics, monkeypatch: pytest.MonkeyPatch
+    client: Peer, topics: Topics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.send(*(client.open("news", stream=number) for number in (1, 2, 3)))
     client.turn()
@@ -81,7 +70,7 @@ def test_event_is_encoded_once_and_sent_to_every_stream(
     assert encoded == [{"id": 7}]
 
 
-def test_client_without_credit_gets_the_newest_events_later(client: StreamPeer, topics: Topics) -> None:
+def test_client_without_credit_gets_the_newest_events_later(client: Peer, topics: Topics) -> None:
     client.send(client.open("news", stream=1, credit=(1, 1_000)), client.open("news", stream=2))
     client.turn()
     topics.publish(topics.news, *range(10))
@@ -94,7 +83,7 @@ def test_client_without_credit_gets_the_newest_events_later(client: StreamPeer, 
     assert topics.news.dropped == 10 - KEEP - 2
 
 
-def test_client_too_slow_for_the_topic_is_cancelled(client: StreamPeer, topics: Topics) -> None:
+def test_client_too_slow_for_the_topic_is_cancelled(client: Peer, topics: Topics) -> None:
     client.send(client.open("jobs", stream=1, credit=(1, 1_000)), client.open("jobs", stream=2))
     client.turn()
     topics.publish(topics.jobs, *range(KEEP + 3))
@@ -107,9 +96,7 @@ def test_client_too_slow_for_the_topic_is_cancelled(client: StreamPeer, topics: 
     assert topics.jobs.subscribers == 1
 
 
-def test_client_that_never_reads_is_cancelled_after_the_stall_timeout(
-    client: StreamPeer, topics: Topics
-) -> None:
+def test_client_that_never_reads_is_cancelled_after_the_stall_timeout(client: Peer, topics: Topics) -> None:
     client.send(client.open("jobs", credit=(1, 1_000)))
     client.turn()
     topics.publish(topics.jobs, *range(10))
@@ -121,14 +108,14 @@ def test_client_that_never_reads_is_cancelled_after_the_stall_timeout(
     assert topics.jobs.subscribers == 0
 
 
-def test_method_filters_events_and_sends_what_was_before(client: StreamPeer, topics: Topics) -> None:
+def test_method_filters_events_and_sends_what_was_before(client: Peer, topics: Topics) -> None:
     client.send(client.open("jobs.of", {"queue": "a"}))
     assert items(client.turn()) == [{"queue": "a", "snapshot": True}]
     topics.publish(topics.jobs, {"queue": "b"}, {"queue": "a", "id": 1})
     assert items(client.answers()) == [{"queue": "a", "id": 1}]
 
 
-def test_caller_that_is_not_allowed_gets_no_subscription(client: StreamPeer, topics: Topics) -> None:
+def test_caller_that_is_not_allowed_gets_no_subscription(client: Peer, topics: Topics) -> None:
     client.login("eve")
     client.send(client.open("news"))
     assert [answer.code for answer in client.turn()] == [Code.PERMISSION_DENIED]
@@ -136,8 +123,8 @@ def test_caller_that_is_not_allowed_gets_no_subscription(client: StreamPeer, top
 
 
 @pytest.mark.parametrize("end", ["cancel", "session", "connection"])
-def test_subscription_ends_with_its_stream(client: StreamPeer, topics: Topics, end: str) -> None:
-    session = client.login()
+def test_subscription_ends_with_its_stream(client: Peer, topics: Topics, end: str) -> None:
+    client.login()
     client.send(client.open("news", stream=1), client.open("news", stream=2, credit=(0, 0)))
     client.turn()
     topics.publish(topics.news, 1)
@@ -145,11 +132,7 @@ def test_subscription_ends_with_its_stream(client: StreamPeer, topics: Topics, e
     if end == "cancel":
         client.send(client.frame(CANCEL, 1), client.frame(CANCEL, 2))
     elif end == "session":
-        client.harness.in_loop(
-            lambda: client.protocol.session_ended(
-                session.session.id, Code.TOKEN_REVOKED, EndReason.BY_OPERATOR
-            )
-        )
+        client.end_session(Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
     else:
         client.harness.in_loop(client.lose)
     client.harness.turn()
@@ -159,7 +142,7 @@ def test_subscription_ends_with_its_stream(client: StreamPeer, topics: Topics, e
         nothing_left(client.harness)
 
 
-def test_subscribers_end_in_order_when_the_server_stops(client: StreamPeer, topics: Topics) -> None:
+def test_subscribers_end_in_order_when_the_server_stops(client: Peer, topics: Topics) -> None:
     client.send(client.open("news"), client.open("jobs.of", {"queue": "a"}, stream=2))
     client.turn()
     client.harness.in_loop(client.harness.state.stopping.set)
@@ -170,11 +153,8 @@ def test_subscribers_end_in_order_when_the_server_stops(client: StreamPeer, topi
     nothing_left(client.harness)
 
 
-def test_connection_that_does_not_read_holds_up_no_other_subscriber(
-    client: StreamPeer, topics: Topics
-) -> None:
-    stuck = OtherPeer(client.harness)
-    stuck.login("bob")
+def test_connection_that_does_not_read_holds_up_no_other_subscriber(client: Peer, topics: Topics) -> None:
+    stuck = client.harness.connect("bob")
     for peer in (client, stuck):
         peer.send(peer.open("news", credit=(2**53 - 1, 2**53 - 1)))
         peer.turn()
@@ -182,8 +162,8 @@ def test_connection_that_does_not_read_holds_up_no_other_subscriber(
     for number in range(100):
         topics.publish(topics.news, [number, bytes(900)])
     assert [value[0] for value in items(client.answers())] == [*range(100)]
-    assert stuck.transport.unread <= 2 * LIMITS.write_bytes
-    stuck.transport.drain()
+    assert stuck.transport.unsent <= 2 * LIMITS.write_bytes
+    stuck.read_all()
     topics.publish(topics.news, [100, b""])
     numbers = [value[0] for value in items(stuck.answers())]
     assert numbers == sorted(numbers)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from tests.server.protocol_harness import Harness, Peer, harness
-from tests.server.test_calls import CallPeer
+from tests.server.protocol_harness import Harness
 from zcproto.app.app import Method
 from zcproto.connection.events import Request
 from zcproto.errors import Code
 from zcproto.server.protocol import TracedProtocol
 from zcproto.wire.message import RequestMeta
-
-__all__ = ["harness"]
 
 TRACE = f"00-{'1' * 32}-{'2' * 16}-01"
 
@@ -53,17 +49,8 @@ class FakeTracing:
         return await send(TRACE)
 
 
-class TracedPeer(Peer):
-    """A connection of a server that records traces."""
-
-    kind = TracedProtocol
-
-
-def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(
-    harness: Harness,
-) -> None:
-    peer = TracedPeer(harness)
-    peer.login()
+def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(harness: Harness) -> None:
+    peer = harness.connect("ada", TracedProtocol)
     tracing = harness.state.tracing = FakeTracing()
     found: list[bool] = []
     harness.state.methods["big"].function = lambda n: found.append(within.get())
@@ -74,18 +61,14 @@ def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_rea
     assert len(peer.answers()) == 2
 
 
-def test_traced_connection_serves_before_traces_are_recorded(
-    harness: Harness,
-) -> None:
-    peer = TracedPeer(harness)
-    peer.login()
+def test_traced_connection_serves_before_traces_are_recorded(harness: Harness) -> None:
+    peer = harness.connect("ada", TracedProtocol)
     peer.send(peer.request(1, "big", {"n": 1}))
     assert len(peer.answers()) == 1
 
 
 def test_request_that_is_due_is_entered_and_left(harness: Harness) -> None:
-    peer = harness.connect()
-    peer.login()
+    peer = harness.connect("ada")
     tracing = harness.state.tracing = FakeTracing(due=True)
     peer.send(peer.request(1, "big", {"n": 1}))
     assert tracing.seen == ["big", "left big"]
@@ -93,8 +76,7 @@ def test_request_that_is_due_is_entered_and_left(harness: Harness) -> None:
 
 
 def test_method_that_the_tracing_returns_runs_instead(harness: Harness) -> None:
-    peer = harness.connect()
-    peer.login()
+    peer = harness.connect("ada")
     tracing = harness.state.tracing = FakeTracing(due=True)
     tracing.instead = Method("big", lambda n: f"traced {n}")
     peer.send(peer.request(1, "big", {"n": 1}))
@@ -105,8 +87,7 @@ def test_method_that_the_tracing_returns_runs_instead(harness: Harness) -> None:
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 def test_trace_is_left_whatever_a_method_raises(harness: Harness, error: type[BaseException]) -> None:
-    peer = harness.connect()
-    peer.login()
+    peer = harness.connect("ada")
     tracing = harness.state.tracing = FakeTracing(due=True)
 
     def end() -> None:
@@ -128,11 +109,11 @@ def test_refused_request_is_not_entered(harness: Harness) -> None:
 
 
 def test_call_to_a_client_is_sent_by_the_tracing(harness: Harness) -> None:
-    client = CallPeer(harness)
-    client.login()
+    harness.allow_calls()
+    client = harness.connect("ada")
     client.handle("approve")
     tracing = harness.state.tracing = FakeTracing()
-    task: asyncio.Task[Any] = client.begin()
+    task = client.call(*harness.state.clients.find())
     (call,) = client.answers()
     assert tracing.seen == [("approve", "192.0.2.7", None)]
     assert TRACE in repr(call)

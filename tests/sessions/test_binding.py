@@ -131,7 +131,7 @@ def harness() -> Iterator[Harness]:
 
 
 def peer_at(harness: Harness, address: str, monkeypatch: pytest.MonkeyPatch, token: bytes = NO_TOKEN) -> Peer:
-    monkeypatch.setattr("tests.server.protocol_harness.FakeTransport.peer", address)
+    monkeypatch.setattr("tests.helpers.MockTransport.peer", address)
     peer = harness.connect()
     peer.token = token
     return peer
@@ -180,7 +180,7 @@ def test_refused_token_does_not_keep_connection_open(
     peer = peer_at(harness, "198.51.100.1", monkeypatch, open_at(harness, "192.0.2.7"))
     assert code(peer, 1) == Code.UNAUTHENTICATED
     harness.advance(11)
-    assert peer.transport.closed
+    assert peer.transport.is_closing()
 
 
 def test_session_ended_during_lookup_is_not_admitted(

@@ -144,11 +144,7 @@ def check_scan(body: Any, max_depth: Any) -> None:
     if found == (bool, True):
         assert outcome(accelerator.references["scan_body"], (body, max_depth)) == (bool, False)
         found = outcome(decode_by_python, (body, max_depth))
-        assert found[0] is not MessageError or found[1] == "str is not UTF-8", (
-            body,
-            max_depth,
-            found,
-        )
+        assert found[0] is not MessageError or found[1] == "str is not UTF-8", (body, max_depth, found)
     else:
         check_call("scan_body", body, max_depth)
 
@@ -156,12 +152,12 @@ def check_scan(body: Any, max_depth: Any) -> None:
 def decode_by_python(body: bytes, max_depth: int) -> Any:
     """Return what decode_body returns without the compiled module."""
     saved = message.scan_body, message._SCANNED_ABOVE
-    message.scan_body = accelerator.references["scan_body"]  # type: ignore[assignment]
-    message._SCANNED_ABOVE = message._TRUSTED_SIZE  # type: ignore[misc]
+    message.scan_body = accelerator.references["scan_body"]
+    message._SCANNED_ABOVE = message._TRUSTED_SIZE
     try:
         return message.decode_body(body, max_depth), outcome(message.decode_request, (body, max_depth))
     finally:
-        message.scan_body, message._SCANNED_ABOVE = saved  # type: ignore[assignment, misc]
+        message.scan_body, message._SCANNED_ABOVE = saved
 
 
 def check_decoders(body: bytes, max_depth: int) -> None:

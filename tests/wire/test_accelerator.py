@@ -31,14 +31,7 @@ from tests.wire.accelerators import (
 )
 from tests.wire.fast_path import check_cut, check_requests, needs_compiled
 from tests.wire.test_message import TRACEPARENT
-from tests.wire.test_request_fast_path import (
-    OTHERS,
-    REQUEST_RULES,
-    SALT,
-    TOKEN,
-    WALL,
-    frame,
-)
+from tests.wire.test_request_fast_path import OTHERS, REQUEST_RULES, SALT, TOKEN, WALL, frame
 from zcproto import App, accelerator
 from zcproto.common import clock
 from zcproto.testing import connect_in_memory
@@ -97,11 +90,17 @@ def test_valid_bodies_are_scanned_alike_whole_and_cut_off(kind: str) -> None:
         body = encode_body(value)
         check_scan(body, 32)
         assert compiled.scan_body(body, 32) is True
-        for end in {*range(min(len(body), 8)), len(body) // 2, len(body) - 1}:
+        check_scan(body[:-1], 32)
+        check_decoders(encode_body(["m", {"x": value}]), 32)
+        for end in range(min(len(body), 8)):
             check_scan(body[:end], 32)
             check_decoders(body[:end], 32)
-        check_scan(body + b"\xc0", 32)
-        check_decoders(encode_body(["m", {"x": value}]), 32)
+        if (
+            len(body) < 60_000
+        ):  # the reference takes long, and what is cut off or added differs by its length alone
+            for other in (body[: len(body) // 2], body[:-1], body + b"\xc0"):
+                check_scan(other, 32)
+                check_decoders(other, 32)
 
 
 @needs_compiled
@@ -312,7 +311,7 @@ TRACED: dict[str, tuple[Any, ...]] = {
     "read_requests": (
         *(frame(body=encode_body(["m", {}, {"deadline_ms": 9, "traceparent": TRACEPARENT}])), 0),
         *(REQUEST_RULES, 5, WALL),
-    ),
+    )
 }
 FOR_THE_REFERENCE: dict[str, tuple[Any, ...]] = {
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
@@ -446,10 +445,7 @@ def test_package_uses_the_chosen_functions() -> None:
     from zcproto.common import parameters
     from zcproto.wire import frame as frames
 
-    chosen: dict[str, Any] = {
-        "encode_frame": frames.encode_frame,
-        "encode_frames": frames.encode_frames,
-    }
+    chosen: dict[str, Any] = {"encode_frame": frames.encode_frame, "encode_frames": frames.encode_frames}
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
     chosen["wall_ms"] = clock.wall_ms
     assert chosen.keys() == accelerator.references.keys()

@@ -143,10 +143,10 @@ def is_accepted(head: int, stream: int, receiver: Side, accepted: Accepted | Non
 @pytest.mark.parametrize("stream", [0, 1])
 def test_only_listed_kinds_are_accepted_on_their_streams(receiver: Side, stream: int) -> None:
     for kind in range(256):
-        allowed = stream in STREAMS[receiver].get(kind, set())  # type: ignore[call-overload]
+        allowed = stream in STREAMS[receiver].get(kind, set())
         assert is_accepted(0x01000000 | kind << 16, stream, receiver) is allowed, hex(kind)
         announced = {**STREAMS[receiver], **OF_STREAMS[receiver]}
-        allowed = stream in announced.get(kind, set())  # type: ignore[call-overload]
+        allowed = stream in announced.get(kind, set())
         accepted = accepted_with_streams(receiver, 64)
         assert is_accepted(0x01000000 | kind << 16, stream, receiver, accepted) is allowed, hex(kind)
 

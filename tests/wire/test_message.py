@@ -115,7 +115,7 @@ def test_unencodable_value_is_refused_and_next_value_is_intact(value: Any) -> No
 
 @dataclass
 class Foreign:
-    held: object | Unknown  # type: ignore[name-defined]  # noqa: F821
+    held: object | Unknown  # noqa: F821
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Color(Enum):
 def test_types_without_a_form_in_msgpack_are_converted() -> None:
     noon = datetime.datetime(2026, 1, 2, 12, tzinfo=datetime.UTC)
     assert decode_body(encode_body([Level.LOW, Color.RED, {Color.RED: {7}}, frozenset()])) == [
-        *(1, "red", {"red": [7]}, []),
+        *(1, "red", {"red": [7]}, [])
     ]
     assert decode_body(encode_body(Holder([noon, Holder(Decimal("1.5"))]))) == {
         "held": ["2026-01-02T12:00:00Z", {"held": "1.5"}]

@@ -188,11 +188,4 @@ def check(data: bytes) -> None:
     HostileServer(script.byte() % 4 > 0).play(script)
 
 
-TARGET = Target(
-    "client",
-    run,
-    check,
-    max_size=1_024,
-    limit_s=0.040,
-    repeats=False,
-)
+TARGET = Target("client", run, check, max_size=1_024, limit_s=0.040, repeats=False)

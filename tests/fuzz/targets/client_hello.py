@@ -26,9 +26,7 @@ WITHOUT_ALERT = frozenset({TlsFailure.NOT_TLS, TlsFailure.PLAINTEXT_HTTP})
 
 
 def verdict(
-    pieces: Sequence[bytes],
-    suites: frozenset[int] = SUITES,
-    protocols: frozenset[str | None] = PROTOCOLS,
+    pieces: Sequence[bytes], suites: frozenset[int] = SUITES, protocols: frozenset[str | None] = PROTOCOLS
 ) -> tuple[Accepted | Refusal | None, int]:
     """Return the verdict, and the number of bytes received until then."""
     reader = ClientHelloReader(ClientHelloJudge(suites, protocols))

@@ -220,11 +220,4 @@ def check(data: bytes) -> None:
     HostileClient().play(data)
 
 
-TARGET = Target(
-    "server",
-    run,
-    check,
-    max_size=1_024,
-    limit_s=0.040,
-    repeats=False,
-)
+TARGET = Target("server", run, check, max_size=1_024, limit_s=0.040, repeats=False)
