@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.stores.faulty import DAMAGED, FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY, WORKS
 from tests.stores.service.harness import GRACE, HOUR_MS, SessionProcess, StartProcess, events, refused
 from zcproto.errors import Code, ConfigError, Unavailable
-from zcproto.sessions import EndReason
+from zcproto.sessions import EndReason, OpenedSession
 from zcproto.sessions.health import FAILURES, FIRST_DELAY_S, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 from zcproto.stores.base import Change, ChangeKind
@@ -188,15 +189,34 @@ async def test_stop_during_an_outage_does_not_hang(
     assert "store.uses_not_written" in events(log)
 
 
-async def test_login_cancelled_by_the_stop_is_unavailable(
-    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [
+        ("create", lambda process, opened: process.open()),
+        ("rotate", lambda process, opened: process.refresh(opened)),
+        ("find", lambda process, opened: process.find(b"x" * 32)),
+        ("end", lambda process, opened: process.revoke(opened)),
+        ("end_user", lambda process, opened: process.sessions.revoke_user("ada", "all")),
+        ("end_all", lambda process, opened: process.sessions.revoke_all("all")),
+    ],
+)
+async def test_operation_cancelled_by_the_stop_is_unavailable(
+    shared_process: SessionProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    call: Callable[[SessionProcess, OpenedSession], Coroutine[Any, Any, Any]],
 ) -> None:
+    process = shared_process
     monkeypatch.setattr(process.store, "keeps_time", True)  # no timeout of ours ends the operation first
-    process.store.modes["create"] = HANGS
-    opening = asyncio.ensure_future(process.open())
-    await asyncio.sleep(0)
+    opened = await process.open()
+    process.store.calls.clear()
+    process.store.modes[operation] = HANGS
+    calling = asyncio.ensure_future(call(process, opened))
+    while operation not in process.store.calls:  # noqa: ASYNC110 - the store has no event to wait for
+        await asyncio.sleep(0)
+    process.sync.breaker.timeout = 0.0
     await process.sync.stop()
-    await refused(opening)
+    assert "the server stopped" in (await refused(calling)).message
 
 
 async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
