@@ -201,6 +201,13 @@ async def test_load_begins_again_after_an_outage(
     assert [line["sessions"] for line in log if line["event"] == "sessions.loaded"] == [USERS]
 
 
+async def test_outage_before_the_next_batch_does_not_begin_the_load_again(loading: Loading) -> None:
+    await loading.process.outage()
+    await loading.process.recover()
+    await loading.end()
+    assert (loading.loads, len(loading.process.registry)) == (1, USERS)
+
+
 async def test_fault_during_the_load_leaves_the_rest_to_look_ups(
     loading: Loading, log: list[dict[str, Any]]
 ) -> None:

@@ -212,8 +212,7 @@ async def test_operation_cancelled_by_the_stop_is_unavailable(
     process.store.calls.clear()
     process.store.modes[operation] = HANGS
     calling = asyncio.ensure_future(call(process, opened))
-    while operation not in process.store.calls:  # noqa: ASYNC110 - the store has no event to wait for
-        await asyncio.sleep(0)
+    await process.store.called(operation)
     process.sync.breaker.timeout = 0.0
     await process.sync.stop()
     assert "the server stopped" in (await refused(calling)).message

@@ -158,9 +158,7 @@ async def test_session_changed_while_it_is_checked_is_checked_again(
     one: SessionProcess, other: SessionProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = await one.open(), await one.open()
-    for each in (first, second):
-        await other.find(each.token)
-        other.use(each)
+    await other.join(first, second)
     get, held = other.store.get, asyncio.Event()
 
     async def slow(id: bytes) -> SessionRecord | EndedRecord | None:

@@ -32,8 +32,7 @@ async def test_refresh_issues_a_new_pair_and_revokes_the_old_one(process: Sessio
     assert again.session.id == opened.session.id
     assert process.is_valid(again)
     assert process.check(opened.token) is Code.TOKEN_REVOKED
-    stored = process.store.registry.record(raw(opened))
-    assert stored is not None
+    stored = process.stored(opened)
     assert stored.token_digest == digest_of(again.token)
     assert process.ended == []
 
@@ -224,6 +223,7 @@ async def test_refresh_of_a_cancelled_caller_is_finished_and_can_be_repeated(pro
     again = await process.refresh(opened)
     assert process.is_valid(again)
     assert process.store.calls.count("rotate") == 1
+    assert "get" not in process.store.calls  # nothing has changed meanwhile
 
 
 async def test_refresh_with_unknown_outcome_is_repeated_unchanged(process: SessionProcess) -> None:
@@ -248,8 +248,7 @@ async def test_repeated_refresh_from_another_address_succeeds(process: SessionPr
     process.store.modes.clear()
     again = await process.refresh(opened, address="203.0.113.9")
     assert process.is_valid(again)
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record.address == "203.0.113.9"
 
 

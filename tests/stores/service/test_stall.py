@@ -68,8 +68,7 @@ async def test_changes_are_applied_before_trust_returns(
 ) -> None:
     other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S)
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     await one.revoke(opened)
     other.store.late["get"] = asyncio.Event()
     other.store.report_change(raw(opened))

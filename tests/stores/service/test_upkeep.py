@@ -72,8 +72,7 @@ async def test_last_uses_that_failed_are_written_later(process: SessionProcess) 
         await process.sync.write_uses()
     process.store.modes.clear()
     await process.sync.write_uses()
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record.last_used_at == process.clock.wall()
 
 
@@ -82,8 +81,7 @@ async def test_stop_writes_last_uses_and_closes_the_store(process: SessionProces
     process.clock.advance(60)
     assert process.is_valid(opened)
     await process.sync.stop()
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record.last_used_at == process.clock.wall()
     assert process.store.closed == 1
 
