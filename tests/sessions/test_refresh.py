@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, CountedEntropy, RegistryHarness
@@ -148,21 +151,22 @@ def test_same_client_gets_same_pair_within_grace(harness: RegistryHarness, after
     assert harness.good(again.token, WALL + after)
 
 
-@pytest.mark.parametrize("after", [GRACE, GRACE + 1, HOUR, DAY])
-def test_repeat_after_grace_is_reuse(harness: RegistryHarness, after: int) -> None:
-    first = harness.open()
-    harness.refresh(first.refresh_token)
-    with pytest.raises(TokenRevoked):
-        harness.refresh(first.refresh_token, WALL + after)
-
-
-@pytest.mark.parametrize("who", [{"client": "zc/2"}, {"address": "192.0.2.2"}])
-def test_other_client_or_address_has_no_grace(harness: RegistryHarness, who: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("grace_ms", "after", "who"),
+    [
+        *((GRACE, after, {}) for after in (GRACE, GRACE + 1, HOUR, DAY)),
+        (0, 0, {}),
+        (GRACE, 1, {"client": "zc/2"}),
+        (GRACE, 1, {"address": "192.0.2.2"}),
+    ],
+)
+def test_repeat_without_grace_is_reuse(grace_ms: int, after: int, who: dict[str, str]) -> None:
+    harness = RegistryHarness(refresh_grace_ms=grace_ms)
     first = harness.open()
     second = harness.refresh(first.refresh_token)
     with pytest.raises(TokenRevoked):
-        harness.refresh(first.refresh_token, WALL + 1, **who)
-    assert harness.code(second.token) is Code.TOKEN_REVOKED
+        harness.refresh(first.refresh_token, WALL + after, **who)
+    assert harness.code(second.token, WALL + after) is Code.TOKEN_REVOKED
 
 
 def test_grace_is_for_the_refreshing_client(harness: RegistryHarness) -> None:
@@ -177,14 +181,6 @@ def test_only_last_spent_token_has_grace(harness: RegistryHarness) -> None:
     second = harness.refresh(first.refresh_token)
     third = harness.refresh(second.refresh_token)
     assert harness.refresh(second.refresh_token).token == third.token
-    with pytest.raises(TokenRevoked):
-        harness.refresh(first.refresh_token)
-
-
-def test_zero_grace_makes_repeat_a_reuse() -> None:
-    harness = RegistryHarness(refresh_grace_ms=0)
-    first = harness.open()
-    harness.refresh(first.refresh_token)
     with pytest.raises(TokenRevoked):
         harness.refresh(first.refresh_token)
 
@@ -302,35 +298,41 @@ def test_refresh_of_expired_session_is_refused_without_tombstones(dead_limit: in
 # Refresh of an ended session
 
 
-def test_refresh_of_revoked_session_is_token_revoked(harness: RegistryHarness, opened: OpenedSession) -> None:
+def close(harness: RegistryHarness, opened: OpenedSession) -> None:
     harness.registry.close(opened.session)
-    with pytest.raises(TokenRevoked):
-        harness.refresh(opened.refresh_token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "end", "wall", "error"),
+    [
+        ({}, close, WALL, TokenRevoked),
+        (
+            {"per_user": 1, "when_full": "evict_oldest"},
+            lambda harness, _: harness.open(),
+            WALL,
+            SessionReplaced,
+        ),
+        ({"per_user": 1}, lambda harness, _: harness.open(wall=WALL + HOUR), WALL + HOUR, TokenExpired),
+        ({"dead_keep_ms": SECOND}, close, WALL + SECOND, Unauthenticated),
+        ({}, lambda harness, opened: None, WALL + 30 * DAY, TokenExpired),
+    ],
+    ids=["revoked", "evicted", "evicted when lapsed", "forgotten", "expired"],
+)
+def test_refresh_of_ended_session_names_the_reason_and_no_user(
+    settings: dict[str, Any],
+    end: Callable[[RegistryHarness, OpenedSession], object],
+    wall: int,
+    error: type[Exception],
+) -> None:
+    harness = RegistryHarness(**settings)
+    opened = harness.open("alice")
+    end(harness, opened)
+    with pytest.raises(error) as caught:
+        harness.refresh(opened.refresh_token, wall)
     assert harness.registry.refresh_reused == 0
-
-
-def test_refresh_of_evicted_session_is_session_replaced() -> None:
-    harness = RegistryHarness(per_user=1, when_full="evict_oldest")
-    opened = harness.open()
-    harness.open()
-    with pytest.raises(SessionReplaced):
-        harness.refresh(opened.refresh_token)
-
-
-def test_refresh_of_evicted_lapsed_session_is_token_expired() -> None:
-    harness = RegistryHarness(per_user=1)
-    opened = harness.open()
-    harness.open(wall=WALL + HOUR)
-    with pytest.raises(TokenExpired):
-        harness.refresh(opened.refresh_token, WALL + HOUR)
-
-
-def test_refresh_of_forgotten_session_is_unauthenticated() -> None:
-    harness = RegistryHarness(dead_keep_ms=SECOND)
-    opened = harness.open()
-    harness.registry.close(opened.session)
-    with pytest.raises(Unauthenticated):
-        harness.refresh(opened.refresh_token, WALL + SECOND)
+    text = repr(caught.value) + str(caught.value)
+    for secret in ("alice", (opened.refresh_token or b"").hex(), opened.session.id):
+        assert secret not in text
 
 
 def test_client_name_is_limited_in_length(harness: RegistryHarness, opened: OpenedSession) -> None:
@@ -361,28 +363,6 @@ def test_failing_entropy_changes_nothing() -> None:
     is_failing = False
     assert harness.good(opened.token)
     assert harness.refresh(opened.refresh_token).session.id == opened.session.id
-
-
-@pytest.mark.parametrize("error", [Unauthenticated, TokenExpired, TokenRevoked, SessionReplaced])
-def test_messages_name_the_cure_and_no_user(error: type[Exception]) -> None:
-    harness = RegistryHarness(per_user=1, when_full="evict_oldest")
-    opened = harness.open("alice")
-    assert opened.refresh_token is not None
-    token, wall = opened.refresh_token, WALL
-    if error is Unauthenticated:
-        token = bytes(32)
-    elif error is TokenExpired:
-        wall += 30 * DAY
-    elif error is TokenRevoked:
-        harness.registry.close(opened.session)
-    else:
-        harness.open("alice")
-    with pytest.raises(error) as caught:
-        harness.refresh(token, wall)
-    text = repr(caught.value) + str(caught.value)
-    assert "alice" not in text
-    assert token.hex() not in text
-    assert opened.session.id not in text
 
 
 # --- observers of rotations -----------------------------------------------------------------------------
