@@ -19,7 +19,7 @@ from tests.sessions.helpers import (
 from zcproto.common.roles import OPERATORS, Roles
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
 from zcproto.sessions import OpenedSession, SessionRegistry
-from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
 from zcproto.sessions.registry import EVICTION_SAMPLE
 from zcproto.sessions.token import digest_of
 
@@ -36,6 +36,20 @@ def taken_in(harness: RegistryHarness, user: str = "alice", wall: int = WALL, *,
     session = new(harness, user, wall, key=key)
     assert harness.registry.restore(session.record)
     return session
+
+
+def rotation_of(
+    harness: RegistryHarness, session: NewSession, wall: int = WALL, client: str = "", address: str = ""
+) -> tuple[Rotation, bytes, bytes]:
+    """Return a rotation of a session, with the new tokens."""
+    token = session.refresh_token or b""
+    made = harness.registry.new_rotation(token, client=client, address=address, wall=wall)
+    assert made is not None
+    return made
+
+
+def tombstone(session: NewSession, code: Code = Code.TOKEN_REVOKED, wall: int = WALL) -> EndedRecord:
+    return EndedRecord(session.record.id, session.record.token_digest, code, wall)
 
 
 def moved(harness: RegistryHarness, **settings: object) -> RegistryHarness:
@@ -277,7 +291,7 @@ def test_end_by_store_is_announced_and_not_counted_as_revoked_here(code: Code, r
 
 def test_tombstone_is_restored(harness: RegistryHarness) -> None:
     session = new(harness)
-    ended = EndedRecord(session.record.id, session.record.token_digest, Code.TOKEN_REVOKED, WALL - 1)
+    ended = tombstone(session, wall=WALL - 1)
     harness.registry.restore_ended(ended)
     harness.registry.restore_ended(ended)
     assert harness.code(session.token) is Code.TOKEN_REVOKED
@@ -287,9 +301,7 @@ def test_tombstone_is_restored(harness: RegistryHarness) -> None:
 
 def test_restored_tombstone_ends_known_session(harness: RegistryHarness) -> None:
     session = taken_in(harness)
-    harness.registry.restore_ended(
-        EndedRecord(session.record.id, session.record.token_digest, Code.SESSION_REPLACED, WALL)
-    )
+    harness.registry.restore_ended(tombstone(session, Code.SESSION_REPLACED))
     assert harness.code(session.token) is Code.SESSION_REPLACED
     assert len(harness.ended) == 1
 
@@ -311,9 +323,7 @@ def test_record_of_token_or_its_tombstone(harness: RegistryHarness) -> None:
     assert harness.registry.record_of(session.record.token_digest) == session.record
     assert harness.registry.record(session.record.id) == session.record
     harness.registry.revoke_user("alice", "test")
-    assert harness.registry.record_of(session.record.token_digest) == EndedRecord(
-        session.record.id, session.record.token_digest, Code.TOKEN_REVOKED, WALL
-    )
+    assert harness.registry.record_of(session.record.token_digest) == tombstone(session)
     assert harness.registry.record(session.record.id) is None
     assert harness.registry.record_of(digest_of(b"unknown")) is None
 
@@ -323,9 +333,7 @@ def test_tombstone_is_found_by_id(harness: RegistryHarness) -> None:
     assert harness.registry.ended(session.record.id) is None
     assert harness.registry.ended(bytes(16)) is None
     harness.registry.end(session.record.id, Code.SESSION_REPLACED, "", WALL + 1)
-    assert harness.registry.ended(session.record.id) == EndedRecord(
-        session.record.id, session.record.token_digest, Code.SESSION_REPLACED, WALL + 1
-    )
+    assert harness.registry.ended(session.record.id) == tombstone(session, Code.SESSION_REPLACED, WALL + 1)
 
 
 def test_records_are_listed_oldest_first_up_to_limit(harness: RegistryHarness) -> None:
@@ -362,9 +370,7 @@ def test_rotation_by_store_is_applied(same_process: bool) -> None:
     here = RegistryHarness()
     session = taken_in(here)
     store: SessionRegistry = here.registry if same_process else moved(here).registry
-    rotation, token, refresh_token = here.registry.new_rotation(
-        session.refresh_token or b"", client="zc/2", address="192.0.2.9", wall=WALL + MINUTE
-    ) or pytest.fail("it is a refresh token")
+    rotation, token, refresh_token = rotation_of(here, session, WALL + MINUTE, "zc/2", "192.0.2.9")
     record, old = store.rotate(rotation)
     assert old == session.record.token_digest
     opened = here.registry.apply_rotation(record, rotation.spent_digest, token, refresh_token, WALL + MINUTE)
@@ -379,8 +385,7 @@ def test_rotation_by_store_is_applied(same_process: bool) -> None:
 def test_rotation_inserts_unknown_session() -> None:
     here, store = RegistryHarness(), RegistryHarness()
     session = taken_in(store)
-    made = here.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    assert made is not None
+    made = rotation_of(here, session)
     record, _ = store.registry.rotate(made[0])
     here.registry.apply_rotation(record, made[0].spent_digest, made[1], made[2], WALL)
     assert here.good(made[1]).user == "alice"
@@ -390,8 +395,7 @@ def test_rotation_does_not_revive_ended_session() -> None:
     here = RegistryHarness()
     session = taken_in(here)
     store = moved(here)
-    made = here.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    assert made is not None
+    made = rotation_of(here, session)
     record, _ = store.registry.rotate(made[0])
     here.registry.revoke_user("alice", "test")
     with pytest.raises(TokenRevoked):
@@ -402,8 +406,7 @@ def test_rotation_does_not_revive_ended_session() -> None:
 def test_repeated_refresh_within_grace_gives_same_pair(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     spent = session.refresh_token or b""
-    made = harness.registry.new_rotation(spent, client="zc/1", address="192.0.2.1", wall=WALL)
-    assert made is not None
+    made = rotation_of(harness, session, WALL, "zc/1", "192.0.2.1")
     assert harness.registry.repeat_refresh(spent, client="zc/1", address="192.0.2.1", wall=WALL) is None
     record, _ = harness.registry.rotate(made[0])
     harness.registry.apply_rotation(record, made[0].spent_digest, made[1], made[2], WALL)
@@ -425,10 +428,7 @@ def test_invalid_refresh_token_gives_no_rotation() -> None:
 
 def test_reused_refresh_token_ends_session_in_store(harness: RegistryHarness) -> None:
     session = taken_in(harness)
-    first = harness.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    second = harness.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    assert first is not None
-    assert second is not None
+    first, second = rotation_of(harness, session), rotation_of(harness, session)
     harness.registry.rotate(first[0])
     with pytest.raises(TokenRevoked):
         harness.registry.rotate(second[0])
@@ -441,9 +441,6 @@ def test_reused_refresh_token_ends_session_in_store(harness: RegistryHarness) ->
 
 def test_rotation_after_refresh_expiry_is_refused(harness: RegistryHarness) -> None:
     session = taken_in(harness)
-    late = harness.registry.new_rotation(
-        session.refresh_token or b"", client="", address="", wall=WALL + 30 * DAY
-    )
-    assert late is not None
+    late = rotation_of(harness, session, WALL + 30 * DAY)
     with pytest.raises(TokenExpired):
         harness.registry.rotate(late[0])
