@@ -20,7 +20,7 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.server.helpers import GOAWAY, RESPONSE, configuration, eventually, read_to_end
-from tests.server.process import ServerProcess, home_with
+from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.common.roles import OPERATORS
 from zcproto.config import Config
@@ -42,17 +42,6 @@ key_types = ["ecdsa-p256"]
 [limits]
 max_connections = 500
 """
-
-
-@pytest.fixture
-def home(tmp_path: Path, certs: Path) -> Path:
-    """Return a home folder with certificates, a user and a configuration."""
-    return home_with(tmp_path, certs, CONFIG)
-
-
-@pytest.fixture
-def key(home: Path) -> str:
-    return UserFile(home / "users.toml").add("ada")
 
 
 # --- real processes ------------------------------------------------------------------------------------------
