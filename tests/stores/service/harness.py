@@ -154,8 +154,16 @@ class SessionProcess:
         return self.sync.health.state
 
 
-def events(log: list[dict[str, Any]]) -> list[str]:
-    return [line["event"] for line in log]
+class Log(list[dict[str, Any]]):
+    """The lines that were logged."""
+
+    @property
+    def events(self) -> list[str]:
+        return [line["event"] for line in self]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """Return the lines of an event."""
+        return [line for line in self if line["event"] == event]
 
 
 StartProcess = Callable[..., Awaitable[SessionProcess]]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.stores.faulty import FAILS, WORKS
-from tests.stores.service.harness import FaultyStoreView, SessionProcess, StartProcess, raw, refused
+from tests.stores.service.harness import FaultyStoreView, Log, SessionProcess, StartProcess, raw, refused
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.sessions import OpenedSession
 from zcproto.stores.leases import BATCH, LEASE_S, MAX_CHANGED, RENEW_S
@@ -166,7 +166,7 @@ async def test_own_changes_are_written_before_a_session_is_chosen(start_process:
 
 
 async def test_sessions_of_a_crashed_process_make_room_when_their_leases_have_expired(
-    start_process: StartProcess, log: list[dict[str, Any]]
+    start_process: StartProcess, log: Log
 ) -> None:
     one, other = await two_processes(start_process, per_user=1)
     crashed = connect(one, await one.open())
@@ -174,7 +174,7 @@ async def test_sessions_of_a_crashed_process_make_room_when_their_leases_have_ex
     await refused(other.open(), ResourceExhausted)
     await advance(1.0, other)
     await other.open()
-    (evicted,) = [line for line in log if line["event"] == "session.evicted"]
+    (evicted,) = log.of("session.evicted")
     assert evicted["session"] == crashed.session.id
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.stores.service.harness import Log
 from zcproto.sessions.health import NEVER, HealthAlert
 from zcproto.stores.sync import HOLD_S, OutageFigures, OutageReport
 
@@ -13,7 +14,7 @@ from zcproto.stores.sync import HOLD_S, OutageFigures, OutageReport
 class Reported(OutageReport):
     """A report of an outage, with the events that it has reported and the lines that it has logged."""
 
-    def __init__(self, log: list[dict[str, Any]]) -> None:
+    def __init__(self, log: Log) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self._lines = log
         super().__init__(
@@ -27,11 +28,11 @@ class Reported(OutageReport):
 
     @property
     def logged(self) -> list[str]:
-        return [line["event"] for line in self._lines]
+        return self._lines.events
 
 
 @pytest.fixture
-def report(log: list[dict[str, Any]]) -> Reported:
+def report(log: Log) -> Reported:
     return Reported(log)
 
 

@@ -14,6 +14,7 @@ from tests.stores.service.harness import (
     CLIENT,
     DAY_MS,
     FaultyStoreView,
+    Log,
     SessionProcess,
     StartProcess,
     cancel_and_wait,
@@ -48,7 +49,7 @@ async def test_repeated_refresh_returns_the_same_pair_within_the_grace(process: 
 
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_reused_refresh_token_ends_the_session_and_is_reported(
-    start_process: StartProcess, log: list[dict[str, Any]], is_shared: bool
+    start_process: StartProcess, log: Log, is_shared: bool
 ) -> None:
     process = await start_process(shared=is_shared)
     opened = await process.open()
@@ -58,7 +59,7 @@ async def test_reused_refresh_token_ends_the_session_and_is_reported(
     assert process.check(again.token) is Code.TOKEN_REVOKED
     assert process.ended == [(opened.session.id, Code.TOKEN_REVOKED, "refresh token reused")]
     assert process.registry.refresh_reused == 1
-    (line,) = [line for line in log if line["event"] == "session.refresh_reused"]
+    (line,) = log.of("session.refresh_reused")
     assert (line["session"], line["user"], line["peer"]) == (opened.session.id, "ada", ADDRESS)
     await refused(process.refresh(again), TokenRevoked)
     assert process.store.registry.kept == 0
@@ -145,7 +146,7 @@ async def test_refresh_repeated_on_another_node_after_the_grace_ends_the_session
 
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_refresh_repeated_after_the_server_was_killed_returns_the_same_pair(
-    start_process: StartProcess, log: list[dict[str, Any]], is_shared: bool
+    start_process: StartProcess, log: Log, is_shared: bool
 ) -> None:
     killed = await start_process(shared=is_shared)
     opened = await killed.open()
