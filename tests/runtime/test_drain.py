@@ -155,16 +155,6 @@ def test_method_over_the_drain_limit_is_cancelled(server: ServerThread, methods:
     assert ended == {"draining": 1, "drain_timeout": 1}
 
 
-def test_drain_without_limit_cancels_at_once(server: ServerThread, methods: WaitingMethods) -> None:
-    with server.client("ada") as client:
-        client.send(client.request("wait"))
-        eventually(lambda: methods.running)
-        server.begin_drain(0)
-        frames, _ = client.rest_until_closed()
-        assert [frame.kind for frame in frames] == [GOAWAY, ERROR]
-    server.join()
-
-
 def test_server_that_leaves_serves_on_and_lets_its_clients_connect_again_at_once(
     server: ServerThread, methods: WaitingMethods
 ) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import redis
 
 from tests.limits import TIMEOUT
 from tests.runtime.helpers import Servers, refresh_params, refused_with
@@ -16,7 +14,6 @@ from tests.server.helpers import NO_TOKEN, AnsweredError, ServerThread, eventual
 from tests.stores.valkey.helpers import set_timeout
 from tests.stores.valkey.server_process import ServerProcess as StoreProcess
 from tests.stores.valkey.server_process import running
-from zcproto.auth import UserFile
 from zcproto.errors import Code
 from zcproto.stores.sync import StoreSync
 from zcproto.stores.valkey.store import ValkeyStore
@@ -70,34 +67,6 @@ def test_refresh_is_known_on_another_server(cluster: Cluster) -> None:
     assert refreshed["id"] == first.opened["id"]
     assert first.call("echo", {"n": 1}, token=refreshed["token"]) == {"n": 1}
     eventually(lambda: refused_with(first, first.token) == Code.TOKEN_REVOKED)
-
-
-def test_older_snapshot_does_not_revive_sessions_of_a_replaced_key(cluster: Cluster, tmp_path: Path) -> None:
-    for home in ("one", "two"):
-        (tmp_path / home).mkdir(0o700)
-    users = UserFile(tmp_path / "one" / "users.toml")
-    keys = {name: users.add(name) for name in ("ada", "bob")}
-    one = cluster.start("one", users_file=True)
-    clients = {name: cluster.client(one) for name in keys}
-    for name, client in clients.items():
-        client.open_session(name, keys[name])
-    with redis.Redis.from_url(cluster.store.url.replace("valkey:", "redis:")) as store:
-        snapshot = {key: store.dump(key) for key in store.scan_iter()}
-        one.drain()
-        users.new_key("ada")
-        shutil.copy2(users.path, tmp_path / "two" / "users.toml")
-        store.flushall()
-        for key, value in snapshot.items():
-            assert isinstance(value, bytes)
-            store.restore(key, 60_000, value)
-    two = cluster.start("two", users_file=True)
-    cluster.client(two, token=clients["bob"].token).echo()
-    again = cluster.client(two, token=clients["ada"].token)
-    assert again.refused("echo").code == Code.UNAUTHENTICATED
-    assert (
-        again.refused("session.refresh", refresh_params(clients["ada"]), token=NO_TOKEN).code
-        == Code.UNAUTHENTICATED
-    )
 
 
 def killed(store: StoreProcess) -> None:
@@ -158,37 +127,3 @@ def set_limit(server: ServerThread, seconds: float) -> None:
     assert isinstance(sync.store, ValkeyStore)
     set_timeout(sync.store, seconds)
     sync.breaker.timeout = seconds
-
-
-def test_emptied_store_gets_all_sessions_again(cluster: Cluster) -> None:
-    one, other = cluster.start(), cluster.start("other")
-    clients = [cluster.client(one, f"user{number}") for number in range(20)]
-    idle = cluster.client(one, "idle")
-    token = idle.token
-    idle.close()
-    cluster.store.kill()
-    cluster.store.start()
-
-    def settled() -> bool:
-        there = cluster.client(other)
-        return all(refused_with(there, each) is None for each in [token, *(c.token for c in clients)])
-
-    eventually(settled)
-    for client in clients:
-        client.echo()
-        assert client.events == []
-    assert state(one) == state(other) == "healthy"
-
-
-def test_server_starts_without_store_and_recovers(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = cluster.start()
-    client = cluster.client(one, "ada")
-    cluster.store.stop()
-    with monkeypatch.context() as patch:
-        patch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", SOON)
-        other = cluster.start("other")
-    there = cluster.client(other)
-    assert there.refused("echo", token=client.token).code == Code.UNAVAILABLE
-    cluster.store.go_on()
-    recovered(other)
-    assert there.call("echo", {"n": 1}, token=client.token) == {"n": 1}

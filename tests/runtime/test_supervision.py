@@ -385,13 +385,6 @@ def test_dual_stack_socket_maps_ipv4_addresses(start: Start, home: Path, key: st
                 assert client.call("session.info")["address"] == host
 
 
-def test_unsuitable_passed_socket_prevents_start(start: Start, home: Path) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
-        process = start(passed=(wrong.fileno(),))
-        assert process.wait(TIMEOUT) == 2
-    assert "is not a listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
-
-
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="takes systemd")
 def test_systemd_socket_activate_passes_a_socket(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

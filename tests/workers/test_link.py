@@ -337,7 +337,9 @@ async def test_idle_link_is_kept_by_pings(pair: Pair) -> None:
     assert client.link is link
 
 
-async def test_idle_link_has_no_ping_before_its_heartbeat(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_link_has_no_ping_before_its_heartbeat(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pings: list[object] = []
     monkeypatch.setattr(link_module.LinkCore, "ping", lambda core: pings.append(core) or b"")
     await pair.connected(heartbeat=3600.0)

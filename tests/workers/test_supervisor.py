@@ -525,7 +525,11 @@ def test_stopped_process_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 @contextlib.contextmanager
 def unstarted(**options: Any) -> Iterator[Supervisor]:
-    """Yield a supervisor that does not run. Its service notes nothing."""
+    """Yield a supervisor that does not run. Its service notes nothing.
+
+    For decisions that depend on time or on the order of events: tests call its private methods, which real processes
+    would reach only after half a minute, or by chance.
+    """
     pipe = os.open(os.devnull, os.O_WRONLY)
     supervisor = Supervisor(Service(pipe, obedient, **options), 2, clock=FakeClock(now=1_000.0))
     try:

@@ -71,25 +71,6 @@ async def test_login_at_the_limit_ends_the_oldest_disconnected_session(start_pro
     assert all(process.is_valid(each) for each in (first, third, new))
 
 
-async def test_login_is_refused_while_all_sessions_are_in_use(start_process: StartProcess) -> None:
-    process = await start_process(per_user=2)
-    sessions = [connect(process, await process.open()) for _ in range(2)]
-    error = await refused(process.open(), ResourceExhausted)
-    assert ALL_IN_USE in error.message
-    assert error.details == {"limit": 2}
-    assert all(process.is_valid(each) for each in sessions)
-
-
-async def test_refresh_of_an_evicted_session_is_refused_like_an_expired_one(
-    start_process: StartProcess,
-) -> None:
-    process = await start_process(per_user=1)
-    evicted = await process.open()
-    await process.open()
-    with pytest.raises(Exception, match="the session has expired; open a new one"):
-        await process.refresh(evicted)
-
-
 async def test_racing_logins_neither_exceed_the_limit_nor_end_each_others_sessions(
     start_process: StartProcess,
 ) -> None:
