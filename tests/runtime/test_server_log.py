@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import whole_lines
+from tests.helpers import FakeClock, whole_lines
 from tests.loop_reports import LoopReports
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
@@ -20,6 +20,7 @@ from tests.server.process import ServerProcess
 from zcproto.app.app import App
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code, FailedPrecondition
+from zcproto.observe import log as log_module
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
 from zcproto.runtime.process_setup import log_loop_fault
@@ -136,7 +137,10 @@ def test_frames_alone_are_logged_if_configured(serve: Serve, tmp_path: Path) -> 
     assert "ada@example.com" not in path.read_text()
 
 
-def test_log_of_failing_method_is_rate_limited(serve: Serve, lines: Log) -> None:
+def test_log_of_failing_method_is_rate_limited(
+    serve: Serve, lines: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module._state, "clock", FakeClock())  # a second admits another line
     app = App()
 
     @app.method("fail")
