@@ -527,8 +527,8 @@ def test_stopped_process_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def unstarted(**options: Any) -> Iterator[Supervisor]:
     """Yield a supervisor that does not run. Its service notes nothing.
 
-    For decisions that depend on time or on the order of events: tests call its private methods, which real processes
-    would reach only after half a minute, or by chance.
+    For decisions that depend on time or on the order of events: tests call its private methods, which real
+    processes would reach only after half a minute, or by chance.
     """
     pipe = os.open(os.devnull, os.O_WRONLY)
     supervisor = Supervisor(Service(pipe, obedient, **options), 2, clock=FakeClock(now=1_000.0))
