@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers import variables
 from tests.limits import TIMEOUT
 from tests.server.helpers import PATIENT
+from tests.server.process import home_with
+from zcproto.auth import UserFile
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,15 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", TIMEOUT)
     monkeypatch.setattr("zcproto.runtime.build.HEARTBEAT_S", TIMEOUT)  # after it, no token would be trusted
+
+
+@pytest.fixture
+def home(request: pytest.FixtureRequest, tmp_path: Path, certs: Path) -> Path:
+    """Return a home with certificates, and with CONFIG of the test's module as its configuration."""
+    return home_with(tmp_path, certs, getattr(request.module, "CONFIG", ""))
+
+
+@pytest.fixture
+def key(home: Path) -> str:
+    """Return the key of ada, who is a user of this home."""
+    return UserFile(home / "users.toml").add("ada").reveal()

@@ -9,14 +9,13 @@ from pathlib import Path
 from tests.audit_trail import lines_of
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
-from tests.server.process import ServerProcess, home_with
+from tests.server.process import ServerProcess
 from zcproto.alerts import AlertKind
-from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
 
-CONFIG = """
+TRAIL = """
 [certificates]
 key_types = ["ecdsa-p256"]
 
@@ -26,10 +25,9 @@ audit_file = "{trail}"
 """
 
 
-def test_workers_write_one_trail_of_whole_lines_through_a_rotation(tmp_path: Path, certs: Path) -> None:
-    trail, moved = tmp_path / "audit", tmp_path / "audit.1"
-    home = home_with(tmp_path, certs, CONFIG.format(trail=trail))
-    key = UserFile(home / "users.toml").add("ada")
+def test_workers_write_one_trail_of_whole_lines_through_a_rotation(home: Path, certs: Path, key: str) -> None:
+    trail, moved = home.with_name("audit"), home.with_name("audit.1")
+    (home / "config.toml").write_text(TRAIL.format(trail=trail))
     with ServerProcess(home, certs, "--workers", "2") as server:
         for _ in range(8):
             with server.client("ada", key) as client:

@@ -155,16 +155,6 @@ def test_method_over_the_drain_limit_is_cancelled(server: ServerThread, methods:
     assert ended == {"draining": 1, "drain_timeout": 1}
 
 
-def test_drain_without_limit_cancels_at_once(server: ServerThread, methods: WaitingMethods) -> None:
-    with server.client("ada") as client:
-        client.send(client.request("wait"))
-        eventually(lambda: methods.running)
-        server.begin_drain(0)
-        frames, _ = client.rest_until_closed()
-        assert [frame.kind for frame in frames] == [GOAWAY, ERROR]
-    server.join()
-
-
 def test_server_that_leaves_serves_on_and_lets_its_clients_connect_again_at_once(
     server: ServerThread, methods: WaitingMethods
 ) -> None:
@@ -185,8 +175,7 @@ def test_server_that_leaves_serves_on_and_lets_its_clients_connect_again_at_once
     server.join()
 
 
-async def test_leaving_before_the_start_does_nothing(tmp_path: Path, certs: Path) -> None:
-    home = prepared(tmp_path, certs)
+async def test_leaving_before_the_start_does_nothing(home: Path) -> None:
     Server(config=configuration(home), home=home).leave()
 
 
@@ -317,17 +306,7 @@ def test_cancelled_drain_can_be_repeated(server: ServerThread, methods: WaitingM
 # --- the server as a context manager --------------------------------------------------------------------------
 
 
-def prepared(tmp_path: Path, certs: Path) -> Path:
-    import shutil
-
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    return home
-
-
-async def test_server_is_an_async_context_manager(tmp_path: Path, certs: Path) -> None:
-    home = prepared(tmp_path, certs)
+async def test_server_is_an_async_context_manager(home: Path) -> None:
     async with Server(config=configuration(home), home=home) as server:
         port = server.port
         assert server.addresses == [("127.0.0.1", port)]
@@ -342,8 +321,7 @@ async def test_server_is_an_async_context_manager(tmp_path: Path, certs: Path) -
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_exception_in_the_body_drains_the_server(tmp_path: Path, certs: Path) -> None:
-    home = prepared(tmp_path, certs)
+async def test_exception_in_the_body_drains_the_server(home: Path) -> None:
     server = Server(config=configuration(home), home=home)
     with pytest.raises(LookupError):
         async with server:
@@ -351,13 +329,11 @@ async def test_exception_in_the_body_drains_the_server(tmp_path: Path, certs: Pa
     await server.wait_closed()
 
 
-async def test_drain_before_start_does_nothing(tmp_path: Path, certs: Path) -> None:
-    home = prepared(tmp_path, certs)
+async def test_drain_before_start_does_nothing(home: Path) -> None:
     await Server(config=configuration(home), home=home).drain()
 
 
-async def test_two_servers_run_on_one_loop(tmp_path: Path, certs: Path) -> None:
-    home = prepared(tmp_path, certs)
+async def test_two_servers_run_on_one_loop(home: Path) -> None:
     async with (
         Server(config=configuration(home), home=home) as first,
         Server(config=configuration(home), home=home, control=False) as second,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,9 +17,8 @@ from zcproto.common.roles import NO_ROLES, OPERATORS
 
 
 @pytest.fixture
-async def server(tmp_path: Path, certs: Path) -> AsyncIterator[zcproto.Server]:
-    shutil.copytree(certs, tmp_path / "certs")
-    async with zcproto.Server(None, config(), home=tmp_path) as server:
+async def server(home: Path) -> AsyncIterator[zcproto.Server]:
+    async with zcproto.Server(None, config(), home=home) as server:
         yield server
 
 
@@ -96,21 +94,19 @@ async def test_change_of_the_file_is_in_the_list(server: zcproto.Server) -> None
     assert [user.name for user in await server.users.list()] == ["eve"]
 
 
-async def test_users_of_own_authenticators_are_elsewhere(tmp_path: Path, certs: Path) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
+async def test_users_of_own_authenticators_are_elsewhere(home: Path) -> None:
     own = zcproto.CallableAuthenticator("password", lambda params: zcproto.Identity("ada"))
-    async with zcproto.Server(None, config(), home=tmp_path, authenticators=[own]) as server:
+    async with zcproto.Server(None, config(), home=home, authenticators=[own]) as server:
         with pytest.raises(zcproto.FailedPrecondition, match="has its own authenticators"):
             await server.users.list()
 
 
-async def test_log_applies_if_the_configuration_sets_it(tmp_path: Path, certs: Path) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
-    first, second = tmp_path / "first.log", tmp_path / "second.log"
-    async with zcproto.Server(None, config(log=zcproto.LogConfig(file=first)), home=tmp_path) as server:
+async def test_log_applies_if_the_configuration_sets_it(home: Path) -> None:
+    first, second = home / "first.log", home / "second.log"
+    async with zcproto.Server(None, config(log=zcproto.LogConfig(file=first)), home=home) as server:
         assert "server.listening" in first.read_text()
         other = config(log=zcproto.LogConfig(file=second))
-        async with zcproto.Server(None, other, home=tmp_path, control=False):
+        async with zcproto.Server(None, other, home=home, control=False):
             assert first.read_text().count("server.listening") == 2
         assert server.owns_log
     assert not second.exists()
@@ -205,12 +201,11 @@ def test_configuration_in_code_passes_strict_type_checks(tmp_path: Path) -> None
     exec(compile(PROGRAM, "program", "exec"), {})  # the values are valid as well
 
 
-def test_start_does_not_need_the_main_thread(tmp_path: Path, certs: Path) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
+def test_start_does_not_need_the_main_thread(home: Path) -> None:
     answers: list[object] = []
 
     async def main() -> None:
-        async with zcproto.Server(None, config(), home=tmp_path) as server:
+        async with zcproto.Server(None, config(), home=home) as server:
             key = await server.users.add("ada")
             async with connect(server, "ada", key) as client:
                 answers.append(await client.call("echo"))

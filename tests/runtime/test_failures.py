@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -147,11 +146,10 @@ CALLS: dict[str, Callable[[Client], Awaitable[Any]]] = {
 
 
 @pytest.fixture
-async def server(tmp_path: Path, certs: Path) -> AsyncIterator[zcproto.Server]:
+async def server(home: Path) -> AsyncIterator[zcproto.Server]:
     gc.collect()  # a method that an earlier test has left is logged when it is collected
-    shutil.copytree(certs, tmp_path / "certs")
-    log = zcproto.LogConfig(file=tmp_path / "log")
-    async with zcproto.Server(app, config(log=log), home=tmp_path) as server:
+    log = zcproto.LogConfig(file=home / "log")
+    async with zcproto.Server(app, config(log=log), home=home) as server:
         yield server
 
 
@@ -190,30 +188,28 @@ async def test_failure_is_logged_with_its_cause_and_answered_by_its_incident(
     assert TOKEN not in (server.home.path / "log").read_text()
 
 
-async def test_failing_authenticator_is_logged(tmp_path: Path, certs: Path) -> None:
+async def test_failing_authenticator_is_logged(home: Path) -> None:
     def check(password: str) -> str:
         raise ValueError(f"no account has the password={password}")
 
-    shutil.copytree(certs, tmp_path / "certs")
     own = zcproto.CallableAuthenticator("password", check, user_field=None)
-    log = zcproto.LogConfig(file=tmp_path / "log")
-    async with zcproto.Server(app, config(log=log), home=tmp_path, authenticators=[own]) as server:
-        options = {"login": {"scheme": "password", "password": "hunter2"}, "home": tmp_path}
+    log = zcproto.LogConfig(file=home / "log")
+    async with zcproto.Server(app, config(log=log), home=home, authenticators=[own]) as server:
+        options = {"login": {"scheme": "password", "password": "hunter2"}, "home": home}
         with pytest.raises(zcproto.InternalError, match=r"^INTERNAL: internal error, incident [0-9a-f]{16}$"):
             async with zcproto.connect(f"localhost:{server.port}", ca_file=server.ca_file, **options):
                 pass
         line = await failed(server)
     assert "ValueError: no account has the password=" in line["exc_info"]
     assert any(text.endswith("in check") for text in line["traceback"])
-    assert "hunter2" not in (tmp_path / "log").read_text()
+    assert "hunter2" not in (home / "log").read_text()
 
 
-async def test_reload_changes_how_exceptions_are_written(tmp_path: Path, certs: Path) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
-    file = tmp_path / "log"
+async def test_reload_changes_how_exceptions_are_written(home: Path) -> None:
+    file = home / "log"
     full = config(log=zcproto.LogConfig(file=file))
     frames = config(log=zcproto.LogConfig(file=file, exceptions="frames"))
-    async with zcproto.Server(app, full, home=tmp_path, read_config=lambda: frames) as server:
+    async with zcproto.Server(app, full, home=home, read_config=lambda: frames) as server:
         assert [change.key for change in (await server.reload()).applied] == ["log.exceptions"]
         async with connect(server, "ada", await server.users.add("ada")) as client:
             with pytest.raises(zcproto.InternalError):

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import zcproto
 from tests.server.helpers import KEY, PATIENT_CLIENT, ROOT, AnsweredError, ServerThread, eventually
 from tests.server.process import ServerProcess
 from tests.stores.valkey.server_process import running
-from zcproto.auth import UserFile
 
 PER_USER = 5
 
@@ -68,12 +67,11 @@ class ClientProcess:
 
 
 @pytest.mark.requirement("per_user")
-@pytest.mark.parametrize("store", ["sqlite", "memory"])
-def test_sixth_client_gets_in_at_once_after_five_were_killed(tmp_path: Path, certs: Path, store: str) -> None:
-    home = tmp_path / "home"
-    home.mkdir(mode=0o700)
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("memory", marks=pytest.mark.slow)])
+def test_sixth_client_gets_in_at_once_after_five_were_killed(
+    home: Path, certs: Path, key: str, store: str
+) -> None:
     (home / "config.toml").write_text(f'[store]\nurl = "{store}"\n')
-    key = UserFile(home / "users.toml").add("ada").reveal()
     with ExitStack() as stack:
         server = stack.enter_context(ServerProcess(home, certs))
         clients = [stack.enter_context(ClientProcess(server.port, key, home)) for _ in range(PER_USER)]
@@ -86,10 +84,8 @@ def test_sixth_client_gets_in_at_once_after_five_were_killed(tmp_path: Path, cer
         assert sixth.session_id != ""
 
 
-def test_killed_client_continues_its_session_from_a_file(tmp_path: Path, certs: Path) -> None:
-    home, file = tmp_path / "home", str(tmp_path / "session.json")
-    home.mkdir(mode=0o700)
-    key = UserFile(home / "users.toml").add("ada").reveal()
+def test_killed_client_continues_its_session_from_a_file(home: Path, certs: Path, key: str) -> None:
+    file = str(home.with_name("session.json"))
     with ServerProcess(home, certs) as server:
         ids = set()
         for _ in range(3):
@@ -99,22 +95,18 @@ def test_killed_client_continues_its_session_from_a_file(tmp_path: Path, certs: 
         assert len(ids - {""}) == 1
 
 
+def connector(server: ServerThread, home: Path) -> Callable[[], zcproto.Client]:
+    """Return a function that returns a client of ada."""
+    known = {"user": "ada", "key": KEY, "ca_file": server.home / "certs" / "ca.crt", "home": home}
+    return lambda: zcproto.connect(f"127.0.0.1:{server.port}", **known, **PATIENT_CLIENT)
+
+
 def test_one_client_too_many_that_always_comes_back_never_ends_the_session_of_another(
     certs: Path, tmp_path: Path
 ) -> None:
     """No kick loop: each of N+1 clients reconnects and logs in again whenever it can."""
 
-    async def main(port: int, ca_file: Path) -> None:
-        def client() -> zcproto.Client:
-            return zcproto.connect(
-                f"127.0.0.1:{port}",
-                user="ada",
-                key=KEY,
-                ca_file=ca_file,
-                home=tmp_path / "client",
-                **PATIENT_CLIENT,
-            )
-
+    async def main(client: Callable[[], zcproto.Client]) -> None:
         clients = [await client() for _ in range(PER_USER)]
         sessions = [each.session for each in clients]
         for _ in range(20):
@@ -130,23 +122,13 @@ def test_one_client_too_many_that_always_comes_back_never_ends_the_session_of_an
             await each.close()
 
     with ServerThread(tmp_path / "home", certs, sessions__per_user=PER_USER) as server:
-        asyncio.run(main(server.port, server.home / "certs" / "ca.crt"))
+        asyncio.run(main(connector(server, tmp_path / "client")))
 
 
 def test_client_whose_session_was_evicted_while_it_was_disconnected_logs_in_again(
     certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main(port: int, ca_file: Path) -> None:
-        def client() -> zcproto.Client:
-            return zcproto.connect(
-                f"127.0.0.1:{port}",
-                user="ada",
-                key=KEY,
-                ca_file=ca_file,
-                home=tmp_path / "client",
-                **PATIENT_CLIENT,
-            )
-
+    async def main(client: Callable[[], zcproto.Client]) -> None:
         async with client() as evicted:
             before = evicted.session
             assert before is not None
@@ -170,7 +152,7 @@ def test_client_whose_session_was_evicted_while_it_was_disconnected_logs_in_agai
             assert info["id"] == evicted.session.id != before.id
 
     with ServerThread(tmp_path / "home", certs, sessions__per_user=1) as server:
-        asyncio.run(main(server.port, server.home / "certs" / "ca.crt"))
+        asyncio.run(main(connector(server, tmp_path / "client")))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.server.helpers import client_context, eventually
-from tests.server.process import ServerProcess, home_with
+from tests.server.process import ServerProcess
 from zcproto.cli import main
 
 CONFIG = """
@@ -24,9 +24,8 @@ CONNECTIONS = 12
 
 
 def test_token_is_valid_and_revoked_at_once_in_every_worker(
-    tmp_path: Path, certs: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, certs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = home_with(tmp_path, certs, CONFIG)
     context = client_context(home / "certs" / "ca.crt", ())
     with ServerProcess(home, certs, "--workers", "2") as server, contextlib.ExitStack() as stack:
         capsys.readouterr()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +56,7 @@ def nothing(home: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def home(tmp_path: Path, certs: Path) -> Path:
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
+def home(home: Path) -> Path:
     UserFile(home / "users.toml").add("ada")
     for name in ("devices.toml", "sessions.db"):
         (home / name).touch()

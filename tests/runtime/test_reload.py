@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 import ssl
 import threading
@@ -266,11 +265,9 @@ def test_reload_applies_client_pins_to_the_next_handshake(serve: Serve) -> None:
     server.client("ada").close()  # a client without a certificate needs no pin
 
 
-def test_reload_applies_client_name_to_the_next_login(tmp_path: Path, certs: Path) -> None:
-    home, now = tmp_path / "home", datetime.now(UTC)
-    home.mkdir(mode=0o700)
+def test_reload_applies_client_name_to_the_next_login(home: Path, certs: Path) -> None:
+    now = datetime.now(UTC)
     UserFile(home / "users.toml").add("ada")
-    shutil.copytree(certs, home / "certs")
     client_ca.ensure_authority(home / "certs", now)
     issued = client_ca.issue_client(home / "certs", "ada", lifetime=timedelta(days=1), now=now)
     assert issued.key is not None
@@ -430,9 +427,7 @@ def test_reload_in_a_program_leaves_its_log_alone(serve: Serve) -> None:
 # --- a process -----------------------------------------------------------------------------------------------
 
 
-def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir(mode=0o700)
+def test_sighup_reloads_and_invalid_file_changes_nothing(home: Path, certs: Path) -> None:
     file = home / "config.toml"
     file.write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[store]\nurl = "memory"\n')
     good = file.read_text()
@@ -470,9 +465,7 @@ def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: 
         assert server.wait() == 0
 
 
-def test_reload_moves_the_log_to_another_file(tmp_path: Path, certs: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir(mode=0o700)
+def test_reload_moves_the_log_to_another_file(home: Path, certs: Path) -> None:
     file = home / "config.toml"
     good = '[certificates]\nkey_types = ["ecdsa-p256"]\n[store]\nurl = "memory"\n'
     file.write_text(good)

@@ -20,12 +20,12 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.server.helpers import GOAWAY, RESPONSE, configuration, eventually, read_to_end
-from tests.server.process import ServerProcess, home_with
+from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.common.roles import OPERATORS
 from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
-from zcproto.errors import CertificateError, Code, ConfigError
+from zcproto.errors import ConfigError
 from zcproto.observe.process import resident_bytes
 from zcproto.runtime import background, process_setup, run
 from zcproto.runtime import server as server_module
@@ -41,17 +41,6 @@ key_types = ["ecdsa-p256"]
 [limits]
 max_connections = 500
 """
-
-
-@pytest.fixture
-def home(tmp_path: Path, certs: Path) -> Path:
-    """Return a home folder with certificates, a user and a configuration."""
-    return home_with(tmp_path, certs, CONFIG)
-
-
-@pytest.fixture
-def key(home: Path) -> str:
-    return UserFile(home / "users.toml").add("ada")
 
 
 # --- real processes ------------------------------------------------------------------------------------------
@@ -101,20 +90,6 @@ def test_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, numbe
         assert "Traceback" not in server.log
 
 
-def test_process_cancels_methods_after_the_drain_limit(home: Path, certs: Path, key: str) -> None:
-    (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "100ms"')
-    with ServerProcess(home, certs) as server:
-        with server.client("ada", key) as client:
-            client.send(client.request("sleep", {"ms": 3_600_000}), client.request("time"))
-            assert client.answer(client.stream).kind == RESPONSE
-            server.signal(signal.SIGTERM)
-            frames, how = client.rest_until_closed()
-            assert frames[0].kind == GOAWAY
-            assert [frame.code for frame in frames[1:]] == [Code.CANCELLED]
-            assert how == "close_notify"
-        assert server.wait() == 0
-
-
 def test_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> None:
     (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "1h"')
     with ServerProcess(home, certs) as server, server.client("ada", key) as client:
@@ -140,39 +115,6 @@ def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> No
             assert read_to_end(half)[0] == b""
         half.close()
         assert server.wait() == 0
-
-
-STUBBORN = """
-import asyncio
-from zcproto.runtime import server
-from zcproto.app.app import App
-
-server.CANCELLED_TIME = 0.05
-app = App()
-
-@app.method("stubborn")
-async def stubborn():
-    while True:
-        try:
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            pass
-"""
-
-
-def test_uncancellable_method_does_not_keep_the_process(home: Path, certs: Path, key: str) -> None:
-    (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "0s"')
-    (home / "stubborn.py").write_text(STUBBORN)
-    with ServerProcess(home, certs, app="stubborn:app") as server:
-        with server.client("ada", key) as client:
-            client.send(client.request("stubborn"), client.request("server.info"))
-            client.answer(client.stream)
-            server.signal(signal.SIGTERM)
-            frames, how = client.rest_until_closed()
-            assert [frame.code for frame in frames[1:]] == [Code.CANCELLED]
-            assert how == "close_notify"
-        assert server.wait() == 1
-        assert '"event":"server.methods_stuck"' in server.log
 
 
 def test_process_disables_core_dumps_and_raises_file_limit(home: Path, certs: Path) -> None:
@@ -362,14 +304,6 @@ def nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a port was bound")
 
     monkeypatch.setattr(server_module, "bind", bind)
-
-
-@pytest.mark.usefixtures("nothing_is_bound")
-async def test_key_readable_by_others_is_refused_before_binding(home: Path) -> None:
-    path = home / "certs" / "server-ecdsa.key"
-    path.chmod(0o644)
-    with pytest.raises(CertificateError, match=f"chmod 600 {path}"):
-        await Server(config=configuration(home), home=home).start()
 
 
 @pytest.mark.usefixtures("nothing_is_bound")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import whole_lines
+from tests.helpers import FakeClock, whole_lines
 from tests.loop_reports import LoopReports
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from tests.server.process import ServerProcess
 from zcproto.app.app import App
-from zcproto.auth import UserFile
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code, FailedPrecondition
+from zcproto.observe import log as log_module
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
 from zcproto.runtime.process_setup import log_loop_fault
@@ -138,7 +137,10 @@ def test_frames_alone_are_logged_if_configured(serve: Serve, tmp_path: Path) -> 
     assert "ada@example.com" not in path.read_text()
 
 
-def test_log_of_failing_method_is_rate_limited(serve: Serve, lines: Log) -> None:
+def test_log_of_failing_method_is_rate_limited(
+    serve: Serve, lines: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module._state, "clock", FakeClock())  # a second admits another line
     app = App()
 
     @app.method("fail")
@@ -199,22 +201,10 @@ def test_peer_input_is_escaped_to_one_log_line(serve: Serve, tmp_path: Path, for
 # --- a whole process ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def process_home(tmp_path: Path, certs: Path) -> Path:
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    file = tmp_path / "server.log"
-    (home / "config.toml").write_text(
-        f'[certificates]\nkey_types = ["ecdsa-p256"]\n[log]\nfile = "{file}"\n[limits]\nmax_connections = 500\n'
-    )
-    return home
-
-
-def test_sighup_reopens_the_log_file(process_home: Path, certs: Path, tmp_path: Path) -> None:
+def test_sighup_reopens_the_log_file(home: Path, certs: Path, key: str, tmp_path: Path) -> None:
     file, moved = tmp_path / "server.log", tmp_path / "server.log.1"
-    key = UserFile(process_home / "users.toml").add("ada")
-    with ServerProcess(process_home, certs) as server:
+    (home / "config.toml").write_text(f'[certificates]\nkey_types = ["ecdsa-p256"]\n[log]\nfile = "{file}"\n')
+    with ServerProcess(home, certs) as server:
         with server.client("ada", key):
             pass
         eventually(lambda: "session.opened" in file.read_text())

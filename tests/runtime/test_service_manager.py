@@ -166,7 +166,9 @@ def high(bound: socket.socket) -> socket.socket:
 
 
 def listening(host: str) -> socket.socket:
-    return high(socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET))
+    """Return a socket of a service manager; that of :: has both protocols."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return high(socket.create_server((host, 0), family=family, dualstack_ipv6=host == "::"))
 
 
 def test_passed_sockets_have_names_and_are_not_inherited() -> None:

@@ -78,11 +78,15 @@ def test_unsafe_store_is_named_everywhere(
         )  # the command has the clock of this machine
 
 
-def test_store_that_was_out_at_the_start_is_examined_when_it_answers(tmp_path: Path, certs: Path) -> None:
+def test_store_that_was_out_at_the_start_is_examined_when_it_answers(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ExitStack() as stack:
         store = stack.enter_context(running(PROGRAM, tmp_path / "store", *SAFE, "--appendonly", "no"))
         store.stop()
-        server = stack.enter_context(serve(tmp_path, certs, store))
+        with monkeypatch.context() as patch:
+            patch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", 0.25)
+            server = stack.enter_context(serve(tmp_path, certs, store))
         assert "store.misconfigured" not in open_alerts(server)
         store.go_on()
         eventually(lambda: "appendonly is off" in open_alerts(server).get("store.misconfigured", ""))

@@ -8,11 +8,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.server.helpers import NO_TOKEN, Client, ServerThread
+from tests.runtime.helpers import Servers, end, refresh, refresh_params
+from tests.server.helpers import NO_TOKEN
 from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.errors import Code, ConfigError
@@ -23,48 +23,10 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-class Servers:
-    """Consecutive servers with one home folder."""
-
-    def __init__(self, home: Path, certs: Path, stack: ExitStack) -> None:
-        self._home = home
-        self._certs = certs
-        self._stack = stack
-
-    def start(self, **settings: Any) -> ServerThread:
-        return self._stack.enter_context(
-            ServerThread(self._home, self._certs, **{"store__url": "sqlite", **settings})
-        )
-
-    def client(self, server: ServerThread, user: str | None = None, token: bytes | None = None) -> Client:
-        client = self._stack.enter_context(server.client(user))
-        if token is not None:
-            client.token = token
-        return client
-
-
 @pytest.fixture
-def servers(home: Path, certs: Path) -> Iterator[Servers]:
+def servers(tmp_path: Path, certs: Path) -> Iterator[Servers]:
     with ExitStack() as stack:
-        yield Servers(home, certs, stack)
-
-
-def end(server: ServerThread, *clients: Client) -> None:
-    server.begin_drain()
-    for client in clients:
-        client.rest_until_closed()
-        client.close()
-    server.join()
-
-
-def refresh(client: Client) -> dict[str, Any]:
-    client.opened = client.call(
-        "session.refresh",
-        {"refresh_token": client.opened["refresh_token"], "client": "test/1"},
-        token=NO_TOKEN,
-    )
-    client.token = client.opened["token"]
-    return client.opened
+        yield Servers(tmp_path, certs, stack, store__url="sqlite")
 
 
 def test_token_survives_a_restart(servers: Servers, home: Path) -> None:
@@ -127,8 +89,10 @@ def test_older_store_does_not_revive_sessions_of_a_replaced_key(
     three = servers.start(users_file=True)
     again = servers.client(three, token=clients["ada"].token)
     assert again.refused("echo").code == Code.UNAUTHENTICATED
-    spent = {"refresh_token": clients["ada"].opened["refresh_token"], "client": "test/1"}
-    assert again.refused("session.refresh", spent, token=NO_TOKEN).code == Code.UNAUTHENTICATED
+    assert (
+        again.refused("session.refresh", refresh_params(clients["ada"]), token=NO_TOKEN).code
+        == Code.UNAUTHENTICATED
+    )
     kept = servers.client(three, token=clients["bob"].token)
     kept.echo()
     kept.opened = clients["bob"].opened

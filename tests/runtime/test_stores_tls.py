@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.limits import TIMEOUT
+from tests.runtime.helpers import Servers, end, refresh_params
 from tests.server.helpers import EVENT, NO_TOKEN, AnsweredError, Client, ServerThread, eventually
 from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, READ_ONLY, WORKS, FaultyStore
 from zcproto.common.clock import system_entropy
@@ -26,16 +28,17 @@ from zcproto.stores import operations, revoker
 SOON = 0.25
 """The timeout of operations of a store that hangs."""
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+"""Faults that tests/stores/service has with each operation. The one left needs a timeout."""
+
 PROBES = frozenset({"open", "ping"})
 
 
-class Site:
+class Site(Servers):
     """Servers that share one store."""
 
     def __init__(self, folder: Path, certs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._folder = folder
-        self._certs = certs
-        self._stack = stack
+        super().__init__(folder, certs, stack)
         self._monkeypatch = monkeypatch
         self.store = self.new_store()
 
@@ -45,14 +48,11 @@ class Site:
     def serve(self, store: FaultyStore | None = None, home: str = "home", **settings: Any) -> ServerThread:
         store = self.store if store is None else store
         self._monkeypatch.setattr(build_module, "build_store", lambda *_: store)
-        return self._stack.enter_context(ServerThread(self._folder / home, self._certs, **settings))
+        return self.start(home, **settings)
 
     def operations(self) -> list[str]:
         """Return the names of the operations that the store was asked for."""
         return [name for name in self.store.calls if name not in PROBES]
-
-    def client(self, server: ServerThread, user: str | None = None) -> Client:
-        return self._stack.enter_context(server.client(user))
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +90,11 @@ def opens(client: Client, user: str) -> dict[str, Any]:
             time.sleep(answered.details["retry_after_ms"] / 1000)
 
 
-def ended(server: ServerThread, *clients: Client) -> None:
-    """Drain a server and close its clients."""
-    server.begin_drain()
-    for client in clients:
-        client.rest_until_closed()
-        client.close()
-    server.join()
-
-
 # --- an outage ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.requirement("recovery")
-@pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, READ_ONLY])
+@pytest.mark.parametrize("mode", [HANGS, *map(slow, (FAILS, FAILS_AFTER, READ_ONLY))])
 def test_store_outage_does_not_delay_known_sessions(site: Site, mode: str) -> None:
     server = site.serve()
     clients = [site.client(server, f"user{number}") for number in range(5)]
@@ -119,11 +110,7 @@ def test_store_outage_does_not_delay_known_sessions(site: Site, mode: str) -> No
         for client in clients:
             client.echo()
             with pytest.raises(AnsweredError) as refused:
-                client.call(
-                    "session.refresh",
-                    {"refresh_token": client.opened["refresh_token"], "client": "test/1"},
-                    token=NO_TOKEN,
-                )
+                client.call("session.refresh", refresh_params(client), token=NO_TOKEN)
             assert refused.value.code == Code.UNAVAILABLE
     assert len(site.operations()) - asked <= FAILURES  # of 30 that would wait for it
     assert server.stats["store"]["state"] in ("degraded", "recovering")
@@ -135,21 +122,8 @@ def test_store_outage_does_not_delay_known_sessions(site: Site, mode: str) -> No
         assert client.events == []
 
 
-def test_refresh_cut_off_by_outage_is_resumed(site: Site) -> None:
-    server = site.serve()
-    client = site.client(server, "ada")
-    site.store.mode = FAILS_AFTER
-    params = {"refresh_token": client.opened["refresh_token"], "client": "test/1"}
-    assert client.refused("session.refresh", params, token=NO_TOKEN).code == Code.UNAVAILABLE
-    client.echo()
-    site.store.mode = WORKS
-    refreshed = client.call("session.refresh", params, token=NO_TOKEN)
-    client.token = refreshed["token"]
-    client.echo()
-
-
 @pytest.mark.requirement("recovery")
-@pytest.mark.parametrize("mode", [FAILS, HANGS, READ_ONLY])
+@pytest.mark.parametrize("mode", [HANGS, *map(slow, (FAILS, READ_ONLY))])
 def test_revocations_during_outage_apply(site: Site, mode: str) -> None:
     server = site.serve()
     mine, other, bob = (site.client(server, user) for user in ("ada", "ada", "bob"))
@@ -167,7 +141,7 @@ def test_revocations_during_outage_apply(site: Site, mode: str) -> None:
     assert server.stats["store"]["pending_revocations"] == 0
     assert other.refused("echo").code == Code.TOKEN_REVOKED
     mine.echo()
-    ended(server, mine, other, bob)
+    end(server, mine, other, bob)
     assert [record.user for record in site.store.registry.records(None, 9)] == ["ada"]
     again = site.serve()
     for gone in (other, bob):
@@ -176,24 +150,6 @@ def test_revocations_during_outage_apply(site: Site, mode: str) -> None:
         assert client.refused("echo").code in (Code.TOKEN_REVOKED, Code.UNAUTHENTICATED)
     client = site.client(again)
     client.token = mine.token
-    client.echo()
-
-
-@pytest.mark.requirement("recovery")
-def test_pending_revocations_survive_a_restart(site: Site) -> None:
-    server = site.serve()
-    gone, kept = site.client(server, "ada"), site.client(server, "ada")
-    site.store.mode = FAILS
-    kept.call("session.revoke", {"id": gone.opened["id"]})
-    ended(server, gone, kept)
-    again = site.serve()
-    client = site.client(again)
-    for token in (gone.token, kept.token):  # the store cannot be asked
-        assert client.refused("echo", token=token).code == Code.UNAVAILABLE
-    site.store.mode = WORKS
-    until_recovered(again)
-    assert client.refused("echo", token=gone.token).code == Code.TOKEN_REVOKED
-    client.token = kept.token
     client.echo()
 
 
@@ -215,16 +171,6 @@ def test_tokens_are_refused_after_the_grace_until_recovery(site: Site) -> None:
     until_recovered(server)
     client.echo()
     assert client.events == []
-
-
-def test_stats_show_the_store(site: Site) -> None:
-    server = site.serve()
-    operator = site.client(server, "operator")
-    assert operator.call("server.stats")["store"]["state"] == "healthy"
-    site.store.mode = FAILS
-    operator.call("session.revoke", {"all": True})
-    stats = server.stats["store"]
-    assert (stats["state"], stats["pending_revocations"], stats["outages"]) == ("degraded", 1, 1)
 
 
 # --- a store that others use, too -----------------------------------------------------------------------------
@@ -280,23 +226,6 @@ def test_unknown_token_is_refused_and_later_frames_are_served(site: Site) -> Non
             assert answer.code == Code.UNAUTHENTICATED
         else:
             assert answer.value == {"n": number}
-
-
-def test_token_lookup_during_outage_is_unavailable(site: Site) -> None:
-    store = site.new_store(shared=True)
-    view = site.new_store(shared=True)
-    view.use_data_of(store)
-    one, other = site.serve(store), site.serve(view, "other")
-    first, second = site.client(one, "ada"), site.client(other)
-    second.token = first.token
-    set_timeout(other, SOON)
-    view.mode = HANGS
-    refused = second.refused("echo")
-    assert refused.code == Code.UNAVAILABLE
-    assert refused.details["retry_after_ms"] >= 100
-    view.mode = WORKS
-    until_recovered(other)
-    second.echo()
 
 
 # --- frames that wait for a token -----------------------------------------------------------------------------
@@ -403,7 +332,7 @@ def test_drain_during_token_lookup_ends(paused_server: ServerWithLookups, site: 
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
     server.until(lambda: lookups.answer)
-    ended(server, client)
+    end(server, client)
 
 
 def pause_during_lookup(

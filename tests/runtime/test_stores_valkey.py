@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import redis
 
 from tests.limits import TIMEOUT
-from tests.server.helpers import KEY, NO_TOKEN, AnsweredError, Client, ServerThread, eventually
+from tests.runtime.helpers import Servers, refresh_params, refused_with
+from tests.server.helpers import NO_TOKEN, AnsweredError, ServerThread, eventually
 from tests.stores.valkey.helpers import set_timeout
 from tests.stores.valkey.server_process import ServerProcess as StoreProcess
 from tests.stores.valkey.server_process import running
-from zcproto.auth import UserFile
 from zcproto.errors import Code
 from zcproto.stores.sync import StoreSync
 from zcproto.stores.valkey.store import ValkeyStore
@@ -27,24 +23,12 @@ SOON = 0.25
 """The timeout of a store that has gone."""
 
 
-class Cluster:
-    """Two servers on one store."""
+class Cluster(Servers):
+    """Servers on one store."""
 
     def __init__(self, store: StoreProcess, folder: Path, certs: Path, stack: ExitStack) -> None:
+        super().__init__(folder, certs, stack, store__url=store.url)
         self.store = store
-        self._folder = folder
-        self._certs = certs
-        self._stack = stack
-
-    def serve(self, home: str = "one", **settings: Any) -> ServerThread:
-        settings = {"store__url": self.store.url, **settings}
-        return self._stack.enter_context(ServerThread(self._folder / home, self._certs, **settings))
-
-    def client(self, server: ServerThread, user: str | None = None, token: bytes | None = None) -> Client:
-        client = self._stack.enter_context(server.client(user))
-        if token is not None:
-            client.token = token
-        return client
 
 
 @pytest.fixture
@@ -63,7 +47,7 @@ def recovered(server: ServerThread) -> None:
 
 
 def test_session_is_shared_and_revoked(cluster: Cluster) -> None:
-    one, other = cluster.serve(), cluster.serve("other")
+    one, other = cluster.start(), cluster.start("other")
     first = cluster.client(one, "ada")
     second = cluster.client(other, token=first.token)
     second.echo()
@@ -75,73 +59,14 @@ def test_session_is_shared_and_revoked(cluster: Cluster) -> None:
 
 
 def test_refresh_is_known_on_another_server(cluster: Cluster) -> None:
-    one, other = cluster.serve(), cluster.serve("other")
+    one, other = cluster.start(), cluster.start("other")
     first = cluster.client(one, "ada")
     second = cluster.client(other, token=first.token)
     second.echo()
-    refreshed = second.call(
-        "session.refresh",
-        {"refresh_token": first.opened["refresh_token"], "client": "test/1"},
-        token=NO_TOKEN,
-    )
+    refreshed = second.call("session.refresh", refresh_params(first), token=NO_TOKEN)
     assert refreshed["id"] == first.opened["id"]
     assert first.call("echo", {"n": 1}, token=refreshed["token"]) == {"n": 1}
     eventually(lambda: refused_with(first, first.token) == Code.TOKEN_REVOKED)
-
-
-def test_older_snapshot_does_not_revive_sessions_of_a_replaced_key(cluster: Cluster, tmp_path: Path) -> None:
-    for home in ("one", "two"):
-        (tmp_path / home).mkdir(0o700)
-    users = UserFile(tmp_path / "one" / "users.toml")
-    keys = {name: users.add(name) for name in ("ada", "bob")}
-    one = cluster.serve("one", users_file=True)
-    clients = {name: cluster.client(one) for name in keys}
-    for name, client in clients.items():
-        client.open_session(name, keys[name])
-    with redis.Redis.from_url(cluster.store.url.replace("valkey:", "redis:")) as store:
-        snapshot = {key: store.dump(key) for key in store.scan_iter()}
-        one.drain()
-        users.new_key("ada")
-        shutil.copy2(users.path, tmp_path / "two" / "users.toml")
-        store.flushall()
-        for key, value in snapshot.items():
-            assert isinstance(value, bytes)
-            store.restore(key, 60_000, value)
-    two = cluster.serve("two", users_file=True)
-    cluster.client(two, token=clients["bob"].token).echo()
-    again = cluster.client(two, token=clients["ada"].token)
-    assert again.refused("echo").code == Code.UNAUTHENTICATED
-    spent = {"refresh_token": clients["ada"].opened["refresh_token"], "client": "test/1"}
-    assert again.refused("session.refresh", spent, token=NO_TOKEN).code == Code.UNAUTHENTICATED
-
-
-def refused_with(client: Client, token: bytes) -> int | None:
-    try:
-        client.call("echo", {"n": 1}, token=token)
-    except AnsweredError as answered:
-        return answered.code
-    return None
-
-
-def test_session_limit_holds_for_concurrent_logins_on_two_servers(cluster: Cluster) -> None:
-    servers = [cluster.serve(name, sessions__per_user=5) for name in ("one", "other")]
-    clients = [cluster.client(servers[number % 2]) for number in range(200)]
-    codes: list[int] = []
-
-    def log_in(client: Client) -> None:
-        try:
-            client.open_session("ada", KEY)
-            codes.append(0)
-        except AnsweredError as answered:
-            codes.append(answered.code)
-
-    threads = [threading.Thread(target=log_in, args=(client,)) for client in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert codes.count(0) == 5
-    assert codes.count(Code.RESOURCE_EXHAUSTED) == 195
 
 
 def killed(store: StoreProcess) -> None:
@@ -169,7 +94,7 @@ def back(store: StoreProcess) -> None:
 def test_outage_keeps_known_sessions_and_revocations(
     cluster: Cluster, hurt: Callable[[StoreProcess], None]
 ) -> None:
-    server = cluster.serve(store__grace="24h")
+    server = cluster.start(store__grace="24h")
     clients = [cluster.client(server, f"user{number}") for number in range(20)]
     gone = cluster.client(server, "user0")
     newcomer = cluster.client(server)
@@ -189,7 +114,7 @@ def test_outage_keeps_known_sessions_and_revocations(
     for client in [*clients, newcomer]:
         client.echo()
         assert client.events == []
-    other = cluster.serve("other")
+    other = cluster.start("other")
     there = cluster.client(other)
     assert there.refused("echo", token=gone.token).code in (Code.TOKEN_REVOKED, Code.UNAUTHENTICATED)
     for client in clients:  # also where the store came back empty
@@ -202,37 +127,3 @@ def set_limit(server: ServerThread, seconds: float) -> None:
     assert isinstance(sync.store, ValkeyStore)
     set_timeout(sync.store, seconds)
     sync.breaker.timeout = seconds
-
-
-def test_emptied_store_gets_all_sessions_again(cluster: Cluster) -> None:
-    one, other = cluster.serve(), cluster.serve("other")
-    clients = [cluster.client(one, f"user{number}") for number in range(20)]
-    idle = cluster.client(one, "idle")
-    token = idle.token
-    idle.close()
-    cluster.store.kill()
-    cluster.store.start()
-
-    def settled() -> bool:
-        there = cluster.client(other)
-        return all(refused_with(there, each) is None for each in [token, *(c.token for c in clients)])
-
-    eventually(settled)
-    for client in clients:
-        client.echo()
-        assert client.events == []
-    assert state(one) == state(other) == "healthy"
-
-
-def test_server_starts_without_store_and_recovers(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = cluster.serve()
-    client = cluster.client(one, "ada")
-    cluster.store.stop()
-    with monkeypatch.context() as patch:
-        patch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", SOON)
-        other = cluster.serve("other")
-    there = cluster.client(other)
-    assert there.refused("echo", token=client.token).code == Code.UNAVAILABLE
-    cluster.store.go_on()
-    recovered(other)
-    assert there.call("echo", {"n": 1}, token=client.token) == {"n": 1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import shutil
 import signal
@@ -19,8 +18,8 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeClock, FakeTimers
-from tests.server.helpers import ROOT, TIMEOUT, Client, configuration, eventually
-from zcproto.auth import UserFile
+from tests.runtime.test_service_manager import listening
+from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager
 
@@ -28,6 +27,14 @@ Message = dict[str, str]
 
 LONG_WATCHDOG = str(1800 * 1_000_000)
 """For processes that must not be replaced where the machine is busy. It is fed every ten seconds."""
+
+CONFIG = """
+[certificates]
+key_types = ["ecdsa-p256"]
+
+[server]
+hang_timeout = "1h"
+"""
 
 APPLICATION = """
 from zcproto import App
@@ -218,14 +225,8 @@ def test_unreachable_service_manager_is_logged(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.fixture
-def home(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("ZCPROTO_SERVER__LIFESPAN_TIMEOUT")  # EXTEND_TIMEOUT_USEC includes it
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    (home / "config.toml").write_text(
-        "[certificates]\nkey_types = ['ecdsa-p256']\n[server]\nhang_timeout = '1h'\n"
-    )
     (home / "blocking_app.py").write_text(APPLICATION)
     return home
 
@@ -292,9 +293,8 @@ def test_process_reports_ready_reload_and_stop(start: Start, manager: FakeServic
 
 
 def test_hanging_loop_does_not_feed_the_watchdog(
-    start: Start, manager: FakeServiceManager, home: Path
+    start: Start, manager: FakeServiceManager, home: Path, key: str
 ) -> None:
-    key = UserFile(home / "users.toml").add("ada")
     process = start(
         "--port", "0", "blocking_app:app", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="200000"
     )
@@ -337,42 +337,7 @@ def test_supervisor_of_workers_reports_ready_reload_and_stop(
     assert process.wait(TIMEOUT) == 0
 
 
-def test_hanging_worker_is_aborted_and_replaced(
-    start: Start, manager: FakeServiceManager, home: Path
-) -> None:
-    process = start(
-        *("--port", "0", "--workers", "2", "blocking_app:app"),
-        NOTIFY_SOCKET=str(manager.path),
-        WATCHDOG_USEC="3000000",
-    )
-    (port,) = where(process, home)
-    os.mkfifo(home / "pipe")
-    with Client(port, home / "certs" / "ca.crt") as client:
-        client.send(client.request("block", {"path": str(home / "pipe")}))
-        with open(home / "pipe", "w"):
-            # the watchdog may replace a worker more than this test asks where the machine is busy
-            eventually(lambda: "blocking_app.py" in (home / "log").read_text())
-            eventually(lambda: (home / "log").read_text().count('"event":"worker.ready"') >= 4)
-            manager.drain()
-            manager.until("WATCHDOG", "1")
-    process.terminate()
-    assert process.wait(TIMEOUT) == 0
-    log = (home / "log").read_text()
-    assert "Fatal Python error: Aborted" in log
-    assert '"event":"worker.hangs"' in log
-
-
-def listening(host: str, *, dual: bool = False) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.create_server((host, 0), family=family, dualstack_ipv6=dual)
-    # A descriptor that the child does not use otherwise.
-    number = fcntl.fcntl(bound.fileno(), fcntl.F_DUPFD_CLOEXEC, 100)
-    bound.close()
-    return socket.socket(fileno=number)
-
-
-def test_only_passed_sockets_are_served(start: Start, home: Path) -> None:
-    key = UserFile(home / "users.toml").add("ada")
+def test_only_passed_sockets_are_served(start: Start, home: Path, key: str) -> None:
     with listening("127.0.0.1") as first, listening("::1") as second, listening("127.0.0.1") as configured:
         taken = configured.getsockname()[1]  # a second bind would fail
         process = start("--port", str(taken), passed=(first.fileno(), second.fileno()))
@@ -410,22 +375,14 @@ def test_passed_redirect_socket_needs_http(start: Start, home: Path) -> None:
     assert "http.enabled = false: pass no socket" in (home / "log").read_text()
 
 
-def test_dual_stack_socket_maps_ipv4_addresses(start: Start, home: Path) -> None:
-    key = UserFile(home / "users.toml").add("ada")
-    with listening("::", dual=True) as both:
+def test_dual_stack_socket_maps_ipv4_addresses(start: Start, home: Path, key: str) -> None:
+    with listening("::") as both:
         process = start(passed=(both.fileno(),))
         (port,) = where(process, home)
         for host in ("127.0.0.1", "::1"):
             with Client(port, home / "certs" / "ca.crt", host=host) as client:
                 client.open_session("ada", key)
                 assert client.call("session.info")["address"] == host
-
-
-def test_unsuitable_passed_socket_prevents_start(start: Start, home: Path) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
-        process = start(passed=(wrong.fileno(),))
-        assert process.wait(TIMEOUT) == 2
-    assert "is not a listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
 
 
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="takes systemd")

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from zcproto.sessions import slab
+from tests.sessions.helpers import RegistryHarness
+from zcproto.sessions import OpenedSession, slab
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -13,3 +14,15 @@ def mapped_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slab, "SMALL", 0)
         yield
+
+
+@pytest.fixture
+def harness() -> RegistryHarness:
+    """Return a registry with the default settings."""
+    return RegistryHarness()
+
+
+@pytest.fixture
+def opened(harness: RegistryHarness) -> OpenedSession:
+    """Return the first session of alice in it."""
+    return harness.open()

@@ -17,8 +17,7 @@ def bound(harness: RegistryHarness, key: str, user: str = "alice") -> OpenedSess
 
 
 @pytest.mark.parametrize("key", [LAPTOP, PHONE, CERTIFICATE])
-def test_key_stays_the_same_after_refresh(key: str) -> None:
-    harness = RegistryHarness()
+def test_key_stays_the_same_after_refresh(harness: RegistryHarness, key: str) -> None:
     opened = bound(harness, key)
     assert opened.session.bound
     assert harness.registry.key_of(opened.session) == key
@@ -29,8 +28,7 @@ def test_key_stays_the_same_after_refresh(key: str) -> None:
     assert harness.registry.key_of(refreshed.session) == key
 
 
-def test_unbound_or_ended_session_has_no_key() -> None:
-    harness = RegistryHarness()
+def test_unbound_or_ended_session_has_no_key(harness: RegistryHarness) -> None:
     free, ended = harness.open(), bound(harness, LAPTOP)
     assert harness.registry.key_of(free.session) == ""
     harness.registry.close(ended.session)
@@ -39,8 +37,7 @@ def test_unbound_or_ended_session_has_no_key() -> None:
     assert RegistryHarness().registry.key_of(other.session) == ""
 
 
-def test_check_alone_does_not_count_as_use_of_bound_session() -> None:
-    harness = RegistryHarness()
+def test_check_alone_does_not_count_as_use_of_bound_session(harness: RegistryHarness) -> None:
     opened = bound(harness, LAPTOP)
     for minute in range(0, 60, 10):
         session = harness.good(opened.token, WALL + minute * MINUTE)
@@ -48,8 +45,7 @@ def test_check_alone_does_not_count_as_use_of_bound_session() -> None:
     assert harness.code(opened.token, WALL + HOUR) is Code.TOKEN_EXPIRED
 
 
-def test_use_counts_after_key_is_proved() -> None:
-    harness = RegistryHarness()
+def test_use_counts_after_key_is_proved(harness: RegistryHarness) -> None:
     opened = bound(harness, LAPTOP)
     for minute in (30, 60, 90):
         session = harness.good(opened.token, WALL + minute * MINUTE)
@@ -68,8 +64,7 @@ def test_use_does_not_extend_absolute_expiry() -> None:
     assert session.valid_until == WALL + DAY
 
 
-def test_revoke_key_ends_only_sessions_with_that_key() -> None:
-    harness = RegistryHarness()
+def test_revoke_key_ends_only_sessions_with_that_key(harness: RegistryHarness) -> None:
     gone = [bound(harness, LAPTOP), bound(harness, LAPTOP)]
     stay = [bound(harness, PHONE), harness.open(), bound(harness, LAPTOP, "bob")]
     assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 2
@@ -80,16 +75,14 @@ def test_revoke_key_ends_only_sessions_with_that_key() -> None:
     assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 0
 
 
-def test_revoke_unknown_key_ends_nothing() -> None:
-    harness = RegistryHarness()
+def test_revoke_unknown_key_ends_nothing(harness: RegistryHarness) -> None:
     harness.open()
     assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 0
     assert harness.registry.revoke_key("mallory", LAPTOP, "removed") == 0
     assert len(harness.registry) == 1
 
 
-def test_revoke_key_ends_lapsed_session() -> None:
-    harness = RegistryHarness()
+def test_revoke_key_ends_lapsed_session(harness: RegistryHarness) -> None:
     opened = bound(harness, LAPTOP)
     assert harness.code(opened.token, WALL + HOUR) is Code.TOKEN_EXPIRED
     assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 1

@@ -9,13 +9,12 @@ import pytest
 from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness, new_session
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code
-from zcproto.sessions import Session
+from zcproto.sessions import OpenedSession, Session
 
 NONE = bytes(32)
 
 
-def test_valid_token_gives_its_session() -> None:
-    harness = RegistryHarness()
+def test_valid_token_gives_its_session(harness: RegistryHarness) -> None:
     opened = harness.open("alice", roles=OPERATORS)
     session = harness.good(opened.token, WALL + 5)
     assert session.id == opened.session.id
@@ -25,8 +24,7 @@ def test_valid_token_gives_its_session() -> None:
     assert session.expiring_at == WALL + DAY - DAY // 10
 
 
-def test_tokens_give_their_own_sessions() -> None:
-    harness = RegistryHarness()
+def test_tokens_give_their_own_sessions(harness: RegistryHarness) -> None:
     opened = [harness.open(f"user {number}") for number in range(50)]
     for number, each in enumerate(opened):
         session = harness.good(each.token)
@@ -35,16 +33,14 @@ def test_tokens_give_their_own_sessions() -> None:
 
 @pytest.mark.parametrize("token", [NONE, b"", b"x", b"x" * 31, b"x" * 33, b"x" * 100_000, bytes(range(32))])
 @pytest.mark.parametrize("filled", [False, True])
-def test_unknown_token_is_unauthenticated(token: bytes, filled: bool) -> None:
-    harness = RegistryHarness()
+def test_unknown_token_is_unauthenticated(harness: RegistryHarness, token: bytes, filled: bool) -> None:
     if filled:
         for number in range(20):
             harness.open(f"user {number}")
     assert harness.code(token) is Code.UNAUTHENTICATED
 
 
-def test_token_with_one_bit_changed_is_refused() -> None:
-    harness = RegistryHarness()
+def test_token_with_one_bit_changed_is_refused(harness: RegistryHarness) -> None:
     token = harness.open().token
     for bit in range(256):
         wrong = bytearray(token)
@@ -53,9 +49,9 @@ def test_token_with_one_bit_changed_is_refused() -> None:
     harness.good(token)
 
 
-def test_tokens_with_same_hash_prefix_are_distinguished() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_tokens_with_same_hash_prefix_are_distinguished(
+    harness: RegistryHarness, opened: OpenedSession
+) -> None:
     assert opened.refresh_token is not None
     assert harness.code(opened.refresh_token) is Code.UNAUTHENTICATED
     assert harness.good(opened.token).id == opened.session.id
@@ -83,8 +79,7 @@ def test_absolute_expiry_is_exact_and_not_extended_by_use(
 
 @pytest.mark.requirement("expiration")
 @pytest.mark.parametrize(("silence", "good"), [(0, True), (HOUR - 1, True), (HOUR, False), (HOUR + 1, False)])
-def test_idle_limit_is_exact_and_restarted_by_use(silence: int, good: bool) -> None:
-    harness = RegistryHarness()
+def test_idle_limit_is_exact_and_restarted_by_use(harness: RegistryHarness, silence: int, good: bool) -> None:
     token = harness.open().token
     harness.good(token, WALL + 40 * MINUTE)
     last = WALL + 80 * MINUTE
@@ -103,8 +98,7 @@ def test_second_check_looks_nothing_up_and_counts_as_use(monkeypatch: pytest.Mon
     assert not harness.registry.check_again(session, WALL + 160 * MINUTE)
 
 
-def test_second_check_of_a_bound_session_counts_as_use() -> None:
-    harness = RegistryHarness()
+def test_second_check_of_a_bound_session_counts_as_use(harness: RegistryHarness) -> None:
     opened = harness.registry.open("alice", key="device:d", client="", address="", wall=WALL)
     session = harness.good(opened.token)
     assert harness.registry.check_again(session, WALL + 50 * MINUTE)
@@ -114,8 +108,7 @@ def test_second_check_of_a_bound_session_counts_as_use() -> None:
 
 
 @pytest.mark.parametrize("change", ["expires_at", "flags"])
-def test_second_check_refuses_a_session_that_has_changed(change: str) -> None:
-    harness = RegistryHarness()
+def test_second_check_refuses_a_session_that_has_changed(harness: RegistryHarness, change: str) -> None:
     session = harness.good(harness.open().token)
     column = getattr(harness.table, change)
     column[session.slot] ^= 1
@@ -125,8 +118,7 @@ def test_second_check_refuses_a_session_that_has_changed(change: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["refuse_all", "distrust"])
-def test_second_check_fails_while_all_tokens_are_refused(how: str) -> None:
-    harness = RegistryHarness()
+def test_second_check_fails_while_all_tokens_are_refused(harness: RegistryHarness, how: str) -> None:
     session = harness.good(harness.open().token)
     getattr(harness.registry, how)()
     assert not harness.registry.check_again(session, WALL)
@@ -138,17 +130,16 @@ def test_without_idle_limit_only_lifetime_counts() -> None:
     assert harness.good(token, WALL + DAY - 1).valid_until == WALL + DAY
 
 
-def test_touch_counts_as_use() -> None:
-    harness = RegistryHarness()
+def test_touch_counts_as_use(harness: RegistryHarness) -> None:
     session = harness.open().session
     harness.registry.touch(session, WALL + 50 * MINUTE)
     assert harness.registry.info(session.id, WALL + 100 * MINUTE).last_used_at == WALL + 50 * MINUTE
 
 
 @pytest.mark.parametrize("use", ["touch", "check"])
-def test_last_use_does_not_go_back_with_clock(use: str) -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_last_use_does_not_go_back_with_clock(
+    harness: RegistryHarness, opened: OpenedSession, use: str
+) -> None:
     harness.good(opened.token, WALL + MINUTE)
     if use == "touch":
         harness.registry.touch(opened.session, WALL - DAY)
@@ -201,8 +192,7 @@ def test_expiry_is_announced_once(reason: str, refresh: bool) -> None:
     assert (len(harness.registry), harness.registry.lapsed) == (0, int(refresh))
 
 
-def test_check_does_not_change_generation() -> None:
-    harness = RegistryHarness()
+def test_check_does_not_change_generation(harness: RegistryHarness) -> None:
     token = harness.open().token
     generation = harness.registry.generation
     harness.open("bob")
@@ -244,8 +234,7 @@ def test_expiry_is_announced_without_tombstones(limit: int, refresh: bool) -> No
     assert harness.code(token, WALL + DAY) is Code.TOKEN_EXPIRED
 
 
-def test_table_contains_no_token() -> None:
-    harness = RegistryHarness()
+def test_table_contains_no_token(harness: RegistryHarness) -> None:
     tokens = []
     for number in range(10):
         opened = harness.open(f"user {number}")

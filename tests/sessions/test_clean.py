@@ -6,6 +6,7 @@ import pytest
 
 from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness, used_slots
 from zcproto.errors import Code
+from zcproto.sessions import OpenedSession
 from zcproto.sessions.slab import CHUNK
 
 
@@ -24,16 +25,14 @@ def test_clean_in_slices_ends_all_expired_sessions(refresh: bool, max_slots: int
     assert all(harness.good(each.token, WALL + HOUR) for each in young)
 
 
-def test_clean_keeps_live_sessions() -> None:
-    harness = RegistryHarness()
+def test_clean_keeps_live_sessions(harness: RegistryHarness) -> None:
     harness.open()
     generation = harness.registry.generation
     assert harness.clean(WALL + HOUR - 1) == 0
     assert harness.registry.generation == generation
 
 
-def test_slice_stops_at_end_of_table() -> None:
-    harness = RegistryHarness()
+def test_slice_stops_at_end_of_table(harness: RegistryHarness) -> None:
     harness.open()
     for sweeps in range(1, 4):
         harness.registry.clean(WALL, 10 * CHUNK)
@@ -52,8 +51,7 @@ def test_scanned_slot_that_needs_nothing_costs_one() -> None:
         assert harness.registry.sweeps == sweeps + calls // 4
 
 
-def test_empty_table_is_swept_at_once() -> None:
-    harness = RegistryHarness()
+def test_empty_table_is_swept_at_once(harness: RegistryHarness) -> None:
     assert harness.registry.clean(WALL, 1) == 0
     assert harness.registry.sweeps == 1
 
@@ -67,8 +65,7 @@ def test_dropping_tombstones_does_not_starve_the_scan() -> None:
     assert 90 < harness.registry.tombstones < 100
 
 
-def test_clean_returns_memory_over_several_calls() -> None:
-    harness = RegistryHarness()
+def test_clean_returns_memory_over_several_calls(harness: RegistryHarness) -> None:
     slab = harness.table.slab
     *slots, last = [slab.allocate() for _ in range(12 * CHUNK)]
     for slot in (*slots, last):
@@ -78,9 +75,7 @@ def test_clean_returns_memory_over_several_calls() -> None:
     assert slab.size == CHUNK
 
 
-def test_lapsed_session_ends_with_its_refresh_token() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_lapsed_session_ends_with_its_refresh_token(harness: RegistryHarness, opened: OpenedSession) -> None:
     assert harness.clean(WALL + DAY) == 1
     assert harness.clean(WALL + 30 * DAY - 1) == 0
     assert harness.registry.kept == 1
@@ -89,8 +84,7 @@ def test_lapsed_session_ends_with_its_refresh_token() -> None:
     assert harness.code(opened.token, WALL + 30 * DAY) is Code.TOKEN_EXPIRED
 
 
-def test_tombstones_are_dropped_after_their_lifetime() -> None:
-    harness = RegistryHarness()
+def test_tombstones_are_dropped_after_their_lifetime(harness: RegistryHarness) -> None:
     for number in range(50):
         harness.registry.close(harness.open(f"user {number}", WALL + number * MINUTE).session)
     harness.clean(WALL + 49 * MINUTE)
@@ -103,8 +97,7 @@ def test_tombstones_are_dropped_after_their_lifetime() -> None:
 
 
 @pytest.mark.parametrize("back", [1, HOUR, DAY])
-def test_clock_going_back_ends_and_drops_nothing(back: int) -> None:
-    harness = RegistryHarness()
+def test_clock_going_back_ends_and_drops_nothing(harness: RegistryHarness, back: int) -> None:
     live, dead = harness.open(), harness.open()
     harness.good(live.token, WALL + 30 * MINUTE)
     harness.registry.close(dead.session)
@@ -113,16 +106,14 @@ def test_clock_going_back_ends_and_drops_nothing(back: int) -> None:
     assert harness.code(dead.token, WALL - back) is Code.TOKEN_REVOKED
 
 
-def test_clock_far_ahead_ends_all_sessions_and_announces_it() -> None:
-    harness = RegistryHarness()
+def test_clock_far_ahead_ends_all_sessions_and_announces_it(harness: RegistryHarness) -> None:
     opened = [harness.open(f"user {number}") for number in range(20)]
     harness.clean(WALL + 365 * DAY)
     assert {each[0] for each in harness.ended} == {each.session.id for each in opened}
     assert harness.registry.kept == 0
 
 
-def test_string_use_counts_survive_refreshes() -> None:
-    harness = RegistryHarness()
+def test_string_use_counts_survive_refreshes(harness: RegistryHarness) -> None:
     first = harness.open("alice", client="a", address="1")
     second = harness.open("alice", client="a", address="1")
     assert harness.strings == (1, 1, 1)

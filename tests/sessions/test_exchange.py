@@ -19,7 +19,7 @@ from tests.sessions.helpers import (
 from zcproto.common.roles import OPERATORS, Roles
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
 from zcproto.sessions import OpenedSession, SessionRegistry
-from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
 from zcproto.sessions.registry import EVICTION_SAMPLE
 from zcproto.sessions.token import digest_of
 
@@ -38,6 +38,20 @@ def taken_in(harness: RegistryHarness, user: str = "alice", wall: int = WALL, *,
     return session
 
 
+def rotation_of(
+    harness: RegistryHarness, session: NewSession, wall: int = WALL, client: str = "", address: str = ""
+) -> tuple[Rotation, bytes, bytes]:
+    """Return a rotation of a session, with the new tokens."""
+    token = session.refresh_token or b""
+    made = harness.registry.new_rotation(token, client=client, address=address, wall=wall)
+    assert made is not None
+    return made
+
+
+def tombstone(session: NewSession, code: Code = Code.TOKEN_REVOKED, wall: int = WALL) -> EndedRecord:
+    return EndedRecord(session.record.id, session.record.token_digest, code, wall)
+
+
 def moved(harness: RegistryHarness, **settings: object) -> RegistryHarness:
     """Another process with the same sessions."""
     other = RegistryHarness(**settings)
@@ -50,8 +64,7 @@ def moved(harness: RegistryHarness, **settings: object) -> RegistryHarness:
 # --- restoring -----------------------------------------------------------------------------------------------
 
 
-def test_new_session_is_valid_after_restore() -> None:
-    harness = RegistryHarness()
+def test_new_session_is_valid_after_restore(harness: RegistryHarness) -> None:
     session = new(harness)
     assert harness.code(session.token) is Code.UNAUTHENTICATED
     assert claim(harness, session) is None
@@ -63,8 +76,7 @@ def test_new_session_is_valid_after_restore() -> None:
     assert (len(harness.registry), harness.registry.opened) == (1, 1)
 
 
-def test_new_session_that_ended_meanwhile_is_not_opened() -> None:
-    harness = RegistryHarness()
+def test_new_session_that_ended_meanwhile_is_not_opened(harness: RegistryHarness) -> None:
     revoked, forgotten = taken_in(harness), taken_in(harness)
     assert harness.registry.end(revoked.record.id, Code.TOKEN_REVOKED, "elsewhere", WALL)
     assert harness.registry.forget(forgotten.record.id)
@@ -75,8 +87,7 @@ def test_new_session_that_ended_meanwhile_is_not_opened() -> None:
 
 @pytest.mark.parametrize("roles", [OPERATORS, OPERATORS | {"admin", "billing"}, frozenset({"admin"})])
 @pytest.mark.parametrize("key", ["", "device:phone", "tls:" + 64 * "a"])
-def test_restored_record_equals_stored_record(key: str, roles: Roles) -> None:
-    harness = RegistryHarness()
+def test_restored_record_equals_stored_record(harness: RegistryHarness, key: str, roles: Roles) -> None:
     harness.registry.open("bob", roles=roles, client="x/2", address="::1", wall=WALL, key=key)
     other = moved(harness)
     (info,) = other.registry.list("bob", WALL)
@@ -92,8 +103,7 @@ def test_session_without_refresh_has_no_refresh_token() -> None:
     assert session.token.hex() not in repr(session)
 
 
-def test_restoring_again_updates_session() -> None:
-    harness = RegistryHarness()
+def test_restoring_again_updates_session(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     assert harness.registry.restore(session.record._replace(expires_at=WALL + HOUR, last_used_at=WALL + 5))
     assert len(harness.registry) == 1
@@ -103,16 +113,14 @@ def test_restoring_again_updates_session() -> None:
     assert (info.expires_at, info.last_used_at) == (WALL + 2 * HOUR, WALL + 5)
 
 
-def test_shorter_expiry_raises_generation() -> None:
-    harness = RegistryHarness()
+def test_shorter_expiry_raises_generation(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     before = harness.registry.generation
     harness.registry.restore(session.record._replace(expires_at=WALL + 1))
     assert harness.registry.generation > before
 
 
-def test_restored_token_replaces_old_one() -> None:
-    harness = RegistryHarness()
+def test_restored_token_replaces_old_one(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     elsewhere = session.record._replace(token_digest=digest_of(b"elsewhere"))
     assert harness.registry.restore(elsewhere)
@@ -121,8 +129,7 @@ def test_restored_token_replaces_old_one() -> None:
     assert len(harness.registry) == 1
 
 
-def test_restore_does_not_revive_ended_session() -> None:
-    harness = RegistryHarness()
+def test_restore_does_not_revive_ended_session(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     harness.registry.revoke_user("alice", "test")
     assert not harness.registry.restore(session.record)
@@ -130,8 +137,7 @@ def test_restore_does_not_revive_ended_session() -> None:
     assert harness.code(session.token) is Code.TOKEN_REVOKED
 
 
-def test_restore_does_not_revive_spent_token() -> None:
-    harness = RegistryHarness()
+def test_restore_does_not_revive_spent_token(harness: RegistryHarness) -> None:
     first = harness.open()
     record = harness.registry.record_of(digest_of(first.token))
     assert isinstance(record, SessionRecord)
@@ -140,8 +146,7 @@ def test_restore_does_not_revive_spent_token() -> None:
     assert harness.code(first.token) is Code.TOKEN_REVOKED
 
 
-def test_restored_lapsed_session_is_lapsed() -> None:
-    harness = RegistryHarness()
+def test_restored_lapsed_session_is_lapsed(harness: RegistryHarness) -> None:
     session = new(harness)
     assert harness.registry.restore(session.record._replace(expires_at=WALL - 1))
     assert harness.code(session.token) is Code.TOKEN_EXPIRED
@@ -202,8 +207,7 @@ def test_repeated_eviction_never_evicts_tombstones() -> None:
 # --- forgetting and ending -------------------------------------------------------------------------------------
 
 
-def test_forget_is_silent_and_leaves_no_tombstone() -> None:
-    harness = RegistryHarness()
+def test_forget_is_silent_and_leaves_no_tombstone(harness: RegistryHarness) -> None:
     session = taken_in(harness, key="device:phone")
     before = harness.registry.generation
     assert harness.registry.forget(session.record.id)
@@ -216,8 +220,7 @@ def test_forget_is_silent_and_leaves_no_tombstone() -> None:
     assert harness.good(session.token).bound
 
 
-def test_forget_removes_lapsed_session() -> None:
-    harness = RegistryHarness()
+def test_forget_removes_lapsed_session(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     harness.clean(WALL + 2 * HOUR)
     assert (len(harness.registry), harness.registry.lapsed) == (0, 1)
@@ -262,8 +265,7 @@ def test_sessions_are_forgotten_in_slices(max_slots: int) -> None:
     assert sorted(asked) == sorted(each.record.id for each in sessions)
 
 
-def test_forgetting_every_session_keeps_tombstones() -> None:
-    harness = RegistryHarness()
+def test_forgetting_every_session_keeps_tombstones(harness: RegistryHarness) -> None:
     sessions = [taken_in(harness, f"user-{number}") for number in range(50)]
     harness.registry.revoke_user("user-7", "test")
     harness.registry.forget_unless(lambda session_id: False, 0, 1_000)
@@ -287,10 +289,9 @@ def test_end_by_store_is_announced_and_not_counted_as_revoked_here(code: Code, r
     assert not harness.registry.end(bytes(16), code, "elsewhere", WALL)
 
 
-def test_tombstone_is_restored() -> None:
-    harness = RegistryHarness()
+def test_tombstone_is_restored(harness: RegistryHarness) -> None:
     session = new(harness)
-    ended = EndedRecord(session.record.id, session.record.token_digest, Code.TOKEN_REVOKED, WALL - 1)
+    ended = tombstone(session, wall=WALL - 1)
     harness.registry.restore_ended(ended)
     harness.registry.restore_ended(ended)
     assert harness.code(session.token) is Code.TOKEN_REVOKED
@@ -298,12 +299,9 @@ def test_tombstone_is_restored() -> None:
     assert harness.registry.record_of(session.record.token_digest) == replace(ended, id=b"")
 
 
-def test_restored_tombstone_ends_known_session() -> None:
-    harness = RegistryHarness()
+def test_restored_tombstone_ends_known_session(harness: RegistryHarness) -> None:
     session = taken_in(harness)
-    harness.registry.restore_ended(
-        EndedRecord(session.record.id, session.record.token_digest, Code.SESSION_REPLACED, WALL)
-    )
+    harness.registry.restore_ended(tombstone(session, Code.SESSION_REPLACED))
     assert harness.code(session.token) is Code.SESSION_REPLACED
     assert len(harness.ended) == 1
 
@@ -320,32 +318,25 @@ def test_restored_tombstones_are_limited() -> None:
 # --- listing ---------------------------------------------------------------------------------------------------
 
 
-def test_record_of_token_or_its_tombstone() -> None:
-    harness = RegistryHarness()
+def test_record_of_token_or_its_tombstone(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     assert harness.registry.record_of(session.record.token_digest) == session.record
     assert harness.registry.record(session.record.id) == session.record
     harness.registry.revoke_user("alice", "test")
-    assert harness.registry.record_of(session.record.token_digest) == EndedRecord(
-        session.record.id, session.record.token_digest, Code.TOKEN_REVOKED, WALL
-    )
+    assert harness.registry.record_of(session.record.token_digest) == tombstone(session)
     assert harness.registry.record(session.record.id) is None
     assert harness.registry.record_of(digest_of(b"unknown")) is None
 
 
-def test_tombstone_is_found_by_id() -> None:
-    harness = RegistryHarness()
+def test_tombstone_is_found_by_id(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     assert harness.registry.ended(session.record.id) is None
     assert harness.registry.ended(bytes(16)) is None
     harness.registry.end(session.record.id, Code.SESSION_REPLACED, "", WALL + 1)
-    assert harness.registry.ended(session.record.id) == EndedRecord(
-        session.record.id, session.record.token_digest, Code.SESSION_REPLACED, WALL + 1
-    )
+    assert harness.registry.ended(session.record.id) == tombstone(session, Code.SESSION_REPLACED, WALL + 1)
 
 
-def test_records_are_listed_oldest_first_up_to_limit() -> None:
-    harness = RegistryHarness()
+def test_records_are_listed_oldest_first_up_to_limit(harness: RegistryHarness) -> None:
     sessions = [taken_in(harness, user, WALL + number) for number, user in ((2, "a"), (0, "b"), (1, "a"))]
     assert harness.registry.records(None, 9) == [sessions[number].record for number in (1, 2, 0)]
     assert harness.registry.records(None, 2) == [sessions[number].record for number in (1, 2)]
@@ -356,8 +347,7 @@ def test_records_are_listed_oldest_first_up_to_limit() -> None:
     assert harness.registry.records("a", 9) == []
 
 
-def test_uses_are_reported_once_in_slices() -> None:
-    harness = RegistryHarness()
+def test_uses_are_reported_once_in_slices(harness: RegistryHarness) -> None:
     sessions = [taken_in(harness, f"user-{number}") for number in range(40)]
     for session in sessions[::2]:
         harness.registry.check(session.token, WALL + SECOND)
@@ -380,9 +370,7 @@ def test_rotation_by_store_is_applied(same_process: bool) -> None:
     here = RegistryHarness()
     session = taken_in(here)
     store: SessionRegistry = here.registry if same_process else moved(here).registry
-    rotation, token, refresh_token = here.registry.new_rotation(
-        session.refresh_token or b"", client="zc/2", address="192.0.2.9", wall=WALL + MINUTE
-    ) or pytest.fail("it is a refresh token")
+    rotation, token, refresh_token = rotation_of(here, session, WALL + MINUTE, "zc/2", "192.0.2.9")
     record, old = store.rotate(rotation)
     assert old == session.record.token_digest
     opened = here.registry.apply_rotation(record, rotation.spent_digest, token, refresh_token, WALL + MINUTE)
@@ -397,8 +385,7 @@ def test_rotation_by_store_is_applied(same_process: bool) -> None:
 def test_rotation_inserts_unknown_session() -> None:
     here, store = RegistryHarness(), RegistryHarness()
     session = taken_in(store)
-    made = here.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    assert made is not None
+    made = rotation_of(here, session)
     record, _ = store.registry.rotate(made[0])
     here.registry.apply_rotation(record, made[0].spent_digest, made[1], made[2], WALL)
     assert here.good(made[1]).user == "alice"
@@ -408,8 +395,7 @@ def test_rotation_does_not_revive_ended_session() -> None:
     here = RegistryHarness()
     session = taken_in(here)
     store = moved(here)
-    made = here.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    assert made is not None
+    made = rotation_of(here, session)
     record, _ = store.registry.rotate(made[0])
     here.registry.revoke_user("alice", "test")
     with pytest.raises(TokenRevoked):
@@ -417,12 +403,10 @@ def test_rotation_does_not_revive_ended_session() -> None:
     assert here.code(made[1]) is Code.UNAUTHENTICATED
 
 
-def test_repeated_refresh_within_grace_gives_same_pair() -> None:
-    harness = RegistryHarness()
+def test_repeated_refresh_within_grace_gives_same_pair(harness: RegistryHarness) -> None:
     session = taken_in(harness)
     spent = session.refresh_token or b""
-    made = harness.registry.new_rotation(spent, client="zc/1", address="192.0.2.1", wall=WALL)
-    assert made is not None
+    made = rotation_of(harness, session, WALL, "zc/1", "192.0.2.1")
     assert harness.registry.repeat_refresh(spent, client="zc/1", address="192.0.2.1", wall=WALL) is None
     record, _ = harness.registry.rotate(made[0])
     harness.registry.apply_rotation(record, made[0].spent_digest, made[1], made[2], WALL)
@@ -442,13 +426,9 @@ def test_invalid_refresh_token_gives_no_rotation() -> None:
     assert RegistryHarness().registry.new_rotation(b"short", client="", address="", wall=WALL) is None
 
 
-def test_reused_refresh_token_ends_session_in_store() -> None:
-    harness = RegistryHarness()
+def test_reused_refresh_token_ends_session_in_store(harness: RegistryHarness) -> None:
     session = taken_in(harness)
-    first = harness.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    second = harness.registry.new_rotation(session.refresh_token or b"", client="", address="", wall=WALL)
-    assert first is not None
-    assert second is not None
+    first, second = rotation_of(harness, session), rotation_of(harness, session)
     harness.registry.rotate(first[0])
     with pytest.raises(TokenRevoked):
         harness.registry.rotate(second[0])
@@ -459,12 +439,8 @@ def test_reused_refresh_token_ends_session_in_store() -> None:
         harness.registry.rotate(replace(second[0], id=bytes(16)))
 
 
-def test_rotation_after_refresh_expiry_is_refused() -> None:
-    harness = RegistryHarness()
+def test_rotation_after_refresh_expiry_is_refused(harness: RegistryHarness) -> None:
     session = taken_in(harness)
-    late = harness.registry.new_rotation(
-        session.refresh_token or b"", client="", address="", wall=WALL + 30 * DAY
-    )
-    assert late is not None
+    late = rotation_of(harness, session, WALL + 30 * DAY)
     with pytest.raises(TokenExpired):
         harness.registry.rotate(late[0])

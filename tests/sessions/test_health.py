@@ -51,6 +51,11 @@ class Watch:
             self.now = self.health.next_deadline()
         assert self.health.state is HealthState.RECOVERING
 
+    def fail_probes(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.probe()
+            self.health.probe_failed(self.now)
+
     def recover(self) -> None:
         self.probe()
         self.health.probe_succeeded(self.now)
@@ -206,9 +211,7 @@ def test_new_connection_hastens_the_next_probe(watch: Watch) -> None:
     watch.health.hasten_probe(watch.now)
     assert watch.health.next_deadline() == NEVER
     watch.outage()
-    for _ in range(4):
-        watch.probe()
-        watch.health.probe_failed(watch.now)
+    watch.fail_probes(4)
     assert watch.health.next_deadline() - watch.now > 1.0
     watch.health.hasten_probe(watch.now)
     due = watch.health.next_deadline()
@@ -219,9 +222,7 @@ def test_new_connection_hastens_the_next_probe(watch: Watch) -> None:
 
 def test_new_connection_during_a_probe_hastens_the_one_after_it(watch: Watch) -> None:
     watch.outage()
-    for _ in range(4):
-        watch.probe()
-        watch.health.probe_failed(watch.now)
+    watch.fail_probes(4)
     watch.probe()
     watch.health.hasten_probe(watch.now)
     assert watch.health.next_deadline() == NOW + GRACE  # one probe at a time
@@ -235,8 +236,7 @@ def test_new_connection_during_a_probe_hastens_the_one_after_it(watch: Watch) ->
 def test_grace_starts_with_the_outage(watch: Watch) -> None:
     watch.outage()
     while watch.now < NOW + GRACE - MAX_DELAY_S:
-        watch.probe()
-        watch.health.probe_failed(watch.now)
+        watch.fail_probes()
     assert not watch.health.grace_over
     watch.now = NOW + GRACE - 0.001
     watch.health.handle_time(watch.now)
@@ -259,9 +259,7 @@ def test_grace_ends_during_probe(watch: Watch) -> None:
 def test_end_of_grace_is_alerted_once_and_probes_continue(watch: Watch) -> None:
     watch.outage()
     watch.now = NOW + GRACE
-    for _ in range(5):
-        watch.probe()
-        watch.health.probe_failed(watch.now)
+    watch.fail_probes(5)
     watch.recover()
     assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER, HealthAlert.ENDED]
 
@@ -271,8 +269,7 @@ def test_each_outage_starts_a_new_grace(watch: Watch) -> None:
     watch.recover()
     watch.now = NOW + GRACE - 10
     watch.outage()
-    watch.probe()
-    watch.health.probe_failed(watch.now)
+    watch.fail_probes()
     watch.now = NOW + GRACE + 100
     watch.health.handle_time(watch.now)
     assert not watch.health.grace_over
@@ -324,9 +321,7 @@ def test_retry_after_is_the_next_probe(watch: Watch) -> None:
 def test_outage_has_one_alert_at_begin_and_end(watch: Watch) -> None:
     for _ in range(3):
         watch.outage()
-        for _ in range(4):
-            watch.probe()
-            watch.health.probe_failed(watch.now)
+        watch.fail_probes(4)
         watch.recover()
     assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.ENDED] * 3
     assert watch.health.outages == 3

@@ -13,8 +13,7 @@ from zcproto.sessions import Session
 from zcproto.sessions.registry import MAX_TEXT
 
 
-def test_opened_session_has_all_fields() -> None:
-    harness = RegistryHarness()
+def test_opened_session_has_all_fields(harness: RegistryHarness) -> None:
     opened = harness.open("alice", roles=OPERATORS, client="zc/2.0", address="2001:db8::1")
     assert len(opened.token) == 32
     assert opened.refresh_token is not None
@@ -59,8 +58,7 @@ def test_without_refresh_no_refresh_token_is_issued() -> None:
 
 
 @pytest.mark.requirement("token_size")
-def test_ids_and_tokens_are_unique() -> None:
-    harness = RegistryHarness()
+def test_ids_and_tokens_are_unique(harness: RegistryHarness) -> None:
     opened = [harness.open(f"user {number // 5}") for number in range(200)]
     assert len({each.session.id for each in opened}) == 200
     assert len({each.token for each in opened} | {each.refresh_token for each in opened}) == 400
@@ -170,8 +168,7 @@ def test_lapsed_session_is_evicted_silently(when_full: str) -> None:
 
 
 @pytest.mark.parametrize("lapsed", range(1, 6))
-def test_lapsed_sessions_never_lock_a_user_out(lapsed: int) -> None:
-    harness = RegistryHarness()
+def test_lapsed_sessions_never_lock_a_user_out(harness: RegistryHarness, lapsed: int) -> None:
     for number in range(5):
         harness.open(wall=WALL if number < lapsed else WALL + HOUR)
     for _ in range(lapsed):
@@ -240,8 +237,7 @@ def test_tombstones_do_not_count_as_sessions() -> None:
 
 @pytest.mark.parametrize("field", ["user", "client"])
 @pytest.mark.parametrize("length", [MAX_TEXT, MAX_TEXT + 1, 10**6])
-def test_names_are_limited_in_length(field: str, length: int) -> None:
-    harness = RegistryHarness()
+def test_names_are_limited_in_length(harness: RegistryHarness, field: str, length: int) -> None:
     arguments = {"user": "alice", "client": "zc/1"} | {field: "x" * length}
     if length <= MAX_TEXT:
         assert harness.open(**arguments).session.user == arguments["user"]
@@ -252,16 +248,14 @@ def test_names_are_limited_in_length(field: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "ü" * 128, "\ud800", "a\0b", "日本", "\n", "x" * 24])
-def test_any_text_is_stored_unchanged(text: str) -> None:
-    harness = RegistryHarness()
+def test_any_text_is_stored_unchanged(harness: RegistryHarness, text: str) -> None:
     session = harness.open(text, client=text, address=text).session
     info = harness.registry.info(session.id, WALL)
     assert (info.user, info.client, info.address) == (text, text, text)
     assert [each.id for each in harness.registry.list(text, WALL)] == [session.id]
 
 
-def test_sessions_of_user_are_listed_oldest_first() -> None:
-    harness = RegistryHarness()
+def test_sessions_of_user_are_listed_oldest_first(harness: RegistryHarness) -> None:
     ids = []
     for number in range(5):
         ids.append(harness.open("alice", WALL + number).session.id)
@@ -273,8 +267,7 @@ def test_sessions_of_user_are_listed_oldest_first() -> None:
     assert harness.registry.list("mallory", WALL) == []
 
 
-def test_lapsed_session_is_listed_as_not_live() -> None:
-    harness = RegistryHarness()
+def test_lapsed_session_is_listed_as_not_live(harness: RegistryHarness) -> None:
     harness.open()
     (info,) = harness.registry.list("alice", WALL + HOUR)
     assert not info.live
@@ -282,16 +275,14 @@ def test_lapsed_session_is_listed_as_not_live() -> None:
 
 
 @pytest.mark.parametrize("session_id", ["", "x", "A" * 22, "A" * 21 + "B", "\ud800" * 22, "x" * 10**5])
-def test_unknown_id_is_not_found(session_id: str) -> None:
-    harness = RegistryHarness()
+def test_unknown_id_is_not_found(harness: RegistryHarness, session_id: str) -> None:
     harness.open()
     with pytest.raises(NotFound):
         harness.registry.info(session_id, WALL)
     assert not harness.registry.revoke(session_id, user=None, reason="test")
 
 
-def test_every_observer_is_notified() -> None:
-    harness = RegistryHarness()
+def test_every_observer_is_notified(harness: RegistryHarness) -> None:
     other: list[str] = []
     harness.registry.observers.append(lambda session_id, code, reason: other.append(session_id))
     session = harness.open().session
@@ -299,8 +290,7 @@ def test_every_observer_is_notified() -> None:
     assert other == [session.id] == [each[0] for each in harness.ended]
 
 
-def test_new_observer_is_not_notified_of_earlier_endings() -> None:
-    harness = RegistryHarness()
+def test_new_observer_is_not_notified_of_earlier_endings(harness: RegistryHarness) -> None:
     observers = harness.registry.observers.copy()
     harness.registry.observers.clear()
     harness.registry.close(harness.open().session)
@@ -334,8 +324,7 @@ def test_session_ends_at_a_given_time_and_has_no_refresh_token_that_would_not_pr
     assert harness.registry.check(opened.token, ends_at) is Code.TOKEN_EXPIRED
 
 
-def test_refreshed_session_ends_at_a_given_time() -> None:
-    harness = RegistryHarness()
+def test_refreshed_session_ends_at_a_given_time(harness: RegistryHarness) -> None:
     ends_at = WALL + 30 * HOUR
     opened = harness.registry.open("ada", client="", address="", wall=WALL, ends_at=ends_at)
     assert (opened.session.expires_at, opened.refresh_expires_at) == (WALL + 24 * HOUR, ends_at)
@@ -344,8 +333,7 @@ def test_refreshed_session_ends_at_a_given_time() -> None:
     assert (again.session.expires_at, again.refresh_expires_at) == (ends_at, ends_at)
 
 
-def test_roles_share_their_text_and_leave_none_behind() -> None:
-    harness = RegistryHarness()
+def test_roles_share_their_text_and_leave_none_behind(harness: RegistryHarness) -> None:
     roles = frozenset({"admin", "operator"})
     sessions = [harness.open(f"u{number}", roles=roles).session for number in range(3)]
     assert {each.roles for each in sessions} == {roles}

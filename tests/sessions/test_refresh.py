@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, CountedEntropy, RegistryHarness
@@ -14,6 +17,7 @@ from zcproto.errors import (
     TokenRevoked,
     Unauthenticated,
 )
+from zcproto.sessions import OpenedSession
 from zcproto.sessions.token import TOKEN_SIZE, digest_of
 
 GRACE = 10 * SECOND
@@ -21,8 +25,7 @@ LATER = WALL + GRACE
 
 
 @pytest.mark.requirement("refresh")
-def test_refresh_gives_new_pair_for_same_session() -> None:
-    harness = RegistryHarness()
+def test_refresh_gives_new_pair_for_same_session(harness: RegistryHarness) -> None:
     first = harness.open(roles=OPERATORS, bound=True)
     second = harness.refresh(first.refresh_token, WALL + HOUR // 2, client="zc/2", address="192.0.2.9")
     assert second.session.id == first.session.id
@@ -38,8 +41,7 @@ def test_refresh_gives_new_pair_for_same_session() -> None:
 
 
 @pytest.mark.requirement("refresh")
-def test_refresh_invalidates_old_pair_silently() -> None:
-    harness = RegistryHarness()
+def test_refresh_invalidates_old_pair_silently(harness: RegistryHarness) -> None:
     first = harness.open()
     generation = harness.registry.generation
     harness.refresh(first.refresh_token)
@@ -80,8 +82,7 @@ def test_reuse_of_any_spent_refresh_token_ends_session(generations: int, back: i
     assert (harness.registry.refresh_reused, harness.registry.revoked, len(harness.registry)) == (1, 1, 0)
 
 
-def test_reuse_does_not_end_other_sessions_of_user() -> None:
-    harness = RegistryHarness()
+def test_reuse_does_not_end_other_sessions_of_user(harness: RegistryHarness) -> None:
     other = harness.open()
     opened = harness.open()
     harness.refresh(opened.refresh_token)
@@ -90,8 +91,7 @@ def test_reuse_does_not_end_other_sessions_of_user() -> None:
     assert harness.good(other.token)
 
 
-def test_reuse_ends_lapsed_session() -> None:
-    harness = RegistryHarness()
+def test_reuse_ends_lapsed_session(harness: RegistryHarness) -> None:
     first = harness.open()
     second = harness.refresh(first.refresh_token)
     with pytest.raises(TokenRevoked):
@@ -102,8 +102,7 @@ def test_reuse_ends_lapsed_session() -> None:
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 16, b"\xff" * 16])
-def test_right_family_with_wrong_rest_ends_session(tail: bytes) -> None:
-    harness = RegistryHarness()
+def test_right_family_with_wrong_rest_ends_session(harness: RegistryHarness, tail: bytes) -> None:
     opened = harness.open()
     assert opened.refresh_token is not None
     with pytest.raises(TokenRevoked):
@@ -112,8 +111,7 @@ def test_right_family_with_wrong_rest_ends_session(tail: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 31, 33, 48, 1000])
-def test_refresh_token_of_wrong_length_is_unknown(length: int) -> None:
-    harness = RegistryHarness()
+def test_refresh_token_of_wrong_length_is_unknown(harness: RegistryHarness, length: int) -> None:
     opened = harness.open()
     assert opened.refresh_token is not None
     with pytest.raises(Unauthenticated):
@@ -122,8 +120,7 @@ def test_refresh_token_of_wrong_length_is_unknown(length: int) -> None:
 
 
 @pytest.mark.parametrize("token", [b"\0" * 32, b"\xff" * 32, bytes(range(32))])
-def test_unknown_refresh_token_is_unauthenticated(token: bytes) -> None:
-    harness = RegistryHarness()
+def test_unknown_refresh_token_is_unauthenticated(harness: RegistryHarness, token: bytes) -> None:
     harness.open()
     with pytest.raises(Unauthenticated):
         harness.refresh(token)
@@ -131,9 +128,9 @@ def test_unknown_refresh_token_is_unauthenticated(token: bytes) -> None:
 
 
 @pytest.mark.requirement("refresh")
-def test_access_token_is_not_accepted_as_refresh_token() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_access_token_is_not_accepted_as_refresh_token(
+    harness: RegistryHarness, opened: OpenedSession
+) -> None:
     with pytest.raises(Unauthenticated):
         harness.refresh(opened.token)
     assert harness.good(opened.token)
@@ -143,8 +140,7 @@ def test_access_token_is_not_accepted_as_refresh_token() -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, GRACE - 1])
-def test_same_client_gets_same_pair_within_grace(after: int) -> None:
-    harness = RegistryHarness()
+def test_same_client_gets_same_pair_within_grace(harness: RegistryHarness, after: int) -> None:
     first = harness.open()
     second = harness.refresh(first.refresh_token)
     again = harness.refresh(first.refresh_token, WALL + after)
@@ -155,47 +151,36 @@ def test_same_client_gets_same_pair_within_grace(after: int) -> None:
     assert harness.good(again.token, WALL + after)
 
 
-@pytest.mark.parametrize("after", [GRACE, GRACE + 1, HOUR, DAY])
-def test_repeat_after_grace_is_reuse(after: int) -> None:
-    harness = RegistryHarness()
-    first = harness.open()
-    harness.refresh(first.refresh_token)
-    with pytest.raises(TokenRevoked):
-        harness.refresh(first.refresh_token, WALL + after)
-
-
-@pytest.mark.parametrize("who", [{"client": "zc/2"}, {"address": "192.0.2.2"}])
-def test_other_client_or_address_has_no_grace(who: dict[str, str]) -> None:
-    harness = RegistryHarness()
+@pytest.mark.parametrize(
+    ("grace_ms", "after", "who"),
+    [
+        *((GRACE, after, {}) for after in (GRACE, GRACE + 1, HOUR, DAY)),
+        (0, 0, {}),
+        (GRACE, 1, {"client": "zc/2"}),
+        (GRACE, 1, {"address": "192.0.2.2"}),
+    ],
+)
+def test_repeat_without_grace_is_reuse(grace_ms: int, after: int, who: dict[str, str]) -> None:
+    harness = RegistryHarness(refresh_grace_ms=grace_ms)
     first = harness.open()
     second = harness.refresh(first.refresh_token)
     with pytest.raises(TokenRevoked):
-        harness.refresh(first.refresh_token, WALL + 1, **who)
-    assert harness.code(second.token) is Code.TOKEN_REVOKED
+        harness.refresh(first.refresh_token, WALL + after, **who)
+    assert harness.code(second.token, WALL + after) is Code.TOKEN_REVOKED
 
 
-def test_grace_is_for_the_refreshing_client() -> None:
-    harness = RegistryHarness()
+def test_grace_is_for_the_refreshing_client(harness: RegistryHarness) -> None:
     first = harness.open(client="old", address="192.0.2.1")
     second = harness.refresh(first.refresh_token, client="new", address="192.0.2.2")
     again = harness.refresh(first.refresh_token, client="new", address="192.0.2.2")
     assert again.token == second.token
 
 
-def test_only_last_spent_token_has_grace() -> None:
-    harness = RegistryHarness()
+def test_only_last_spent_token_has_grace(harness: RegistryHarness) -> None:
     first = harness.open()
     second = harness.refresh(first.refresh_token)
     third = harness.refresh(second.refresh_token)
     assert harness.refresh(second.refresh_token).token == third.token
-    with pytest.raises(TokenRevoked):
-        harness.refresh(first.refresh_token)
-
-
-def test_zero_grace_makes_repeat_a_reuse() -> None:
-    harness = RegistryHarness(refresh_grace_ms=0)
-    first = harness.open()
-    harness.refresh(first.refresh_token)
     with pytest.raises(TokenRevoked):
         harness.refresh(first.refresh_token)
 
@@ -220,8 +205,7 @@ def test_pair_of_ended_session_does_not_count_towards_the_limit() -> None:
     assert harness.refresh(alice.refresh_token).token == refreshed.token
 
 
-def test_pairs_are_removed_from_memory_after_the_grace() -> None:
-    harness = RegistryHarness()
+def test_pairs_are_removed_from_memory_after_the_grace(harness: RegistryHarness) -> None:
     harness.refresh(harness.open().refresh_token)
     harness.clean(LATER - 1)
     assert len(harness.registry._grace) == 1
@@ -256,8 +240,7 @@ def test_pair_is_repeated_for_lapsed_session() -> None:
 
 @pytest.mark.parametrize("wall", [WALL + HOUR, WALL + DAY, WALL + 2 * DAY, WALL + 30 * DAY - 1])
 @pytest.mark.parametrize("seen", [False, True])
-def test_refresh_revives_lapsed_session(wall: int, seen: bool) -> None:
-    harness = RegistryHarness()
+def test_refresh_revives_lapsed_session(harness: RegistryHarness, wall: int, seen: bool) -> None:
     first = harness.open()
     if seen:
         harness.clean(wall)
@@ -271,8 +254,7 @@ def test_refresh_revives_lapsed_session(wall: int, seen: bool) -> None:
 
 @pytest.mark.parametrize("wall", [WALL + 30 * DAY, WALL + 31 * DAY])
 @pytest.mark.parametrize("cleaned", [False, True])
-def test_refresh_token_expires_absolutely(wall: int, cleaned: bool) -> None:
-    harness = RegistryHarness()
+def test_refresh_token_expires_absolutely(harness: RegistryHarness, wall: int, cleaned: bool) -> None:
     opened = harness.open()
     if cleaned:
         harness.clean(wall)
@@ -283,8 +265,7 @@ def test_refresh_token_expires_absolutely(wall: int, cleaned: bool) -> None:
         harness.refresh(opened.refresh_token, wall - DAY)
 
 
-def test_chain_of_refreshes_does_not_outlive_limit() -> None:
-    harness = RegistryHarness()
+def test_chain_of_refreshes_does_not_outlive_limit(harness: RegistryHarness) -> None:
     opened = harness.open()
     for day in range(1, 30):
         opened = harness.refresh(opened.refresh_token, WALL + day * DAY)
@@ -317,50 +298,50 @@ def test_refresh_of_expired_session_is_refused_without_tombstones(dead_limit: in
 # Refresh of an ended session
 
 
-def test_refresh_of_revoked_session_is_token_revoked() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def close(harness: RegistryHarness, opened: OpenedSession) -> None:
     harness.registry.close(opened.session)
-    with pytest.raises(TokenRevoked):
-        harness.refresh(opened.refresh_token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "end", "wall", "error"),
+    [
+        ({}, close, WALL, TokenRevoked),
+        (
+            {"per_user": 1, "when_full": "evict_oldest"},
+            lambda harness, _: harness.open(),
+            WALL,
+            SessionReplaced,
+        ),
+        ({"per_user": 1}, lambda harness, _: harness.open(wall=WALL + HOUR), WALL + HOUR, TokenExpired),
+        ({"dead_keep_ms": SECOND}, close, WALL + SECOND, Unauthenticated),
+        ({}, lambda harness, opened: None, WALL + 30 * DAY, TokenExpired),
+    ],
+    ids=["revoked", "evicted", "evicted when lapsed", "forgotten", "expired"],
+)
+def test_refresh_of_ended_session_names_the_reason_and_no_user(
+    settings: dict[str, Any],
+    end: Callable[[RegistryHarness, OpenedSession], object],
+    wall: int,
+    error: type[Exception],
+) -> None:
+    harness = RegistryHarness(**settings)
+    opened = harness.open("alice")
+    end(harness, opened)
+    with pytest.raises(error) as caught:
+        harness.refresh(opened.refresh_token, wall)
     assert harness.registry.refresh_reused == 0
+    text = repr(caught.value) + str(caught.value)
+    for secret in ("alice", (opened.refresh_token or b"").hex(), opened.session.id):
+        assert secret not in text
 
 
-def test_refresh_of_evicted_session_is_session_replaced() -> None:
-    harness = RegistryHarness(per_user=1, when_full="evict_oldest")
-    opened = harness.open()
-    harness.open()
-    with pytest.raises(SessionReplaced):
-        harness.refresh(opened.refresh_token)
-
-
-def test_refresh_of_evicted_lapsed_session_is_token_expired() -> None:
-    harness = RegistryHarness(per_user=1)
-    opened = harness.open()
-    harness.open(wall=WALL + HOUR)
-    with pytest.raises(TokenExpired):
-        harness.refresh(opened.refresh_token, WALL + HOUR)
-
-
-def test_refresh_of_forgotten_session_is_unauthenticated() -> None:
-    harness = RegistryHarness(dead_keep_ms=SECOND)
-    opened = harness.open()
-    harness.registry.close(opened.session)
-    with pytest.raises(Unauthenticated):
-        harness.refresh(opened.refresh_token, WALL + SECOND)
-
-
-def test_client_name_is_limited_in_length() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_client_name_is_limited_in_length(harness: RegistryHarness, opened: OpenedSession) -> None:
     with pytest.raises(InvalidArgument, match="client"):
         harness.refresh(opened.refresh_token, client="x" * 129)
     assert harness.good(opened.token)
 
 
-def test_repeating_entropy_changes_nothing() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_repeating_entropy_changes_nothing(harness: RegistryHarness, opened: OpenedSession) -> None:
     harness.entropy.calls = 0
     with pytest.raises(RuntimeError, match="repeated itself"):
         harness.refresh(opened.refresh_token)
@@ -384,28 +365,6 @@ def test_failing_entropy_changes_nothing() -> None:
     assert harness.refresh(opened.refresh_token).session.id == opened.session.id
 
 
-@pytest.mark.parametrize("error", [Unauthenticated, TokenExpired, TokenRevoked, SessionReplaced])
-def test_messages_name_the_cure_and_no_user(error: type[Exception]) -> None:
-    harness = RegistryHarness(per_user=1, when_full="evict_oldest")
-    opened = harness.open("alice")
-    assert opened.refresh_token is not None
-    token, wall = opened.refresh_token, WALL
-    if error is Unauthenticated:
-        token = bytes(32)
-    elif error is TokenExpired:
-        wall += 30 * DAY
-    elif error is TokenRevoked:
-        harness.registry.close(opened.session)
-    else:
-        harness.open("alice")
-    with pytest.raises(error) as caught:
-        harness.refresh(token, wall)
-    text = repr(caught.value) + str(caught.value)
-    assert "alice" not in text
-    assert token.hex() not in text
-    assert opened.session.id not in text
-
-
 # --- observers of rotations -----------------------------------------------------------------------------
 
 
@@ -416,8 +375,7 @@ def rotations(harness: RegistryHarness) -> list[tuple[str, bytes]]:
     return seen
 
 
-def test_refresh_notifies_of_the_new_token_once() -> None:
-    harness = RegistryHarness()
+def test_refresh_notifies_of_the_new_token_once(harness: RegistryHarness) -> None:
     first = harness.open()
     seen = rotations(harness)
     second = harness.refresh(first.refresh_token)
@@ -426,8 +384,7 @@ def test_refresh_notifies_of_the_new_token_once() -> None:
     assert len(seen) == 1
 
 
-def test_session_read_from_a_store_notifies_of_a_token_that_may_be_new() -> None:
-    harness = RegistryHarness()
+def test_session_read_from_a_store_notifies_of_a_token_that_may_be_new(harness: RegistryHarness) -> None:
     opened = harness.open()
     registry, raw_id = harness.registry, opened.session.raw_id
     record = registry.record(raw_id)
@@ -445,8 +402,7 @@ def test_session_read_from_a_store_notifies_of_a_token_that_may_be_new() -> None
     assert len(seen) == 2, "a store is loaded before there are connections"
 
 
-def test_session_that_ends_before_its_rotation_is_announced_is_not_reported() -> None:
-    harness = RegistryHarness()
+def test_session_that_ends_before_its_rotation_is_announced_is_not_reported(harness: RegistryHarness) -> None:
     opened = harness.open()
     seen = rotations(harness)
     made = harness.registry.new_rotation(opened.refresh_token or b"", client="", address="", wall=WALL)
@@ -456,8 +412,7 @@ def test_session_that_ends_before_its_rotation_is_announced_is_not_reported() ->
     assert seen == []
 
 
-def test_session_expires_on_demand() -> None:
-    harness = RegistryHarness()
+def test_session_expires_on_demand(harness: RegistryHarness) -> None:
     opened = harness.open()
     expires_at = opened.session.expires_at
     for session_id, wall in (

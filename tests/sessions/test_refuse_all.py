@@ -6,12 +6,11 @@ import pytest
 
 from tests.sessions.helpers import WALL, RegistryHarness
 from zcproto.errors import Code
+from zcproto.sessions import OpenedSession
 from zcproto.sessions.token import id_from_text, id_text
 
 
-def test_refuse_all_refuses_every_token() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_refuse_all_refuses_every_token(harness: RegistryHarness, opened: OpenedSession) -> None:
     before = harness.registry.generation
     harness.registry.refuse_all()
     assert harness.registry.closed
@@ -25,8 +24,7 @@ def test_refuse_all_refuses_every_token() -> None:
     assert harness.code(b"x" * 32) is Code.UNAUTHENTICATED
 
 
-def test_distrusted_registry_refuses_every_token() -> None:
-    harness = RegistryHarness()
+def test_distrusted_registry_refuses_every_token(harness: RegistryHarness) -> None:
     opened = harness.open()
     registry, before = harness.registry, harness.registry.generation
     registry.trusted_until = WALL + 1
@@ -40,9 +38,9 @@ def test_distrusted_registry_refuses_every_token() -> None:
     assert not isinstance(registry.check(opened.token, WALL), Code)
 
 
-def test_session_revoked_while_refusing_stays_revoked() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_session_revoked_while_refusing_stays_revoked(
+    harness: RegistryHarness, opened: OpenedSession
+) -> None:
     harness.registry.refuse_all()
     assert harness.registry.revoke(opened.session.id, user=None, reason="lost")
     harness.registry.stop_refusing()
@@ -50,8 +48,7 @@ def test_session_revoked_while_refusing_stays_revoked() -> None:
     assert harness.ended == [(opened.session.id, Code.TOKEN_REVOKED, "lost")]
 
 
-def test_session_restored_while_refusing_is_valid_afterwards() -> None:
-    harness = RegistryHarness()
+def test_session_restored_while_refusing_is_valid_afterwards(harness: RegistryHarness) -> None:
     harness.registry.refuse_all()
     opened = harness.open()
     assert harness.code(opened.token) is Code.UNAVAILABLE

@@ -6,10 +6,10 @@ import pytest
 
 from tests.sessions.helpers import DAY, HOUR, WALL, RegistryHarness
 from zcproto.errors import Code, NotFound
+from zcproto.sessions import OpenedSession
 
 
-def test_revoked_token_is_refused_at_once() -> None:
-    harness = RegistryHarness()
+def test_revoked_token_is_refused_at_once(harness: RegistryHarness) -> None:
     opened, other = harness.open(), harness.open()
     generation = harness.registry.generation
     assert harness.registry.revoke(opened.session.id, user="alice", reason="lost phone")
@@ -21,14 +21,12 @@ def test_revoked_token_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("user", [None, "alice"])
-def test_owner_or_operator_can_revoke(user: str | None) -> None:
-    harness = RegistryHarness()
+def test_owner_or_operator_can_revoke(harness: RegistryHarness, user: str | None) -> None:
     assert harness.registry.revoke(harness.open().session.id, user=user, reason="test")
 
 
 @pytest.mark.parametrize("user", ["bob", "", "alice ", "Alice", "mallory"])
-def test_user_cannot_revoke_session_of_another(user: str) -> None:
-    harness = RegistryHarness()
+def test_user_cannot_revoke_session_of_another(harness: RegistryHarness, user: str) -> None:
     opened = harness.open("alice")
     harness.open("bob")
     assert not harness.registry.revoke(opened.session.id, user=user, reason="test")
@@ -36,8 +34,7 @@ def test_user_cannot_revoke_session_of_another(user: str) -> None:
     assert harness.ended == []
 
 
-def test_second_revocation_returns_false() -> None:
-    harness = RegistryHarness()
+def test_second_revocation_returns_false(harness: RegistryHarness) -> None:
     session = harness.open().session
     assert harness.registry.revoke(session.id, user=None, reason="test")
     assert not harness.registry.revoke(session.id, user=None, reason="test")
@@ -46,9 +43,7 @@ def test_second_revocation_returns_false() -> None:
     assert (len(harness.ended), harness.registry.revoked) == (1, 1)
 
 
-def test_revoking_lapsed_session_is_silent() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_revoking_lapsed_session_is_silent(harness: RegistryHarness, opened: OpenedSession) -> None:
     harness.clean(WALL + DAY)
     harness.ended.clear()
     assert harness.registry.revoke(opened.session.id, user="alice", reason="test")
@@ -57,8 +52,7 @@ def test_revoking_lapsed_session_is_silent() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_revoke_user_ends_all_sessions_of_user(count: int) -> None:
-    harness = RegistryHarness()
+def test_revoke_user_ends_all_sessions_of_user(harness: RegistryHarness, count: int) -> None:
     opened = [harness.open("alice") for _ in range(count)]
     other = harness.open("bob")
     assert harness.registry.revoke_user("alice", "left") == count
@@ -69,8 +63,7 @@ def test_revoke_user_ends_all_sessions_of_user(count: int) -> None:
     assert harness.registry.revoke_user("alice", "left") == 0
 
 
-def test_revoke_user_ends_lapsed_sessions() -> None:
-    harness = RegistryHarness()
+def test_revoke_user_ends_lapsed_sessions(harness: RegistryHarness) -> None:
     lapsed = harness.open()
     harness.open(wall=WALL + HOUR)
     harness.clean(WALL + HOUR)
@@ -94,9 +87,7 @@ def test_revoke_all_ends_all_sessions(count: int, dead_limit: int) -> None:
     harness.good(harness.open().token)
 
 
-def test_close_ends_session() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+def test_close_ends_session(harness: RegistryHarness, opened: OpenedSession) -> None:
     harness.registry.close(harness.good(opened.token))
     assert harness.code(opened.token) is Code.TOKEN_REVOKED
     assert harness.ended == [(opened.session.id, Code.TOKEN_REVOKED, "closed")]
@@ -113,8 +104,7 @@ def test_second_close_does_not_end_session_that_reuses_slot() -> None:
     assert harness.registry.revoked == 0, "closed by its client"
 
 
-def test_session_can_be_closed_after_refresh() -> None:
-    harness = RegistryHarness()
+def test_session_can_be_closed_after_refresh(harness: RegistryHarness) -> None:
     first = harness.open()
     second = harness.refresh(first.refresh_token)
     harness.registry.close(first.session)

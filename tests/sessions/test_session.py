@@ -79,15 +79,13 @@ def test_settings_are_immutable() -> None:
         SessionSettings().per_user = 6  # type: ignore[misc]
 
 
-def test_records_use_slots() -> None:
-    harness = RegistryHarness()
+def test_records_use_slots(harness: RegistryHarness) -> None:
     opened = harness.open()
     for record in (opened, opened.session, harness.registry.info(opened.session.id, WALL)):
         assert not hasattr(record, "__dict__")
 
 
-def test_repr_contains_no_token() -> None:
-    harness = RegistryHarness()
+def test_repr_contains_no_token(harness: RegistryHarness) -> None:
     opened = harness.open()
     assert opened.refresh_token is not None
     spent = Spent(bytes(32), opened.token, opened.refresh_token, WALL)
@@ -110,8 +108,7 @@ def test_id_text_is_22_characters_and_cached() -> None:
 
 @pytest.mark.parametrize("roles", ["", "operator", "admin", "admin operator"])
 @pytest.mark.parametrize("bound", [False, True])
-def test_flags_are_independent(roles: str, bound: bool) -> None:
-    harness = RegistryHarness()
+def test_flags_are_independent(harness: RegistryHarness, roles: str, bound: bool) -> None:
     opened = harness.open(roles=frozenset(roles.split()), bound=bound)
     checked = harness.good(opened.token)
     info = harness.registry.info(checked.id, WALL)

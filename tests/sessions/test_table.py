@@ -30,8 +30,7 @@ def test_other_sessions_of_user_stay_listed_oldest_first_in_any_order_of_revocat
 
 
 @pytest.mark.parametrize("first", range(4))
-def test_revoke_user_after_one_of_four_sessions_leaves_none(first: int) -> None:
-    harness = RegistryHarness()
+def test_revoke_user_after_one_of_four_sessions_leaves_none(harness: RegistryHarness, first: int) -> None:
     opened = [harness.open() for _ in range(4)]
     other = harness.open("bob")
     harness.registry.revoke(opened[first].session.id, user="alice", reason="test")
@@ -69,8 +68,7 @@ def test_dropped_sessions_and_tombstones_leave_both_indexes() -> None:
     assert entries(harness) == (2, 2, 2)
 
 
-def test_only_bound_sessions_have_a_key_in_the_table() -> None:
-    harness = RegistryHarness()
+def test_only_bound_sessions_have_a_key_in_the_table(harness: RegistryHarness) -> None:
     harness.open()
     assert len(harness.table.keys) == 0
     bound = harness.open(bound=True)

@@ -95,6 +95,11 @@ class FaultyStore:
     def report_all_changed(self) -> None:
         self.on_change(Change(ChangeKind.ALL))
 
+    async def called(self, name: str) -> None:
+        """Wait until an operation of this name is called."""
+        while name not in self.calls:  # noqa: ASYNC110 - a list has no event
+            await asyncio.sleep(0)
+
     async def _do(self, name: str, operation: Coroutine[Any, Any, T]) -> T:
         self.calls.append(name)
         mode = self.modes.get(name, self.mode)

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.server.helpers import TIMEOUT, Client, eventually
-from tests.server.process import ServerProcess, home_with
+from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.cli.control import ControlError, require_control
 from zcproto.common.home import Home
@@ -32,11 +32,6 @@ hang_timeout = "1h"
 [http]
 metrics = "open"
 """
-
-
-@pytest.fixture
-def home(tmp_path: Path, certs: Path) -> Path:
-    return home_with(tmp_path, certs, CONFIG)
 
 
 @pytest.fixture

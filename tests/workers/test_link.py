@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.loop_reports import LoopReports
+from zcproto.common.backoff import HALF
 from zcproto.common.unix_socket import listen_unix
 from zcproto.errors import (
     InternalError,
@@ -231,24 +233,24 @@ async def test_client_reconnects_to_a_restarted_server_and_waiting_calls_fail(pa
     assert seen == ["down: the other process closed the connection", "up: coordinator"]
 
 
-async def test_server_that_ends_each_connection_after_hello_is_called_less_and_less(pair: Pair) -> None:
-    pair.server.on_link.append(lambda link: link.lose("refused"))
-    client = pair.client()
-    client.start()
-    await until(lambda: client._pause > 2 * link_module.FIRST_PAUSE_S)
-
-
-async def test_client_reconnects_at_once_when_a_connection_has_lasted(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("lasting_s", "expected"), [(inf, [1, 2, 3]), (0.0, [])])
+async def test_pauses_grow_with_connections_in_a_row_that_did_not_last(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, lasting_s: float, expected: list[int]
 ) -> None:
-    client = await pair.connected()
-    client._pause = link_module.LONGEST_PAUSE_S
-    pauses: list[float] = []
-    client.on_down.append(lambda link: pauses.append(client._pause))
-    monkeypatch.setattr(link_module, "LASTING_S", 0.0)
-    pair.link.lose("lost")
-    await until(lambda: pauses)
-    assert pauses == [0.0]
+    failures: list[int] = []
+
+    def no_pause(count: int, *limits: float) -> float:
+        assert limits == (link_module.FIRST_PAUSE_S, link_module.LONGEST_PAUSE_S, HALF, 0.0)
+        failures.append(count)
+        return 0.0
+
+    monkeypatch.setattr(link_module, "LASTING_S", lasting_s)
+    monkeypatch.setattr(link_module, "backoff_s", no_pause)
+    ended: list[Link] = []
+    pair.server.on_link += [ended.append, lambda link: link.lose("refused")]
+    pair.client().start()
+    await until(lambda: len(ended) > 4)
+    assert failures[:3] == expected
 
 
 async def test_server_reports_clients_that_come_and_go(pair: Pair) -> None:
@@ -333,6 +335,17 @@ async def test_idle_link_is_kept_by_pings(pair: Pair) -> None:
     link._handle = count  # type: ignore[method-assign]
     await until(lambda: pongs >= 20)
     assert client.link is link
+
+
+async def test_idle_link_has_no_ping_before_its_heartbeat(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pings: list[object] = []
+    monkeypatch.setattr(link_module.LinkCore, "ping", lambda core: pings.append(core) or b"")
+    await pair.connected(heartbeat=3600.0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert pings == []
 
 
 @pytest.mark.parametrize(

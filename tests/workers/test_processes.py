@@ -10,15 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytest
 
-from tests.helpers import until
+from tests.helpers import until, whole_lines
 from tests.limits import TIMEOUT
 from tests.server.helpers import ROOT, AnsweredError, Client, configuration, eventually
 from tests.server.process import ServerProcess, home_with
@@ -48,16 +48,6 @@ key_types = ["ecdsa-p256"]
 drain_timeout = "1h"
 hang_timeout = "1h"
 """
-
-
-@pytest.fixture
-def home(tmp_path: Path, certs: Path) -> Path:
-    return home_with(tmp_path, certs, CONFIG)
-
-
-@pytest.fixture
-def key(home: Path) -> str:
-    return UserFile(home / "users.toml").add("ada")
 
 
 @pytest.fixture
@@ -112,6 +102,28 @@ def placed(home: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
         yield server
 
 
+class SharedServer(NamedTuple):
+    """The `placed` server of several tests: they end no more than single processes."""
+
+    server: ServerProcess
+    key: str
+
+
+def since(server: ServerProcess) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that returns the events logged from now on, as `ServerProcess.events` does."""
+    before = len(whole_lines(server.log))
+    return lambda *names: [line for line in whole_lines(server.log)[before:] if line["event"] in names]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[SharedServer]:
+    home = home_with(tmp_path_factory.mktemp("shared"), certs, CONFIG)
+    key = UserFile(home / "users.toml").add("ada")
+    (home / "placed.py").write_text(PLACE)
+    with ServerProcess(home, certs, "--workers", "2", app="placed:app") as server:
+        yield SharedServer(server, key)
+
+
 def one_in_each(server: ServerProcess, key: str, stack: contextlib.ExitStack) -> dict[int, Client]:
     """Connect until each worker has a client with the session of the first one. Return them by pid."""
     clients: dict[int, Client] = {}
@@ -123,7 +135,9 @@ def one_in_each(server: ServerProcess, key: str, stack: contextlib.ExitStack) ->
     return clients
 
 
-def test_killed_worker_loses_its_own_connections_alone(placed: ServerProcess, key: str) -> None:
+def test_killed_worker_loses_its_own_connections_alone_and_raises_an_alert(shared: SharedServer) -> None:
+    placed, key = shared
+    new = since(placed)
     before = pids(placed)
     with contextlib.ExitStack() as stack:
         clients = one_in_each(placed, key, stack)
@@ -132,21 +146,24 @@ def test_killed_worker_loses_its_own_connections_alone(placed: ServerProcess, ke
         assert clients[before["2"]].call("pid") == before["2"]
         assert not clients[before["1"]].is_open()
     assert pids(placed)["2"] == before["2"]
-    (line,) = placed.events("worker.ended")
+    (line,) = new("worker.ended")
     assert (line["worker"], line["reason"], line["retry_after_s"]) == ("1", "SIGKILL", 0.0)
+    eventually(lambda: ("worker.ended", "worker 1") in alerts(placed))
 
 
-def test_refresh_in_one_worker_suspends_the_session_in_another_which_lists_it(
-    placed: ServerProcess, key: str
-) -> None:
+def alerts(server: ServerProcess) -> set[tuple[str, str]]:
+    return {(line["kind"], line["about"]) for line in server.events("alert.began")}
+
+
+def test_refresh_in_one_worker_suspends_the_session_in_another_which_lists_it(shared: SharedServer) -> None:
     with contextlib.ExitStack() as stack:
-        clients = one_in_each(placed, key, stack)
+        clients = one_in_each(*shared, stack)
         owner = next(client for client in clients.values() if client.opened)
         (other,) = (client for client in clients.values() if client is not owner)
         other.send(other.request("send.events"))
         other.event()
         for client in (owner, other):
-            (listed,) = client.call("session.list", stream=9_999)
+            listed = client.call("session.list", stream=9_999)[-1]  # of other tests come before
             assert len(listed["connections"]) >= 2
             assert {each["address"] for each in listed["connections"]} == {"127.0.0.1"}
         params = {"refresh_token": owner.opened["refresh_token"]}
@@ -155,9 +172,8 @@ def test_refresh_in_one_worker_suspends_the_session_in_another_which_lists_it(
         assert other.refused("pid").code == Code.TOKEN_REVOKED
 
 
-def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(
-    placed: ServerProcess, key: str
-) -> None:
+def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(shared: SharedServer) -> None:
+    placed, key = shared
     with contextlib.ExitStack() as stack:
         clients = one_in_each(placed, key, stack)
         assert set(clients) == {pids(placed)["1"], pids(placed)["2"]}
@@ -167,6 +183,7 @@ def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(
         for pid, client in clients.items():
             assert client.call("pid") == pid
             eventually(partial(can_log_in, client, key))
+    eventually(lambda: ("worker.ended", "coordinator") in alerts(placed))
 
 
 def can_log_in(client: Client, key: str) -> bool:
@@ -199,9 +216,9 @@ def test_session_in_memory_ends_with_the_server(home: Path, certs: Path, key: st
         assert client.refused("echo", {"text": "a"}).kind
 
 
-def test_revocation_is_heard_by_every_worker(placed: ServerProcess, key: str) -> None:
+def test_revocation_is_heard_by_every_worker(shared: SharedServer) -> None:
     with contextlib.ExitStack() as stack:
-        clients = one_in_each(placed, key, stack)
+        clients = one_in_each(*shared, stack)
         one, other = clients.values()
         one.call("session.revoke", {"all": True})
         eventually(lambda: is_refused(other))
@@ -232,13 +249,15 @@ def zcproto(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_control_socket_survives_the_coordinator(server: ServerProcess, key: str) -> None:
+def test_control_socket_survives_the_coordinator(shared: SharedServer) -> None:
+    server, key = shared
+    new = since(server)
     with server.client("ada", key) as client:
         os.kill(pids(server)["coordinator"], signal.SIGKILL)
         done = zcproto(server.home, "status")  # waits in the backlog for the next coordinator
         assert done.returncode == 0, done.stderr
-        assert client.call("echo", {"text": "a"}) == {"text": "a"}
-    assert [line["worker"] for line in server.events("worker.ended")] == ["coordinator"]
+        assert client.call("pid") in pids(server).values()
+    assert [line["worker"] for line in new("worker.ended")] == ["coordinator"]
 
 
 def test_killed_supervisor_frees_port_and_home(home: Path, certs: Path, key: str) -> None:
@@ -362,19 +381,20 @@ def test_alert_is_sent_although_the_coordinator_hangs_at_its_start(home: Path, c
         eventually(lambda: pids(server)["coordinator"] != first)
 
 
-def test_removed_sockets_are_made_again(home: Path, certs: Path, key: str) -> None:
-    with ServerProcess(home, certs, "--workers", "2") as server:
-        before = pids(server)
-        for name in ("control.sock", "workers.sock"):
-            (home / name).unlink()
-        eventually(lambda: pids(server)["coordinator"] != before["coordinator"])
-        assert zcproto(home, "status").returncode == 0
-        os.kill(before["1"], signal.SIGKILL)
-        eventually(lambda: pids(server)["1"] != before["1"])
-        with server.client("ada", key) as client:
-            assert client.call("echo", {"text": "a"}) == {"text": "a"}
-        assert [line["worker"] for line in server.events("worker.ended")] == ["1"]
-        assert len(server.events("server.socket_renewed")) == 2
+def test_removed_sockets_are_made_again(shared: SharedServer) -> None:
+    server, key = shared
+    new = since(server)
+    before = pids(server)
+    for name in ("control.sock", "workers.sock"):
+        (server.home / name).unlink()
+    eventually(lambda: pids(server)["coordinator"] != before["coordinator"])
+    assert zcproto(server.home, "status").returncode == 0
+    os.kill(before["1"], signal.SIGKILL)
+    eventually(lambda: pids(server)["1"] != before["1"])
+    with server.client("ada", key) as client:
+        assert client.call("pid") in pids(server).values()
+    assert [line["worker"] for line in new("worker.ended")] == ["1"]
+    assert len(new("server.socket_renewed")) == 2
 
 
 async def test_coordinator_takes_over_the_revocations_of_a_worker_that_ends(
@@ -395,25 +415,6 @@ async def test_coordinator_takes_over_the_revocations_of_a_worker_that_ends(
     await taken.wait()
 
 
-def test_option_that_hides_a_change_of_the_file_is_logged_at_a_reload(server: ServerProcess) -> None:
-    (server.home / "config.toml").write_text(CONFIG + "workers = 3\n")
-    server.signal(signal.SIGHUP)
-    eventually(lambda: len(server.events("config.reloaded")) == 3)
-    assert {*map(tuple, (line["restart"] for line in server.events("config.overridden")))} == {
-        ("server.workers",)
-    }
-
-
-def test_end_of_a_process_raises_an_alert(server: ServerProcess) -> None:
-    for name in ("1", "coordinator"):
-        before = pids(server)
-        os.kill(before[name], signal.SIGKILL)
-        eventually(lambda name=name, before=before: pids(server)[name] != before[name])
-        eventually(lambda name=name: any(name in line["about"] for line in server.events("alert.began")))
-    alerts = [(line["kind"], line["about"]) for line in server.events("alert.began")]
-    assert {("worker.ended", "worker 1"), ("worker.ended", "coordinator")} <= set(alerts)
-
-
 FAIL_LATER = "asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, asyncio.current_task().cancel)"
 
 
@@ -427,21 +428,22 @@ def test_lifespan_that_fails_later_ends_its_worker_alone(home: Path, certs: Path
         assert line["reason"].startswith("the lifespan of the application ended early")
 
 
-def test_sigterm_drains_one_worker_which_is_replaced(server: ServerProcess) -> None:
-    before = pids(server)
+def test_sigterm_drains_one_worker_which_is_replaced(shared: SharedServer) -> None:
+    new, before = since(shared.server), pids(shared.server)
     os.kill(before["2"], signal.SIGTERM)
-    eventually(lambda: pids(server)["2"] != before["2"])
-    assert [line["worker"] for line in server.events("server.ended")] == ["2"]
+    eventually(lambda: pids(shared.server)["2"] != before["2"])
+    assert [line["worker"] for line in new("server.ended")] == ["2"]
 
 
-def test_hangup_reloads_every_process(server: ServerProcess) -> None:
+def test_hangup_reloads_every_process_and_names_what_an_option_hides(server: ServerProcess) -> None:
     config = server.home / "config.toml"
-    config.write_text(CONFIG + "\n[limits]\nmax_connections = 400\n")
+    config.write_text(CONFIG + "workers = 3\n[limits]\nmax_connections = 400\n")
     server.signal(signal.SIGHUP)
     eventually(lambda: len(server.events("config.reloaded")) == 3)
     assert {tuple(line["changed"]) for line in server.events("config.reloaded")} == {
         ("limits.max_connections",)
     }
+    assert {tuple(line["restart"]) for line in server.events("config.overridden")} == {("server.workers",)}
     os.kill(pids(server)["1"], signal.SIGKILL)
     config.write_text("not TOML")
     server.signal(signal.SIGHUP)

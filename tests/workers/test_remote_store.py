@@ -131,7 +131,7 @@ async def test_store_is_back_when_both_connections_are(
     store = await harness.opened()
     found: list[object] = []
     monkeypatch.setattr(store, "_on_change", lambda change: found.append((change.kind, store._calls.link)))
-    store._calls._pause = 0.2  # it connects later than the urgent one
+    store._calls._failures = 6  # it connects later than the urgent one
     await harness.stop()
     await harness.start()
     await until(lambda: len(found) == 2)

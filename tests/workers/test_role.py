@@ -106,13 +106,12 @@ def test_server_of_one_process_imports_nothing_of_workers() -> None:
     assert found.stdout == "\n"
 
 
-async def test_server_uses_the_parts_of_its_role(tmp_path: Path, certs: Path) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
+async def test_server_uses_the_parts_of_its_role(home: Path) -> None:
     memory = SharedMemory(bytearray(memory_size(1, 10)), 1, 10, bytes(32))
     throttle = Throttle()
     alerts = WorkerAlerts(AlertsConfig(), lambda *notice: True, clock=system_clock, entropy=system_entropy)
     worker = role(counting=memory.worker(0), maintains=False, throttle=throttle, alerts=alerts, run="w1")
-    async with zcproto.Server(None, config(), home=tmp_path, control=False, role=worker) as server:
+    async with zcproto.Server(None, config(), home=home, control=False, role=worker) as server:
         parts = server.parts
         assert parts.login.throttle is throttle
         assert parts.alerts is alerts
@@ -126,13 +125,8 @@ async def test_process_that_does_not_maintain_issues_no_certificate(tmp_path: Pa
             pass
 
 
-async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
-    tmp_path: Path, certs: Path
-) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
-    async with zcproto.Server(
-        None, config(), home=tmp_path, control=False, role=role(maintains=False)
-    ) as server:
+async def test_process_that_does_not_maintain_leaves_gone_users_to_another(home: Path) -> None:
+    async with zcproto.Server(None, config(), home=home, control=False, role=role(maintains=False)) as server:
         await server.users.add("ada")
         users, devices = server.parts.users, server.parts.devices
         assert users is not None
@@ -148,15 +142,14 @@ async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
         assert len(server.state.registry) == 0
 
 
-async def test_server_reports_that_it_serves_new_certificates(tmp_path: Path, certs: Path) -> None:
-    shutil.copytree(certs, tmp_path / "certs")
-    server = zcproto.Server(None, config(), home=tmp_path, control=False)
+async def test_server_reports_that_it_serves_new_certificates(home: Path) -> None:
+    server = zcproto.Server(None, config(), home=home, control=False)
     server.on_certificates = served = Mock()
     async with server:
         site = managed_site(server.config)
         assert site is not None
         served.assert_not_called()
-        managed.renew(tmp_path / "certs", site.settings, server.parts.certificates.now())
+        managed.renew(home / "certs", site.settings, server.parts.certificates.now())
         await server.parts.certificates.check()
         served.assert_called_once_with()
         await server.parts.certificates.check()

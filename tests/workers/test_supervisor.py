@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import mmap
 import os
 import select
 import selectors
@@ -34,7 +35,47 @@ from zcproto.workers.supervisor import (
 )
 from zcproto.workers.upgrade import Input, Step, Successor
 
-Script = Callable[[int, Channel, int], int]
+
+class Child:
+    """A process of the supervisor, as a script sees it. `start` counts those of its number, from 1."""
+
+    def __init__(
+        self, number: int, start: int, channel: Channel, lifeline: int, note: Callable[..., None]
+    ) -> None:
+        self.number = number
+        self.start = start
+        self.channel = channel
+        self.lifeline = lifeline
+        self.note = note
+        self.send = channel.send
+
+    def wait(self, name: str) -> dict[str, Any] | None:
+        return wait_for(self.channel, name)
+
+    def serve(self, **handlers: Callable[..., int | None]) -> int:
+        """Be ready, and handle messages until the drain, or until a handler returns the exit code."""
+        self.send("ready", number=self.number)
+        while True:
+            select.select([self.channel], [], [])
+            messages = self.channel.receive()
+            if messages is None:  # the end of the supervisor
+                return 0
+            for message in messages:
+                if message.name == "drain":
+                    self.note("drained", self.number, message.values)
+                    return 0
+                handler = handlers.get(message.name)
+                code = handler and handler(**message.values)
+                if code is not None:
+                    return code
+
+    def hang(self) -> None:
+        """Hang until the end of the supervisor."""
+        faulthandler.disable()  # of pytest
+        os.read(self.lifeline, 1)
+
+
+Script = Callable[[Child], int]
 
 
 class Service:
@@ -44,13 +85,19 @@ class Service:
         self.pipe = pipe
         self.script = script
         self.options = options
+        self.starts = mmap.mmap(-1, 8)  # shared with all processes
 
     def note(self, *values: Any) -> None:
         os.write(self.pipe, json.dumps([os.getpid(), *values]).encode() + b"\n")
 
     def run(self, number: int, channel: Channel, lifeline: int) -> int:
-        self.note("run", number)
-        return self.script(number, channel, lifeline)
+        self.starts[number] += 1
+        self.note("run", number, *self.inspect(channel, lifeline))
+        return self.script(Child(number, self.starts[number], channel, lifeline, self.note))
+
+    def inspect(self, channel: Channel, lifeline: int) -> list[Any]:
+        """Return what a process notes with its start."""
+        return []
 
     def coordinator_ready(self, values: dict[str, Any]) -> None:
         self.note("coordinator_ready", values)
@@ -113,7 +160,13 @@ class Running:
     """A supervisor in a process of its own. Its exit code is 0, 1 if forced, 3 if it raised."""
 
     def __init__(
-        self, script: Script, workers: int = 2, *, predecessor: Channel | None = None, **options: Any
+        self,
+        script: Script,
+        workers: int = 2,
+        *,
+        predecessor: Channel | None = None,
+        kind: type[Service] = Service,
+        **options: Any,
     ) -> None:
         self._reading, writing = os.pipe()
         self._buffer = b""
@@ -124,7 +177,7 @@ class Running:
             code = 70
             try:
                 os.close(self._reading)
-                service = Service(writing, script, **options)
+                service = kind(writing, script, **options)
                 try:
                     supervisor = Supervisor(service, workers, predecessor=predecessor)
                     code = 0 if supervisor.run() else 1
@@ -221,11 +274,19 @@ def wait_for(channel: Channel, name: str) -> dict[str, Any] | None:
     raise AssertionError(f"no message {name}")
 
 
-def obedient(number: int, channel: Channel, lifeline: int) -> int:
+def obedient(child: Child) -> int:
     """Start, serve until the drain, end."""
-    channel.send("ready", number=number)
-    wait_for(channel, "drain")
-    return 0
+    return child.serve()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Return both ends of a pipe."""
+    ends = os.pipe()
+    yield ends
+    for descriptor in ends:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 # --- start -----------------------------------------------------------------------------------------------------
@@ -243,11 +304,11 @@ def test_workers_start_after_the_coordinator_and_listen_together(run: Run) -> No
 
 
 def fail_as(error: Exception, failing: int) -> Script:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        if number == failing:
-            channel.send("failed", **failure_of(error))
+    def script(child: Child) -> int:
+        if child.number == failing:
+            child.send("failed", **failure_of(error))
             return 1
-        return obedient(number, channel, lifeline)
+        return child.serve()
 
     return script
 
@@ -288,10 +349,10 @@ def test_failed_start_of_one_process_is_raised_before_anything_listens(
 
 
 def test_process_killed_during_the_start_ends_the_start(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        if number == 1:
+    def script(child: Child) -> int:
+        if child.number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return obedient(number, channel, lifeline)
+        return child.serve()
 
     running = run(script)
     assert running.wait() == 3
@@ -308,10 +369,10 @@ def test_port_that_is_taken_meanwhile_is_raised(run: Run) -> None:
 
 
 def test_signal_during_the_start_ends_it(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        if number == COORDINATOR:
-            channel.send("ready")
-        wait_for(channel, "drain")
+    def script(child: Child) -> int:
+        if child.number == COORDINATOR:
+            return child.serve()
+        child.wait("drain")
         return 0
 
     running = run(script)
@@ -340,13 +401,10 @@ def test_process_that_breaks_the_rules_of_its_channel_is_killed(
 ) -> None:
     monkeypatch.setattr(module, "KILLED_LIMIT", 0.1)
 
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        if number == 1:
-            wait_for(channel, "go")
-            channel._socket.send(b"rubbish\n")
-        wait_for(channel, "drain")
-        return 0
+    def script(child: Child) -> int:
+        if child.number == COORDINATOR:
+            return child.serve()
+        return child.serve(go=lambda: os.write(child.channel.fileno(), b"rubbish\n") and None)
 
     running = run(script, 1)
     running.serve()
@@ -356,34 +414,26 @@ def test_process_that_breaks_the_rules_of_its_channel_is_killed(
 
 def test_server_ends_if_no_worker_can_be_started_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GIVE_UP", 0.3)
-    counter_read, counter_write = os.pipe()
 
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        if number == COORDINATOR:
-            return obedient(number, channel, lifeline)
-        if not select.select([counter_read], [], [], 0)[0]:  # the first time
-            channel.send("ready")
-            wait_for(channel, "go")
-            os.write(counter_write, b"x")
-        channel.send("failed", **failure_of(LifespanError("no database")))
+    def script(child: Child) -> int:
+        if child.number == COORDINATOR:
+            return child.serve()
+        if child.start == 1:
+            child.serve(go=lambda: 0)
+        child.send("failed", **failure_of(LifespanError("no database")))
         return 1
 
     running = run(script, 1)
     assert running.wait() == 3
     assert running.all("raised")[0][2:] == ["LifespanError", "no database"]
-    os.close(counter_read)
-    os.close(counter_write)
 
 
 def test_hung_process_is_aborted_and_started_again(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        if number == 1:
-            faulthandler.disable()  # of pytest
-            os.read(lifeline, 1)  # the end of the supervisor
-        while wait_for_or_beat(channel):
-            time.sleep(0.02)
-        return 0
+    def script(child: Child) -> int:
+        if child.number == 1:
+            child.send("ready")
+            child.hang()
+        return beating(child)
 
     running = run(script, 2, hang_limit=2.0)
     running.serve()
@@ -392,14 +442,10 @@ def test_hung_process_is_aborted_and_started_again(run: Run) -> None:
 
 
 def test_process_that_is_not_ready_in_time_is_aborted_and_started_again(run: Run) -> None:
-    counter_read, counter_write = os.pipe()
-    os.write(counter_write, b"12")
-
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        if number == 1 and os.read(counter_read, 1) == b"2":
-            faulthandler.disable()  # of pytest
-            os.read(lifeline, 1)  # the end of the supervisor
-        return obedient(number, channel, lifeline)
+    def script(child: Child) -> int:
+        if (child.number, child.start) == (1, 2):
+            child.hang()
+        return child.serve()
 
     running = run(script, 1, once_serving={"start_limit": 0.5})
     pids = running.serve()
@@ -407,25 +453,18 @@ def test_process_that_is_not_ready_in_time_is_aborted_and_started_again(run: Run
     running.next("process_ended", 1)
     hung = running.next("run", 1)
     running.next("process_ended", 1)
-    os.write(counter_write, b"333")
     assert running.next("run", 1)[0] != hung[0]
-    os.close(counter_read)
-    os.close(counter_write)
 
 
 def test_end_of_the_coordinator_is_reported_by_another_process_if_it_does_not_start(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "REPORT_AFTER", 0.1)
-    counter_read, counter_write = os.pipe()
-    os.write(counter_write, b"1")
 
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        if number == COORDINATOR and not select.select([counter_read], [], [], 0)[0]:
-            os.read(lifeline, 1)  # the second one is never ready
-        elif number == COORDINATOR:
-            os.read(counter_read, 1)
-        return obedient(number, channel, lifeline)
+    def script(child: Child) -> int:
+        if child.number == COORDINATOR and child.start > 1:
+            child.hang()  # it is never ready
+        return child.serve()
 
     running = run(script, 1)
     pids = running.serve()
@@ -433,8 +472,6 @@ def test_end_of_the_coordinator_is_reported_by_another_process_if_it_does_not_st
     reporter, _, ended = running.next("report")
     assert ended == [["coordinator", "SIGKILL"]]
     assert reporter not in {running.pid, *pids.values()}
-    os.close(counter_read)
-    os.close(counter_write)
 
 
 @pytest.mark.parametrize(("silence", "is_late"), [(30.1, True), (29.9, False)])
@@ -470,10 +507,13 @@ def test_blocked_start_writes_its_stacks_before_it_is_killed(monkeypatch: pytest
         assert signals == [signal.SIGABRT, signal.SIGCONT, signal.SIGKILL]
 
 
-def beating(number: int, channel: Channel, lifeline: int) -> int:
+def beating(child: Child) -> int:
     faulthandler.disable()  # of pytest
-    channel.send("ready")
-    while wait_for_or_beat(channel):
+    child.send("ready")
+    while (messages := child.channel.receive()) is not None:
+        if any(message.name == "drain" for message in messages):
+            break
+        child.send("beat")
         time.sleep(0.02)
     return 0
 
@@ -488,7 +528,11 @@ def test_stopped_process_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 @contextlib.contextmanager
 def unstarted(**options: Any) -> Iterator[Supervisor]:
-    """Yield a supervisor that does not run. Its service notes nothing."""
+    """Yield a supervisor that does not run. Its service notes nothing.
+
+    For decisions that depend on time or on the order of events: tests call its private methods, which real
+    processes would reach only after half a minute, or by chance.
+    """
     pipe = os.open(os.devnull, os.O_WRONLY)
     supervisor = Supervisor(Service(pipe, obedient, **options), 2, clock=FakeClock(now=1_000.0))
     try:
@@ -566,65 +610,25 @@ def test_coordinator_gets_renewed_sockets_by_an_orderly_restart(
     assert "worker.ended" not in capfd.readouterr().err
 
 
-def wait_for_or_beat(channel: Channel) -> bool:
-    channel.send("beat")
-    messages = channel.receive()
-    return messages is not None and all(each.name != "drain" for each in messages)
-
-
 @pytest.mark.parametrize("number", [COORDINATOR, 1])
 def test_end_of_a_process_is_reported_by_the_coordinator(run: Run, number: int) -> None:
-    report_read, report_write = os.pipe()
-
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        while number == COORDINATOR:
-            select.select([channel], [], [])
-            for message in channel.receive() or ():
-                if message.name == "ended":
-                    os.write(report_write, json.dumps(message.values).encode())
-                elif message.name == "drain":
-                    return 0
-        wait_for(channel, "drain")
-        return 0
+    def script(child: Child) -> int:
+        return child.serve(ended=lambda **values: child.note("heard", values))
 
     running = run(script)
     pids = running.serve()
     os.kill(pids[number], signal.SIGKILL)
-    assert select.select([report_read], [], [], TIMEOUT)[0]
     name = "coordinator" if number == COORDINATOR else "1"
-    assert json.loads(os.read(report_read, 4096)) == {"worker": name, "reason": "SIGKILL"}
+    assert running.next("heard")[2] == {"worker": name, "reason": "SIGKILL"}
+    assert len({event[0] for event in running.all("heard")}) == 1
     assert running.stop() == 0
-    os.close(report_read)
-    os.close(report_write)
 
 
 # --- stop --------------------------------------------------------------------------------------------------------
 
 
-def noting(pipe_note: Callable[..., None]) -> Script:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        values = wait_for(channel, "drain")
-        pipe_note("drained", number, values)
-        return 0
-
-    return script
-
-
-class NotingService(Service):
-    """A service whose processes note their drain, and may be slow to end."""
-
-    def run(self, number: int, channel: Channel, lifeline: int) -> int:
-        self.note("run", number)
-        return noting(self.note)(number, channel, lifeline)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_drains_workers_before_the_coordinator(
-    run: Run, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    monkeypatch.setitem(globals(), "Service", NotingService)
+def test_signal_drains_workers_before_the_coordinator(run: Run, number: int) -> None:
     running = run(obedient, drain=3.0)
     running.serve()
     os.kill(running.pid, number)
@@ -636,26 +640,25 @@ def test_signal_drains_workers_before_the_coordinator(
     assert running.all("stopping")[0][2] == 3.0
 
 
-def stubborn(number: int, channel: Channel, lifeline: int) -> int:
-    channel.send("ready")
+def stubborn(child: Child) -> int:
+    child.send("ready")
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
-    os.read(lifeline, 1)
+    child.hang()
     return 0
 
 
 def test_coordinator_killed_during_a_drain_is_back_for_the_workers_after_its_delay(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, pipe: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(module, "FREE", 0)
     monkeypatch.setattr(module, "SOON", TIMEOUT)
     monkeypatch.setattr(module, "LONGEST_READY_DELAY", 0.25)
-    gate, opened = os.pipe()
+    gate, opened = pipe
 
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        wait_for(channel, "drain")
-        if number != COORDINATOR:
+    def script(child: Child) -> int:
+        child.serve()
+        if child.number != COORDINATOR:
             os.read(gate, 1)
         return 0
 
@@ -669,21 +672,19 @@ def test_coordinator_killed_during_a_drain_is_back_for_the_workers_after_its_del
     assert time.monotonic() - killed_at >= 0.25
     os.write(opened, b".")
     assert running.wait() == 0
-    for descriptor in (gate, opened):
-        os.close(descriptor)
 
 
 @pytest.mark.parametrize("limit", [0.1, TIMEOUT])
 def test_workers_of_a_successor_whose_predecessor_was_killed_have_a_moment_to_end(
-    run: Run, monkeypatch: pytest.MonkeyPatch, limit: float
+    run: Run, monkeypatch: pytest.MonkeyPatch, pipe: tuple[int, int], limit: float
 ) -> None:
     monkeypatch.setattr(module, "ABANDONED_LIMIT", limit)
     is_short = limit < 1
-    ended, end = os.pipe()
+    ended, end = pipe
 
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        wait_for(channel, "drain")
+    def script(child: Child) -> int:
+        child.send("ready")
+        child.wait("drain")
         time.sleep(TIMEOUT if is_short else 0.2)
         os.write(end, b".")
         return 0
@@ -699,7 +700,6 @@ def test_workers_of_a_successor_whose_predecessor_was_killed_have_a_moment_to_en
     assert "start it again" in running.all("raised")[0][3]
     os.close(end)
     assert os.read(ended, 1) == (b"" if is_short else b".")
-    os.close(ended)
     ours.close()
     theirs.close()
 
@@ -723,17 +723,14 @@ def test_process_that_does_not_end_is_killed_after_its_limit(
 
 
 def test_drain_ordered_by_the_coordinator_ends_the_server(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        if number == COORDINATOR:
-            wait_for(channel, "go")
-            channel.send("drain", limit=0.5)
-        else:
-            wait_for(channel, "go")
-            if number == 1:
-                channel.send("drain", limit=9.0)  # not its business
-        wait_for(channel, "drain")
-        return 0
+    limits = {COORDINATOR: 0.5, 1: 9.0}  # that of a worker is ignored
+
+    def script(child: Child) -> int:
+        def order() -> None:
+            if child.number in limits:
+                child.send("drain", limit=limits[child.number])
+
+        return child.serve(go=order)
 
     running = run(script)
     assert running.wait() == 0
@@ -741,11 +738,10 @@ def test_drain_ordered_by_the_coordinator_ends_the_server(run: Run) -> None:
 
 
 def test_failed_end_of_a_lifespan_is_raised(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        wait_for(channel, "drain")
-        if number == 2:
-            channel.send("failed", **failure_of(LifespanError("it did not end")))
+    def script(child: Child) -> int:
+        child.serve()
+        if child.number == 2:
+            child.send("failed", **failure_of(LifespanError("it did not end")))
             return 1
         return 0
 
@@ -756,10 +752,10 @@ def test_failed_end_of_a_lifespan_is_raised(run: Run) -> None:
 
 
 def test_killed_supervisor_leaves_no_process_behind(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        assert wait_for(channel, "drain") is None  # the end of its supervisor
-        assert os.read(lifeline, 1) == b""
+    def script(child: Child) -> int:
+        child.send("ready")
+        assert child.wait("drain") is None  # the end of its supervisor
+        assert os.read(child.lifeline, 1) == b""
         return 0
 
     running = run(script)
@@ -771,16 +767,17 @@ def test_killed_supervisor_leaves_no_process_behind(run: Run) -> None:
 # --- reload ------------------------------------------------------------------------------------------------------
 
 
-def reloading(applied: bool) -> Script:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        while True:
-            select.select([channel], [], [])
-            for message in channel.receive() or ():
-                if message.name == "reload":
-                    channel.send("reloaded", applied=applied)
-                elif message.name == "drain":
-                    return 0
+def reloading(applied: bool, dead: int | None = None) -> Script:
+    """Return a script that answers a reload; the process `dead` ends instead."""
+
+    def script(child: Child) -> int:
+        def reload() -> int | None:
+            if child.number == dead:
+                return 1
+            child.send("reloaded", applied=applied)
+            return None
+
+        return child.serve(reload=reload)
 
     return script
 
@@ -809,19 +806,7 @@ def test_refused_configuration_reaches_no_worker(run: Run) -> None:
 
 
 def test_reload_does_not_wait_for_a_dead_worker(run: Run) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
-        channel.send("ready")
-        while True:
-            select.select([channel], [], [])
-            for message in channel.receive() or ():
-                if message.name == "reload" and number == 1:
-                    return 1
-                if message.name == "reload":
-                    channel.send("reloaded", applied=True)
-                elif message.name == "drain":
-                    return 0
-
-    running = run(script)
+    running = run(reloading(applied=True, dead=1))
     running.serve()
     os.kill(running.pid, signal.SIGHUP)
     running.next("reloading", False)
@@ -911,7 +896,7 @@ class InspectingService(Service):
             int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
         }
 
-    def run(self, number: int, channel: Channel, lifeline: int) -> int:
+    def inspect(self, channel: Channel, lifeline: int) -> list[Any]:
         kinds = []
         for name in sorted(os.listdir("/proc/self/fd"), key=int):
             with contextlib.suppress(OSError):
@@ -922,16 +907,11 @@ class InspectingService(Service):
         extra = [kind for number_, kind in kinds if number_ not in known | self.had]
         handlers = [signal.getsignal(each) is signal.SIG_DFL for each in (signal.SIGTERM, signal.SIGUSR2)]
         blocked = [each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
-        wakeup = signal.set_wakeup_fd(-1)
-        self.note("run", number, extra, handlers, blocked, wakeup)
-        return obedient(number, channel, lifeline)
+        return [extra, handlers, blocked, signal.set_wakeup_fd(-1)]
 
 
-def test_child_inherits_no_descriptor_and_no_signal_handler(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(globals(), "Service", InspectingService)
-    running = run(obedient, 3)
+def test_child_inherits_no_descriptor_and_no_signal_handler(run: Run) -> None:
+    running = run(obedient, 3, kind=InspectingService)
     running.serve()
     assert {tuple(map(str, event[3:])) for event in running.all("run")} == {
         ("[]", "[True, True]", "[]", "-1")
@@ -942,7 +922,7 @@ def test_child_inherits_no_descriptor_and_no_signal_handler(
 def test_bug_in_a_process_does_not_return_into_the_supervisor(
     run: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def script(number: int, channel: Channel, lifeline: int) -> int:
+    def script(child: Child) -> int:
         raise SystemExit("bug")
 
     running = run(script)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import PATIENT_CLIENT, ROOT, eventually
-from tests.server.process import ServerProcess
+from tests.server.process import ServerProcess, home_with
 from zcproto import connect
 from zcproto.auth import UserFile
 from zcproto.errors import ConfigError
@@ -74,23 +73,49 @@ BLOCKED_LIFESPAN = FAILING.replace(
 
 
 @pytest.fixture
-def key(tmp_path: Path, certs: Path) -> str:
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    (home / "config.toml").write_text(CONFIG)
+def placed(home: Path, key: str) -> Path:
+    """Return a home with a user, and an application that returns which supervisor answers."""
     (home / "placed.py").write_text(PLACE)
-    return UserFile(home / "users.toml").add("ada")
+    return home
 
 
-@pytest.fixture
-def server(tmp_path: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path / "home", certs, "--workers", "2", app="placed:app") as server:
+@contextlib.contextmanager
+def running(home: Path, certs: Path) -> Iterator[ServerProcess]:
+    """Run a server, and end its successors with it."""
+    with ServerProcess(home, certs, "--workers", "2", app="placed:app") as server:
         try:
             yield server
         finally:
             for line in server.events("upgrade.started"):
                 end(line["pid"])
+
+
+@pytest.fixture
+def server(placed: Path, certs: Path) -> Iterator[ServerProcess]:
+    with running(placed, certs) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[tuple[ServerProcess, str]]:
+    """Return a server whose upgrades all fail, and the key of ada."""
+    home = home_with(tmp_path_factory.mktemp("rolled_back"), certs, CONFIG)
+    key = UserFile(home / "users.toml").add("ada")
+    (home / "placed.py").write_text(PLACE)
+    with running(home, certs) as server:
+        yield server, key
+
+
+@pytest.fixture
+def serves_on(rolled_back: tuple[ServerProcess, str]) -> Iterator[ServerProcess]:
+    """Return that server, which has to serve old and new sessions after the test."""
+    server, key = rolled_back
+    token, _ = call(server, key, None)
+    yield server
+    assert call(server, key, token) == (token, server.process.pid)
+    assert call(server, key, None)[1] == server.process.pid
+    for name in ("control.sock", "workers.sock"):
+        assert (server.home / name).is_socket()
 
 
 def end(pid: int) -> None:
@@ -161,55 +186,51 @@ def test_upgrade_is_rolled_back_if_the_new_application_fails(server: ServerProce
     assert (code, output) == (0, f"the new server serves, with process id {pid}\n")
 
 
-@pytest.mark.parametrize("by_signal", [True, False])
-def test_single_process_refuses_an_upgrade_and_serves_on(
-    tmp_path: Path, certs: Path, key: str, by_signal: bool
-) -> None:
-    with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
-        if by_signal:
-            server.signal(signal.SIGUSR2)
-            eventually(lambda: bool(server.events("upgrade.failed")))
-        else:
-            code, output = upgrade(server)
-            assert code == 1
-            assert "one process cannot be replaced; restart it instead" in output
+def test_single_process_refuses_an_upgrade_and_serves_on(placed: Path, certs: Path, key: str) -> None:
+    with ServerProcess(placed, certs, app="placed:app") as server:
+        server.signal(signal.SIGUSR2)
+        eventually(lambda: bool(server.events("upgrade.failed")))
+        code, output = upgrade(server)
+        assert code == 1
+        assert "one process cannot be replaced; restart it instead" in output
         assert call(server, key, None)[1] == os.getpid()
 
 
-def test_upgrade_is_rolled_back_if_a_lifespan_fails(server: ServerProcess, key: str) -> None:
-    token, _ = call(server, key, None)
-    (server.home / "placed.py").write_text(FAILING)
-    code, output = upgrade(server)
+def test_upgrade_is_rolled_back_if_a_lifespan_fails(serves_on: ServerProcess) -> None:
+    (serves_on.home / "placed.py").write_text(FAILING)
+    code, output = upgrade(serves_on)
     assert code == 1
     assert "the new one has failed: the lifespan of the application did not start: it raised" in output
-    assert call(server, key, token) == (token, server.process.pid)
-    assert (server.home / "control.sock").is_socket()
-    assert (server.home / "workers.sock").is_socket()
 
 
-def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
-    server: ServerProcess, key: str
-) -> None:
-    token, _ = call(server, key, None)
-    (server.home / "config.toml").write_text(CONFIG.replace('"59m"', '"1s"'))
-    server.signal(signal.SIGHUP)
-    eventually(lambda: len(server.events("config.reloaded")) == 3)  # the supervisor's is before the workers'
-    (server.home / "placed.py").write_text(HANGING)
-    code, output = upgrade(server)
+def test_upgrade_is_rolled_back_if_the_successor_is_killed(serves_on: ServerProcess) -> None:
+    (serves_on.home / "placed.py").write_text(PLACE)
+    before = [len(serves_on.events(name)) for name in ("upgrade.started", "upgrade.failed")]
+    serves_on.signal(signal.SIGUSR2)
+    eventually(lambda: len(serves_on.events("upgrade.started")) > before[0])
+    os.kill(serves_on.events("upgrade.started")[-1]["pid"], signal.SIGKILL)
+    eventually(lambda: len(serves_on.events("upgrade.failed")) > before[1])
+
+
+def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(serves_on: ServerProcess) -> None:
+    (serves_on.home / "config.toml").write_text(CONFIG.replace('"59m"', '"1s"'))
+    serves_on.signal(signal.SIGHUP)
+    # the supervisor's is before the workers'
+    eventually(lambda: len(serves_on.events("config.reloaded")) == 3)
+    (serves_on.home / "placed.py").write_text(HANGING)
+    code, output = upgrade(serves_on)
     assert code == 1, output
     reason = "it did not serve within 1 s (server.upgrade_timeout)"
     assert f"the old server serves on; the new one has failed: {reason}" in output
-    (slow,) = server.events("upgrade.slow")
+    (slow,) = serves_on.events("upgrade.slow")
     assert slow["seconds"] == 1.0
     eventually(lambda: not is_running(slow["pid"]))
-    assert call(server, key, token) == (token, server.process.pid)
-    assert call(server, key, None)[1] == server.process.pid
 
 
-def test_upgrade_to_one_worker_names_the_setting(tmp_path: Path, certs: Path, key: str) -> None:
-    config = tmp_path / "home" / "config.toml"
+def test_upgrade_to_one_worker_names_the_setting(placed: Path, certs: Path, key: str) -> None:
+    config = placed / "config.toml"
     config.write_text(CONFIG + "workers = 2\n")
-    with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
+    with ServerProcess(placed, certs, app="placed:app") as server:
         config.write_text(CONFIG + "workers = 1\n")
         code, output = upgrade(server)
         assert code == 1
@@ -217,16 +238,6 @@ def test_upgrade_to_one_worker_names_the_setting(tmp_path: Path, certs: Path, ke
             "the new one has failed: server.workers = 1: one process cannot take over from several" in output
         )
         assert call(server, key, None)[1] == server.process.pid
-
-
-def test_upgrade_is_rolled_back_if_the_successor_is_killed(server: ServerProcess, key: str) -> None:
-    token, _ = call(server, key, None)
-    server.signal(signal.SIGUSR2)
-    eventually(lambda: bool(server.events("upgrade.started")))
-    os.kill(server.events("upgrade.started")[0]["pid"], signal.SIGKILL)
-    eventually(lambda: bool(server.events("upgrade.failed")))
-    assert call(server, key, token) == (token, server.process.pid)
-    assert call(server, key, None)[1] == server.process.pid
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,17 @@ class BackgroundTasks:
         return task
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run something to its end, even if the caller is cancelled, and return its result."""
-        task = self.spawn(work)
+        """Run something to its end, even if the caller is cancelled. Return and raise as `result` does."""
+        return await self.result(self.spawn(work))
+
+    async def result(self, task: asyncio.Task[T]) -> T:
+        """Return the result of a task, which goes on if the caller is cancelled.
+
+        Raises Unavailable if `stop` cancelled the task: its caller was not cancelled, and may try another server.
+        """
         await asyncio.wait([task])
+        if task.cancelled():
+            raise Unavailable("the server stopped before the session store answered; try again")
         return task.result()
 
     def run_in_background(self, work: Coroutine[Any, Any, object]) -> None:

@@ -243,13 +243,12 @@ class StoredSessionService(SessionService):
         self._opening_of[user] += 1
         creating.add_done_callback(self._created)
         try:
-            await asyncio.wait([creating])
+            await self.sync.tasks.result(creating)
         except asyncio.CancelledError:
             self.sync.tasks.run_in_background(self._abandon(creating, record))
             raise
         finally:
             self.sync.leases.unjoined.discard(record.id)  # the caller joins it before it waits again
-        creating.result()
         opened = registry.opened_session(record.id, token, refresh_token)
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
@@ -282,7 +281,10 @@ class StoredSessionService(SessionService):
                 changes.apply(await changes.fetch(self._store.get, record.id))
             else:
                 self._registry.restore(record, make_room=self.is_shared)
-        except (StoreUnavailable, asyncio.CancelledError) as error:  # cancelled: the server stops
+        except asyncio.CancelledError:  # the server stops
+            self.sync.revoker.add_orphan(record.id)
+            raise
+        except StoreUnavailable as error:
             self.sync.revoker.add_orphan(record.id)
             raise self.sync.breaker.unavailable(error) from error
 
@@ -335,8 +337,7 @@ class StoredSessionService(SessionService):
             made = rotation, token, new_refresh_token
         task = self._refreshing[session_id] = self.sync.tasks.spawn(self._rotate(refresh_token, user, *made))
         task.add_done_callback(lambda _: self._refreshing.pop(session_id))
-        await asyncio.wait([task])
-        opened = task.result()
+        opened = await self.sync.tasks.result(task)
         if registry.record(session_id) is None and registry.ended(session_id) is None:  # forgotten meanwhile
             changes = self.sync.changes
             changes.apply(await self._ask(changes.fetch(self._store.get, session_id)))
@@ -545,8 +546,7 @@ class StoredSessionService(SessionService):
             self._check_rate(network, now)
             finding = self._finding[digest] = self.sync.tasks.spawn(self._find(digest, network))
             finding.add_done_callback(lambda _: self._finding.pop(digest))
-        await asyncio.wait([finding])
-        finding.result()
+        await self.sync.tasks.result(finding)
 
     async def _find(self, digest: bytes, network: str) -> None:
         self.lookups += 1

@@ -51,6 +51,7 @@ from typing import Any, Final, cast
 
 import msgpack
 
+from zcproto.common.backoff import HALF, backoff_s
 from zcproto.common.deadlines import next_multiple
 from zcproto.common.network import address_of
 from zcproto.common.process import queued_seconds
@@ -605,7 +606,7 @@ class LinkClient:
         self._task: asyncio.Task[None] | None = None
         self._is_up = asyncio.Event()
         self._has_ended = asyncio.Event()
-        self._pause = 0.0
+        self._failures = 0
         self._up_at = 0.0
         self.link: Link | None = None
         self.reason = "it is not connected yet"
@@ -662,9 +663,10 @@ class LinkClient:
                     await self._has_ended.wait()
                 finally:
                     link.lose("closed")
-            pause = self._pause * (1 + self._random()) / 2
-            self._pause = min(max(2 * self._pause, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-            await asyncio.sleep(pause)
+            if self._failures:
+                pause = backoff_s(self._failures, FIRST_PAUSE_S, LONGEST_PAUSE_S, HALF, self._random())
+                await asyncio.sleep(pause)
+            self._failures += 1
 
     def _protocol(self) -> Link:
         return Link(
@@ -686,7 +688,7 @@ class LinkClient:
     def _lost(self, link: Link) -> None:
         was_up, self.link, self.reason = self.link is link, None, link.lost
         if was_up and asyncio.get_running_loop().time() - self._up_at >= LASTING_S:
-            self._pause = 0.0
+            self._failures = 0
         self._is_up.clear()
         self._has_ended.set()
         if was_up:

@@ -13,7 +13,7 @@ from tests.helpers import FakeClock
 from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FaultyStore
-from tests.stores.service.harness import FaultyStoreView, SessionProcess, StartProcess
+from tests.stores.service.harness import FaultyStoreView, Log, SessionProcess, StartProcess
 from zcproto.config.model import LogConfig
 from zcproto.observe import log as log_module
 from zcproto.observe.output import StandardError
@@ -35,9 +35,9 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     """Return the lines that are logged."""
-    lines: list[dict[str, Any]] = []
+    lines = Log()
 
     class FakeOutput(StandardError):
         def write(self, line: str) -> int:

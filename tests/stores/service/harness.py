@@ -17,6 +17,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import CallError, Code, Unavailable
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
+from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.operations import UPKEEP
 from zcproto.stores.pending import PendingRevocations
@@ -106,6 +107,18 @@ class SessionProcess:
         """A connection uses this session."""
         self.used.add(opened.session.id)
 
+    async def join(self, *sessions: OpenedSession) -> None:
+        """Use sessions of another process: this one finds them in the store."""
+        for opened in sessions:
+            await self.find(opened.token)
+            self.use(opened)
+
+    def stored(self, opened: OpenedSession) -> SessionRecord:
+        """Return a session as the store has it."""
+        record = self.store.registry.record(raw(opened))
+        assert record is not None
+        return record
+
     # --- time --------------------------------------------------------------------------------------
 
     async def advance(self, seconds: float) -> None:
@@ -140,8 +153,16 @@ class SessionProcess:
         return self.sync.health.state
 
 
-def events(log: list[dict[str, Any]]) -> list[str]:
-    return [line["event"] for line in log]
+class Log(list[dict[str, Any]]):
+    """The lines that were logged."""
+
+    @property
+    def events(self) -> list[str]:
+        return [line["event"] for line in self]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """Return the lines of an event."""
+        return [line for line in self if line["event"] == event]
 
 
 StartProcess = Callable[..., Awaitable[SessionProcess]]

@@ -40,9 +40,7 @@ async def test_session_in_use_ended_by_another_process_ends_here(
     one: SessionProcess, other: SessionProcess, memory: bool
 ) -> None:
     opened, kept = await one.open(), await one.open()
-    for each in (opened, kept):
-        await other.find(each.token)
-        other.use(each)
+    await other.join(opened, kept)
     await one.revoke(opened)
     if not memory:
         other.store.lose_all()
@@ -62,8 +60,7 @@ async def test_session_in_use_replaced_by_another_process_ends_here(start_proces
     one = await start_process(shared=True, per_user=1, when_full="evict_oldest")
     other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     await one.open()
     other.store.report_change(raw(opened))
     await other.settle()
@@ -94,8 +91,7 @@ async def test_refresh_by_another_process_is_reported_to_those_that_use_the_sess
     one: SessionProcess, other: SessionProcess
 ) -> None:
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     seen: dict[str, list[tuple[str, bytes]]] = {"one": [], "other": []}
     for name, process in (("one", one), ("other", other)):
         process.registry.rotation_observers.append(lambda *rotation, name=name: seen[name].append(rotation))
@@ -111,8 +107,7 @@ async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
     one: SessionProcess, other: SessionProcess
 ) -> None:
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     again = await one.refresh(opened)
     other.store.report_change(raw(opened))
     await other.settle()
@@ -124,13 +119,11 @@ async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
 @pytest.mark.parametrize("mode", [FAILS, BUSY])
 async def test_failed_check_is_repeated(one: SessionProcess, other: SessionProcess, mode: str) -> None:
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     await one.revoke(opened)
     other.store.modes["get"] = mode
     other.store.report_change(raw(opened))
-    while "get" not in other.store.calls:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await other.store.called("get")
     other.store.modes.clear()
     await other.settle()
     assert not other.is_valid(opened)
@@ -139,8 +132,7 @@ async def test_failed_check_is_repeated(one: SessionProcess, other: SessionProce
 async def test_one_check_of_changes_runs_at_a_time(one: SessionProcess, other: SessionProcess) -> None:
     opened = [await one.open() for _ in range(3)]
     for each in opened:
-        await other.find(each.token)
-        other.use(each)
+        await other.join(each)
         await one.revoke(each)
     other.store.calls.clear()
     other.store.gate = asyncio.Event()

@@ -16,7 +16,7 @@ from tests.stores.service.harness import (
 )
 from zcproto.errors import Code
 from zcproto.sessions.health import HealthState
-from zcproto.stores.revoker import REPEATS_S
+from zcproto.stores.revoker import AFTER_GAP_S, REPEATS_S
 
 
 @pytest.mark.parametrize("outage", [False, True])
@@ -59,9 +59,7 @@ async def test_revocation_is_repeated_after_another_process_restored_the_session
     one: SessionProcess, other: SessionProcess
 ) -> None:
     before, meanwhile, of_user = await one.open(), await one.open(), await one.open("bob")
-    for each in (before, meanwhile, of_user):
-        await other.find(each.token)
-        other.use(each)
+    await other.join(before, meanwhile, of_user)
     await one.revoke(before)  # unnoticed by the other
     await one.outage()
     await one.revoke(meanwhile)
@@ -86,8 +84,7 @@ async def test_revocations_are_repeated_for_late_restorations(
 ) -> None:
     opened = [await one.open(), await one.open("bob"), await one.open("bob")]
     for each in opened:
-        await other.find(each.token)
-        other.use(each)
+        await other.join(each)
     await one.outage()
     await one.revoke(opened[0])
     await one.sessions.revoke_user("bob", "all")
@@ -124,8 +121,7 @@ async def test_process_started_after_the_loss_repeats_unknown_revocations(
     one: SessionProcess, other: SessionProcess, of_user: bool
 ) -> None:
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     await one.outage()
     await (one.sessions.revoke_user("ada", "all") if of_user else one.revoke(opened))
     one.store.lose_all()
@@ -146,6 +142,25 @@ async def restore_later(one: SessionProcess, other: SessionProcess) -> None:
     await other.settle()
     assert one.store.registry.kept == 1
     await one.advance(10.0)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_replayed_revocation_is_repeated_only_if_the_store_lacks_the_session(
+    one: SessionProcess, other: SessionProcess, is_lost: bool
+) -> None:
+    await other.advance(REPEATS_S[-1])  # nothing is repeated because of the start any more
+    opened = await one.open()
+    await other.find(opened.token)
+    await other.outage()
+    await other.revoke(opened)
+    if is_lost:  # another process may restore it
+        one.store.roll_back([])
+        other.store.use_data_of(one.store)
+    await other.recover()
+    await other.advance(2 * AFTER_GAP_S[-1])  # after a gap, all recent revocations are repeated
+    other.store.calls.clear()
+    await other.advance(REPEATS_S[-1])
+    assert ("end" in other.store.calls) is is_lost
 
 
 @pytest.mark.parametrize("has_started_since", [False, True])

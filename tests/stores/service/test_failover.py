@@ -145,8 +145,7 @@ async def answer_after_gap(
     """Complete a call after a failover. In a cluster an operation may still wait for another server then."""
     process.store.late[operation] = asyncio.Event()
     calling = asyncio.create_task(work)
-    while operation not in process.store.calls:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await process.store.called(operation)
     process.store.roll_back(records)
     process.store.report_all_changed()
     await run_turns()
@@ -249,8 +248,7 @@ async def test_revoking_a_session_remembered_as_ended_asks_the_store(
 
 async def test_rotation_lost_by_failover_is_repeated(one: SessionProcess, other: SessionProcess) -> None:
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     records = one.store.records
     again = await one.refresh(opened)
     await fail_over(records, one, other)
@@ -303,8 +301,7 @@ async def test_session_in_use_awaits_the_rotation_that_another_process_repeats(
     opened = await one.open()
     records = one.store.records
     newest = await one.refresh(opened)
-    await other.find(newest.token)
-    other.use(newest)
+    await other.join(newest)
     if rotates_too:
         other.clock.advance(1.0)
         newest = await other.refresh(newest)
@@ -319,8 +316,7 @@ async def test_session_in_use_awaits_the_rotation_that_another_process_repeats(
 
 async def test_session_that_has_ended_is_not_disputed(one: SessionProcess, other: SessionProcess) -> None:
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     one.store.roll_back(one.store.records)
     other.store.use_data_of(one.store)
     other.registry.end(raw(opened), Code.TOKEN_REVOKED, EndReason.CLOSED, other.clock.wall())
@@ -349,8 +345,7 @@ async def test_session_whose_lost_rotation_is_unknown_is_ended(
     records = one.store.records
     again = await one.refresh(opened)
     await other.find(again.token)
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     await fail_over(records, other)  # the process that made the rotation has died
     for _ in AFTER_GAP_S:
         assert await is_accepted(other, again)  # until then it might have repeated the rotation

@@ -9,7 +9,7 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.stores.faulty import FAILS, WORKS
-from tests.stores.service.harness import FaultyStoreView, SessionProcess, StartProcess, raw, refused
+from tests.stores.service.harness import FaultyStoreView, Log, SessionProcess, StartProcess, raw, refused
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.sessions import OpenedSession
 from zcproto.stores.leases import BATCH, LEASE_S, MAX_CHANGED, RENEW_S
@@ -69,25 +69,6 @@ async def test_login_at_the_limit_ends_the_oldest_disconnected_session(start_pro
     ]
     assert process.check(second.token) is Code.TOKEN_EXPIRED
     assert all(process.is_valid(each) for each in (first, third, new))
-
-
-async def test_login_is_refused_while_all_sessions_are_in_use(start_process: StartProcess) -> None:
-    process = await start_process(per_user=2)
-    sessions = [connect(process, await process.open()) for _ in range(2)]
-    error = await refused(process.open(), ResourceExhausted)
-    assert ALL_IN_USE in error.message
-    assert error.details == {"limit": 2}
-    assert all(process.is_valid(each) for each in sessions)
-
-
-async def test_refresh_of_an_evicted_session_is_refused_like_an_expired_one(
-    start_process: StartProcess,
-) -> None:
-    process = await start_process(per_user=1)
-    evicted = await process.open()
-    await process.open()
-    with pytest.raises(Exception, match="the session has expired; open a new one"):
-        await process.refresh(evicted)
 
 
 async def test_racing_logins_neither_exceed_the_limit_nor_end_each_others_sessions(
@@ -166,7 +147,7 @@ async def test_own_changes_are_written_before_a_session_is_chosen(start_process:
 
 
 async def test_sessions_of_a_crashed_process_make_room_when_their_leases_have_expired(
-    start_process: StartProcess, log: list[dict[str, Any]]
+    start_process: StartProcess, log: Log
 ) -> None:
     one, other = await two_processes(start_process, per_user=1)
     crashed = connect(one, await one.open())
@@ -174,7 +155,7 @@ async def test_sessions_of_a_crashed_process_make_room_when_their_leases_have_ex
     await refused(other.open(), ResourceExhausted)
     await advance(1.0, other)
     await other.open()
-    (evicted,) = [line for line in log if line["event"] == "session.evicted"]
+    (evicted,) = log.of("session.evicted")
     assert evicted["session"] == crashed.session.id
 
 

@@ -10,14 +10,7 @@ import pytest
 
 from tests.limits import TIMEOUT
 from tests.stores.faulty import FAILS
-from tests.stores.service.harness import (
-    FaultyStoreView,
-    SessionProcess,
-    StartProcess,
-    events,
-    raw,
-    refused,
-)
+from tests.stores.service.harness import FaultyStoreView, Log, SessionProcess, StartProcess, raw, refused
 from tests.stores.valkey.server_process import until
 from zcproto.errors import Code, ResourceExhausted, TokenRevoked
 from zcproto.sessions import EndReason, OpenedSession, Session
@@ -89,7 +82,7 @@ async def loading(start_loading: StartLoading) -> Loading:
     return await start_loading()
 
 
-async def test_server_works_before_the_store_is_loaded(loading: Loading, log: list[dict[str, Any]]) -> None:
+async def test_server_works_before_the_store_is_loaded(loading: Loading, log: Log) -> None:
     process = loading.process
     assert len(process.registry) == FIRST
     assert process.sessions.looks_up
@@ -105,7 +98,7 @@ async def test_server_works_before_the_store_is_loaded(loading: Loading, log: li
     lookups = process.sessions.lookups
     await process.sessions.look_up(b"y" * 32, "192.0.2.1", Code.UNAUTHENTICATED)
     assert process.sessions.lookups == lookups
-    assert "sessions.loaded" in events(log)
+    assert "sessions.loaded" in log.events
 
 
 async def test_sessions_that_are_not_loaded_are_listed_and_refreshed(loading: Loading) -> None:
@@ -124,7 +117,7 @@ async def test_sessions_that_are_not_loaded_are_listed_and_refreshed(loading: Lo
 
 @pytest.mark.parametrize("by", ["id", "user", "key", "all", "reuse"])
 async def test_session_that_was_revoked_while_it_was_loaded_stays_revoked(
-    start_loading: StartLoading, by: str, log: list[dict[str, Any]]
+    start_loading: StartLoading, by: str, log: Log
 ) -> None:
     loading = await start_loading()
     process, opened = loading.process, loading.opened[-1]
@@ -147,7 +140,7 @@ async def test_session_that_was_revoked_while_it_was_loaded_stays_revoked(
     await process.settle()
     assert await process.find(opened.token) is Code.TOKEN_REVOKED
     assert len(process.registry) == (0 if by == "all" else USERS - 1)
-    assert "sessions.left_out" not in events(log)
+    assert "sessions.left_out" not in log.events
 
 
 async def test_session_that_is_loaded_while_all_are_revoked_is_revoked(loading: Loading) -> None:
@@ -187,7 +180,7 @@ async def test_sessions_that_are_not_loaded_count_for_the_limit_of_all(start_loa
 
 
 async def test_load_begins_again_after_an_outage(
-    loading: Loading, monkeypatch: pytest.MonkeyPatch, log: list[dict[str, Any]]
+    loading: Loading, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     monkeypatch.setattr(sync_module, "RETRY_PAUSE_S", 0.001)
     process = loading.process
@@ -198,17 +191,22 @@ async def test_load_begins_again_after_an_outage(
     await process.recover()
     await until(lambda: loading.is_over)
     assert (loading.loads, len(process.registry)) == (2, USERS)
-    assert [line["sessions"] for line in log if line["event"] == "sessions.loaded"] == [USERS]
+    assert [line["sessions"] for line in log.of("sessions.loaded")] == [USERS]
 
 
-async def test_fault_during_the_load_leaves_the_rest_to_look_ups(
-    loading: Loading, log: list[dict[str, Any]]
-) -> None:
+async def test_outage_before_the_next_batch_does_not_begin_the_load_again(loading: Loading) -> None:
+    await loading.process.outage()
+    await loading.process.recover()
+    await loading.end()
+    assert (loading.loads, len(loading.process.registry)) == (1, USERS)
+
+
+async def test_fault_during_the_load_leaves_the_rest_to_look_ups(loading: Loading, log: Log) -> None:
     process, opened = loading.process, loading.opened[-1]
     loading.error = ValueError("a fault")
     loading.gate.set()
     async with asyncio.timeout(TIMEOUT):
-        while "store.task_failed" not in events(log):  # noqa: ASYNC110
+        while "store.task_failed" not in log.events:  # noqa: ASYNC110
             await asyncio.sleep(0)
     found = await process.find(opened.token)
     assert isinstance(found, Session)

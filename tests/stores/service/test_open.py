@@ -32,8 +32,7 @@ async def test_opened_session_is_in_the_store_and_in_the_registry(
     process = await start_process(shared=is_shared)
     opened = await process.open(key="device:phone", roles=OPERATORS)
     assert process.is_valid(opened)
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record == process.registry.record(raw(opened))
     assert (record.user, record.client, record.address, record.key) == (
         "ada",

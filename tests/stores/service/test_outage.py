@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from tests.stores.faulty import DAMAGED, FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY, WORKS
-from tests.stores.service.harness import GRACE, HOUR_MS, SessionProcess, StartProcess, events, refused
+from tests.stores.service.harness import GRACE, HOUR_MS, Log, SessionProcess, StartProcess, refused
 from zcproto.errors import Code, ConfigError, Unavailable
-from zcproto.sessions import EndReason
+from zcproto.sessions import EndReason, OpenedSession
 from zcproto.sessions.health import FAILURES, FIRST_DELAY_S, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 from zcproto.stores.base import Change, ChangeKind
@@ -20,7 +21,7 @@ from zcproto.stores.sync import HOLD_S
 @pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY])
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_outage_keeps_known_sessions_and_refuses_other_operations(
-    start_process: StartProcess, log: list[dict[str, Any]], mode: str, is_shared: bool
+    start_process: StartProcess, log: Log, mode: str, is_shared: bool
 ) -> None:
     process = await start_process(shared=is_shared)
     known = [await process.open() for _ in range(3)]
@@ -42,7 +43,7 @@ async def test_outage_keeps_known_sessions_and_refuses_other_operations(
     assert process.is_valid(await process.refresh(known[0]))
     assert all(process.is_valid(each) for each in known[1:])
     assert process.ended == []
-    names = [event for event in events(log) if event.startswith("store.")]
+    names = [event for event in log.events if event.startswith("store.")]
     slow = ["store.slow"] if mode in (HANGS, HANGS_AFTER) else []
     assert names == [*slow, "store.degraded", "store.recovered"]
     # Orphaned sessions are ended, and do not count against the limit.
@@ -59,9 +60,7 @@ async def test_hung_store_costs_one_timeout(process: SessionProcess) -> None:
     assert process.sync.health.outages == 1
 
 
-async def test_tokens_are_refused_after_the_grace_until_recovery(
-    process: SessionProcess, log: list[dict[str, Any]]
-) -> None:
+async def test_tokens_are_refused_after_the_grace_until_recovery(process: SessionProcess, log: Log) -> None:
     opened = await process.open()
     await process.outage()
     await process.advance(GRACE - 1)
@@ -73,7 +72,7 @@ async def test_tokens_are_refused_after_the_grace_until_recovery(
     assert process.sessions.statistics()["refusing"]
     await process.recover()
     assert process.is_valid(opened)
-    names = [event for event in events(log) if event.startswith("store.")]
+    names = [event for event in log.events if event.startswith("store.")]
     assert names == ["store.degraded", "store.grace_over", "store.recovered"]
 
 
@@ -107,7 +106,7 @@ async def test_lost_connection_begins_an_outage_without_an_operation(
 
 
 async def test_store_away_by_order_is_an_outage_without_an_alert(
-    start_process: StartProcess, log: list[dict[str, Any]]
+    start_process: StartProcess, log: Log
 ) -> None:
     process = await start_process(shared=True, grace=0.0)
     opened = await process.open()
@@ -125,7 +124,7 @@ async def test_store_away_by_order_is_an_outage_without_an_alert(
         if has_alert:
             await process.recover()
         assert process.is_valid(opened)
-        found = [event for event in events(log) if event.startswith("store.")]
+        found = [event for event in log.events if event.startswith("store.")]
         expected = ["store.degraded", "store.grace_over", "store.recovered"] if has_alert else ["store.moved"]
         assert found == expected
 
@@ -176,27 +175,43 @@ async def test_cleanup_of_one_process_of_many_leaves_the_store_to_another(proces
     assert "expire" not in process.store.calls
 
 
-async def test_stop_during_an_outage_does_not_hang(
-    process: SessionProcess, log: list[dict[str, Any]]
-) -> None:
+async def test_stop_during_an_outage_does_not_hang(process: SessionProcess, log: Log) -> None:
     await process.open()
     process.store.mode = HANGS
     opening = asyncio.ensure_future(process.open())
     await asyncio.sleep(0)
     await process.sync.stop()
     await refused(opening)
-    assert "store.uses_not_written" in events(log)
+    assert "store.uses_not_written" in log.events
 
 
-async def test_login_cancelled_by_the_stop_is_unavailable(
-    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [
+        ("create", lambda process, opened: process.open()),
+        ("rotate", lambda process, opened: process.refresh(opened)),
+        ("find", lambda process, opened: process.find(b"x" * 32)),
+        ("end", lambda process, opened: process.revoke(opened)),
+        ("end_user", lambda process, opened: process.sessions.revoke_user("ada", "all")),
+        ("end_all", lambda process, opened: process.sessions.revoke_all("all")),
+    ],
+)
+async def test_operation_cancelled_by_the_stop_is_unavailable(
+    shared_process: SessionProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    call: Callable[[SessionProcess, OpenedSession], Coroutine[Any, Any, Any]],
 ) -> None:
+    process = shared_process
     monkeypatch.setattr(process.store, "keeps_time", True)  # no timeout of ours ends the operation first
-    process.store.modes["create"] = HANGS
-    opening = asyncio.ensure_future(process.open())
-    await asyncio.sleep(0)
+    opened = await process.open()
+    process.store.calls.clear()
+    process.store.modes[operation] = HANGS
+    calling = asyncio.ensure_future(call(process, opened))
+    await process.store.called(operation)
+    process.sync.breaker.timeout = 0.0
     await process.sync.stop()
-    await refused(opening)
+    assert "the server stopped" in (await refused(calling)).message
 
 
 async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
@@ -211,7 +226,7 @@ async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
 
 
 async def test_probe_that_raises_is_logged_and_repeated(
-    process: SessionProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    process: SessionProcess, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await process.outage()
 
@@ -222,19 +237,19 @@ async def test_probe_that_raises_is_logged_and_repeated(
         patch.setattr(process.store, "ping", ping)
         await process.advance(MAX_DELAY_S)
         assert process.state is HealthState.DEGRADED
-        assert "store.probe_failed" in events(log)
+        assert "store.probe_failed" in log.events
     await process.recover()
 
 
 async def test_exception_in_a_background_task_is_logged(
-    process: SessionProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    process: SessionProcess, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def wrong() -> None:
         raise ValueError("a bug")
 
     process.sync.tasks.run_in_background(wrong())
     await process.settle()
-    assert "store.task_failed" in events(log)
+    assert "store.task_failed" in log.events
 
 
 async def test_damaged_record_fails_the_call_without_an_outage(shared_process: SessionProcess) -> None:
@@ -254,21 +269,19 @@ async def test_damaged_record_fails_the_call_without_an_outage(shared_process: S
 
 
 async def test_revocation_that_meets_a_damaged_record_is_refused_and_reported(
-    shared_process: SessionProcess, log: list[dict[str, Any]]
+    shared_process: SessionProcess, log: Log
 ) -> None:
     process = shared_process
     opened = await process.open("ada")
     process.store.modes["end_user"] = DAMAGED
     await refused(process.sessions.revoke_user("ada", EndReason.BY_USER))
     assert not process.is_valid(opened)
-    assert "revocations.not_kept" in events(log)
+    assert "revocations.not_kept" in log.events
     assert process.state is HealthState.HEALTHY
     assert len(process.pending) == 0
 
 
-async def test_damaged_record_does_not_prolong_an_outage(
-    shared_process: SessionProcess, log: list[dict[str, Any]]
-) -> None:
+async def test_damaged_record_does_not_prolong_an_outage(shared_process: SessionProcess, log: Log) -> None:
     process = shared_process
     await process.open("ada")
     await process.outage()
@@ -276,7 +289,7 @@ async def test_damaged_record_does_not_prolong_an_outage(
     process.store.mode, process.store.modes["list"] = WORKS, DAMAGED
     await process.advance(MAX_DELAY_S)
     assert process.state is HealthState.HEALTHY
-    assert "revocations.not_kept" in events(log)
+    assert "revocations.not_kept" in log.events
     assert len(process.pending) == 0
 
 

@@ -14,9 +14,9 @@ from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONL
 from tests.stores.service.harness import (
     HOUR_MS,
     FaultyStoreView,
+    Log,
     SessionProcess,
     StartProcess,
-    events,
     raw,
     refused,
 )
@@ -158,9 +158,7 @@ async def test_session_changed_while_it_is_checked_is_checked_again(
     one: SessionProcess, other: SessionProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = await one.open(), await one.open()
-    for each in (first, second):
-        await other.find(each.token)
-        other.use(each)
+    await other.join(first, second)
     get, held = other.store.get, asyncio.Event()
 
     async def slow(id: bytes) -> SessionRecord | EndedRecord | None:
@@ -192,7 +190,7 @@ async def test_revocation_after_the_clock_was_set_back_ends_all_sessions(process
 
 
 async def test_revocation_that_cannot_be_stored_raises_unavailable(
-    start_process: StartProcess, log: list[dict[str, Any]]
+    start_process: StartProcess, log: Log
 ) -> None:
     process = await start_process(pending_limit=1)
     first, second = await process.open(), await process.open()
@@ -200,7 +198,7 @@ async def test_revocation_that_cannot_be_stored_raises_unavailable(
     assert await process.revoke(first)
     await refused(process.revoke(second))
     assert not process.is_valid(second)  # it has ended here nevertheless
-    assert "revocations.not_kept" in events(log)
+    assert "revocations.not_kept" in log.events
     await process.recover()
     assert not process.is_valid(second)
     assert process.store.registry.kept == 0
@@ -237,7 +235,7 @@ async def test_repeated_revocation_succeeds_after_the_first_failed(
 
 
 async def test_replayed_revocation_that_cannot_be_removed_is_harmless(
-    process: SessionProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    process: SessionProcess, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = await process.open()
     await process.outage()
@@ -248,7 +246,7 @@ async def test_replayed_revocation_that_cannot_be_removed_is_harmless(
 
     monkeypatch.setattr(process.pending, "_submit", submit)
     await process.recover()
-    assert "revocations.not_removed" in events(log)
+    assert "revocations.not_removed" in log.events
     assert process.is_valid(await process.open())
 
 
@@ -313,9 +311,7 @@ async def test_user_cannot_revoke_sessions_of_others_by_an_outage(
     assert other.pending.unverified("eve") == 0
 
 
-async def test_user_who_revokes_unknown_sessions_in_an_outage_is_bounded(
-    start_process: StartProcess,
-) -> None:
+async def test_user_who_revokes_unknown_sessions_in_an_outage_is_bounded(start_process: StartProcess) -> None:
     one = await start_process(shared=True, per_user=3)
     other = await start_process(FaultyStoreView(one.store), per_user=2)
     found = [await one.open("ada") for _ in range(3)]

@@ -14,6 +14,7 @@ from tests.stores.service.harness import (
     CLIENT,
     DAY_MS,
     FaultyStoreView,
+    Log,
     SessionProcess,
     StartProcess,
     cancel_and_wait,
@@ -32,8 +33,7 @@ async def test_refresh_issues_a_new_pair_and_revokes_the_old_one(process: Sessio
     assert again.session.id == opened.session.id
     assert process.is_valid(again)
     assert process.check(opened.token) is Code.TOKEN_REVOKED
-    stored = process.store.registry.record(raw(opened))
-    assert stored is not None
+    stored = process.stored(opened)
     assert stored.token_digest == digest_of(again.token)
     assert process.ended == []
 
@@ -49,7 +49,7 @@ async def test_repeated_refresh_returns_the_same_pair_within_the_grace(process: 
 
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_reused_refresh_token_ends_the_session_and_is_reported(
-    start_process: StartProcess, log: list[dict[str, Any]], is_shared: bool
+    start_process: StartProcess, log: Log, is_shared: bool
 ) -> None:
     process = await start_process(shared=is_shared)
     opened = await process.open()
@@ -59,7 +59,7 @@ async def test_reused_refresh_token_ends_the_session_and_is_reported(
     assert process.check(again.token) is Code.TOKEN_REVOKED
     assert process.ended == [(opened.session.id, Code.TOKEN_REVOKED, "refresh token reused")]
     assert process.registry.refresh_reused == 1
-    (line,) = [line for line in log if line["event"] == "session.refresh_reused"]
+    (line,) = log.of("session.refresh_reused")
     assert (line["session"], line["user"], line["peer"]) == (opened.session.id, "ada", ADDRESS)
     await refused(process.refresh(again), TokenRevoked)
     assert process.store.registry.kept == 0
@@ -146,7 +146,7 @@ async def test_refresh_repeated_on_another_node_after_the_grace_ends_the_session
 
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_refresh_repeated_after_the_server_was_killed_returns_the_same_pair(
-    start_process: StartProcess, log: list[dict[str, Any]], is_shared: bool
+    start_process: StartProcess, log: Log, is_shared: bool
 ) -> None:
     killed = await start_process(shared=is_shared)
     opened = await killed.open()
@@ -224,6 +224,7 @@ async def test_refresh_of_a_cancelled_caller_is_finished_and_can_be_repeated(pro
     again = await process.refresh(opened)
     assert process.is_valid(again)
     assert process.store.calls.count("rotate") == 1
+    assert "get" not in process.store.calls  # nothing has changed meanwhile
 
 
 async def test_refresh_with_unknown_outcome_is_repeated_unchanged(process: SessionProcess) -> None:
@@ -248,8 +249,7 @@ async def test_repeated_refresh_from_another_address_succeeds(process: SessionPr
     process.store.modes.clear()
     again = await process.refresh(opened, address="203.0.113.9")
     assert process.is_valid(again)
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record.address == "203.0.113.9"
 
 

@@ -169,8 +169,7 @@ async def test_session_read_while_all_are_revoked_is_not_accepted(
     while name not in process.store.calls:  # noqa: ASYNC110
         await asyncio.sleep(0)
     revoking = asyncio.ensure_future(process.sessions.revoke_all("asked for"))
-    while "end_all" not in process.store.calls:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await process.store.called("end_all")
     for event, task in ((late[name], reading), (late["end_all"], revoking))[:: 1 if is_read_first else -1]:
         event.set()
         await asyncio.wait([task])

@@ -7,14 +7,7 @@ import asyncio
 import pytest
 
 from tests.stores.faulty import FAILS, HANGS, WORKS
-from tests.stores.service.harness import (
-    TIMEOUT,
-    FaultyStoreView,
-    SessionProcess,
-    StartProcess,
-    events,
-    raw,
-)
+from tests.stores.service.harness import TIMEOUT, FaultyStoreView, Log, SessionProcess, StartProcess, raw
 from tests.workers.hub_harness import until
 from zcproto.errors import Code
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
@@ -30,7 +23,7 @@ async def run_for(process: SessionProcess, seconds: float) -> None:
 
 @pytest.mark.parametrize("grace", [0.0, 300.0])
 async def test_session_revoked_during_a_stall_is_never_accepted(
-    one: SessionProcess, start_process: StartProcess, grace: float, log: list[dict[str, object]]
+    one: SessionProcess, start_process: StartProcess, grace: float, log: Log
 ) -> None:
     other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S, grace=grace)
     revoked, unused, kept = await one.open(), await one.open(), await one.open()
@@ -57,7 +50,7 @@ async def test_session_revoked_during_a_stall_is_never_accepted(
     assert other.is_valid(kept)
     assert await other.find(revoked.token) is Code.TOKEN_REVOKED
     assert await other.find(unused.token) is Code.TOKEN_REVOKED
-    assert events(log).count("store.stalled") == 1
+    assert log.events.count("store.stalled") == 1
     await run_for(other, 2.0)
     assert other.is_valid(kept)
     assert other.state is HealthState.HEALTHY
@@ -68,8 +61,7 @@ async def test_changes_are_applied_before_trust_returns(
 ) -> None:
     other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S)
     opened = await one.open()
-    await other.find(opened.token)
-    other.use(opened)
+    await other.join(opened)
     await one.revoke(opened)
     other.store.late["get"] = asyncio.Event()
     other.store.report_change(raw(opened))

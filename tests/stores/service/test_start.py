@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.stores.faulty import FAILS, HANGS
-from tests.stores.service.harness import TIMEOUT, StartProcess, raw, refused
+from tests.stores.service.harness import TIMEOUT, Log, StartProcess, raw, refused
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions import Session
 from zcproto.sessions.health import MAX_DELAY_S
@@ -18,24 +17,22 @@ from zcproto.stores import sync as sync_module
 from zcproto.stores.base import StoreUnavailable
 
 
-async def test_store_is_loaded_in_batches(start_process: StartProcess, log: list[dict[str, Any]]) -> None:
+async def test_store_is_loaded_in_batches(start_process: StartProcess, log: Log) -> None:
     one = await start_process()
     opened = [await one.open(f"user-{number}") for number in range(1_100)]
     other = await start_process(one.store)
     assert all(other.is_valid(each) for each in opened)
-    assert [line["sessions"] for line in log if line["event"] == "sessions.loaded"] == [0, 1_100]
+    assert [line["sessions"] for line in log.of("sessions.loaded")] == [0, 1_100]
     assert one.store.calls.count("load") == 2
 
 
-async def test_sessions_beyond_max_sessions_are_logged(
-    start_process: StartProcess, log: list[dict[str, Any]]
-) -> None:
+async def test_sessions_beyond_max_sessions_are_logged(start_process: StartProcess, log: Log) -> None:
     one = await start_process()
     for _ in range(3):
         await one.open()
     other = await start_process(one.store, max_sessions=2)
     assert other.registry.kept == 2
-    assert [line["sessions"] for line in log if line["event"] == "sessions.left_out"] == [1]
+    assert [line["sessions"] for line in log.of("sessions.left_out")] == [1]
 
 
 async def test_sessions_that_ended_before_the_start_are_remembered(
@@ -117,9 +114,9 @@ async def test_unreadable_pending_revocations_stop_the_start(
 
 
 async def test_damaged_pending_revocations_are_reported(
-    start_process: StartProcess, log: list[dict[str, Any]], tmp_path: Path
+    start_process: StartProcess, log: Log, tmp_path: Path
 ) -> None:
     (tmp_path / "revocations.pending").write_bytes(b"damage\n")
     await start_process()
-    (line,) = [line for line in log if line["event"] == "revocations.damaged"]
+    (line,) = log.of("revocations.damaged")
     assert line["copy"].endswith("revocations.pending.damaged-1")

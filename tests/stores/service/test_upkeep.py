@@ -16,9 +16,9 @@ from tests.stores.service.harness import (
     CLIENT,
     DAY_MS,
     HOUR_MS,
+    Log,
     SessionProcess,
     StartProcess,
-    events,
     raw,
 )
 from zcproto.errors import Code
@@ -72,8 +72,7 @@ async def test_last_uses_that_failed_are_written_later(process: SessionProcess) 
         await process.sync.write_uses()
     process.store.modes.clear()
     await process.sync.write_uses()
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record.last_used_at == process.clock.wall()
 
 
@@ -82,8 +81,7 @@ async def test_stop_writes_last_uses_and_closes_the_store(process: SessionProces
     process.clock.advance(60)
     assert process.is_valid(opened)
     await process.sync.stop()
-    record = process.store.registry.record(raw(opened))
-    assert record is not None
+    record = process.stored(opened)
     assert record.last_used_at == process.clock.wall()
     assert process.store.closed == 1
 
@@ -99,7 +97,7 @@ async def test_expired_sessions_are_removed_here_and_in_the_store(start_process:
 
 
 async def test_upkeep_continues_after_exceptions(
-    start_process: StartProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    start_process: StartProcess, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync_module, "TOUCH_INTERVAL_S", 0.001)
     process = await start_process()
@@ -120,7 +118,7 @@ async def test_upkeep_continues_after_exceptions(
         process.clock.advance(0.005)
         assert process.is_valid(opened)
         await asyncio.sleep(0.001)
-    (line,) = [line for line in log if line["event"] == "store.upkeep_failed"]
+    (line,) = log.of("store.upkeep_failed")
     assert line["what"] == "write_uses"
 
 
@@ -154,7 +152,7 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
 
 
 async def test_misconfigured_store_is_reported_at_the_start_and_when_it_is_mended(
-    start_process: StartProcess, log: list[dict[str, Any]]
+    start_process: StartProcess, log: Log
 ) -> None:
     process = await start_process(shared=True, starts=False)
     reported: list[tuple[str, Any]] = []
@@ -163,7 +161,7 @@ async def test_misconfigured_store_is_reported_at_the_start_and_when_it_is_mende
     await process.sync.start()
     await process.settle()
     assert process.sync.problems == ("appendonly is off", "the clocks differ")
-    assert events(log).count("store.misconfigured") == 1
+    assert log.events.count("store.misconfigured") == 1
     process.store.problems = []
     await process.sync.examine()
     await process.sync.examine()
@@ -185,7 +183,7 @@ async def test_store_is_examined_after_an_outage(start_process: StartProcess) ->
 
 
 async def test_flushed_store_ends_its_sessions_and_is_reported(
-    shared_process: SessionProcess, log: list[dict[str, Any]]
+    shared_process: SessionProcess, log: Log
 ) -> None:
     process = shared_process
     opened = await process.open()
@@ -194,5 +192,5 @@ async def test_flushed_store_ends_its_sessions_and_is_reported(
     process.store.on_change(Change(ChangeKind.FLUSHED))
     await process.settle()
     assert not process.is_valid(opened)
-    assert "store.flushed" in events(log)
-    assert "store.emptied" not in events(log)
+    assert "store.flushed" in log.events
+    assert "store.emptied" not in log.events

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.disk import WRITES, Disk
 from tests.limits import TIMEOUT
 from tests.stores.contract import StoreTime
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore
+
+
+@contextmanager
+def hanging(disk: Disk, at: tuple[str, ...] = WRITES) -> Iterator[None]:
+    """Let the disk hang at statements that begin so, until the end of the block."""
+    disk.hang(at)
+    try:
+        yield
+    finally:
+        disk.go_on.set()
 
 
 class SqliteHarness:

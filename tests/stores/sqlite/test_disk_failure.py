@@ -13,7 +13,7 @@ import pytest
 from bench.disk import Disk
 from tests.limits import TIMEOUT
 from tests.stores.contract import FIVE, KEEP, LEASE, WALL, digest, ended, opened, rotation, session
-from tests.stores.sqlite.harness import SqliteHarness, beside, change_file
+from tests.stores.sqlite.harness import SqliteHarness, beside, change_file, hanging
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores import job_thread
@@ -221,13 +221,10 @@ async def test_transaction_that_cannot_be_rolled_back_closes_the_file(
 
 async def test_operations_on_a_hung_disk_fail_after_the_timeout(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect, timeout=0.05)
-    disk.hang()
-    try:
+    with hanging(disk):
         for _ in range(3):
             with pytest.raises(StoreUnavailable, match="the disk did not answer within 50 ms"):
                 await store.create(session(1), FIVE)
-    finally:
-        disk.go_on.set()
     await harness.reopen(store)
 
 
@@ -238,8 +235,7 @@ async def test_timed_out_operations_that_had_not_begun_are_not_done(
     doomed = session(9, "bob")
     await opened(store, doomed)
     store.timeout = 0.05
-    disk.hang()
-    try:
+    with hanging(disk):
         for work in (
             store.create(session(1), FIVE),  # has begun
             store.create(session(2), FIVE),
@@ -248,8 +244,6 @@ async def test_timed_out_operations_that_had_not_begun_are_not_done(
         ):
             with pytest.raises(StoreUnavailable):
                 await work
-    finally:
-        disk.go_on.set()
     again = await harness.reopen(store)
     assert await again.list() == [session(1)]
     assert await again.get(doomed.id) == ended(doomed)  # a revocation is done even without a caller
@@ -257,8 +251,7 @@ async def test_timed_out_operations_that_had_not_begun_are_not_done(
 
 async def test_cancelled_operation_that_had_not_begun_is_not_done(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect)
-    disk.hang()
-    try:
+    with hanging(disk):
         first = asyncio.create_task(store.create(session(1), FIVE))
         assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         second = asyncio.create_task(store.create(session(2), FIVE))
@@ -266,23 +259,21 @@ async def test_cancelled_operation_that_had_not_begun_is_not_done(harness: Sqlit
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second
-    finally:
-        disk.go_on.set()
     await first
     assert await store.list() == [session(1)]
 
 
 async def test_full_queue_refuses_operations(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect, queue=10)
-    disk.hang()
-    try:
+    with hanging(disk):
         waiting = [asyncio.create_task(store.create(session(number), FIVE)) for number in range(10)]
         assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         with pytest.raises(ResourceExhausted, match="too many operations wait"):
             await store.ping()
-    finally:
-        disk.go_on.set()
+        ending = asyncio.create_task(store.end([session(0).id], Code.TOKEN_REVOKED, WALL))
+        await asyncio.sleep(0)
     assert len(await asyncio.gather(*waiting)) == 10
+    assert await ending == [ended(session(0))], "a revocation is never refused"
     await store.ping()
 
 
@@ -290,14 +281,11 @@ async def test_answer_is_kept_although_the_queue_is_full(harness: SqliteHarness,
     store = await harness.opened(connect=disk.connect, queue=1)
     body = digest("body")
     await store.claim("alice", "run", body, LEASE)
-    disk.hang()
-    try:
+    with hanging(disk):
         waiting = asyncio.create_task(store.claim("alice", "next", body, LEASE))
         assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         keeping = asyncio.create_task(store.keep_answer("alice", "run", b"answer", KEEP))
         await asyncio.sleep(0)
-    finally:
-        disk.go_on.set()
     await asyncio.gather(waiting, keeping)
     assert await store.claim("alice", "run", body, LEASE) == Claim(ClaimState.DONE, b"answer")
 
@@ -305,16 +293,13 @@ async def test_answer_is_kept_although_the_queue_is_full(harness: SqliteHarness,
 async def test_close_finishes_waiting_operations(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect)
     record = session()
-    disk.hang()
-    try:
+    with hanging(disk):
         creating = asyncio.create_task(store.create(record, FIVE))
         assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         touching = asyncio.create_task(store.touch([(record.id, WALL + 9)]))
         await asyncio.sleep(0)
         closing = asyncio.create_task(store.close())
         await asyncio.sleep(0)
-    finally:
-        disk.go_on.set()
     await asyncio.gather(creating, touching, closing)
     again = await harness.opened()
     found = await again.get(record.id)
@@ -328,16 +313,13 @@ async def test_close_on_a_hung_disk_gives_up(
     monkeypatch.setattr(sqlite, "CLOSE_TIMEOUT_S", 0.05)
     others = set(threading.enumerate())
     store = await harness.opened(connect=disk.connect, timeout=0.02)
-    disk.hang()
-    try:
+    with hanging(disk):
         with pytest.raises(StoreUnavailable):
             await store.ping()
         await store.close()
         assert harness.notices == [("store_close_failed", {"reason": "the disk does not answer"})]
         with pytest.raises(StoreUnavailable, match="not open"):
             await store.ping()
-    finally:
-        disk.go_on.set()
     await asyncio.to_thread(_threads_have_ended, others)
 
 

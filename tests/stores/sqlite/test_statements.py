@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.stores.contract import (
     opened,
     session,
 )
-from tests.stores.sqlite.harness import SqliteHarness
+from tests.stores.sqlite.harness import SqliteHarness, hanging
 from zcproto.errors import Code
 from zcproto.stores import job_thread
 from zcproto.stores.answers import AnswerLimits
@@ -81,12 +82,33 @@ async def test_invalid_operation_fails_without_affecting_others(harness: SqliteH
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [Created, OverflowError, Created, sqlite3.IntegrityError]
-    assert await store.list() == [session(0), session(1), session(3)]
+    assert await store.create(session(5), FIVE) == Created()
+    assert await store.list() == [session(number) for number in (0, 1, 3, 5)]
     with pytest.raises(OverflowError):
         await store.touch([(session(0).id, 2**63)])
     with pytest.raises(OverflowError):
         await store.expire(2**63, 0, 10)
     await store.ping()
+
+
+async def test_last_uses_are_written_in_batches(
+    harness: SqliteHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    touch = SessionDatabase.touch
+
+    def counted(self: SessionDatabase, uses: Sequence[tuple[bytes, int]]) -> None:
+        batches.append(len(uses))
+        touch(self, uses)
+
+    monkeypatch.setattr(sqlite, "MAX_TOUCHED", 2)
+    monkeypatch.setattr(SessionDatabase, "touch", counted)
+    store = await harness.opened()
+    records = [session(number) for number in range(5)]
+    await opened(store, *records)
+    await store.touch([(record.id, WALL + 1) for record in records])
+    assert batches == [2, 2, 1]
+    assert {record.last_used_at for record in await store.list()} == {WALL + 1}
 
 
 async def test_more_operations_than_one_group_succeed(harness: SqliteHarness) -> None:
@@ -176,14 +198,11 @@ async def test_end_all_is_rewritten_in_slices_and_applies_at_once(
     store = await harness.opened(connect=disk.connect)
     records = [session(number, f"user-{number}") for number in range(50)]
     await opened(store, *records)
-    disk.hang(("UPDATE sessions SET code",))
-    try:
+    with hanging(disk, ("UPDATE sessions SET code",)):
         assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 50
         assert await asyncio.to_thread(disk.reached.wait, 10)
         copy = SqliteHarness(harness.path.parent.parent / "copy" / "sessions.db")
         shutil.copytree(harness.path.parent, copy.path.parent)
-    finally:
-        disk.go_on.set()
     # After a crash before the first slice all sessions have ended, but not those opened afterwards.
     disk.hang(("UPDATE sessions SET code",))
     other = await copy.opened(connect=disk.connect)

@@ -10,7 +10,7 @@ import pytest
 from tests.limits import TIMEOUT
 from tests.stores.valkey.helpers import CLUSTER, KINDS, ClusterOf
 from tests.stores.valkey.server_process import (
-    PROGRAMS,
+    VALKEY_FIRST,
     ServerProcess,
     is_installed,
     needs,
@@ -62,7 +62,7 @@ def server(request: pytest.FixtureRequest, server_of: ServerOf) -> ServerProcess
     return server_of(request.param)
 
 
-@pytest.fixture(scope="module", params=PROGRAMS)
+@pytest.fixture(scope="module", params=VALKEY_FIRST)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterOf]:
     with ExitStack() as stack:
         folder = tmp_path_factory.mktemp("cluster")

@@ -18,6 +18,7 @@ from tests.limits import TIMEOUT
 
 __all__ = [
     "PROGRAMS",
+    "VALKEY_FIRST",
     "ServerProcess",
     "free_port",
     "is_installed",
@@ -29,6 +30,9 @@ __all__ = [
 
 PROGRAMS = ("valkey-server", "redis-server")
 """The programs that the tests of a server run with."""
+
+VALKEY_FIRST = (PROGRAMS[0], pytest.param(PROGRAMS[1], marks=pytest.mark.slow))
+"""For tests of faults and connections. Redis has the contract of stores by default, and all else with `--all`."""
 
 
 def is_installed(program: str) -> bool:

@@ -20,14 +20,14 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, until
+from tests.stores.valkey.server_process import VALKEY_FIRST, ServerProcess, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.base import Change, ChangeKind, Created, LimitReached
 from zcproto.stores.valkey.store import ValkeyStore
 
 
-@pytest.fixture(params=PROGRAMS, scope="module")
+@pytest.fixture(params=VALKEY_FIRST, scope="module")
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:

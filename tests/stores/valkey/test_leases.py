@@ -85,9 +85,7 @@ async def test_session_is_in_use_while_one_of_two_processes_has_a_connection(
     assert await one.create(NEW, ONE) == Created((ended(OLD, Code.TOKEN_EXPIRED),))
 
 
-async def test_process_does_not_give_up_the_lease_of_another(
-    stores: tuple[ValkeyStore, ValkeyStore],
-) -> None:
+async def test_process_does_not_give_up_the_lease_of_another(stores: tuple[ValkeyStore, ValkeyStore]) -> None:
     one, other = stores
     await other.lease([(OLD.id, False)])
     assert await one.create(NEW, ONE_OR_EXPIRED) == LimitReached()

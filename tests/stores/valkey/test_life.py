@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.stores.valkey.helpers import opened
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
+from tests.stores.valkey.server_process import VALKEY_FIRST, ServerProcess, is_installed, running
 from zcproto.stores.base import ChangeKind, ClaimState
 from zcproto.stores.valkey import store as module
 
@@ -18,7 +18,7 @@ OTHER = b"o" * 32
 KEEP_MS = 600_000
 
 
-@pytest.fixture(params=PROGRAMS)
+@pytest.fixture(params=VALKEY_FIRST)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
     if not is_installed(request.param):
         pytest.skip(f"{request.param} is not installed")

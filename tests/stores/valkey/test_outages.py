@@ -12,7 +12,7 @@ import pytest
 from bench.proxy import FROM_SERVER, TO_SERVER, Proxy
 from tests.stores.contract import FIVE, WALL, ended, session
 from tests.stores.valkey.helpers import impatient
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, until
+from tests.stores.valkey.server_process import VALKEY_FIRST, ServerProcess, running, until
 from zcproto.errors import Code, ConfigError, ResourceExhausted
 from zcproto.sessions.record import UserLimit
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
@@ -27,7 +27,7 @@ EMPTIED = Change(ChangeKind.EMPTIED)
 FLUSHED = Change(ChangeKind.FLUSHED)
 
 
-@pytest.fixture(params=PROGRAMS)
+@pytest.fixture(params=VALKEY_FIRST)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
     options = ("--appendonly", "yes", "--appendfsync", "always")
     with running(request.param, tmp_path / "server", *options) as process:

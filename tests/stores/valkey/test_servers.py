@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ import trustme
 from tests.limits import TIMEOUT
 from tests.stores.contract import FIVE, MINUTE, WALL, digest, session
 from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, is_done, opened
-from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, free_port, running, until, wait_for
+from tests.stores.valkey.server_process import (
+    PROGRAMS,
+    VALKEY_FIRST,
+    ServerProcess,
+    free_port,
+    running,
+    until,
+    wait_for,
+)
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code, ConfigError
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
@@ -35,88 +43,90 @@ async def fault_of(url: str, **options: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-async def test_failover_reported_by_sentinels(program: str, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        first = stack.enter_context(running(program, tmp_path / "first"))
-        second = stack.enter_context(
-            running(program, tmp_path / "second", "--replicaof", "127.0.0.1", str(first.port))
-        )
-        wait_for(lambda: b"master_link_status:up" in second.command("INFO", "replication"))
-        sentinel = stack.enter_context(
-            running(
-                program,
-                tmp_path / "sentinel",
-                "--sentinel",
-                f"sentinel monitor sessions 127.0.0.1 {first.port} 1",
-                f"sentinel down-after-milliseconds sessions {int(TIMEOUT * 1000)}",
-                "sentinel failover-timeout sessions 3000",
-            )
-        )
-        unused_port = free_port()
-        url = f"redis+sentinel://127.0.0.1:{unused_port},{sentinel.address}/sessions"
-        with pytest.raises(StoreUnavailable, match="does not monitor a service of this name"):
-            await ValkeyStore(f"redis+sentinel://{sentinel.address}/others").open(lambda change: None)
-        wait_for(lambda: _has_replica(sentinel))
-        async with opened(url) as (store, changes):
-            await store.create(session(), FIVE)
-            await until(lambda: _offset(second) >= _offset(first))
-            first.kill()
-            assert not await is_done(store.ping)
-            sentinel.command("SENTINEL", "SET", "sessions", "down-after-milliseconds", 300)
-            await until(lambda: is_done(store.ping))
-            assert second.command("ROLE")[0] == b"master"
-            assert await store.find(session().token_digest) == session()
-            assert await store.create(session(2), FIVE) == Created()
-            assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
-            assert ALL in changes
+Run = Callable[..., ServerProcess]
 
 
-async def test_planned_failover_drops_the_link_while_the_old_primary_is_up(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Return a function that runs a server with a folder of this name, until the end of the test."""
     with ExitStack() as stack:
-        first, second = (
-            stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
-        )
-        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", first))
-        async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, changes):
-            await store.create(session(), FIVE)
-            sentinel.command("SENTINEL", "REMOVE", "sessions")  # the primary stays in use
+
+        def run(name: str, *options: str, program: str = PROGRAMS[0]) -> ServerProcess:
+            return stack.enter_context(running(program, tmp_path / name, *options))
+
+        yield run
+
+
+@pytest.mark.parametrize("program", VALKEY_FIRST)
+async def test_failover_reported_by_sentinels(program: str, run: Run) -> None:
+    first = run("first", program=program)
+    second = run("second", "--replicaof", "127.0.0.1", str(first.port), program=program)
+    wait_for(lambda: b"master_link_status:up" in second.command("INFO", "replication"))
+    sentinel = run(
+        "sentinel",
+        "--sentinel",
+        f"sentinel monitor sessions 127.0.0.1 {first.port} 1",
+        f"sentinel down-after-milliseconds sessions {int(TIMEOUT * 1000)}",
+        "sentinel failover-timeout sessions 3000",
+        program=program,
+    )
+    unused_port = free_port()
+    url = f"redis+sentinel://127.0.0.1:{unused_port},{sentinel.address}/sessions"
+    with pytest.raises(StoreUnavailable, match="does not monitor a service of this name"):
+        await ValkeyStore(f"redis+sentinel://{sentinel.address}/others").open(lambda change: None)
+    wait_for(lambda: _has_replica(sentinel))
+    async with opened(url) as (store, changes):
+        await store.create(session(), FIVE)
+        await until(lambda: _offset(second) >= _offset(first))
+        first.kill()
+        assert not await is_done(store.ping)
+        sentinel.command("SENTINEL", "SET", "sessions", "down-after-milliseconds", 300)
+        await until(lambda: is_done(store.ping))
+        assert second.command("ROLE")[0] == b"master"
+        assert await store.find(session().token_digest) == session()
+        assert await store.create(session(2), FIVE) == Created()
+        assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
+        assert ALL in changes
+
+
+async def test_planned_failover_drops_the_link_while_the_old_primary_is_up(run: Run) -> None:
+    first, second = run("first"), run("second")
+    sentinel = _monitoring(run, "sentinel", first)
+    async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, changes):
+        await store.create(session(), FIVE)
+        sentinel.command("SENTINEL", "REMOVE", "sessions")  # the primary stays in use
+        await store.ping()
+        sentinel.command("SENTINEL", "MONITOR", "sessions", "127.0.0.1", second.port, 1)
+        await until(lambda: changes != [])
+        assert first.command("ROLE")[0] == b"master"
+        assert await store.create(session(2), FIVE) == Created()
+        assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
+
+
+async def test_ping_fails_at_a_primary_that_the_sentinels_have_replaced(run: Run) -> None:
+    first, second = run("first"), run("second")
+    sentinel = _monitoring(run, "sentinel", first)
+    async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, changes):
+        sentinel.command("SENTINEL", "REMOVE", "sessions")
+        await store.ping()  # sentinels without an answer do not matter
+        sentinel.command("SENTINEL", "MONITOR", "sessions", "127.0.0.1", second.port, 1)
+        with pytest.raises(StoreUnavailable, match="another primary"):
             await store.ping()
-            sentinel.command("SENTINEL", "MONITOR", "sessions", "127.0.0.1", second.port, 1)
-            await until(lambda: changes != [])
-            assert first.command("ROLE")[0] == b"master"
-            assert await store.create(session(2), FIVE) == Created()
-            assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
+        await store.ping()
+        assert len(changes) == 1
 
 
-async def test_ping_fails_at_a_primary_that_the_sentinels_have_replaced(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        first, second = (
-            stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
-        )
-        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", first))
-        async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, changes):
-            sentinel.command("SENTINEL", "REMOVE", "sessions")
-            await store.ping()  # sentinels without an answer do not matter
-            sentinel.command("SENTINEL", "MONITOR", "sessions", "127.0.0.1", second.port, 1)
-            with pytest.raises(StoreUnavailable, match="another primary"):
-                await store.ping()
-            await store.ping()
-            assert len(changes) == 1
-
-
-async def test_store_that_is_closed_or_not_open_has_no_connection_to_the_sentinels(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        primary = stack.enter_context(running(PROGRAMS[0], tmp_path / "primary"))
-        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", primary))
-        store = ValkeyStore(f"valkey+sentinel://{sentinel.address}/sessions")
+async def test_store_that_is_closed_or_not_open_has_no_connection_to_the_sentinels(run: Run) -> None:
+    primary = run("primary")
+    sentinel = _monitoring(run, "sentinel", primary)
+    store = ValkeyStore(f"valkey+sentinel://{sentinel.address}/sessions")
+    await store.open(lambda change: None)
+    await store.close()
+    await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
+    primary.kill()
+    with pytest.raises(StoreUnavailable):
         await store.open(lambda change: None)
-        await store.close()
-        await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
-        primary.kill()
-        with pytest.raises(StoreUnavailable):
-            await store.open(lambda change: None)
-        await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
+    await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
 
 
 class PatientWait:
@@ -135,59 +145,49 @@ class PatientWait:
         return done, left
 
 
-async def test_sentinel_with_the_highest_epoch_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sentinel_with_the_highest_epoch_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "asyncio", PatientWait())  # else it would have to be quick
-    with ExitStack() as stack:
-        first, second = (
-            stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
-        )
-        behind = stack.enter_context(_monitoring(tmp_path / "behind", first))
-        current = stack.enter_context(
-            _monitoring(tmp_path / "current", second, "sentinel config-epoch sessions 3")
-        )
-        hung = stack.enter_context(_monitoring(tmp_path / "hung", first))
-        hung.stop()
-        gone = f"127.0.0.1:{free_port()}"
-        url = f"valkey+sentinel://{gone},{behind.address},{current.address},{hung.address}/sessions"
-        async with opened(url) as (store, changes):
-            monkeypatch.setattr(servers, "asyncio", asyncio)
-            await store.create(session(), FIVE)
-            assert second.command("EXISTS", b"zcp:t:" + session().token_digest) == 1
-            hung.go_on()
-            await store.ping()
-            assert changes == []
+    first, second = run("first"), run("second")
+    behind = _monitoring(run, "behind", first)
+    current = _monitoring(run, "current", second, "sentinel config-epoch sessions 3")
+    hung = _monitoring(run, "hung", first)
+    hung.stop()
+    gone = f"127.0.0.1:{free_port()}"
+    url = f"valkey+sentinel://{gone},{behind.address},{current.address},{hung.address}/sessions"
+    async with opened(url) as (store, changes):
+        monkeypatch.setattr(servers, "asyncio", asyncio)
+        await store.create(session(), FIVE)
+        assert second.command("EXISTS", b"zcp:t:" + session().token_digest) == 1
+        hung.go_on()
+        await store.ping()
+        assert changes == []
 
 
 async def test_sentinel_that_answers_after_another_has_refused_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zcproto.stores.valkey.servers._PATIENCE", 0.0)
-    with ExitStack() as stack:
-        server = stack.enter_context(running(PROGRAMS[0], tmp_path / "server"))
-        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", server))
-        async with opened(f"valkey+sentinel://127.0.0.1:{free_port()},{sentinel.address}/sessions") as (
-            store,
-            _,
-        ):
-            await store.ping()
+    server = run("server")
+    sentinel = _monitoring(run, "sentinel", server)
+    async with opened(f"valkey+sentinel://127.0.0.1:{free_port()},{sentinel.address}/sessions") as (
+        store,
+        _,
+    ):
+        await store.ping()
 
 
-async def test_sentinel_user_needs_permission_for_the_address_only(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        server = stack.enter_context(running(PROGRAMS[0], tmp_path / "server"))
-        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", server))
-        rules = "-@all", "+hello", "+auth", "+client|setinfo", "+sentinel|get-master-addr-by-name"
-        sentinel.command("ACL", "SETUSER", "default", *rules)
-        async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, _):
-            await store.ping()
+async def test_sentinel_user_needs_permission_for_the_address_only(run: Run) -> None:
+    server = run("server")
+    sentinel = _monitoring(run, "sentinel", server)
+    rules = "-@all", "+hello", "+auth", "+client|setinfo", "+sentinel|get-master-addr-by-name"
+    sentinel.command("ACL", "SETUSER", "default", *rules)
+    async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, _):
+        await store.ping()
 
 
-def _monitoring(folder: Path, primary: ServerProcess, *options: str) -> AbstractContextManager[ServerProcess]:
+def _monitoring(run: Run, name: str, primary: ServerProcess, *options: str) -> ServerProcess:
     """Run a sentinel that monitors a primary alone."""
-    monitor = f"sentinel monitor sessions 127.0.0.1 {primary.port} 1"
-    return running(PROGRAMS[0], folder, "--sentinel", monitor, *options)
+    return run(name, "--sentinel", f"sentinel monitor sessions 127.0.0.1 {primary.port} 1", *options)
 
 
 def _has_replica(sentinel: ServerProcess) -> bool:
@@ -211,7 +211,7 @@ class Certificates:
         return certificate, key
 
 
-@pytest.fixture(params=PROGRAMS)
+@pytest.fixture(params=VALKEY_FIRST)
 def tls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ServerProcess, Certificates]]:
     certificates, port = Certificates(tmp_path), free_port()
     options = [
@@ -245,10 +245,11 @@ async def test_tls_with_client_certificate(
     )
 
 
-async def test_tls_to_a_server_without_tls_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tls_to_a_server_without_tls_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", 0.3)
-    with running(PROGRAMS[0], tmp_path / "server") as server, pytest.raises(StoreUnavailable):
-        await ValkeyStore(f"rediss://{server.address}").open(lambda change: None)
+    url = f"rediss://{run('server').address}"
+    with pytest.raises(StoreUnavailable):
+        await ValkeyStore(url).open(lambda change: None)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ RULES = (
 )
 
 
-@pytest.fixture(params=PROGRAMS)
+@pytest.fixture(params=VALKEY_FIRST)
 def protected(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
     with running(request.param, tmp_path / "server") as server:
         server.command("ACL", "SETUSER", "sessions", *RULES)
@@ -352,34 +353,34 @@ async def _cannot_log_in(store: ValkeyStore) -> bool:
     return "refuses this user or password" in reason
 
 
-async def test_missing_password_is_reported(tmp_path: Path) -> None:
-    with running(PROGRAMS[0], tmp_path / "server", "--requirepass", PASSWORD) as server:
-        assert "refuses this user or password" in await fault_of(server.url)
-        async with opened(f"valkey://:{ESCAPED}@{server.address}") as (store, _):
-            await store.ping()
+async def test_missing_password_is_reported(run: Run) -> None:
+    server = run("server", "--requirepass", PASSWORD)
+    assert "refuses this user or password" in await fault_of(server.url)
+    async with opened(f"valkey://:{ESCAPED}@{server.address}") as (store, _):
+        await store.ping()
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-async def test_unix_socket_and_database(program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", VALKEY_FIRST)
+async def test_unix_socket_and_database(program: str, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "a socket"
-    with running(program, tmp_path / "server", "--unixsocket", str(path)) as server:
-        async with opened(f"unix://{str(path).replace(' ', '%20')}?db=3") as (store, _):
-            await store.create(session(), FIVE)
-            assert await store.count() == 1
-            assert "a socket/3" in repr(store)
-        async with opened(f"{server.url}/3") as (store, _):
-            assert await store.list() == [session()]
-        async with opened(server.url) as (store, _):
-            assert await store.list() == []
-        assert "cannot be used" in await fault_of(f"{server.url}/9999")
+    server = run("server", "--unixsocket", str(path), program=program)
+    async with opened(f"unix://{str(path).replace(' ', '%20')}?db=3") as (store, _):
+        await store.create(session(), FIVE)
+        assert await store.count() == 1
+        assert "a socket/3" in repr(store)
+    async with opened(f"{server.url}/3") as (store, _):
+        assert await store.list() == [session()]
+    async with opened(server.url) as (store, _):
+        assert await store.list() == []
+    assert "cannot be used" in await fault_of(f"{server.url}/9999")
 
 
-async def test_wrong_kind_of_server_is_reported(cluster: ClusterOf, tmp_path: Path) -> None:
+async def test_wrong_kind_of_server_is_reported(cluster: ClusterOf, run: Run) -> None:
     assert "redis+cluster://" in await fault_of(f"redis://{cluster.nodes[0].address}")
-    with running(PROGRAMS[0], tmp_path / "server") as server:
-        assert "does not belong to a cluster" in await fault_of(f"redis+cluster://{server.address}")
-        with pytest.raises((ConfigError, StoreUnavailable)):
-            await ValkeyStore(f"redis+sentinel://{server.address}/x").open(lambda change: None)
+    server = run("server")
+    assert "does not belong to a cluster" in await fault_of(f"redis+cluster://{server.address}")
+    with pytest.raises((ConfigError, StoreUnavailable)):
+        await ValkeyStore(f"redis+sentinel://{server.address}/x").open(lambda change: None)
 
 
 async def test_port_of_another_program_is_reported() -> None:
@@ -395,36 +396,34 @@ async def test_port_of_another_program_is_reported() -> None:
             await ValkeyStore(f"redis://127.0.0.1:{port}").open(lambda change: None)
 
 
-async def test_examine_reports_a_clock_that_is_apart(tmp_path: Path) -> None:
-    with running(PROGRAMS[0], tmp_path / "server") as server:
-        async with opened(server.url) as (store, _):
-            for apart_ms, is_reported in ((0, False), (-15_000, True), (3_600_000, True)):
-                found = await store.examine(system_clock.wall() + apart_ms)
-                assert any("clock" in problem for problem in found) == is_reported
+async def test_examine_reports_a_clock_that_is_apart(run: Run) -> None:
+    server = run("server")
+    async with opened(server.url) as (store, _):
+        for apart_ms, is_reported in ((0, False), (-15_000, True), (3_600_000, True)):
+            found = await store.examine(system_clock.wall() + apart_ms)
+            assert any("clock" in problem for problem in found) == is_reported
 
 
-async def test_examine_reports_replicas_that_a_failover_may_find_behind(tmp_path: Path) -> None:
-    with (
-        running(PROGRAMS[0], tmp_path / "primary") as primary,
-        running(PROGRAMS[0], tmp_path / "replica", "--replicaof", f"127.0.0.1 {primary.port}"),
-    ):
-        wait_for(lambda: primary.command("ROLE")[2] != [])
-        async with opened(primary.url) as (store, _):
-            assert any("min-replicas" in problem for problem in await store.examine(system_clock.wall()))
-            primary.command("CONFIG", "SET", "min-replicas-to-write", 1)
-            assert not any("min-replicas" in problem for problem in await store.examine(system_clock.wall()))
+async def test_examine_reports_replicas_that_a_failover_may_find_behind(run: Run) -> None:
+    primary = run("primary")
+    run("replica", "--replicaof", f"127.0.0.1 {primary.port}")
+    wait_for(lambda: primary.command("ROLE")[2] != [])
+    async with opened(primary.url) as (store, _):
+        assert any("min-replicas" in problem for problem in await store.examine(system_clock.wall()))
+        primary.command("CONFIG", "SET", "min-replicas-to-write", 1)
+        assert not any("min-replicas" in problem for problem in await store.examine(system_clock.wall()))
 
 
-async def test_examine_reports_unsafe_configuration(tmp_path: Path) -> None:
-    with running(PROGRAMS[0], tmp_path / "server") as server:
-        async with opened(server.url) as (store, _):
-            assert [text.split()[0] for text in await store.examine(system_clock.wall())] == ["appendonly"]
-            server.command("CONFIG", "SET", "appendonly", "yes")
-            server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-            assert [text.split()[0] for text in await store.examine(system_clock.wall())] == [
-                "appendfsync",
-                "maxmemory-policy",
-            ]
-            server.command("CONFIG", "SET", "appendfsync", "always")
-            server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
-            assert await store.examine(system_clock.wall()) == []
+async def test_examine_reports_unsafe_configuration(run: Run) -> None:
+    server = run("server")
+    async with opened(server.url) as (store, _):
+        assert [text.split()[0] for text in await store.examine(system_clock.wall())] == ["appendonly"]
+        server.command("CONFIG", "SET", "appendonly", "yes")
+        server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        assert [text.split()[0] for text in await store.examine(system_clock.wall())] == [
+            "appendfsync",
+            "maxmemory-policy",
+        ]
+        server.command("CONFIG", "SET", "appendfsync", "always")
+        server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        assert await store.examine(system_clock.wall()) == []
