@@ -50,13 +50,17 @@ FRAMES = (
 GROUPS = (
     Group(("admin", "alerts", "app", "server"), secrets=1_000),
     Group(("adversity", "runtime"), secrets=1_000),
-    Group(("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec")),
-    Group(secrets=5_000),
+    Group(("bench", "mutation")),
+    Group(("client", "config", "conformance", "observe", "spec")),
+    Group(("deploy", "interop", "load", "workers")),
+    Group(("docs",)),
+    Group(("stores",), secrets=2_500),
+    Group(secrets=2_500),
     Group(COVERED, secrets=5_000, is_covered=True),
-    Group(("docs", "interop")),
     Group(FRAMES, {VARIABLE: "off"}),
 )
-"""They run at the same time: no test depends on how busy the machine is."""
+"""They run at the same time: no test depends on how busy the machine is. Many tests wait for other processes, and
+other groups use the processors meanwhile."""
 
 HANG_S = 7_200.0
 """A test that goes on for so long ends its process: its own limit (tests/limits.py) needs a main thread that runs

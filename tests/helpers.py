@@ -87,6 +87,15 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
     )
 
 
+def raising(error: BaseException) -> Callable[..., Any]:
+    """Return a function that raises this error, whatever it is called with."""
+
+    def fail(*arguments: object, **options: object) -> Any:
+        raise error
+
+    return fail
+
+
 async def until(condition: Callable[[], Any]) -> None:
     """Wait for a condition that this loop, a thread or another process fulfils."""
     async with asyncio.timeout(TIMEOUT):

@@ -1,9 +1,7 @@
-"""The file of devices: read and replaced as a whole; devices that are gone from it."""
+"""The file of devices, which test_users.py tests for all files; devices that are gone from it."""
 
 from __future__ import annotations
 
-import os
-import stat
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -55,16 +53,6 @@ def test_added_device_is_found_after_reading(path: Path, devices: DeviceFile) ->
         ["laptop"],
         f"DeviceFile({str(path)!r})",
     )
-
-
-def test_file_and_folder_are_private(path: Path, devices: DeviceFile) -> None:
-    old = os.umask(0)
-    try:
-        add(devices, "laptop")
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 def test_device_name_is_unique_among_all_users(path: Path, devices: DeviceFile) -> None:
@@ -148,13 +136,6 @@ def faults(devices: DeviceFile) -> list[str]:
     return [fault.removeprefix(f"{devices.path}: ") for fault in caught.value.faults]
 
 
-def test_missing_file_has_no_devices(devices: DeviceFile) -> None:
-    assert devices.changed()
-    devices.load()
-    assert devices.entries == {}
-    assert not devices.changed()
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -179,6 +160,7 @@ def test_missing_file_has_no_devices(devices: DeviceFile) -> None:
             f"[devices.x]\n{ENTRY.replace('2026-01-02T03:04:05Z', '0001-01-01T00:00:00+23:00')}",
             'device "x": added must be',
         ),
+        (f"[devices.x]\n{ENTRY}roles = 'a'", 'device "x": roles must be a list of names'),
     ],
 )
 def test_fault_names_its_place(path: Path, devices: DeviceFile, text: str, expected: str) -> None:
@@ -186,28 +168,6 @@ def test_fault_names_its_place(path: Path, devices: DeviceFile, text: str, expec
     (fault,) = faults(devices)
     assert expected in fault
     assert fault.isprintable()
-
-
-def test_file_accessible_to_others_is_refused(path: Path, devices: DeviceFile) -> None:
-    write(path, "", 0o644)
-    assert f"chmod 600 {path}" in faults(devices)[0]
-
-
-@pytest.mark.parametrize("what", ["nonsense", "mode", "gone"])
-def test_faulty_file_keeps_the_known_devices(path: Path, devices: DeviceFile, what: str) -> None:
-    add(devices, "laptop")
-    devices.load()
-    if what == "nonsense":
-        write(path, "nonsense")
-    elif what == "mode":
-        path.chmod(0o640)
-    else:
-        path.unlink()
-    assert devices.changed()
-    with pytest.raises(ConfigError):
-        devices.reload()
-    assert not devices.changed()
-    assert devices.find("laptop") is not None
 
 
 # Gone devices
@@ -297,9 +257,3 @@ def test_device_with_other_roles_is_gone(path: Path, devices: DeviceFile) -> Non
     DeviceFile(path).set_roles("laptop", frozenset({"a"}))
     devices.reload()
     assert [name for name, _ in devices.take_gone()] == ["laptop"]
-
-
-def test_malformed_roles_of_a_device_are_a_fault(path: Path, devices: DeviceFile) -> None:
-    write(path, f"[devices.laptop]\n{ENTRY}roles = 'a'\n")
-    with pytest.raises(ConfigError, match="roles must be a list of names"):
-        devices.load()

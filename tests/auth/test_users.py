@@ -9,7 +9,6 @@ import re
 import stat
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli
@@ -17,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.auth.helpers import DIGEST, VALID_NAMES, digest_of, write
+from tests.helpers import raising
 from zcproto.auth import UserFile
 from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.errors import ConfigError
@@ -226,12 +226,8 @@ def test_failed_write_keeps_the_old_file(
 ) -> None:
     users.add("alice")
     before = path.read_bytes()
-
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
+        patch.setattr(Path, "replace", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
             users.add("bob")
     assert path.read_bytes() == before

@@ -12,6 +12,7 @@ import pytest
 from cryptography import x509
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
+from tests.helpers import raising
 from zcproto.certs.checker import CertificateChecker, CheckResult
 from zcproto.certs.external import ExternalSite
 from zcproto.certs.managed import ManagedSettings
@@ -89,11 +90,8 @@ def managed_harness(folder: Path, **changes: Any) -> Harness:
 
 
 def disk_fails(monkeypatch: pytest.MonkeyPatch, error: int, *functions: str) -> None:
-    def fail(*arguments: Any, **named: Any) -> Any:
-        raise OSError(error, os.strerror(error))
-
     for function in functions:
-        monkeypatch.setattr(os, function, fail)
+        monkeypatch.setattr(os, function, raising(OSError(error, os.strerror(error))))
 
 
 def write(folder: Path, stem: str, key: Any, *names: str, **changes: Any) -> tuple[Path, Path]:

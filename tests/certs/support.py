@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from pathlib import Path
@@ -44,6 +44,14 @@ def ensure(
 ) -> list[CertificatePair]:
     """Return the managed certificates in a folder with these changes of `settings`."""
     return list(managed.ensure(directory, settings(**changes), now, progress).pairs)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def pins(pairs: Iterable[CertificatePair]) -> list[str]:
+    return [pair.pin for pair in pairs]
 
 
 def openssl(*arguments: str | Path, data: bytes | None = None) -> str:

@@ -22,6 +22,7 @@ from tests.certs.harness import (
     write,
 )
 from tests.certs.support import DAY, NOW, build, pem
+from tests.helpers import raising
 from zcproto.certs import client_ca, sources
 from zcproto.certs.settings import CertificateSettings, ManagedSite
 from zcproto.certs.sources import Origin
@@ -166,12 +167,8 @@ def test_managed_crl_that_cannot_be_signed_is_reported_and_retried(
 ) -> None:
     harness = managed_clients(tmp_path)
     harness.checks(5)
-
-    def fail(*arguments: Any, **named: Any) -> Any:
-        raise CertificateError("no")
-
     with monkeypatch.context() as patch:
-        patch.setattr(client_ca, "refresh_crl", fail)
+        patch.setattr(client_ca, "refresh_crl", raising(CertificateError("no")))
         outcomes = harness.checks(48, HOUR)
         assert kinds(*outcomes) == ["renewal_failed", "renewal_failed"]
         assert {notice.path for outcome in outcomes for notice in outcome.notices} == {
@@ -196,19 +193,13 @@ def test_existing_client_trust_files_suffice_for_a_start_if_the_disk_fails(
     harness.check()
     harness.restart()
     with monkeypatch.context() as patch:
-
-        def fail(*arguments: Any, **named: Any) -> Any:
-            raise OSError(errno.EIO, "Input/output error")
-
-        patch.setattr(client_ca, "ensure_authority", fail)
+        patch.setattr(client_ca, "ensure_authority", raising(OSError(errno.EIO, "Input/output error")))
         outcome = harness.check()
     assert kinds(outcome) == ["loaded", "renewal_failed"]
     assert "renewal_recovered" in kinds(*harness.checks(90))
     harness.restart()
-
-    def refuse(*arguments: Any, **named: Any) -> Any:
-        raise CertificateError("client-ca.crt: was not made here")
-
-    monkeypatch.setattr(client_ca, "ensure_authority", refuse)
+    monkeypatch.setattr(
+        client_ca, "ensure_authority", raising(CertificateError("client-ca.crt: was not made here"))
+    )
     with pytest.raises(CertificateError, match=r"^client-ca\.crt: was not made here$"):
         harness.check()

@@ -24,6 +24,7 @@ from tests.certs.harness import (
     write,
 )
 from tests.certs.support import DAY, NOW
+from tests.helpers import raising
 from zcproto.certs import managed, rollover, sources
 from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import CertificatePair
@@ -202,11 +203,7 @@ def test_thread_that_cannot_be_started_fails_the_check_and_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = managed_harness(tmp_path)
-
-    def fail(*arguments: Any) -> Any:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(managed, "_generate", fail)
+    monkeypatch.setattr(managed, "_generate", raising(RuntimeError("can't start new thread")))
     with pytest.raises(CertificateError, match="could not be checked: can't start new thread"):
         harness.check()
     monkeypatch.undo()

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from tests.certs.client_folder import WHEN, CertificateFolder, folder
 from tests.certs.support import DAY, build, der, pem, pem_of_key
+from tests.helpers import raising
 from zcproto.certs import client_ca, files
 from zcproto.certs.issued import Issued, render_list
 from zcproto.errors import CertificateError
@@ -185,11 +186,7 @@ def test_system_error_becomes_a_certificate_error(
     folder: CertificateFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.ensure()
-
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "_stage", full)
+    monkeypatch.setattr(files, "_stage", raising(OSError(28, "No space left on device")))
     with pytest.raises(CertificateError, match="No space left on device"):
         folder.issue()
     assert client_ca.issued_clients(folder.directory) == ()

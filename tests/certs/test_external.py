@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
+from tests.helpers import raising
 from zcproto.certs import external, pair
 from zcproto.certs.external import SETTLE_S, ExternalSite, PassphraseSource, WatchedFiles, load_site
 from zcproto.certs.names import covers
@@ -446,11 +447,7 @@ def test_disk_failure_changes_nothing(
 ) -> None:
     before = watched.pin
     with monkeypatch.context() as patch:
-
-        def fail(*arguments: Any, **named: Any) -> Any:
-            raise OSError(error, os.strerror(error))
-
-        patch.setattr(os, "open", fail)
+        patch.setattr(os, "open", raising(OSError(error, os.strerror(error))))
         files.certificate.touch()
         files.key.touch()
         checks = watched.checks(100)

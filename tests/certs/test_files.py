@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.certs.support import bytes_of
 from zcproto.certs import files
 from zcproto.common import files as common
 from zcproto.errors import CertificateError
@@ -260,17 +261,13 @@ def match(certificate: bytes, key: bytes) -> bool:
     return certificate[:1] == b"c" and key[:1] == b"k" and certificate[1:] == key[1:]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_pair_is_installed_for_the_owner_only(folder: Path) -> None:
     certificate, key = folder / "a.crt", folder / "a.key"
     files.install(certificate, b"c1", key, b"k1")
-    assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
+    assert bytes_of(folder) == {"a.crt": b"c1", "a.key": b"k1"}
     assert mode_of(certificate) == mode_of(key) == 0o600
     files.install(certificate, b"c1 again", key, None)
-    assert contents(folder) == {"a.crt": b"c1 again", "a.key": b"k1"}
+    assert bytes_of(folder) == {"a.crt": b"c1 again", "a.key": b"k1"}
 
 
 def test_staging_files_are_created_exclusively(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +350,7 @@ def test_crash_at_any_step_leaves_the_old_or_the_new_pair(
         recover()
         pair = (certificate.read_bytes(), key.read_bytes())
         assert pair in (old, new)
-        assert set(contents(folder)) == {"a.crt", "a.key"}
+        assert set(bytes_of(folder)) == {"a.crt", "a.key"}
         found.add(pair)
         if not crashed:
             break
@@ -385,13 +382,13 @@ def test_complete_staged_pair_is_installed_and_an_incomplete_one_deleted(
     for name, data in left.items():
         put(folder / name, data)
     files.recover(folder / "a.crt", folder / "a.key", match)
-    assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1", **expected}
+    assert bytes_of(folder) == {"a.crt": b"c1", "a.key": b"k1", **expected}
 
 
 def test_first_pair_with_only_a_staged_key_is_discarded(folder: Path) -> None:
     put(folder / ".a.crt.new", b"c1")
     files.recover(folder / "a.crt", folder / "a.key", match)
-    assert contents(folder) == {}
+    assert bytes_of(folder) == {}
 
 
 def test_full_disk_changes_nothing_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +411,7 @@ def test_full_disk_changes_nothing_and_is_reported(folder: Path, monkeypatch: py
             patch.setattr(os, "fsync", full(os.fsync))
             with pytest.raises(CertificateError, match=r"a\.crt: cannot be written: No space left on device"):
                 files.install(certificate, b"c2", key, b"k2")
-        assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
+        assert bytes_of(folder) == {"a.crt": b"c1", "a.key": b"k1"}
 
 
 def test_first_disk_error_is_reported_if_the_cleanup_fails_too(
@@ -427,11 +424,11 @@ def test_first_disk_error_is_reported_if_the_cleanup_fails_too(
         with pytest.raises(CertificateError, match="No space left on device"):
             files.install(folder / "a.crt", b"c2", folder / "a.key", b"k2")
     files.recover(folder / "a.crt", folder / "a.key", match)
-    assert contents(folder) == {}
+    assert bytes_of(folder) == {}
 
 
 def test_unusable_file_is_set_aside_unchanged(folder: Path) -> None:
     path = put(folder / "a.key", b"junk")
     files.set_aside(path)
-    assert contents(folder) == {"a.key.aside": b"junk"}
+    assert bytes_of(folder) == {"a.key.aside": b"junk"}
     assert mode_of(folder / "a.key.aside") == 0o600

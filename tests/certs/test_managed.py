@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,14 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key, settings
+from tests.certs.support import DAY, NOW, build, bytes_of, ensure, openssl, pem, pem_of_key, pins, settings
 from tests.certs.test_authority import fail_to_write, read
+from tests.helpers import raising
 from tests.limits import TIMEOUT
 from zcproto.certs import managed, names
 from zcproto.certs.managed import ManagedSettings, ReplacedKey
-from zcproto.certs.pair import CertificatePair, load_pair
+from zcproto.certs.pair import load_pair
 from zcproto.errors import CertificateError
-
-LEAVES = ("server.crt", "server-ecdsa.crt")
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def pins(pairs: Iterable[CertificatePair]) -> list[str]:
-    return [pair.pin for pair in pairs]
-
 
 # --- the first run
 
@@ -424,11 +413,7 @@ def test_failed_first_run_is_reported_and_the_next_one_succeeds(
 
 def test_disk_error_is_always_a_certificate_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (made / "server.key").write_bytes(b"")
-
-    def replace(self: Path, target: Path) -> Path:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(Path, "replace", raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(CertificateError, match="made: cannot be used: Input/output error"):
         ensure(made)
 
@@ -460,8 +445,10 @@ DEFAULTS = """
     import json, sys
     from datetime import UTC, datetime, timedelta
     from pathlib import Path
+    from zcproto.certs import files
     from zcproto.certs.managed import ManagedSettings, ensure
 
+    files.LOCK_WAIT_S = float(sys.argv[2])  # a busy machine makes the keys in minutes
     sentences = []
     settings = ManagedSettings(
         names=["zcp.example.com"], key_types=["rsa-4096", "ecdsa-p256"],
@@ -477,7 +464,7 @@ def test_two_concurrent_processes_share_one_rsa_4096_and_one_ecdsa_certificate(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "home" / "certs"
-    command = [sys.executable, "-c", textwrap.dedent(DEFAULTS), str(folder)]
+    command = [sys.executable, "-c", textwrap.dedent(DEFAULTS), str(folder), str(TIMEOUT)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [json.loads(process.communicate(timeout=TIMEOUT)[0]) for process in processes]
     assert outputs[0]["pairs"] == outputs[1]["pairs"]
@@ -488,7 +475,7 @@ def test_two_concurrent_processes_share_one_rsa_4096_and_one_ecdsa_certificate(
     assert len(makers) == 1
     assert read(folder / "ca.crt").public_key().key_size == 4096  # type: ignore[union-attr]
     strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname", "zcp.example.com")
-    for name in LEAVES:
+    for name in ("server.crt", "server-ecdsa.crt"):
         openssl(*strict, "-CAfile", folder / "ca.crt", folder / name)
 
 

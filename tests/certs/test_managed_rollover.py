@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.certs.support import DAY, NOW, settings
+from tests.certs.support import DAY, NOW, bytes_of, pins, settings
 from tests.certs.test_authority import fail_to_write
+from tests.helpers import raising
 from zcproto.certs import keys, managed, rollover
 from zcproto.certs.managed import ManagedCertificates, renew, rotate
-from zcproto.certs.pair import CertificatePair, load_pair
+from zcproto.certs.pair import load_pair
 from zcproto.certs.rollover import NextPins, cancel
 from zcproto.errors import CertificateError
-
-LEAVES = ("server.crt", "server-ecdsa.crt")
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def pins(pairs: Iterable[CertificatePair]) -> list[str]:
-    return [pair.pin for pair in pairs]
-
 
 # --- new keys, announced before they are used
 
@@ -217,12 +206,8 @@ def test_used_next_key_that_cannot_be_deleted_is_used_once(
 ) -> None:
     announced = rotate(made, settings(), NOW).next_pins
     assert announced is not None
-
-    def refuse(next_key: rollover.NextKey) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
     with monkeypatch.context() as patch:
-        patch.setattr(rollover, "delete", refuse)
+        patch.setattr(rollover, "delete", raising(OSError(errno.EROFS, "Read-only file system")))
         used = managed.ensure(made, settings(), NOW + 7 * DAY)
         assert used.new_pins == announced.pins
         assert used.next_pins is None

@@ -22,6 +22,7 @@ from unittest.mock import Mock
 import pytest
 import trustme
 
+from tests.helpers import raising
 from tests.server.helpers import EVENT, TIMEOUT, ClosedError, ServerThread, configuration
 from zcproto.certs import checker, client_ca, managed
 from zcproto.certs import manager as manager_module
@@ -70,6 +71,36 @@ def wall(server: ServerThread) -> datetime:
     return datetime.fromtimestamp(server.clock.wall() / 1000, UTC)
 
 
+def renew(server: Server) -> None:
+    """Renew the certificates on disk, as another process does."""
+    site = managed_site(server.config)
+    assert site is not None
+    managed.renew(site.directory, site.settings, server.parts.certificates.now())
+
+
+NewConfig = Callable[..., Config]
+NewManager = Callable[..., CertificateManager]
+
+
+@pytest.fixture
+def new_config(tmp_path: Path, certs: Path) -> NewConfig:
+    """Return a function that gives the configuration of managed certificates with changes."""
+    return partial(configuration, tmp_path / "home", certificates__directory=certs, **ECDSA)
+
+
+@pytest.fixture
+def new_manager(new_config: NewConfig) -> NewManager:
+    """Return a function that makes a manager for changed settings. It is not started."""
+
+    def make(
+        *, serves: Any = lambda serving: None, maintains: bool = True, **changes: Any
+    ) -> CertificateManager:
+        config = new_config(**changes)
+        return CertificateManager(config, system_clock, ["zcp/1"], on_serving=serves, maintains=maintains)
+
+    return make
+
+
 def notices(server: ServerThread) -> dict[str, int]:
     return dict(server.stats["certificate_notices"])
 
@@ -86,7 +117,7 @@ def test_renewal_on_disk_is_served_by_the_next_check_and_closes_no_connection(se
     server = serve()
     with server.client("ada") as standing:
         before, pins = served(server), standing.call("server.info")["pins"]
-        managed.renew(server.home / "certs", settings(server), wall(server))
+        renew(server.server)
         check(server)
         after = served(server)
         assert after != before
@@ -98,7 +129,7 @@ def test_renewal_on_disk_is_served_by_the_next_check_and_closes_no_connection(se
 def test_certificates_are_checked_periodically(serve: Serve) -> None:
     server = serve(certificates__watch_interval="100ms")
     before = served(server)
-    managed.renew(server.home / "certs", settings(server), wall(server))
+    renew(server.server)
     server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
     assert served(server) != before
 
@@ -154,17 +185,13 @@ def test_key_announced_before_the_start_is_announced_again(tmp_path: Path, certs
 
 
 def test_disk_failure_changes_nothing_and_is_reported_once(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve()
+    server = serve(certificates__watch_interval="1h")
     before = served(server)
     server.clock.ahead_ms = 61 * 86_400_000
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr("zcproto.certs.files._stage", fail)
+        patched.setattr("zcproto.certs.files._stage", raising(OSError(28, "No space left on device")))
         for _ in range(3):
             check(server)
     assert served(server) == before
@@ -179,17 +206,13 @@ def test_disk_failure_changes_nothing_and_is_reported_once(
 
 
 def test_context_that_fails_its_handshake_is_not_served(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve()
+    server = serve(certificates__watch_interval="1h")
     before = served(server)
-    managed.renew(server.home / "certs", settings(server), wall(server))
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise CertificateError("a handshake with the new certificate fails: NO_SHARED_CIPHER")
-
+    renew(server.server)
     with monkeypatch.context() as patched:
-        patched.setattr(checker, "proven_sites", refuse)
+        patched.setattr(checker, "proven_sites", raising(CertificateError("NO_SHARED_CIPHER")))
         for _ in range(3):
             check(server)
     assert served(server) == before
@@ -202,20 +225,18 @@ def test_context_that_fails_its_handshake_is_not_served(
 async def test_failed_context_is_logged_once_and_an_internal_error_each_time(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = ServerThread(tmp_path / "home", certs).server
+    server = ServerThread(tmp_path / "home", certs, certificates__watch_interval="1h").server
     async with server:
         manager = server.parts.certificates
         before = server.certificates
-        chosen = managed_site(server.config)
-        assert chosen is not None
-        managed.renew(server.config.certificates.directory, chosen.settings, manager.now())
+        renew(server)
         with monkeypatch.context() as patched:
             for error, times in (
                 (CertificateError("it is bad"), 3),
                 (CertificateError("it is worse"), 1),
                 (MemoryError(), 2),
             ):
-                patched.setattr(checker, "proven_sites", partial(fail, error))
+                patched.setattr(checker, "proven_sites", raising(error))
                 for _ in range(times):
                     await manager.check()
         assert server.certificates == before
@@ -230,16 +251,12 @@ async def test_failed_context_is_logged_once_and_an_internal_error_each_time(
     assert [event["message"] for event in reported[:2]] == ["it is bad", "it is worse"]
 
 
-def fail(error: BaseException, *arguments: object, **options: object) -> Any:
-    raise error
-
-
 @pytest.mark.requirement("fallback")
 async def test_server_does_not_start_without_a_working_context(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
-    monkeypatch.setattr(checker, "proven_sites", partial(fail, CertificateError("no")))
+    monkeypatch.setattr(checker, "proven_sites", raising(CertificateError("no")))
     with pytest.raises(CertificateError, match="no"):
         await server.start()
     with pytest.raises(AssertionError, match="not been started"):
@@ -259,15 +276,12 @@ async def test_loop_is_called_only_for_news(
         manager._check_and_report(handed.append)
         manager._check_and_report(handed.append)
         assert handed == []
-        folder = server.config.certificates.directory
-        chosen = managed_site(server.config)
-        assert chosen is not None
-        managed.renew(folder, chosen.settings, manager.now())
+        renew(server)
         manager._check_and_report(handed.append)
         manager._check_and_report(handed.append)
         assert len(handed) == 1
         with monkeypatch.context() as patched:
-            patched.setattr(CertificateChecker, "check", lambda *_: fail(CertificateError("it is bad")))
+            patched.setattr(CertificateChecker, "check", raising(CertificateError("it is bad")))
             manager._check_and_report(handed.append)
         manager._check_and_report(handed.append)  # the recovery is reported as well
         manager._check_and_report(handed.append)
@@ -286,7 +300,7 @@ def test_thread_applies_news_and_ends_with_the_server(tmp_path: Path, certs: Pat
     with ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms") as server:
         before = served(server)
         (thread,) = [each for each in {*threading.enumerate()} - others if each.name == manager_module.THREAD]
-        managed.renew(server.home / "certs", settings(server), wall(server))
+        renew(server.server)
         server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
     thread.join(TIMEOUT)
     assert not thread.is_alive()
@@ -296,10 +310,9 @@ def test_thread_applies_news_and_ends_with_the_server(tmp_path: Path, certs: Pat
     ("is_incomplete", "wait"), [(False, manager_module.RARE_S), (True, manager_module.SOON)]
 )
 async def test_process_that_does_not_maintain_checks_rarely_by_itself(
-    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, is_incomplete: bool, wait: float
+    new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, is_incomplete: bool, wait: float
 ) -> None:
-    config = configuration(tmp_path / "home", certificates__directory=certs, **ECDSA)
-    manager = CertificateManager(config, system_clock, ["zcp/1"], maintains=False)
+    manager = new_manager(maintains=False)
     manager.checker = Mock(is_incomplete=is_incomplete)
     steps: list[object] = []
 
@@ -319,12 +332,9 @@ async def test_process_that_does_not_maintain_checks_rarely_by_itself(
 
 
 async def test_thread_that_cannot_be_started_is_retried(
-    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configuration(
-        tmp_path / "home", certificates__directory=certs, certificates__watch_interval="100ms", **ECDSA
-    )
-    manager = CertificateManager(config, system_clock, ["zcp/1"])
+    manager = new_manager(certificates__watch_interval="100ms")
     started = asyncio.Event()
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(manager, "_check_and_report", lambda hand: loop.call_soon_threadsafe(started.set))
@@ -343,15 +353,8 @@ async def test_thread_that_cannot_be_started_is_retried(
     assert reported["event"] == "certificate.look_failed"
 
 
-def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path, certs: Path) -> None:
-    home = tmp_path / "home"
-    manager = CertificateManager(
-        configuration(home, certificates__directory=certs, **ECDSA),
-        system_clock,
-        ["zcp/1"],
-        on_serving=partial(fail, AssertionError()),
-        on_next_pins=partial(fail, AssertionError()),
-    )
+def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(new_manager: NewManager) -> None:
+    manager = new_manager(serves=raising(AssertionError()))
     manager.interval = 0.0
     ended = threading.Event()
     loop = asyncio.new_event_loop()
@@ -361,13 +364,13 @@ def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path
         nonlocal checks
         checks += 1
         if checks == 1:
-            hand(partial(fail, AssertionError()))  # dropped: the watch is over when the loop runs it
+            hand(raising(AssertionError()))  # dropped: the watch is over when the loop runs it
             ended.set()
             loop.run_until_complete(asyncio.sleep(0))
             ended.clear()
         else:
             loop.close()
-            hand(partial(fail, AssertionError()))
+            hand(raising(AssertionError()))
 
     manager._check_and_report = check_and_report  # type: ignore[method-assign]
     manager._watch(loop, ended)
@@ -412,48 +415,42 @@ class Impatient(threading.Event):
 
 
 async def test_changed_settings_are_checked_and_adopted_together_with_the_rest(
-    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+    new_config: NewConfig, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def config(**changes: Any) -> Config:
-        return configuration(tmp_path / "home", certificates__directory=certs, **ECDSA, **changes)
-
     served: list[ServingCertificates] = []
-    manager = CertificateManager(config(), system_clock, ["zcp/1"], on_serving=served.append)
+    manager = new_manager(serves=served.append)
     await manager.start()
     with monkeypatch.context() as patched:
-        patched.setattr(manager, "_checker_for", partial(fail, AssertionError("certificates are checked")))
+        patched.setattr(manager, "_checker_for", raising(AssertionError("certificates are checked")))
         applied: list[int] = []
         assert not await manager.reconfigure(
-            config(certificates__watch_interval="1h"), lambda: applied.append(len(served))
+            new_config(certificates__watch_interval="1h"), lambda: applied.append(len(served))
         )
         assert (applied, manager.interval) == ([1], 3600.0)
     with pytest.raises(ValueError, match="not now"):
-        await manager.reconfigure(
-            config(certificates__renew_before="9d"), partial(fail, ValueError("not now"))
-        )
+        await manager.reconfigure(new_config(certificates__renew_before="9d"), raising(ValueError("not now")))
     assert len(served) == 1
     assert await manager.reconfigure(
-        config(certificates__renew_before="10d"), lambda: applied.append(len(served))
+        new_config(certificates__renew_before="10d"), lambda: applied.append(len(served))
     )
     assert (applied, len(served)) == ([1, 1], 2)
 
 
-async def test_settings_that_cannot_be_applied_are_not_adopted(tmp_path: Path, certs: Path) -> None:
-    def config(**changes: Any) -> Config:
-        return configuration(tmp_path / "home", certificates__directory=certs, **ECDSA, **changes)
-
+async def test_settings_that_cannot_be_applied_are_not_adopted(
+    new_config: NewConfig, new_manager: NewManager
+) -> None:
     served: list[ServingCertificates] = []
-    manager = CertificateManager(config(), system_clock, ["zcp/1"], on_serving=served.append)
+    manager = new_manager(serves=served.append)
     await manager.start()
     before = manager.checker, manager.interval
-    changed = config(certificates__renew_before="9d", certificates__watch_interval="1h")
+    changed = new_config(certificates__renew_before="9d", certificates__watch_interval="1h")
     for _ in range(2):  # the second attempt finds the old settings
         with pytest.raises(ValueError, match="not now"):
-            await manager.reconfigure(changed, partial(fail, ValueError("not now")))
+            await manager.reconfigure(changed, raising(ValueError("not now")))
         assert (manager.checker, manager.interval) == before
     with pytest.raises(ValueError, match="not now"):
         await manager.reconfigure(
-            config(certificates__watch_interval="1h"), partial(fail, ValueError("not now"))
+            new_config(certificates__watch_interval="1h"), raising(ValueError("not now"))
         )
     assert manager.interval == before[1]
     assert len(served) == 1
@@ -463,14 +460,10 @@ async def test_settings_that_cannot_be_applied_are_not_adopted(tmp_path: Path, c
 
 
 def test_settings_are_not_adopted_after_the_end_of_the_loop(
-    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+    new_config: NewConfig, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manager_module, "LONGEST_WAIT", 0.01)
-    config = configuration(tmp_path / "home", certificates__directory=certs, **ECDSA)
-    changed = configuration(
-        tmp_path / "home", certificates__directory=certs, certificates__renew_before="9d", **ECDSA
-    )
-    manager = CertificateManager(config, system_clock, ["zcp/1"])
+    changed, manager = new_config(certificates__renew_before="9d"), new_manager()
     loop = asyncio.new_event_loop()
     loop.run_until_complete(manager.start())
     before = manager.checker
@@ -482,7 +475,7 @@ def test_settings_are_not_adopted_after_the_end_of_the_loop(
 
     monkeypatch.setattr(manager_module, "wait", count)
     monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *arguments: None)  # the loop runs nothing more
-    reconfiguring = loop.create_task(manager.reconfigure(changed, partial(fail, AssertionError("applied"))))
+    reconfiguring = loop.create_task(manager.reconfigure(changed, raising(AssertionError("applied"))))
     loop.run_until_complete(asyncio.sleep(0))
     for _ in range(2):
         assert waits.acquire(timeout=TIMEOUT)
@@ -493,13 +486,8 @@ def test_settings_are_not_adopted_after_the_end_of_the_loop(
     reconfiguring._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
-def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:
-    config = configuration(
-        tmp_path / "home", certificates__directory=certs, certificates__watch_interval="1300ms"
-    )
-    manager = CertificateManager(
-        config, system_clock, ["zcp/1"], on_serving=lambda serving: None, on_next_pins=lambda pins: None
-    )
+def test_long_wait_has_its_full_length(new_manager: NewManager) -> None:
+    manager = new_manager(certificates__watch_interval="1300ms")
     event = Impatient()
     assert manager._waited(event)
     assert sum(event.waits) == pytest.approx(1.3)
@@ -517,6 +505,15 @@ def write_pair(issued: trustme.LeafCert, certificate: Path, key: Path) -> bytes:
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode())).digest()
 
 
+def external(certificate: Path, key: Path) -> dict[str, Any]:
+    """Return the settings with which these files are served."""
+    return {
+        "certificates__mode": "files",
+        "certificates__certificate": [certificate],
+        "certificates__key": [key],
+    }
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "others"
@@ -528,9 +525,7 @@ def folder(tmp_path: Path) -> Path:
 def test_external_certificates_are_served_and_watched(serve: Serve, ca: trustme.CA, folder: Path) -> None:
     certificate, key = folder / "server.pem", folder / "server.key"
     first = write_pair(ca.issue_cert("localhost"), certificate, key)
-    server = serve(
-        certificates__mode="files", certificates__certificate=[certificate], certificates__key=[key]
-    )
+    server = serve(**external(certificate, key))
     assert served(server) == first
     second = ca.issue_cert("localhost")
     second.cert_chain_pems[0].write_to_path(certificate)  # the key comes later: half is not taken
@@ -551,11 +546,7 @@ async def test_check_between_certificate_and_key_is_repeated_soon(
     certificate, key = folder / "server.pem", folder / "server.key"
     write_pair(ca.issue_cert("localhost"), certificate, key)
     config = configuration(
-        tmp_path / "home",
-        certificates__mode="files",
-        certificates__certificate=[certificate],
-        certificates__key=[key],
-        certificates__watch_interval="300ms",
+        tmp_path / "home", **external(certificate, key), certificates__watch_interval="300ms"
     )
     manager = CertificateManager(config, system_clock, ["zcp/1"])
     await manager.start()
@@ -593,7 +584,7 @@ def test_site_with_damaged_files_does_not_delay_the_others(
     server = serve(certificates__site=[site])
     before = served(server)
     files[0].write_text("damaged")
-    managed.renew(server.home / "certs", settings(server), wall(server))
+    renew(server.server)
     check(server)
     assert served(server) != before
     assert served(server, "a.example") == of_site
@@ -606,12 +597,7 @@ async def test_near_expiry_of_an_external_certificate_is_reported(
     issued = ca.issue_cert("localhost", not_after=datetime.now(UTC) + 5 * DAY)
     write_pair(issued, folder / "a.pem", folder / "a.key")
     home = tmp_path / "home"
-    config = configuration(
-        home,
-        certificates__mode="files",
-        certificates__certificate=[folder / "a.pem"],
-        certificates__key=[folder / "a.key"],
-    )
+    config = configuration(home, **external(folder / "a.pem", folder / "a.key"))
     log_module.configure_logging(LogConfig(level="info", format="json"))
     async with Server(config=config, home=home) as server:
         await server.parts.certificates.check()
@@ -699,10 +685,10 @@ def test_any_wall_clock_is_a_date(tmp_path: Path, wall_ms: int, year: int) -> No
             return 0.0
 
     manager = CertificateManager(
-        configuration(tmp_path), Clock(), ["zcp/1"], on_serving=_unused, on_next_pins=_unused
+        configuration(tmp_path),
+        Clock(),
+        ["zcp/1"],
+        on_serving=raising(AssertionError()),
+        on_next_pins=raising(AssertionError()),
     )
     assert manager.now().year in (year, year - 1)
-
-
-def _unused(value: object) -> None:
-    raise AssertionError(value)

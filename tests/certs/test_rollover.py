@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from tests.certs.support import DAY, NOW, build, openssl, pem_of_key, pin_of
+from tests.helpers import raising
 from zcproto.certs import files, rollover
 from zcproto.certs.rollover import NextPins
 from zcproto.errors import CertificateError
@@ -191,10 +192,7 @@ def test_disk_that_refuses_everything_stops_nothing(
 ) -> None:
     announce(folder, ec_key)
     sentences: list[str] = []
-
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        raise OSError(errno.EIO, "Input/output error")
-
+    refuse = raising(OSError(errno.EIO, "Input/output error"))
     for name in ("exists", "unlink"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, refuse)
@@ -235,12 +233,8 @@ def test_failed_announcement_keeps_the_one_before(
     folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = announce(folder, ec_key)
-
-    def full(*arguments: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CertificateError, match=r"next\.key: cannot be written: No space left on device"):
             rollover.announce(folder, first.key, NOW + 20 * DAY, NOW, lambda sentence: None)
     assert find(folder)["ecdsa-p256"].use_from == first.use_from
@@ -296,12 +290,8 @@ def test_failed_correction_of_the_times_is_reported_and_retried(
 ) -> None:
     first = announce(folder, ec_key, now=NOW + 100 * DAY)
     sentences: list[str] = []
-
-    def full(*arguments: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
         assert find(folder, sentences=sentences)["ecdsa-p256"].use_from == first.use_from
     assert "could not be corrected: " in sentences[0]
     assert find(folder)["ecdsa-p256"].use_from == WHOLE_NOW + 7 * DAY

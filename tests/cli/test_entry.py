@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.helpers import raising
 from zcproto import accelerator, cli
 from zcproto.cli import COMMANDS, Instance, instance_options, main
 from zcproto.cli.examples import EXAMPLES
@@ -31,13 +32,6 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
         monkeypatch.setattr(cli.group, "get_command", lambda *_: click.Command("call", callback=function))
 
     return use
-
-
-def raising(error: BaseException) -> Callable[[], object]:
-    def function() -> None:
-        raise error
-
-    return function
 
 
 def test_help_lists_each_command_with_its_purpose(capsys: Capture) -> None:

@@ -22,6 +22,7 @@ from tests.certs.acme.support import NAMES, Desk, acme_site, wanted
 from tests.certs.harness import disk_fails
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
 from tests.conftest import ServerPairs
+from tests.helpers import raising
 from tests.server.helpers import TIMEOUT
 from zcproto.certs import keys, managed
 from zcproto.certs.acme import orders
@@ -428,10 +429,7 @@ async def test_full_disk_is_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_failing_disk_is_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(directory: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(orders, "_account_key", fail)
+    monkeypatch.setattr(orders, "_account_key", raising(OSError(errno.EIO, "Input/output error")))
     assert "cannot be used: Input/output error; check the disk" in (await order(desk)).problem
 
 

@@ -17,6 +17,7 @@ from tests.certs.acme.fake_ca import Problem, at
 from tests.certs.acme.support import Desk, acme_site
 from tests.certs.harness import Harness, kinds, messages
 from tests.certs.support import DAY, NOW
+from tests.helpers import raising
 from tests.server.helpers import TIMEOUT
 from zcproto.certs import managed
 from zcproto.certs.acme import source as source_module
@@ -493,10 +494,7 @@ def test_damaged_record_is_ignored(harness: AcmeHarness, data: bytes) -> None:
 def test_record_that_cannot_be_written_fails_nothing(
     harness: AcmeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> None:
-        raise CertificateError("no space")
-
-    monkeypatch.setattr(source_module.schedule, "write_record", full)
+    monkeypatch.setattr(source_module.schedule, "write_record", raising(CertificateError("no space")))
     harness.check()
     assert "renewed" in kinds(*harness.visited())
 
@@ -527,12 +525,9 @@ def test_visit_of_another_process_is_waited_for(harness: AcmeHarness) -> None:
 
 
 def test_missing_thread_is_retried(harness: AcmeHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     harness.check()
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", none)
+        patch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
         harness.check()
     harness.visited(timedelta(minutes=1))
     assert harness.source.origin is Origin.ACME
