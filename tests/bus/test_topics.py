@@ -215,7 +215,7 @@ def test_event_before_the_number_of_a_topic_is_delivered() -> None:
     assert (process.topic.received, process.topic.missed) == ([b"a", b"c"], 1)
 
 
-def test_number_that_a_failover_took_back_is_no_gap() -> None:
+def test_number_that_a_failover_took_back_counts_nothing_as_missed() -> None:
     process = medium_of(1).processes[0]
     for number in (1, 2, 2, 3):
         process.topics.received("news", b"1", number, 0, b"%d" % number, is_own=False)

@@ -624,7 +624,7 @@ def shown(server: ServerThread, issued: client_ca.ClientCertificate) -> Any:
         f"localhost:{server.port}",
         ca_file=server.home / "certs" / "ca.crt",
         certificate=issued.certificate,
-        key_file=issued.key,
+        certificate_key=issued.key,
         session=False,
         home=server.home / "client",
     )

@@ -27,14 +27,16 @@ from zcproto.config import Config, load_config
 __all__ = ["folder"]
 
 SECOND = timedelta(seconds=1)
-NAMES = 'names = ["zcp.example.com"]\nkey_types = ["ecdsa-p256"]\n'
+TYPES = 'key_types = ["ecdsa-p256"]\n'
 
 
-def config_of(certs: Path, text: str = "") -> Config:
+def config_of(certs: Path, text: str = "", name: str = "zcp.example.com") -> Config:
     """Return a configuration whose managed certificates are in this folder."""
     home = certs.parent / "home"
     home.mkdir(0o700, exist_ok=True)
-    (home / "config.toml").write_text(f'[certificates]\ndirectory = "{certs}"\n{NAMES}{text}')
+    (home / "config.toml").write_text(
+        f'[certificates]\ndirectory = "{certs}"\nnames = ["{name}"]\n{TYPES}{text}'
+    )
     return load_config(None, home=home, environ={})
 
 
@@ -202,7 +204,7 @@ def test_default_files_of_other_programs(tmp_path: Path, server_pairs: ServerPai
     path.touch(0o600)
     path.write_bytes(server_pairs.ecdsa.certificate.read_bytes() + server_pairs.ecdsa.key.read_bytes())
     text = f'mode = "files"\ncertificate = ["{path}"]\n'
-    found = survey_of(tmp_path / "certs", text, datetime.now(NOW.tzinfo))
+    found = survey(config_of(tmp_path / "certs", text, "localhost"), datetime.now(NOW.tzinfo), {})
     assert states(found) == [("server", "ok")]
     assert (found.mode, found.next_pins) == ("files", None)
 

@@ -173,11 +173,11 @@ def test_every_command_refuses_what_cannot_start(
     for command in (["reload", "--dry-run"], ["config", "check"]):
         capsys.readouterr()
         assert main(command) == 2
-        assert capsys.readouterr().err.splitlines() == [message]
+        assert capsys.readouterr().err.splitlines() == [f"zcproto: {message}"]
     server.drain()
 
     assert main(["config", "check", "--app", APP]) == 2
-    assert capsys.readouterr().err.splitlines() == [message]
+    assert capsys.readouterr().err.splitlines() == [f"zcproto: {message}"]
     found = doctor("--app", APP)
     assert found.one(check, "fault") == message.replace("; ", " | ", 1)
     assert found.faults == [check]
@@ -199,7 +199,8 @@ def test_serve_reports_all_faults_at_once(home: Path, certs: Path) -> None:
     command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve"]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    starts = [line.partition(": ")[0].partition(" = ")[0] for line in done.stderr.splitlines()]
+    lines = [line.removeprefix("zcproto: ") for line in done.stderr.splitlines()]
+    starts = [line.partition(": ")[0].partition(" = ")[0] for line in lines]
     wanted = ["log.file", f"{home}/users.toml", "alerts.webhook_secret_file", "alerts.command"]
     assert starts == [*wanted, "auth.role[0].allow"]
 

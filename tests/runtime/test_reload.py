@@ -278,7 +278,7 @@ def test_reload_applies_client_name_to_the_next_login(home: Path, certs: Path) -
                 f"localhost:{server.port}",
                 ca_file=home / "certs" / "ca.crt",
                 certificate=issued.certificate,
-                key_file=issued.key,
+                certificate_key=issued.key,
                 home=home,
             ) as client:
                 return str(client.call("session.info")["user"])

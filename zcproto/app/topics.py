@@ -238,7 +238,7 @@ class Topic(Generic[Event]):
         return waiter
 
     def take(self, position: int) -> TopicEvent[Event] | None:
-        """Return the event at a position, or the oldest one after it that is kept; None if there is none yet.
+        """Return the event at a position, or the oldest one after it that is kept; None before there is one.
 
         Raises Cancelled if events were missed and the policy is to end.
         """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random as system_random
+from asyncio import get_running_loop
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -223,7 +224,7 @@ class SessionClient:
             named = {**params, **named}
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
-        if asyncio.get_running_loop() is not self._loop:
+        if get_running_loop() is not self._loop:
             raise RuntimeError(_OTHER_LOOP)
         if self._options.middleware and not isinstance(params, Prepared):
             return await self._call_within_middleware(  # type: ignore[no-any-return]

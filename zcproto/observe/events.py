@@ -128,6 +128,7 @@ FIELDS: Final[dict[str, str]] = {
     "span_id": "id of the span that was current, with `telemetry.traces`; in any line",
     "suppressed": "lines of this event and key suppressed before this one",
     "text": "text logged instead of a name, or what a library reports",
+    "topic": "name of a topic",
     "trace_id": "id of the trace that was current, or through which an exception has passed; in any line",
     "traceback": "lines of the traceback, with causes, notes and the members of groups, see `log.exceptions`",
     "threshold_days": "reached threshold of certificates.alert_days",

@@ -38,6 +38,7 @@ _ATTACH_CONTEXT: Final = b"zcp/1 attach\0"
 _TRUSTED_SIZE: Final = 256
 _SCANNED_ABOVE: Final = _TRUSTED_SIZE if compiled is None else 0
 _CONTAINERS: Final = frozenset({dict, list})
+_SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
 
 
 class MessageError(ZcprotoError):
@@ -79,7 +80,7 @@ def encode_body(value: Any) -> bytes:
     except Exception as error:  # a serializer of the application may raise anything
         _pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
         raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
-    if not scan_body(body, _DEEPEST):
+    if value.__class__ not in _SCALARS and not scan_body(body, _DEEPEST):
         try:
             decode_body(body, _DEEPEST)  # msgpack packs keys and types that peers refuse
         except MessageError as error:

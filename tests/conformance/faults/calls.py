@@ -122,8 +122,8 @@ CALLS: Final[dict[str, Fault]] = {
         "sends bytes as str",
         (
             "encode_body",
-            "return _pack(value)",
-            "return msgpack.packb(value, use_bin_type=False)",
+            "body: bytes = _pack(value)",
+            "body: bytes = msgpack.packb(value, use_bin_type=False)",
         ),
     ),
     "call-without-params": fault(
