@@ -36,6 +36,7 @@ from zcproto.wire.message import (
     encode_body,
     encode_error,
     encode_request,
+    has_plain_keys,
     open_message,
     parse_traceparent,
 )
@@ -145,6 +146,21 @@ def test_unencodable_value_is_named_by_path_and_type(value: Any, fault: str) -> 
     with pytest.raises(MessageError) as caught:
         encode_body(value)
     assert str(caught.value) == f"{fault} and cannot be sent"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_plain"),
+    [
+        (None, True),
+        ({"a": [1, {"b": b""}], "c": {}}, True),
+        ({"a": {1: 2}}, False),
+        ([["deep"]], True),
+        ([[["deeper"]]], False),
+        ([{"a": (1,)}], False),  # a tuple is packed as a list: its packed form is checked
+    ],
+)
+def test_keys_of_a_value_are_checked_without_its_packed_form(value: Any, is_plain: bool) -> None:
+    assert has_plain_keys(value, depth=2 if value == [["deep"]] or value == [[["deeper"]]] else 9) is is_plain
 
 
 def test_refused_value_does_not_appear_in_error() -> None:

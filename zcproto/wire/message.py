@@ -80,12 +80,29 @@ def encode_body(value: Any) -> bytes:
     except Exception as error:  # a serializer of the application may raise anything
         _pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
         raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
-    if value.__class__ not in _SCALARS and not scan_body(body, _DEEPEST):
+    if not (scan_body(body, _DEEPEST) or has_plain_keys(value, _DEEPEST)):
         try:
             decode_body(body, _DEEPEST)  # msgpack packs keys and types that peers refuse
         except MessageError as error:
             raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
     return body
+
+
+def has_plain_keys(value: Any, depth: int) -> bool:
+    """Return whether a packed value has only str as keys. False if that takes a look at its packed form."""
+    if value.__class__ is dict:
+        parts = value.values()
+        for name in value:
+            if name.__class__ is not str:
+                return False
+    elif value.__class__ is list:
+        parts = value
+    else:
+        return value.__class__ in _SCALARS
+    for part in parts:
+        if part.__class__ not in _SCALARS and (depth <= 1 or not has_plain_keys(part, depth - 1)):
+            return False
+    return depth > 0
 
 
 def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
