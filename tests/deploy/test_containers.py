@@ -216,11 +216,12 @@ def test_init_container_links_users_and_tokens(tmp_path: Path) -> None:
     assert (done.returncode, home.exists()) == (1, False)
     assert "has no users.toml" in done.stderr
     secret.mkdir()
-    (secret / "users.toml").touch()
-    for _ in range(2):  # also when the container is started again
-        subprocess.run(command, check=True, timeout=TIMEOUT)
     for name in ("users.toml", "tokens.toml"):
+        (secret / name).touch()
+        for _ in range(2):  # also when the container is started again
+            subprocess.run(command, check=True, timeout=TIMEOUT)
         assert (home / name).readlink() == secret / name
+        assert os.path.lexists(home / "tokens.toml") is (secret / "tokens.toml").exists()
     assert home.stat().st_mode & 0o777 == 0o700
 
 
