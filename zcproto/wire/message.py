@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -90,6 +90,7 @@ def encode_body(value: Any) -> bytes:
 
 def has_plain_keys(value: Any, depth: int) -> bool:
     """Return whether a packed value has only str as keys. False if that takes a look at its packed form."""
+    parts: Iterable[Any]
     if value.__class__ is dict:
         parts = value.values()
         for name in value:
