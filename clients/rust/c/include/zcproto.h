@@ -197,7 +197,8 @@
 #define ZCP_END -8
 
 /**
- * A connection to a server, with a session. It reconnects, and any number of threads can use it at the same time.
+ * A connection to a server, with a session. It reconnects, and any number of threads can use it at the same time. One of them can
+ * close it while others wait: their functions return ZCP_CLOSED, and zcp_event ZCP_END.
  */
 typedef struct zcp_client zcp_client;
 

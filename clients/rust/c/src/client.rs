@@ -16,7 +16,9 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use zcproto_client::codec;
 
-/// A connection to a server, with a session. It reconnects, and any number of threads can use it at the same time.
+/// A connection to a server, with a session. It reconnects, and any number of threads can use it at the same time. One of them can
+/// close it while others wait: their functions return ZCP_CLOSED, and zcp_event ZCP_END.
+#[derive(Clone)]
 pub struct Client {
     pub(crate) runtime: Arc<Shared>,
     pub(crate) inner: zcproto_client::Client,
@@ -25,12 +27,12 @@ pub struct Client {
     /// For the callbacks of the options.
     gate: Gate,
     /// For the handlers of methods.
-    handlers: Mutex<HashMap<String, Gate>>,
+    handlers: Arc<Mutex<HashMap<String, Gate>>>,
 }
 
 impl Client {
     fn new(runtime: Arc<Shared>, inner: zcproto_client::Client, is_session: bool, gate: Gate) -> Self {
-        Self { runtime, inner, is_session, gate, handlers: Mutex::default() }
+        Self { runtime, inner, is_session, gate, handlers: Arc::default() }
     }
 
     /// Use another gate for the handler of a method, or none. Return the previous one.
@@ -49,6 +51,16 @@ impl Client {
             gate.close();
         }
     }
+}
+
+/// Return a client for a function that waits: another thread can close it meanwhile.
+///
+/// # Safety
+///
+/// `client` is NULL or a client.
+pub(crate) unsafe fn waiting(client: *const Client) -> Result<Client, Failure> {
+    // SAFETY: by the contract of this function.
+    unsafe { object(client, "client") }.cloned()
 }
 
 /// Options of one call. All zero is the default.
@@ -97,7 +109,7 @@ pub unsafe extern "C" fn zcp_session_for(
 ) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes a client, and options that no other thread uses.
-        let (client, options) = unsafe { (object(client, "client")?, object(options, "options")?) };
+        let (client, options) = unsafe { (waiting(client)?, object(options, "options")?) };
         let gate = Gate::default();
         let credentials = options.credentials(&gate)?;
         let credentials = credentials.ok_or_else(|| Failure::argument("the options have no credentials"))?;
@@ -158,8 +170,9 @@ pub unsafe extern "C" fn zcp_call(
     guard(error, || {
         // SAFETY: the caller passes a client, and the rest as `call_future` needs it.
         let (client, future) = unsafe {
-            let client = object(client, "client")?;
-            (client, call_future(client, method, params, options)?)
+            let client = waiting(client)?;
+            let future = call_future(&client, method, params, options)?;
+            (client, future)
         };
         let value = client.runtime.wait(future)??;
         // SAFETY: the caller passes a place for a value.
@@ -260,7 +273,7 @@ pub unsafe extern "C" fn zcp_endpoint(client: *const Client, endpoint: *mut *mut
 pub unsafe extern "C" fn zcp_open_session(client: *const Client, error: *mut *mut Error) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes a client.
-        let client = unsafe { object(client, "client") }?;
+        let client = unsafe { waiting(client) }?;
         client.runtime.wait(client.inner.open_session())??;
         Ok(())
     })
@@ -288,7 +301,7 @@ pub unsafe extern "C" fn zcp_event(
 ) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes a client.
-        let client = unsafe { object(client, "client") }?;
+        let client = unsafe { waiting(client) }?;
         let next = async { tokio::time::timeout(Duration::from_millis(timeout_ms), client.inner.next_event()).await };
         let found = client.runtime.wait(next)?.map_err(|_| Failure::end("no event has come in time"))?;
         let found = found.ok_or_else(|| Failure::end("the client is closed"))?;

@@ -1,9 +1,9 @@
 //! Calls from the server.
 
-use crate::client::Client;
+use crate::client::{waiting, Client};
 use crate::error::{guard, Error, Failure};
 use crate::gate::Gate;
-use crate::pointer::{object, optional_text, text, Data};
+use crate::pointer::{optional_text, text, Data};
 use crate::value::Value;
 use std::ffi::{c_char, c_void, CString};
 use std::ptr;
@@ -37,7 +37,7 @@ pub unsafe extern "C" fn zcp_handle(
 ) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes a client and a text.
-        let (client, method) = unsafe { (object(client, "client")?, text(method, "method")?) };
+        let (client, method) = unsafe { (waiting(client)?, text(method, "method")?) };
         let handler = handler.ok_or_else(|| Failure::argument("handler is NULL"))?;
         let data = Data::new(data);
         let gate = Gate::default();
@@ -74,7 +74,7 @@ pub unsafe extern "C" fn zcp_remove_handler(
 ) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes a client and a text.
-        let (client, method) = unsafe { (object(client, "client")?, text(method, "method")?) };
+        let (client, method) = unsafe { (waiting(client)?, text(method, "method")?) };
         let removed = client.runtime.wait(client.inner.remove_handler(method))?;
         if let Some(gate) = client.replace_handler(method, None) {
             gate.close();
