@@ -43,6 +43,11 @@ async def handle(peer: ConnectedClient, method: str) -> Frame:
     return request
 
 
+def answer_repeated_registrations(connection: Connection) -> None:
+    """Answer each further `session.handle`: a client may repeat it after a refresh."""
+    connection.auto_responses["session.handle"] = lambda connection, request: connection.respond(request, {})
+
+
 async def expect_failure(connection: Connection, number: int, code: int, token: bytes) -> None:
     """Raise CheckFailed unless the next frame is the FAILURE of a call, with this code and token."""
     failure = await connection.expect_frame("FAILURE", number)
@@ -281,6 +286,7 @@ async def _(harness: Harness) -> None:
 @scenario("call-after-a-refresh", "19.2: after a refresh a session is called by its new token")
 async def _(harness: Harness) -> None:
     peer = await connect(harness, "approve")
+    answer_repeated_registrations(peer.connection)
     expiring = {"expires_at": peer.connection.wall + HOUR_MS}
     peer.connection.event("session.expiring", expiring, peer.session.token)
     newer = harness.new_session()
@@ -296,14 +302,12 @@ async def _(harness: Harness) -> None:
 )
 async def _(harness: Harness) -> None:
     peer = await connect(harness, "approve")
+    answer_repeated_registrations(peer.connection)
     call = await peer.client.call("echo", {})
     peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
     newer = harness.new_session()
     harness.grant_session(peer.connection, await peer.connection.expect_request("session.refresh"), newer)
     peer.connection.call(1, "approve", {}, newer.token)
-    peer.connection.auto_responses["session.handle"] = lambda connection, request: connection.respond(
-        request, {}
-    )
     peer.connection.respond(await peer.connection.expect_request("echo"), "echoed")
     await call.expect_result("echoed")
     await (await peer.client.called()).answer("renewed")
