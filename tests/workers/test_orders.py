@@ -165,7 +165,7 @@ async def test_reload_by_the_control_socket_waits_for_the_workers(make: Make) ->
     process = make(is_coordinator=True)
     await process.start()
     for _ in range(2):  # the second one waits as well
-        reloading = asyncio.create_task(process.server.on_reload_requested())
+        reloading = asyncio.create_task(process.server.on_reload_requested(True))
         assert await process.hears("reloaded") == {"applied": True}
         assert not reloading.done()
         process.supervisor.send("applied")
@@ -179,7 +179,14 @@ async def test_reload_by_the_control_socket_waits_no_longer_than_its_limit(
     monkeypatch.setattr(processes, "APPLIED_LIMIT", 0.0)
     process = make(is_coordinator=True)
     await process.start()
-    await process.server.on_reload_requested()
+    await process.server.on_reload_requested(True)
+
+
+async def test_refused_reload_by_the_control_socket_is_reported_and_waits_for_no_worker(make: Make) -> None:
+    process = make(is_coordinator=True)
+    await process.start()
+    await process.server.on_reload_requested(False)
+    assert await process.hears("reloaded") == {"applied": False}
 
 
 async def test_coordinator_asks_for_a_drain_and_an_upgrade_and_hears_why_one_failed(make: Make) -> None:
