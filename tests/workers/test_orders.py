@@ -115,13 +115,18 @@ async def test_sigterm_drains_a_worker_and_not_the_coordinator(make: Make) -> No
     worker.server.drain.assert_awaited_once_with(None)
 
 
-async def test_drain_during_the_start_cancels_it(make: Make) -> None:
+async def test_drain_during_the_start_cancels_it_and_waits_for_no_thread(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "exit_at_once", Mock(side_effect=SystemError("ended")))
     process = make()
     process.server.start = AsyncMock(side_effect=asyncio.Event().wait)
     running = process.begin()
     await until(lambda: process.server.start.await_count)
     process.supervisor.send("drain", limit=3.0)
-    await running
+    process.running = None
+    with pytest.raises(SystemError, match="ended"):
+        await running
     assert not process.is_ready.is_set()
     process.server.drain.assert_not_awaited()
 

@@ -14,6 +14,7 @@ commands that need an extra import it. An error is one message on standard error
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import os
@@ -324,6 +325,7 @@ def _explain(error: Exception) -> str:
         return f"zcproto: the Python package {error.name} is required and not installed{cure}"
     if isinstance(error, OSError) and error.strerror:
         where = f"{escape_text(str(error.filename))}: " if error.filename is not None else ""
-        return f"zcproto: {where}{error.strerror}"
+        cure = "; raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
+        return f"zcproto: {where}{error.strerror}{cure}"
     # The message of any other exception may contain a secret.
     return f"zcproto: internal error ({type(error).__name__}); ZCPROTO_DEBUG=1 shows the traceback"

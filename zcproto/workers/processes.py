@@ -476,7 +476,7 @@ class Orders:
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
-            return
+            exit_at_once()  # a thread that generates a key would delay the end
         starting.result()
         tune_interpreter()
         if self._part.client is not None:
