@@ -133,6 +133,11 @@ class Program:
         """Whether it was started and no longer answers."""
         return self._process is not None and self._readers[0].done()
 
+    async def wait_ended(self) -> None:
+        """Wait until it no longer answers. Raises CheckFailed then."""
+        await asyncio.wait(self._readers[:1])
+        raise CheckFailed(f"the program failed: {self._failure}")
+
     @property
     def stderr(self) -> str:
         """The end of its standard error."""
