@@ -48,6 +48,7 @@ from bench.guard.counting import Recorder
 from bench.micro.metrics_cost import Peer, state_on, without_lines
 from bench.report import Report, Row
 from bench.stage import CLIENT_CPU, ECDSA_ONLY, Stage, bench_environment
+from zcproto.common.text import extra_cure
 from zcproto.errors import ConfigError
 from zcproto.load.demo import temporary_home
 from zcproto.load.plan import Credential
@@ -244,7 +245,7 @@ def command(rounds: int, requests: int) -> Report:
     try:
         import opentelemetry.sdk  # noqa: F401, PLC0415 - it comes with an extra
     except ImportError:
-        raise ConfigError(['OpenTelemetry is not installed; run: pip install "zcproto[otel]"']) from None
+        raise ConfigError([f"OpenTelemetry is not installed; {extra_cure('otel')}"]) from None
     with temporary_home() as home, on_processor(CLIENT_CPU):
         found = compare(home.path, rounds, requests)
     return Report({**found.columns, "figure": counted_rows()}, notes=found.notes)

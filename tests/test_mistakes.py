@@ -6,7 +6,12 @@ A row is the mistake, and what its message must contain. The cure is after the s
 from __future__ import annotations
 
 import asyncio
+import errno
+import importlib
 import re
+import resource
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -337,6 +342,32 @@ def test_mistake_on_the_command_line_is_refused_with_its_cure(
     arguments, message = COMMANDS[mistake]
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_few_open_files_are_refused_at_the_start_with_the_cure() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "zcproto", "serve", "--port", "0"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (63, 63)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "zcproto: 63 open files are allowed, and a server needs 64;"
+        " raise the limit with ulimit -n or LimitNOFILE=\n"
+    )
+
+
+def test_command_without_a_free_descriptor_is_refused_with_the_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_none(*args: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(importlib, "import_module", open_none)
+    assert main(["health"]) == 1
+    assert capsys.readouterr().err == "zcproto: Too many open files; raise the limit with ulimit -n\n"
 
 
 def test_unknown_method_is_answered_with_the_one_that_was_meant(

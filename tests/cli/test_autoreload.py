@@ -151,7 +151,8 @@ def test_missing_package_names_its_extra(
     monkeypatch.chdir(tmp_path)
     assert main(["--home", str(tmp_path), "serve", "shop:app", "--reload"]) == 1
     assert capsys.readouterr().err == (
-        'zcproto: the Python package watchfiles is required and not installed; run: pip install "zcproto[reload]"\n'
+        "zcproto: the Python package watchfiles is required and not installed;"
+        ' run in a clone of zcproto: pip install ".[reload]"\n'
     )
 
 

@@ -118,7 +118,7 @@ def test_doctor_reports_the_missing_package(
 ) -> None:
     monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: None)
     assert doctor().one("certificate", "fault") == (
-        'certificates.mode = "acme": this needs the package acme | run: pip install "zcproto[acme]"'
+        'certificates.mode = "acme": this needs the package acme | run in a clone of zcproto: pip install ".[acme]"'
     )
 
 

@@ -153,7 +153,7 @@ def test_missing_qr_package_is_mentioned(
     assert main(["pair"]) == 0
     out, err = capsys.readouterr()
     assert len(out) == 10
-    assert err.endswith('For a QR code, run: pip install "zcproto[qr]"\n')
+    assert err.endswith('For a QR code, run in a clone of zcproto: pip install ".[qr]"\n')
 
 
 # --- device list -------------------------------------------------------------------------------------

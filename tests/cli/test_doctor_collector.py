@@ -71,4 +71,4 @@ def test_unusable_file_of_headers_is_a_fault(check: Check, tmp_path: Path) -> No
 def test_missing_extra_is_a_fault(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.delitem(sys.modules, "zcproto.telemetry.export")
-    assert 'pip install "zcproto[otel]"' in check("traces = true").one("collector", "fault")
+    assert 'in a clone of zcproto: pip install ".[otel]"' in check("traces = true").one("collector", "fault")

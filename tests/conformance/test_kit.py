@@ -105,10 +105,13 @@ async def test_hanging_program_fails_the_check_and_is_replaced(monkeypatch: pyte
     assert second.result == FAILED
 
 
-async def test_program_that_exits_fails_the_check_with_its_stderr() -> None:
+@pytest.mark.parametrize(
+    "check", [TABLES, SCRIPTED["scripted/welcome-is-awaited"]], ids=lambda check: check.name
+)
+async def test_program_that_exits_fails_the_check_with_its_stderr(check: Check) -> None:
     command = program()
     command[-1] += "sys.stdin.readline()\nsys.stderr.write('its stderr')\nsys.exit(3)\n"
-    (failed,) = await results_of([TABLES], command)
+    (failed,) = await results_of([check], command)
     assert "its standard output ended" in failed.why
     assert "its stderr" in failed.why
 

@@ -214,8 +214,11 @@ with open({str(ROOT / "pyproject.toml")!r}, "rb") as file:
 for requirement in sys.argv[2:]:
     if requirement[0] == "-":
         continue
-    name, *extras = re.findall(r"[a-z0-9-]+", re.sub(r"^\\.(?=$|\\[)", "zcproto", requirement))
-    known = own if name == "zcproto" else metadata.metadata(name).get_all("Provides-Extra", [])
+    _, is_folder, name = requirement.rpartition("/")
+    name, *extras = re.findall(r"^\\.|[a-z0-9-]+", name)
+    is_clone = name == "." or is_folder
+    assert is_clone or name != "zcproto", "on PyPI, zcproto is another project's package"
+    known = own if is_clone else metadata.metadata(name).get_all("Provides-Extra", [])
     assert set(extras) <= set(known), requirement
 """
 """Checks that a `pip install` names packages that are installed, and extras that they have."""

@@ -146,8 +146,10 @@ def test_ctrl_c_during_key_generation_leaves_nothing(
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
+    terminal, output = console()
     with pytest.raises(KeyboardInterrupt):
-        run_demo(QUICK, console()[0])
+        run_demo(QUICK, terminal)
+    assert "Interrupted, so nothing is proven. The server is stopped" in output.getvalue()
     assert [*temporary.iterdir()] == []
     assert children() == []
 

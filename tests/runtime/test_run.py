@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gc
 import os
 import re
@@ -101,6 +102,37 @@ def test_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> None
         server.signal(signal.SIGTERM)
         assert server.wait() == 1
         assert '"event":"server.forced"' in server.log
+
+
+SLOW_START = """
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from zcproto import App
+
+@asynccontextmanager
+async def lifespan(app):
+    Path(__file__).with_name("begun").touch()
+    await asyncio.to_thread(time.sleep, 3600)
+    yield
+
+app = App(lifespan=lifespan)
+"""
+"""A start that takes long in a thread, as the generation of a key."""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signal_during_the_start_does_not_wait_for_it(home: Path, certs: Path, workers: int) -> None:
+    (home / "config.toml").write_text(f"{CONFIG}\n[server]\nworkers = {workers}")
+    (home / "slow.py").write_text(SLOW_START)
+    with ServerProcess(home, certs, app="slow:app", listens=False) as server:
+        eventually((home / "begun").exists)
+        server.signal(signal.SIGINT)
+        assert server.wait() == 0
+        assert ("server.start_stopped" in server.log) is (workers == 1)
+        assert "worker.killed" not in server.log
 
 
 def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> None:
@@ -262,6 +294,20 @@ async def test_second_signal_does_not_wait_for_the_drain(
     await run_until_exit(server)
     assert (server.drains, exits) == (1, [1])
     assert '"event":"server.forced"' in capsys.readouterr().err
+
+
+class StuckServer(SlowServer):
+    async def start(self) -> None:
+        for _ in range(2):  # the first signal cancels it
+            os.kill(os.getpid(), signal.SIGINT)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+
+@pytest.mark.usefixtures("process_state")
+async def test_second_signal_does_not_wait_for_the_start(exits: list[int]) -> None:
+    await run_until_exit(StuckServer())
+    assert exits == [0]
 
 
 @pytest.mark.usefixtures("process_state")

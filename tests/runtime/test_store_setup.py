@@ -90,7 +90,7 @@ def test_missing_redis_package_is_reported_with_the_command_that_installs_it(
     ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ConfigError, match=r'pip install "zcproto\[valkey\]"'):
+    with pytest.raises(ConfigError, match=r'in a clone of zcproto: pip install "\.\[valkey\]"'):
         store(tmp_path, url="redis://cache")
 
 

@@ -20,6 +20,7 @@ import pytest
 from tests.helpers import FakeClock, FakeTimers
 from tests.runtime.test_service_manager import listening
 from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
+from zcproto.cli import main
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager
 
@@ -332,6 +333,14 @@ def test_supervisor_of_workers_reports_ready_reload_and_stop(
     process.send_signal(signal.SIGHUP)
     manager.until("RELOADING", "1")
     manager.until("READY", "1")
+    config = home / "config.toml"
+    good = config.read_text()
+    config.write_text(f"{good}\nfault = 1\n")
+    assert main(["--home", str(home), "reload"]) == 2
+    manager.until("STATUS", "2 of 2 workers; the configuration was refused, a restart would fail")
+    config.write_text(good)
+    assert main(["--home", str(home), "reload"]) == 0
+    manager.until("STATUS", "2 of 2 workers")
     process.send_signal(signal.SIGTERM)
     assert manager.until("STOPPING", "1")["EXTEND_TIMEOUT_USEC"] == "70000000"
     assert process.wait(TIMEOUT) == 0

@@ -32,9 +32,11 @@ def patient(home: Path) -> dict[str, str]:
 
 
 class ServerProcess:
-    """`zcproto serve` in its own process. `log` is its log."""
+    """`zcproto serve` in its own process. `log` is its log. Without `listens` the start is not awaited."""
 
-    def __init__(self, home: Path, certs: Path, *arguments: str, app: str | None = None) -> None:
+    def __init__(
+        self, home: Path, certs: Path, *arguments: str, app: str | None = None, listens: bool = True
+    ) -> None:
         home.mkdir(mode=0o700, exist_ok=True)
         if not (home / "certs").exists():
             shutil.copytree(certs, home / "certs")
@@ -49,6 +51,8 @@ class ServerProcess:
             cwd=home,
             env={**patient(home), **os.environ, "PYTHONPATH": str(ROOT)},
         )
+        if not listens:
+            return
         line = self.process.stdout.readline()
         if not line.startswith("zcproto: listening on "):
             code = self.wait()

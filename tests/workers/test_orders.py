@@ -115,13 +115,18 @@ async def test_sigterm_drains_a_worker_and_not_the_coordinator(make: Make) -> No
     worker.server.drain.assert_awaited_once_with(None)
 
 
-async def test_drain_during_the_start_cancels_it(make: Make) -> None:
+async def test_drain_during_the_start_cancels_it_and_waits_for_no_thread(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "exit_at_once", Mock(side_effect=SystemError("ended")))
     process = make()
     process.server.start = AsyncMock(side_effect=asyncio.Event().wait)
     running = process.begin()
     await until(lambda: process.server.start.await_count)
     process.supervisor.send("drain", limit=3.0)
-    await running
+    process.running = None
+    with pytest.raises(SystemError, match="ended"):
+        await running
     assert not process.is_ready.is_set()
     process.server.drain.assert_not_awaited()
 
@@ -165,7 +170,7 @@ async def test_reload_by_the_control_socket_waits_for_the_workers(make: Make) ->
     process = make(is_coordinator=True)
     await process.start()
     for _ in range(2):  # the second one waits as well
-        reloading = asyncio.create_task(process.server.on_reload_requested())
+        reloading = asyncio.create_task(process.server.on_reload_requested(True))
         assert await process.hears("reloaded") == {"applied": True}
         assert not reloading.done()
         process.supervisor.send("applied")
@@ -179,7 +184,14 @@ async def test_reload_by_the_control_socket_waits_no_longer_than_its_limit(
     monkeypatch.setattr(processes, "APPLIED_LIMIT", 0.0)
     process = make(is_coordinator=True)
     await process.start()
-    await process.server.on_reload_requested()
+    await process.server.on_reload_requested(True)
+
+
+async def test_refused_reload_by_the_control_socket_is_reported_and_waits_for_no_worker(make: Make) -> None:
+    process = make(is_coordinator=True)
+    await process.start()
+    await process.server.on_reload_requested(False)
+    assert await process.hears("reloaded") == {"applied": False}
 
 
 async def test_coordinator_asks_for_a_drain_and_an_upgrade_and_hears_why_one_failed(make: Make) -> None:

@@ -14,6 +14,7 @@ commands that need an extra import it. An error is one message on standard error
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import os
@@ -29,7 +30,7 @@ import click
 from click.shell_completion import CompletionItem, shell_complete
 
 from zcproto.common.home import Home, resolve_home
-from zcproto.common.text import escape_text
+from zcproto.common.text import escape_text, extra_cure
 from zcproto.errors import CertificateError, ConfigError, ZcprotoError
 
 if TYPE_CHECKING:
@@ -320,10 +321,11 @@ def _explain(error: Exception) -> str:
         return f"zcproto: {escape_text(str(error) or type(error).__name__, MAX_MESSAGE)}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        cure = f'; run: pip install "zcproto[{EXTRAS[package]}]"' if package in EXTRAS else ""
+        cure = f"; {extra_cure(EXTRAS[package])}" if package in EXTRAS else ""
         return f"zcproto: the Python package {error.name} is required and not installed{cure}"
     if isinstance(error, OSError) and error.strerror:
         where = f"{escape_text(str(error.filename))}: " if error.filename is not None else ""
-        return f"zcproto: {where}{error.strerror}"
+        cure = "; raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
+        return f"zcproto: {where}{error.strerror}{cure}"
     # The message of any other exception may contain a secret.
     return f"zcproto: internal error ({type(error).__name__}); ZCPROTO_DEBUG=1 shows the traceback"

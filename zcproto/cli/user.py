@@ -24,7 +24,7 @@ from zcproto.cli.output import print_report, print_result, private_file, report_
 from zcproto.cli.store import SessionsNotEndedError
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.roles import OPERATOR, roles_from
-from zcproto.common.text import counted, escape_text
+from zcproto.common.text import counted, escape_text, extra_cure
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
@@ -221,7 +221,7 @@ def pair(instance: Instance, user: str | None, minutes: int) -> None:
     )
     click.echo(code.reveal())
     if sys.stdout.isatty():
-        click.echo(_qr_code(code.reveal()) or 'For a QR code, run: pip install "zcproto[qr]"', err=True)
+        click.echo(_qr_code(code.reveal()) or f"For a QR code, {extra_cure('qr')}", err=True)
 
 
 def _device_user(users: UserFile, name: str | None) -> str:

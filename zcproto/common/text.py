@@ -1,4 +1,4 @@
-"""Write text that is safe on one line of a terminal or a log, or in a TOML file, and numbers with their nouns."""
+"""Write text that is safe on one line of a terminal or a log, or in a TOML file, and parts of messages."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def escape_text(text: str, limit: int | None = None) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, as in "1 session" and "2,000 sessions"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def extra_cure(extra: str) -> str:
+    """Return how to install an extra: from a clone, since `zcproto` on PyPI is another project's package."""
+    return f'run in a clone of zcproto: pip install ".[{extra}]"'
 
 
 def toml_string(text: str) -> str:

@@ -182,6 +182,16 @@ def run_demo(demo: Demo, console: Console) -> Result:
         f" {demo.connections:,} TLS 1.3 connections to it from another process, each with its own session, and"
         " checks every answer.",
     )
+    try:
+        result = _measured(demo, outputs, console, started)
+    except KeyboardInterrupt:
+        _print(console, _interrupted(time.monotonic() - started))
+        raise
+    _print(console, conclusion(result, time.monotonic() - started))
+    return result
+
+
+def _measured(demo: Demo, outputs: Outputs, console: Console, started: float) -> Result:
     with temporary_home() as home:
         operator, credentials = _make_users(home, demo.connections)
         _configure(home, demo.connections)
@@ -207,9 +217,7 @@ def run_demo(demo: Demo, console: Console) -> Result:
                 arrival_rate=demo.arrival_rate,
                 ca_file=home.certs / "ca.crt",
             )
-            result = run_and_report(fit(plan, console), outputs, console)
-    _print(console, conclusion(result, time.monotonic() - started))
-    return result
+            return run_and_report(fit(plan, console), outputs, console)
 
 
 def fit(plan: Plan, console: Console) -> Plan:
@@ -275,7 +283,7 @@ def _configure(home: Home, connections: int) -> None:
 
 
 def conclusion(result: Result, seconds: float) -> str:
-    end = f"The server is stopped and its folder deleted; total time {seconds:.0f} s."
+    end = _end(seconds)
     if result.verdict is Verdict.VERIFIED:
         answers = (
             result.record.tallies[RequestKind.LOAD].equal + result.record.tallies[RequestKind.LAST].equal
@@ -286,8 +294,16 @@ def conclusion(result: Result, seconds: float) -> str:
             f" {end}"
         )
     if result.verdict is Verdict.INTERRUPTED:
-        return f"Interrupted, so nothing is proven. {end}"
+        return _interrupted(seconds)
     return f"Not proven: {'; '.join(result.reasons())}. {end}"
+
+
+def _interrupted(seconds: float) -> str:
+    return f"Interrupted, so nothing is proven. {_end(seconds)}"
+
+
+def _end(seconds: float) -> str:
+    return f"The server is stopped and its folder deleted; total time {seconds:.0f} s."
 
 
 def _print(console: Console, sentence: str) -> None:

@@ -205,6 +205,8 @@ lifespan.stuck error (what seconds)
     The lifespan of the application did not start or end within server.lifespan_timeout, and was cancelled.
 server.ended info (cut_off), audit success
     The server has ended; all connections are closed.
+server.start_stopped info ()
+    A signal ended the server before it listened. The next start creates what is missing.
 server.forced warning ()
     A second signal ended the server at once.
 loop.held warning (what at seconds) by peer, limit per method

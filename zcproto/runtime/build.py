@@ -58,6 +58,7 @@ from zcproto.common.counts import ALONE, Counting
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.common.https import verifying_context
+from zcproto.common.text import extra_cure
 from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import ConfigError
@@ -560,9 +561,7 @@ def check_telemetry(config: TelemetryConfig) -> bool:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
-        raise ConfigError(
-            ['telemetry: OpenTelemetry is not installed; run: pip install "zcproto[otel]"']
-        ) from None
+        raise ConfigError([f"telemetry: OpenTelemetry is not installed; {extra_cure('otel')}"]) from None
     check_environment(os.environ)
     headers_of(config.headers_file)
     return True
@@ -578,7 +577,7 @@ def build_jwt(config: AuthConfig, clock: Clock, alerts: ServerAlerts) -> JwtAuth
     try:
         import jwt  # noqa: F401, PLC0415 - it comes with an extra
     except ImportError:
-        raise ConfigError(['auth.oidc: PyJWT is not installed; run: pip install "zcproto[oidc]"']) from None
+        raise ConfigError([f"auth.oidc: PyJWT is not installed; {extra_cure('oidc')}"]) from None
     issuers = [
         _issuer(each, f"auth.oidc[{number}]", clock, alerts) for number, each in enumerate(config.oidc)
     ]

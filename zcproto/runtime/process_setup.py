@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 
 from zcproto.common.process import raise_file_limit, tune_heap
 from zcproto.config import Config
+from zcproto.errors import ConfigError
 from zcproto.observe.log import finish_log
 from zcproto.server.state import log
 
@@ -31,6 +32,9 @@ SWITCH_INTERVAL: Final = 0.000_5
 
 SPARE_FILES: Final = 256
 """Descriptors in addition to those of connections: certificates, the store, the log, pipes."""
+
+LEAST_FILES: Final = 64
+"""Descriptors without which a server cannot start and serve a few connections."""
 
 _PHRASE: Final = re.compile(r"[A-Za-z][A-Za-z' ]*")
 """What asyncio writes before a callback and its arguments."""
@@ -97,18 +101,26 @@ def tune_interpreter() -> None:
     gc.set_threshold(*GC_THRESHOLDS)
 
 
-def raise_limit_for(config: Config) -> None:
-    """Raise the limit on open files to what a configuration needs."""
-    _raise_file_limit(config.limits.max_connections + SPARE_FILES)
+def raise_limit_for(config: Config, least: int = 0) -> None:
+    """Raise the limit on open files to what a configuration needs. Raises ConfigError if it stays below `least`."""
+    limit = _raise_file_limit(config.limits.max_connections + SPARE_FILES)
+    if limit < least:
+        raise ConfigError(
+            [
+                f"{limit} open files are allowed, and a server needs {least};"
+                " raise the limit with ulimit -n or LimitNOFILE="
+            ]
+        )
 
 
 @cache
-def _raise_file_limit(wanted: int) -> None:
+def _raise_file_limit(wanted: int) -> int:
     limit = raise_file_limit(wanted)
     if limit < wanted:
         log.warning(
             "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
         )
+    return limit
 
 
 def log_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -117,12 +129,12 @@ def log_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
     log.error("server.fault", what=phrase[0].strip() if phrase else None, exc_info=context.get("exception"))
 
 
-def exit_at_once() -> NoReturn:
-    """End the process with exit code 1, without waiting for its threads."""
+def exit_at_once(code: int = 1) -> NoReturn:
+    """End the process without waiting for its threads."""
     finish_log()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def worker_count(config: Config) -> int:

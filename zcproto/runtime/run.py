@@ -1,6 +1,6 @@
 """A process that is a server, with its protection, signals and exit codes.
 
-SIGTERM, SIGINT    drain; a second one ends the process at once
+SIGTERM, SIGINT    drain, or end the process at once if it does not listen yet; a second one ends it at once
 SIGHUP             reload the configuration, reopen the log file
 """
 
@@ -25,6 +25,7 @@ from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.preflight import preflight
 from zcproto.runtime.process_setup import (
+    LEAST_FILES,
     UPGRADE,
     exit_at_once,
     harden,
@@ -70,7 +71,7 @@ def run_server(
 
     try:
         configure_logging(server.config.log, processes=workers)
-        raise_limit_for(server.config)
+        raise_limit_for(server.config, LEAST_FILES)
         if workers > 1 or UPGRADE in os.environ:
             from zcproto.workers.processes import serve_processes  # noqa: PLC0415 - one process needs none of it
 
@@ -143,19 +144,26 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     loop.add_signal_handler(signal.SIGUSR2, on_upgrade)
     loop.set_exception_handler(log_loop_fault)
-    await server.start()
+    starting, stopping = loop.create_task(server.start()), loop.create_task(stop.wait())
+    forced = loop.create_task(force.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait({starting, forced}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("server.start_stopped")
+        exit_at_once(0)  # a thread that generates a key would delay the end
+    starting.result()
     log_risks(risks)
     tune_interpreter()
     collapse_heap()
     ready(server)
     manager.ready(loop, server.summary)
-    await stop.wait()
+    await stopping
     limits = server.config.server
     manager.stopping(
         (limits.drain_timeout if drain_timeout is None else drain_timeout) + limits.lifespan_timeout
     )
     draining = loop.create_task(server.drain())
-    forced = loop.create_task(force.wait())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         log.warning("server.forced")

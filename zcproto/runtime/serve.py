@@ -28,6 +28,8 @@ def serve(
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts off what still runs.
 
+    A signal before it listens ends the process at once.
+
     With `server.workers` above 1 these are several processes. The caller's process forks them and supervises them.
 
     `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it

@@ -135,8 +135,9 @@ class Server:
         self.before_listening: Callable[[Sequence[str]], Awaitable[None]] | None = None
         """Awaited with the names of the certificate when all that can fail has been done, before anything is
         accepted."""
-        self.on_reload_requested: Callable[[], Awaitable[None]] | None = None
-        """Awaited after a reload that an operator requested, for the other processes of the server."""
+        self.on_reload_requested: Callable[[bool], Awaitable[None]] = _no_other_process
+        """Awaited after a reload that an operator requested, for the other processes of the server: it was applied,
+        or refused."""
         self.on_log_level: Callable[[], None] | None = None
         """Called when an operator has set the level of the log."""
         self.on_certificates: Callable[[], object] = lambda: None
@@ -345,9 +346,12 @@ class Server:
 
         Raises ConfigError with all faults; then nothing has changed. No connection is closed by it.
         """
-        reloaded = await self.reload_here()
-        if self.on_reload_requested is not None:
-            await self.on_reload_requested()
+        try:
+            reloaded = await self.reload_here()
+        except ConfigError:
+            await self.on_reload_requested(False)
+            raise
+        await self.on_reload_requested(True)
         return reloaded
 
     async def reload_here(self) -> Reloaded:
@@ -514,6 +518,10 @@ async def close_state(parts: Parts) -> None:
         waiting.abort()
     await _within(LINGER_TIME, parts.listener.wait_empty())
     state.close()
+
+
+async def _no_other_process(has_applied: bool) -> None:
+    """Report a reload to no other process."""
 
 
 async def _wait_idle(parts: Parts) -> None:

@@ -13,6 +13,7 @@ from zcproto.bus.topics import Carrier
 from zcproto.common.clock import Entropy
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
+from zcproto.common.text import extra_cure
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
@@ -56,7 +57,7 @@ def build_store(
         if error.name is None or error.name.partition(".")[0] != _PACKAGE:
             raise
         raise ConfigError(
-            [f'store.url: this needs the package {_PACKAGE}; run: pip install "zcproto[valkey]"']
+            [f"store.url: this needs the package {_PACKAGE}; {extra_cure('valkey')}"]
         ) from error
     password = None
     if settings.password_file is not None:

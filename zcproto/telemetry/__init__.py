@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from zcproto.common.text import extra_cure
+
 if TYPE_CHECKING:
     from zcproto.telemetry.spans import trace_calls, trace_handlers, trace_requests
 
@@ -31,5 +33,5 @@ def __getattr__(name: str) -> Any:
         if error.name is None or error.name.split(".")[0] != "opentelemetry":
             raise
         raise ModuleNotFoundError(
-            'opentelemetry is not installed; run: pip install "zcproto[otel]"', name=error.name
+            f"opentelemetry is not installed; {extra_cure('otel')}", name=error.name
         ) from error

@@ -256,6 +256,7 @@ class ForkedService:
 
     def config_refused(self, is_refused: bool) -> None:
         self._is_refused = is_refused
+        self._manager.tick()
 
     def reload(self) -> None:
         if self._read_config is not None:
@@ -475,7 +476,7 @@ class Orders:
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
-            return
+            exit_at_once()  # a thread that generates a key would delay the end
         starting.result()
         tune_interpreter()
         if self._part.client is not None:
@@ -541,10 +542,12 @@ class Orders:
         reopen_log()
         self._channel.send("reloaded", applied=applied)
 
-    async def _reload_everywhere(self) -> None:
+    async def _reload_everywhere(self, has_applied: bool) -> None:
         """Let the workers apply what the coordinator has applied, and wait for them."""
         self._applied.clear()
-        self._channel.send("reloaded", applied=True)
+        self._channel.send("reloaded", applied=has_applied)
+        if not has_applied:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(APPLIED_LIMIT):
                 await self._applied.wait()

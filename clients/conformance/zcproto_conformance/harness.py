@@ -344,9 +344,20 @@ class Harness:
         """Return a new home folder for a client."""
         return str(self.fixtures.folder / f"home-{next(self.fixtures.numbers)}")
 
+    async def next_unsecured(self) -> Connection:
+        """Return the next connection, before TLS. Raises CheckFailed at once if the program has ended."""
+        arriving = asyncio.create_task(self.server.next_connection())
+        ending = asyncio.create_task(self.program.wait_ended())
+        try:
+            done, _ = await asyncio.wait({arriving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            return await (arriving if arriving in done else ending)
+        finally:
+            arriving.cancel()
+            ending.cancel()
+
     async def next_connection(self) -> Connection:
         """Accept the next connection and complete its TLS handshake."""
-        connection = await self.server.next_connection()
+        connection = await self.next_unsecured()
         connection.clock_ahead_ms = self.clock_ahead_ms
         await connection.handshake(self.context)
         return connection

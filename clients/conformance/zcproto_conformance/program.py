@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from zcproto_conformance.errors import CheckFailed, KitError, Unsupported
 
@@ -132,6 +132,11 @@ class Program:
     def has_failed(self) -> bool:
         """Whether it was started and no longer answers."""
         return self._process is not None and self._readers[0].done()
+
+    async def wait_ended(self) -> NoReturn:
+        """Wait until it no longer answers. Raises CheckFailed then."""
+        await asyncio.wait(self._readers[:1])
+        raise CheckFailed(f"the program failed: {self._failure}")
 
     @property
     def stderr(self) -> str:

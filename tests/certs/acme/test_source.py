@@ -535,7 +535,7 @@ def test_missing_thread_is_retried(harness: AcmeHarness, monkeypatch: pytest.Mon
 
 def test_missing_package_prevents_a_start(harness: AcmeHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CertificateError, match=r"pip install \"zcproto\[acme\]\""):
+    with pytest.raises(CertificateError, match=r"in a clone of zcproto: pip install \"\.\[acme\]\""):
         harness.check()
 
 

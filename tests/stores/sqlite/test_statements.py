@@ -16,12 +16,14 @@ from tests.stores.contract import (
     KEEP,
     KEEP_ENDED,
     LEASE,
+    MINUTE,
     WALL,
     StoreTime,
     digest,
     ended,
     expire_all,
     opened,
+    rotation,
     session,
 )
 from tests.stores.sqlite.harness import SqliteHarness, hanging
@@ -84,6 +86,12 @@ async def test_invalid_operation_fails_without_affecting_others(harness: SqliteH
     assert [type(result) for result in results] == [Created, OverflowError, Created, sqlite3.IntegrityError]
     assert await store.create(session(5), FIVE) == Created()
     assert await store.list() == [session(number) for number in (0, 1, 3, 5)]
+    with pytest.raises(sqlite3.IntegrityError):  # after the first of its two statements
+        await store.rotate(rotation(session(5), token_digest=b"short", sealed=b"pair", grace_ms=MINUTE))
+    assert await store.create(session(6), FIVE) == Created()
+    await store.close()
+    store = await harness.opened()
+    assert await store.list() == [session(number) for number in (0, 1, 3, 5, 6)]
     with pytest.raises(OverflowError):
         await store.touch([(session(0).id, 2**63)])
     with pytest.raises(OverflowError):

@@ -33,6 +33,7 @@ from zcproto.certs.pair import CertificatePair, Site, load_pair
 from zcproto.certs.rollover import NextPins
 from zcproto.certs.settings import AcmeSite, ManagedSite
 from zcproto.certs.sources import ManagedSource, Origin, Renewal, RenewalSchedule, SiteSource
+from zcproto.common.text import extra_cure
 from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
 
@@ -60,7 +61,7 @@ def require_package() -> None:
     """Raise CertificateError without the package of the extra."""
     if importlib.util.find_spec("acme") is None:
         raise CertificateError(
-            'certificates.mode = "acme": this needs the package acme; run: pip install "zcproto[acme]"'
+            f'certificates.mode = "acme": this needs the package acme; {extra_cure("acme")}'
         )
 
 

@@ -101,7 +101,7 @@ async def _expect_distrusted(harness: Harness, *causes: str, **options: Any) -> 
 
 async def _accept_untrusted(harness: Harness) -> None:
     """Accept the next connection, which the client must end without sending a frame, in whatever way."""
-    connection = await harness.server.next_connection()
+    connection = await harness.next_unsecured()
     try:
         await connection.handshake(harness.context)
     except CheckFailed:
@@ -168,7 +168,7 @@ async def _(harness: Harness) -> None:
 @scenario("no-tls", "4.1: a server that does not use TLS is refused, without a fallback")
 async def _(harness: Harness) -> None:
     _, connecting = await harness.begin_connect(user=USER, key=harness.key)
-    connection = await harness.server.next_connection()
+    connection = await harness.next_unsecured()
     connection.write_plain(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
     await harness.error_of(connecting, "connect", "tls")
     await harness.server.expect_no_connection("again, perhaps without TLS", QUIET)
