@@ -110,6 +110,8 @@ def test_rendered_metrics_match_the_table(serve: Serve) -> None:
         "zcproto_http_responses_total",
         "zcproto_loop_held_total",
         "zcproto_telemetry_items_total",
+        "zcproto_topics_away",
+        "zcproto_topic_undelivered_total",
     }
     assert rendered <= METRICS.keys()
     of_workers = {metric.name for metric in TABLE["Workers"]}

@@ -371,7 +371,8 @@ class Command:
                         code = await loop.run_in_executor(None, process.wait)
                 except BaseException:
                     _kill(process)
-                    await loop.run_in_executor(None, process.wait)
+                    # Another cancellation may follow, while all threads are busy.
+                    await asyncio.shield(loop.run_in_executor(None, process.wait))
                     raise
         except TimeoutError:
             raise Undelivered(f"the program did not end within {self._timeout:g} s", tries=TRIES) from None
