@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -339,6 +340,11 @@ def test_resident_memory_is_reported_without_proc(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("builtins.open", no_proc)
     assert 10_000_000 < resident_bytes() < 10_000_000_000
+    used = SimpleNamespace(ru_maxrss=20_000_000)
+    monkeypatch.setattr("resource.getrusage", lambda who: used)
+    assert resident_bytes() == 20_000_000 * 1024
+    monkeypatch.setattr("zcproto.observe.process.HAS_USAGE", False)
+    assert resident_bytes() == 0
 
 
 # --- no certificate, no listening ------------------------------------------------------------------------------
