@@ -343,6 +343,8 @@ def test_resident_memory_is_reported_without_proc(monkeypatch: pytest.MonkeyPatc
     used = SimpleNamespace(ru_maxrss=20_000_000)
     monkeypatch.setattr("resource.getrusage", lambda who: used)
     assert resident_bytes() == 20_000_000 * 1024
+    monkeypatch.setattr(sys, "platform", "darwin")  # in bytes there
+    assert resident_bytes() == 20_000_000
     monkeypatch.setattr("zcproto.observe.process.HAS_USAGE", False)
     assert resident_bytes() == 0
 

@@ -283,7 +283,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         with open(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(descriptor)
+            sync(descriptor)
     except BaseException:
         with suppress(OSError):  # the first error is the one to report
             path.unlink(missing_ok=True)
@@ -328,13 +328,23 @@ def install_file(staged: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def sync(descriptor: int) -> None:
+    """Write a file through to the disk. On macOS fsync(2) leaves it in the cache of the disk."""
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None) if HAS_MODES else None
+    if full is not None:
+        with suppress(OSError):  # a file system without it, as of a network
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Persist the names in a folder. Windows does it by itself."""
     if not HAS_MODES:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | OPEN)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise

@@ -10,6 +10,7 @@ import gc
 import mmap
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,8 @@ def resident_bytes() -> int:
     except OSError:
         if not HAS_USAGE:
             return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def open_descriptors(folder: Path) -> int:
