@@ -1,8 +1,8 @@
 """Private files and locks on Windows, which has neither modes nor flock.
 
 A private file has a protected access control list (ACL) that grants its owner, the system and administrators full
-access; it has that list from the moment of its creation. `os.chmod` would set the read-only flag alone. Whether a file is
-private is read from its ACL, as the text that the Windows API makes of it (SDDL).
+access; it has that list from the moment of its creation. `os.chmod` would set the read-only flag alone. Whether a
+file is private is read from its ACL, as the text that the Windows API makes of it (SDDL).
 
 A lock is one byte that `msvcrt.locking` locks; the system releases it when its process ends.
 """
