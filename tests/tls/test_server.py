@@ -32,6 +32,7 @@ def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert agreed.protocol.calls == ["made"]
     assert agreed.log == []
     assert agreed.acceptor.handshakes_completed == 1
+    assert [*agreed.acceptor.groups.values()] == [1]
     assert agreed.acceptor.handshakes_in_progress == 0
     assert agreed.failures == {}
 

@@ -161,6 +161,7 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
         "traffic": snapshot.window,
         "handshakes": {
             "completed": acceptor.handshakes_completed,
+            "groups": dict(acceptor.groups),
             "in_progress": acceptor.handshakes_in_progress,
             "pending": acceptor.pending.places,
             "failed": _by_cause(acceptor.failures),
