@@ -174,6 +174,7 @@ def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
     assert transport.get_extra_info("cipher")[0] == SUITES[0]
     assert transport.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert transport.get_extra_info("peercert") is None
+    assert {transport.get_extra_info("tls_group"): 1} == agreed.acceptor.groups
     assert transport.get_extra_info("nothing", "default") == "default"
     assert transport.get_protocol() is agreed.protocol
     assert not transport.can_write_eof()
@@ -183,7 +184,7 @@ def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
 def test_extra_info_is_empty_before_and_after_connection(tls_pair: TlsPair) -> None:
     server = tls_pair.server
     names = ("ssl_object", "cipher", "peercert")
-    assert [server.get_extra_info(name, "none") for name in names] == ["none"] * 3
+    assert [server.get_extra_info(name, "none") for name in (*names, "tls_group")] == ["none"] * 4
     tls_pair.agree()
     tls_pair.raw.lose()
     assert [server.get_extra_info(name, "none") for name in (*names, "peername")] == ["none"] * 4

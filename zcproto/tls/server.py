@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -327,6 +327,12 @@ class TlsServerTransport(TlsTransport):
             self._incoming.write(received[:RECORD_SIZE])
             received = received[RECORD_SIZE:]
             self._handshake()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what other TLS transports have, and the group of the key exchange as `tls_group`."""
+        if name == "tls_group":
+            return group_name(self._group) if self._group else default
+        return super().get_extra_info(name, default)
 
     def _flush(self) -> None:
         if self._outgoing.pending:
