@@ -106,6 +106,10 @@ DEFINITIONS: dict[str, tuple[Callable[[], object], str]] = {
     "name of the protocol": (add(plain, name="server.x"), "are reserved for the protocol"),
     "name twice": (twice, "is registered twice"),
     "application in itself": (itself, "an application cannot include itself"),
+    "handler without a name": (
+        lambda: zcproto.connect(ADDRESS).handler(plain),  # type: ignore[arg-type]
+        'the handler has no name; write @client.handler("NAME")',
+    ),
     "lifespan without decorator": (
         lambda: App(lifespan=plain_lifespan),  # type: ignore[arg-type]
         "decorate the function with contextlib.asynccontextmanager",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import subprocess
 from collections.abc import AsyncIterator
@@ -365,6 +366,7 @@ def test_tls_failures_are_counted_by_cause(serve: Serve) -> None:
         raw.recv(100)
     with grows(server, "zcproto_tls_handshakes_completed_total"), server.client("ada"):
         pass
+    assert re.search(r'^zcproto_tls_handshakes_total\{group="\w+"\} 1\.0$', render(server), re.MULTILINE)
 
 
 def test_certificate_expiry_and_renewal_are_reported(serve: Serve) -> None:

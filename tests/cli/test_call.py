@@ -474,7 +474,7 @@ def test_key_file_readable_by_others_is_refused_with_the_fix(
 ) -> None:
     key_file.chmod(0o644)
     assert main(["call", "localhost", "echo", "--user", "ada", "--key-file", str(key_file)]) == 2
-    assert f"chmod 600 '{key_file}'" in capsys.readouterr().err
+    assert f"chmod 600 {key_file}" in capsys.readouterr().err
 
 
 def test_key_from_a_pipe(shared: ServerThread, home: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_command_gets_its_instance_and_options(home: Path, monkeypatch: pytest.M
             ModuleNotFoundError("…", name="hdrh.histogram"),
             1,
             "zcproto: the Python package hdrh.histogram is required and not installed;"
-            ' run in a clone of zcproto: pip install ".[bench]"\n',
+            ' run in a clone of zcproto: pip install ".[hdr]"\n',
         ),
         (
             ModuleNotFoundError("…", name="absent"),

@@ -330,7 +330,10 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     found["certificates"][0] |= {"days_left": -1, "seconds_left": -5, "site": ["\x1b[2J.example"]}
     found["store"] |= {"state": "degraded", "refusing": True, "pending_revocations": 2}
     found["draining"] = True
-    found["handshakes"]["failed"] = {"not_tls": 3, "truncated": 5}
+    found["handshakes"] |= {
+        "failed": {"not_tls": 3, "truncated": 5},
+        "groups": {"x25519": 1, "X25519MLKEM768": 1_200},
+    }
     found["requests"]["incidents"] = 1
     found["streams"] |= {"open": 1, "opened": 5, "cut": 2, "items_sent": 1_000}
     found["calls"] |= {"handlers": 3, "in_flight": 1, "ended": {"answered": 1_200, "deadline": 2}}
@@ -347,6 +350,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert "EXPIRED" in text
     assert "degraded, all tokens are refused, 2 revocations pending" in text
     assert "8 failed: truncated 5, not_tls 3" in text
+    assert "X25519MLKEM768 1,200, x25519 1" in text
     assert "DRAINING" in text
     assert "1 open; 5 in all, 2 cut; 1,000 items sent, 0 received" in text
     assert "handled by 3 clients; 1 in flight; 1,200 answered, 2 deadline" in text

@@ -525,3 +525,21 @@ def test_lock_is_released_when_the_body_raises(path: Path) -> None:
     with pytest.raises(KeyError), locked(path, 0):
         raise KeyError
     assert not is_locked(path)
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_file_is_synced_through_the_cache_of_the_disk_on_macos(
+    monkeypatch: pytest.MonkeyPatch, is_supported: bool
+) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def control(*arguments: int) -> None:
+        calls.append(arguments)
+        if not is_supported:  # by this file system
+            raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append((descriptor,)))
+    files.sync(7)
+    assert calls == [(7, 51), *([] if is_supported else [(7,)])]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -79,3 +83,14 @@ def test_socket_in_a_folder_that_cannot_be_read_is_not_missing(
         assert listening.fileno() >= 0
     monkeypatch.undo()
     file.close()
+
+
+def test_peer_is_reported_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By LOCAL_PEERCRED, a `struct xucred`, and LOCAL_PEERPID (sys/un.h)."""
+
+    def getsockopt(level: int, name: int, size: int = 0) -> Any:
+        assert level == 0
+        return struct.pack("=IIh2x16I", 0, 501, 1, 20, *[0] * 15) if (name, size) == (1, 76) else 4711
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peer_process(cast(socket.socket, SimpleNamespace(getsockopt=getsockopt))) == PeerProcess(4711, 501)

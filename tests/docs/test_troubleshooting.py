@@ -145,7 +145,7 @@ def test_functions_that_make_messages_exist() -> None:
 def test_messages_of_every_kind_are_found() -> None:
     found = {message.text for message in all_messages()}
     assert {
-        "…: others can read this key; run: chmod 600 '…'",
+        "…: others can read this key; run: …",
         "UNAUTHENTICATED: this method needs a session; call session.open first",
         "pin_malformed: more than … pins",
         "--key-file goes with --user.",

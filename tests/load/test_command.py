@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import signal
+import sys
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.server.conftest import Serve
 from zcproto.app.app import App
 from zcproto.errors import ConfigError
 from zcproto.load import command, find_max, report
-from zcproto.load.command import EXIT_CODES, Outputs, find_max_and_report, run_and_report
+from zcproto.load.command import EXIT_CODES, Outputs, check_outputs, find_max_and_report, run_and_report
 from zcproto.load.result import Verdict
 from zcproto.load.run import Stop
 
@@ -141,3 +142,13 @@ def test_each_verdict_has_its_exit_code() -> None:
     assert EXIT_CODES == {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED: 130}
     assert EXIT_CODES.keys() == {*Verdict}
     assert EXIT_CODES[verified_result().verdict] == 0
+
+
+def test_missing_package_for_histograms_is_reported_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hdrh", None)
+    check_outputs(Outputs(json=tmp_path / "run.json"))
+    with pytest.raises(ModuleNotFoundError) as missing:
+        check_outputs(Outputs(hdr=tmp_path / "run.hlog"))
+    assert missing.value.name == "hdrh"

@@ -56,6 +56,8 @@ def test_log_lines_carry_the_connection_id(serve: Serve, lines: Log) -> None:
     found = of(lines(), *names)
     ids = {line["user"]: line["connection"] for line in found if line["event"] == "session.opened"}
     assert len(set(ids.values())) == 2
+    (group,) = {line["group"] for line in found if line["event"] == "connection.opened"}
+    assert {group: 2} == server.server.parts.acceptor.groups
     for connection in ids.values():
         assert re.fullmatch(r"[0-9a-f]{4}-[0-9]+", connection)
         assert {line["event"] for line in found if line["connection"] == connection} == set(names)

@@ -32,6 +32,7 @@ def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert agreed.protocol.calls == ["made"]
     assert agreed.log == []
     assert agreed.acceptor.handshakes_completed == 1
+    assert [*agreed.acceptor.groups.values()] == [1]
     assert agreed.acceptor.handshakes_in_progress == 0
     assert agreed.failures == {}
 
@@ -173,6 +174,7 @@ def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
     assert transport.get_extra_info("cipher")[0] == SUITES[0]
     assert transport.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert transport.get_extra_info("peercert") is None
+    assert {transport.get_extra_info("tls_group"): 1} == agreed.acceptor.groups
     assert transport.get_extra_info("nothing", "default") == "default"
     assert transport.get_protocol() is agreed.protocol
     assert not transport.can_write_eof()
@@ -182,7 +184,7 @@ def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
 def test_extra_info_is_empty_before_and_after_connection(tls_pair: TlsPair) -> None:
     server = tls_pair.server
     names = ("ssl_object", "cipher", "peercert")
-    assert [server.get_extra_info(name, "none") for name in names] == ["none"] * 3
+    assert [server.get_extra_info(name, "none") for name in (*names, "tls_group")] == ["none"] * 4
     tls_pair.agree()
     tls_pair.raw.lose()
     assert [server.get_extra_info(name, "none") for name in (*names, "peername")] == ["none"] * 4

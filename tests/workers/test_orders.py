@@ -115,11 +115,12 @@ async def test_sigterm_drains_a_worker_and_not_the_coordinator(make: Make) -> No
     worker.server.drain.assert_awaited_once_with(None)
 
 
+@pytest.mark.parametrize("is_coordinator", [False, True])
 async def test_drain_during_the_start_cancels_it_and_waits_for_no_thread(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch, is_coordinator: bool
 ) -> None:
     monkeypatch.setattr(processes, "exit_at_once", Mock(side_effect=SystemError("ended")))
-    process = make()
+    process = make(is_coordinator=is_coordinator)
     process.server.start = AsyncMock(side_effect=asyncio.Event().wait)
     running = process.begin()
     await until(lambda: process.server.start.await_count)

@@ -156,6 +156,8 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_events_sent_total", counters.events
     acceptor = parts.acceptor
     yield "zcproto_tls_handshakes_completed_total", acceptor.handshakes_completed
+    for group, count in acceptor.groups.items():
+        yield "zcproto_tls_handshakes_total", count, group
     yield "zcproto_tls_handshakes_in_progress", acceptor.handshakes_in_progress
     pending = acceptor.pending
     yield "zcproto_tls_handshakes_pending", pending.silent, "silent"

@@ -27,10 +27,10 @@ from zcproto.admin.traffic import rates_of
 from zcproto.app.app import Method
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
-from zcproto.common.clock import MS_PER_SECOND
+from zcproto.common.clock import MS_PER_SECOND, used_cpu_s
 from zcproto.common.roles import OPERATORS
 from zcproto.observe.log import level
-from zcproto.observe.process import resident_bytes, used_cpu_s
+from zcproto.observe.process import resident_bytes
 from zcproto.server.state import Counters
 from zcproto.sessions.health import HealthState
 from zcproto.tls.failure import TlsFailure
@@ -161,6 +161,7 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
         "traffic": snapshot.window,
         "handshakes": {
             "completed": acceptor.handshakes_completed,
+            "groups": dict(acceptor.groups),
             "in_progress": acceptor.handshakes_in_progress,
             "pending": acceptor.pending.places,
             "failed": _by_cause(acceptor.failures),

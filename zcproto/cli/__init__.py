@@ -71,7 +71,7 @@ COMMANDS = {
 
 EXTRAS = {
     "acme": "acme",
-    "hdrh": "bench",
+    "hdrh": "hdr",
     "jwt": "oidc",
     "redis": "valkey",
     "rich": "bench",

@@ -163,6 +163,8 @@ def _handshakes(report: Mapping[str, Any]) -> Iterator[Line]:
         f" {handshakes['in_progress']:,} in progress,"
         f" {sum(handshakes['failed'].values()):,} failed{': ' if causes else ''}{causes}",
     )
+    if groups := handshakes.get("groups"):  # none of a server of an earlier version
+        yield _row("key exchange", ", ".join(f"{name} {count:,}" for name, count in sorted(groups.items())))
 
 
 def _store(report: Mapping[str, Any]) -> Iterator[Line]:

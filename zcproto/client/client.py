@@ -502,6 +502,9 @@ class SessionClient:
         ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
         """
 
+        if not isinstance(name, str):  # used as a decorator without a call, which would register nothing
+            raise TypeError('the handler has no name; write @client.handler("NAME")')
+
         def register(function: Function) -> Function:
             handler = Handler(name, function, in_thread=in_thread)
             if self._opened:

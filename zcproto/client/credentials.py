@@ -39,7 +39,16 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from zcproto.common.files import UnusableFileError, file_errors, new_file, read_file, replace_file, try_lock
+from zcproto.common.files import (
+    UnusableFileError,
+    file_errors,
+    is_private,
+    new_file,
+    private_command,
+    read_file,
+    replace_file,
+    try_lock,
+)
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError, LoginError
@@ -143,8 +152,8 @@ def read_key_file(path: str | Path) -> str:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
-                raise ConfigError([f"{where}: others can read this key; run: chmod 600 '{where}'"])
+            if stat.S_ISREG(status.st_mode) and not is_private(path, status):
+                raise ConfigError([f"{where}: others can read this key; run: {private_command(path)}"])
             return usable_key(file.read(MAX_KEY), where)
     except OSError as error:
         raise ConfigError([f"{where}: {error.strerror}; check the path of the key file"]) from error

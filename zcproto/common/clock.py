@@ -78,6 +78,11 @@ def cpu_clock(thread: Thread) -> Callable[[], float]:
     return used
 
 
+def used_cpu_s() -> float:
+    """Return the processor seconds used by this process."""
+    return time.process_time()
+
+
 def random_fraction(entropy: Entropy) -> float:
     """Return a random number from 0 to below 1."""
     return int.from_bytes(entropy(4), "big") / 2.0**32

@@ -14,6 +14,7 @@ Rules:
   path holds either the old content or the new. Staging files have a fixed name, `.NAME.new`, which the holder
   of the lock may complete or delete.
 - Locks are `flock` on a lock file that stays: the kernel releases a lock when its process ends.
+- On Windows, `windows` does what needs modes and `flock`. There, checks apply to the path.
 
 Must not know: what files contain.
 """
@@ -21,9 +22,7 @@ Must not know: what files contain.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import pwd
 import shlex
 import stat
 import time
@@ -32,9 +31,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from zcproto.common import windows
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
+
+try:
+    import fcntl
+    import pwd
+except ImportError:  # Windows
+    HAS_MODES = False
+else:
+    HAS_MODES = True
+
+NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
+NO_WAIT: Final = getattr(os, "O_NONBLOCK", 0)
+"""Opening a FIFO would wait for the other end."""
+OPEN: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Flags of open(2), as far as the system has them, and those of each file: bytes, not for child processes."""
 
 OTHERS_ANY: Final = 0o077
 OTHERS_READ_WRITE: Final = 0o066
@@ -101,6 +115,9 @@ def user_name(uid: int) -> str:
 
 def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
     """Raise UnusableFileError if a file or folder grants one of the `forbidden` rights."""
+    if not HAS_MODES:
+        _check_list(path, forbidden)
+        return
     if stat.S_ISREG(status.st_mode) and status.st_uid == _ROOT != os.geteuid():
         forbidden &= ~_GROUP_READ
     if not status.st_mode & forbidden:
@@ -118,9 +135,33 @@ def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
     )
 
 
+def _check_list(path: Path, forbidden: int) -> None:
+    """Apply `check_mode` on Windows."""
+    if not forbidden:
+        return
+    rights, kind = ("read or change", windows.ANY) if forbidden & _READ else ("change", windows.CHANGE)
+    if others := windows.others_with(path, kind):
+        named = escape_text(", ".join(others), 200)
+        raise UnusableFileError(
+            path, f"others can {rights} it ({named}); run: {private_command(path)}, and check its owner"
+        )
+
+
+def is_private(path: Path, status: os.stat_result) -> bool:
+    """Return whether only the owner, the system and administrators can read or change a file."""
+    return not (status.st_mode & OTHERS_ANY if HAS_MODES else windows.others_with(path, windows.ANY))
+
+
+def private_command(path: Path) -> str:
+    """Return the command that makes a file private."""
+    if HAS_MODES:
+        return f"chmod 600 {_quoted(path)}"
+    return f'icacls "{escape_text(str(path))}" /inheritance:r /grant:r "%USERNAME%":F'
+
+
 def check_access(path: Path, status: os.stat_result, forbidden: int = OTHERS_ANY) -> None:
     """Raise UnusableFileError if a file or folder has an untrusted owner, or grants a forbidden right."""
-    if status.st_uid not in trusted_owners():
+    if HAS_MODES and status.st_uid not in trusted_owners():
         fix = owner_fix(path, status.st_uid)
         raise UnusableFileError(path, f"belongs to another user (uid {status.st_uid}); {fix}")
     check_mode(path, status, forbidden)
@@ -131,7 +172,8 @@ def check_folder(path: Path, forbidden: int = OTHERS_WRITE, *, may_be_sticky: bo
     status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
         raise UnusableFileError(path, "is not a folder; move it away, or name another folder")
-    is_safe = os.statvfs(path).f_flag & os.ST_RDONLY or (may_be_sticky and status.st_mode & stat.S_ISVTX)
+    is_read_only = HAS_MODES and os.statvfs(path).f_flag & os.ST_RDONLY
+    is_safe = is_read_only or (may_be_sticky and status.st_mode & stat.S_ISVTX)
     check_access(path, status, 0 if is_safe else forbidden)
 
 
@@ -175,9 +217,9 @@ def read_file(
 
     The owner and mode are checked too, unless `forbidden` is None. Raises OSError, UnusableFileError.
     """
-    # O_NONBLOCK: opening a FIFO would wait for a writer.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    if not follow_links and not NO_LINKS and path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    descriptor = os.open(path, os.O_RDONLY | OPEN | NO_WAIT | (0 if follow_links else NO_LINKS))
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -220,7 +262,9 @@ def read_secret(path: Path, key: str, *, least: int = 1) -> str:
 
 def create_file(path: Path) -> int:
     """Create a file of mode 0600 and return a descriptor for it. Raises FileExistsError, also for a link."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if not HAS_MODES:
+        return windows.create_private(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINKS | OPEN, 0o600)
     try:
         os.fchmod(descriptor, 0o600)  # a umask may have taken the owner's bits
     except BaseException:
@@ -239,7 +283,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         with open(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(descriptor)
+            sync(descriptor)
     except BaseException:
         with suppress(OSError):  # the first error is the one to report
             path.unlink(missing_ok=True)
@@ -284,11 +328,23 @@ def install_file(staged: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def sync(descriptor: int) -> None:
+    """Write a file through to the disk. On macOS fsync(2) leaves it in the cache of the disk."""
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None) if HAS_MODES else None
+    if full is not None:
+        with suppress(OSError):  # a file system without it, as of a network
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
-    """Persist the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Persist the names in a folder. Windows does it by itself."""
+    if not HAS_MODES:
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | OPEN)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
@@ -301,10 +357,13 @@ def sync_folder(folder: Path) -> None:
 
 def try_lock(path: Path, *, create: bool = True) -> int | None:
     """Return a descriptor that holds the lock until it is closed, or None if another one holds it."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    flags = os.O_RDWR | NO_LINKS | OPEN | (os.O_CREAT if create else 0)
     descriptor = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if HAS_MODES:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            windows.lock(descriptor)
     except BlockingIOError:
         os.close(descriptor)
         return None

@@ -77,7 +77,7 @@ def address_of(path: Path) -> Iterator[str]:
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH or not _DESCRIPTORS.is_dir():
         yield str(path)
         return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"{_DESCRIPTORS}/{folder}/{path.name}"
     finally:

@@ -9,11 +9,17 @@ import asyncio
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+try:
+    import resource
+except ImportError:  # Windows, which limits open files to millions
+    HAS_LIMITS = False
+else:
+    HAS_LIMITS = True
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -73,6 +79,8 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted`, or as far as allowed, and return it. It is never lowered."""
+    if not HAS_LIMITS:
+        return sys.maxsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:  # -1
         return sys.maxsize
@@ -83,9 +91,24 @@ def raise_file_limit(wanted: int) -> int:
     return soft
 
 
+def deny_core_dumps() -> None:
+    """Keep a crash from writing the memory to the disk."""
+    if HAS_LIMITS:
+        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+
+
+def _c_library() -> Any:
+    """Return the C library that this process has loaded; None on Windows."""
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
+
+
 def tune_heap() -> None:
     """Keep the memory of large bodies for the next ones, in this process and its children. glibc only."""
-    libc = ctypes.CDLL(None)
+    libc = _c_library()
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK)
         libc.mallopt(_M_TRIM_THRESHOLD, HEAP_SPARE)
@@ -124,5 +147,5 @@ def _filled_mappings(smaps: str) -> Iterator[tuple[int, int]]:
 
 def heap_trim() -> Callable[[], object] | None:
     """Return what returns free memory to the system; None without glibc, as others keep little of it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_c_library(), "malloc_trim", None)
     return None if trim is None else lambda: trim(0)

@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,12 @@ from zcproto.common.network import address_of
 _RETRY_S: Final = 0.05
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+
+_SOL_LOCAL: Final = 0
+_LOCAL_PEERCRED: Final = 1
+_LOCAL_PEERPID: Final = 2
+_XUCRED: Final = struct.Struct("=IIh2x16I")
+"""sys/un.h and sys/ucred.h of macOS: the version, the uid, the number of groups and the groups."""
 
 
 def listen_unix(path: Path, backlog: int) -> socket.socket:
@@ -158,6 +165,9 @@ class PeerProcess(NamedTuple):
 
 def peer_process(connection: socket.socket) -> PeerProcess | None:
     """Return the process that made a connection, which it cannot forge; None if the system does not report it."""
+    if sys.platform == "darwin":
+        _, uid, *_ = _XUCRED.unpack(connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED.size))
+        return PeerProcess(connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID), uid)
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     pid, uid, _ = _CREDENTIALS.unpack(

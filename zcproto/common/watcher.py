@@ -23,6 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from zcproto.common.files import NO_WAIT, OPEN
+
 READ_EVERY: Final = 60
 """Looks from one reading of unchanged content to the next."""
 
@@ -110,8 +112,7 @@ class FileWatcher:
             return Fingerprint((), (0, 0), b"", errno.EINVAL)
 
     def _read(self, path: Path) -> Fingerprint:
-        # O_NONBLOCK: opening a FIFO would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | OPEN | NO_WAIT)
         try:
             status = os.fstat(descriptor)  # of the open file; the path may hold another one by now
             digest = hashlib.sha256()

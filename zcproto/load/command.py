@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import io
 import json
 import os
@@ -44,6 +45,8 @@ class Outputs:
 
 def check_outputs(outputs: Outputs) -> None:
     """Raise ConfigError before the run for a file that cannot be written after it."""
+    if outputs.hdr is not None:
+        importlib.import_module("hdrh")  # of an extra
     faults = []
     for path in (outputs.json, outputs.hdr, outputs.plot, outputs.html):
         if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -88,6 +88,7 @@ FIELDS: Final[dict[str, str]] = {
     "exc_info_at": "stack of the exception, if the line has no traceback: file, line, function",
     "faults": "list of problems, one sentence each",
     "file": "file name of a certificate, or the names that it is valid for",
+    "group": "group of the TLS key exchange, such as X25519MLKEM768",
     "host": "listening address",
     "issuer": "address of an identity provider",
     "ids": "ids of the sessions that were meant, the first 16",
@@ -253,8 +254,8 @@ tls.failed info (cause peer) by peer, limit per cause
     A TLS handshake or connection failed.
 tls.challenge_answered info (peer) by peer, limit per address
     A CA, or a peer that poses as one, got the answer to a challenge by TLS.
-connection.opened debug (peer connection) by peer, limit debugging
-    A connection was opened after its handshake.
+connection.opened debug (peer connection group) by peer, limit debugging
+    A connection was opened after its handshake. `group` is that of the key exchange.
 connection.ended debug (peer connection reason) by peer, limit debugging
     A connection ended.
 connection.refused info (peer connection code reason) by peer, limit per code

@@ -97,6 +97,8 @@ zcproto_events_sent_total counter
 # TLS
 zcproto_tls_handshakes_completed_total counter
     TLS handshakes completed.
+zcproto_tls_handshakes_total counter (group)
+    TLS handshakes completed, by the group of their key exchange. X25519MLKEM768 is the post-quantum one.
 zcproto_tls_handshakes_in_progress gauge
     TLS handshakes in progress, from the complete ClientHello on.
 zcproto_tls_handshakes_pending gauge (state)

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TextIO, TypeAlias
 
+from zcproto.common.files import NO_WAIT, OPEN
 from zcproto.errors import ConfigError
 
 LOG_KEY: Final = "log.file"
@@ -36,8 +37,8 @@ _PART: Final = 4_096  # a writable pipe accepts this much atomically (pipe(7), P
 FINISH_TRIES: Final = 20
 FINISH_TRY_MS: Final = 50
 
-# O_NONBLOCK for named pipes: opening one without a reader fails, and a full one makes lines wait.
-_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+# NO_WAIT for named pipes: opening one without a reader fails, and a full one makes lines wait.
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | OPEN | NO_WAIT | getattr(os, "O_NOCTTY", 0)
 _CLOSED: Final = -1
 _WAIT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT})
 

@@ -7,15 +7,24 @@ for 10 ms per scrape. Since Linux 6.2 the size of the descriptor folder is their
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import platform
-import resource
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from zcproto.common.clock import used_cpu_s
 from zcproto.observe.metrics import Reading
+
+try:
+    import resource
+except ImportError:  # Windows
+    HAS_USAGE = False
+else:
+    HAS_USAGE = True
 
 PROC: Final = Path("/proc")
 
@@ -32,31 +41,29 @@ def process_readings(proc: Path = PROC) -> Iterator[Reading]:
         yield "python_gc_objects_collected_total", counts["collected"], str(generation)
         yield "python_gc_objects_uncollectable_total", counts["uncollectable"], str(generation)
     yield "process_cpu_seconds_total", used_cpu_s()
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield "process_max_fds", float("inf") if limit == resource.RLIM_INFINITY else limit
+    if HAS_USAGE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        yield "process_max_fds", float("inf") if limit == resource.RLIM_INFINITY else limit
     started_at = _started_at(proc)
     if started_at is None:
         return
     yield "process_start_time_seconds", started_at
     virtual, resident = (proc / "self" / "statm").read_bytes().split()[:2]
-    yield "process_virtual_memory_bytes", int(virtual) * resource.getpagesize()
-    yield "process_resident_memory_bytes", int(resident) * resource.getpagesize()
+    yield "process_virtual_memory_bytes", int(virtual) * mmap.PAGESIZE
+    yield "process_resident_memory_bytes", int(resident) * mmap.PAGESIZE
     yield "process_open_fds", open_descriptors(proc / "self" / "fd")
 
 
-def used_cpu_s() -> float:
-    """Return the CPU seconds used by this process."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def resident_bytes() -> int:
-    """Return the resident memory of this process in bytes; its maximum so far without /proc."""
+    """Return the resident memory of this process in bytes; without /proc its maximum so far, 0 on Windows."""
     try:
         with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
+            return int(statm.read().split()[1]) * mmap.PAGESIZE
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if not HAS_USAGE:
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def open_descriptors(folder: Path) -> int:

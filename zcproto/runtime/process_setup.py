@@ -7,14 +7,13 @@ import ctypes
 import gc
 import os
 import re
-import resource
 import sys
 from collections.abc import Mapping, MutableMapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from zcproto.common.process import raise_file_limit, tune_heap
+from zcproto.common.process import deny_core_dumps, raise_file_limit, tune_heap
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import finish_log
@@ -47,12 +46,6 @@ _CPU_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
 """The share of a container: the microseconds of CPU time in each period, or "max", and the period."""
 
 
-def deny_core_dumps() -> None:
-    """Keep a crash from writing the memory to the disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-
-
 def deny_tracing() -> bool:
     """Keep other processes of this user from tracing this one: on Linux, prctl(PR_SET_DUMPABLE, 0).
 
@@ -63,7 +56,7 @@ def deny_tracing() -> bool:
         return False
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
-    except (OSError, AttributeError):  # a C library without it
+    except (OSError, AttributeError, TypeError):  # a C library without it, or Windows
         return False
     return bool(prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
 
@@ -80,7 +73,7 @@ def harden(environ: MutableMapping[str, str]) -> dict[str, str]:
         found["server.traceable"] = "keep other processes from its user"
     if environ.pop(KEY_LOG, None) is not None:  # some builds of OpenSSL write the keys of connections to it
         found["server.key_log_ignored"] = f"unset {KEY_LOG}; no keys are written"
-    if os.geteuid() == 0:
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
         found["server.runs_as_root"] = "run it as a separate user: zcproto deploy systemd"
     return found
 

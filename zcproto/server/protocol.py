@@ -174,7 +174,8 @@ class ServerProtocol(asyncio.Protocol):
         state.connections.add(self)
         counters.connections_opened += 1
         if is_on("debug"):
-            log.debug("connection.opened", peer=self.peer, connection=self.id)
+            group = transport.get_extra_info("tls_group")
+            log.debug("connection.opened", peer=self.peer, connection=self.id, group=group)
         if state.announcement is not None:
             connection.announce(state.announcement, wall)
             counters.events += 1

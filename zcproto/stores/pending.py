@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from zcproto.common.files import read_file, replace_file, try_lock
+from zcproto.common.files import read_file, replace_file, sync, try_lock
 from zcproto.errors import Code, ConfigError
 from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.job_thread import Job, JobThread
@@ -316,7 +316,7 @@ class _File:
             return
         data = b"".join(map(_line, added))
         _write_all(self._descriptor, data, self._size)
-        os.fsync(self._descriptor)
+        sync(self._descriptor)
         self._size += len(data)
         self._lines += len(added)
 

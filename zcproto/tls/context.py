@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from zcproto.common.files import UnusableFileError, check_access, file_errors, read_file
+from zcproto.common.files import (
+    NO_LINKS,
+    NO_WAIT,
+    OPEN,
+    UnusableFileError,
+    check_access,
+    file_errors,
+    read_file,
+)
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError, TlsError
 
@@ -221,9 +229,7 @@ def log_keys(context: ssl.SSLContext, path: Path) -> None:
 
 
 def _make_private(path: Path) -> None:
-    # O_NONBLOCK: opening a FIFO would wait for its reader.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS | NO_WAIT | OPEN, 0o600)
     try:
         status = os.fstat(descriptor)
     finally:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -36,6 +37,7 @@ from zcproto.tls.client_hello import (
 )
 from zcproto.tls.context import SiteContexts, suites_are_allowed
 from zcproto.tls.failure import TlsFailure
+from zcproto.tls.groups import group_name, group_of
 from zcproto.tls.pending import ENDED, READY, SLOT, Network, PendingHandshakes
 from zcproto.tls.pins import pins_match
 from zcproto.tls.transport import RECORD_SIZE, TlsPhase, TlsTransport, receive_buffer
@@ -113,6 +115,8 @@ class TlsAcceptor:
     failures: dict[TlsFailure, int] = field(init=False, default_factory=lambda: dict.fromkeys(TlsFailure, 0))
     pending: PendingHandshakes[TlsServerTransport] = field(init=False, default_factory=PendingHandshakes)
     handshakes_completed: int = field(init=False, default=0)
+    groups: Counter[str] = field(init=False, default_factory=Counter)
+    """Completed handshakes by the group of their key exchange."""
     large_hellos: set[TlsServerTransport] = field(init=False, default_factory=set)
     _turn_planned: bool = field(init=False, default=False)
     _window_ends: float = field(init=False, default=0.0)
@@ -200,7 +204,7 @@ class TlsServerTransport(TlsTransport):
     `network` is that of the peer, if the caller has it.
     """
 
-    __slots__ = ("_acceptor", "_hello", "_queued", "_reader", "network", "stage")
+    __slots__ = ("_acceptor", "_group", "_hello", "_queued", "_reader", "network", "stage")
 
     _hello: Accepted | ssl.SSLContext
     """The verdict on a complete ClientHello, or the context to use."""
@@ -218,6 +222,7 @@ class TlsServerTransport(TlsTransport):
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
         self._reader: ClientHelloReader | None = None  # of a ClientHello in pieces
+        self._group = 0
         acceptor.pending.join(self, network or acceptor.network_of(peer))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -323,6 +328,18 @@ class TlsServerTransport(TlsTransport):
             received = received[RECORD_SIZE:]
             self._handshake()
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what other TLS transports have, and the group of the key exchange as `tls_group`."""
+        if name == "tls_group":
+            return group_name(self._group) if self._group else default
+        return super().get_extra_info(name, default)
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            data = self._outgoing.read()
+            self._group = group_of(data) or self._group
+            self._raw.write(data)
+
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
         # Defence in depth: an error in the checks above must not go unnoticed.
@@ -344,6 +361,7 @@ class TlsServerTransport(TlsTransport):
                 return
         acceptor.left(self)  # the deadline of the handshake stays in the wheel: it does nothing any more
         acceptor.handshakes_completed += 1
+        acceptor.groups[group_name(self._group)] += 1
         self._phase = _OPEN
         protocol = self._protocol = factory()
         protocol.connection_made(self)

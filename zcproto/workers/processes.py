@@ -476,7 +476,9 @@ class Orders:
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
-            exit_at_once()  # a thread that generates a key would delay the end
+            if self._part.server is not None:
+                log.info("server.start_stopped")
+            exit_at_once(0)  # a thread that generates a key would delay the end
         starting.result()
         tune_interpreter()
         if self._part.client is not None:

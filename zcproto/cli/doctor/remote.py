@@ -163,7 +163,8 @@ def _negotiated(tls: ssl.SSLSocket) -> str:
     if alpn != ALPN:
         found = f"TLS works, but its ALPN protocol is {alpn or 'missing'}"
         raise StepFailed("handshake", found, CURES[TlsFailure.NO_APPLICATION_PROTOCOL])
-    return f"{tls.version()}, {cipher[0]}, {alpn}"
+    group: Any = getattr(tls, "group", lambda: None)()  # from Python 3.15 on
+    return ", ".join(filter(None, (tls.version(), cipher[0], group, alpn)))
 
 
 def _welcome(tls: ssl.SSLSocket, deadline: float) -> ClientConnection:

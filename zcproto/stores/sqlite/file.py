@@ -94,6 +94,7 @@ CREATE TABLE about (                   -- one row, in every version
 
 _PRAGMAS: Final = (
     "PRAGMA synchronous = FULL",
+    "PRAGMA fullfsync = ON",  # macOS: through the cache of the disk
     "PRAGMA cache_size = -8000",  # 8 MB
     "PRAGMA wal_autocheckpoint = 4000",  # pages, 16 MB: many changes of a page become one
     "PRAGMA automatic_index = OFF",  # it would scan all sessions to record the use of some
