@@ -229,8 +229,8 @@ zcproto_client_calls_total counter (result)
 zcproto_client_calls_in_flight gauge
     Methods that wait for the answer of a client.
 zcproto_client_calls_elsewhere gauge
-    Methods of this process that wait for the answer of a client of another worker or server; that process counts the
-    call in zcproto_client_calls_in_flight.
+    Methods of this process that wait for the answer of a client of another worker or server, which counts the call
+    in zcproto_client_calls_in_flight.
 zcproto_client_answers_dropped_total counter
     Answers of clients to no call, or too late. Counted when the connection ends.
 
