@@ -47,7 +47,7 @@ TRIM_FROM_BYTES: Final = 16 << 20
 """Bytes of large bodies from which on memory is returned, once none is moved for TRIM_INTERVAL."""
 
 TOPICS_INTERVAL: Final = 10.0
-"""A process that is cut off from the others at two checks is an alert: a new coordinator, or primary, is none."""
+"""An alert begins after two checks: a new coordinator, or primary, is found sooner."""
 
 LONGEST_BURST: Final = 60
 """Intervals after which memory is returned although large bodies are still moved."""
