@@ -137,6 +137,10 @@ async def test_call_to_a_lost_process_has_perhaps_run(two: Two, is_silent: bool,
 
 async def test_time_without_a_carrier_does_not_count(two: Two) -> None:
     task = await two.call()
+    follows, two.there.follows = two.there.follows, set()
+    two.check()  # the inbox is absent
+    await asyncio.sleep(0)
+    two.there.follows = follows
     for each in two.bus.processes:
         each.topics.down()
     two.check(10 * LOST_S)

@@ -177,7 +177,7 @@ class RemoteClients:
             CHECK: self._checked,
             ALIVE: self._heard,
         }
-        topics.on_followed, topics.on_down = self._followed, self._ready.clear
+        topics.on_followed, topics.on_down = self._followed, self._cut_off
         state.clients.on_registered = self.begin
 
     # --- the carrier -----------------------------------------------------------------------------------
@@ -206,6 +206,15 @@ class RemoteClients:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _cut_off(self) -> None:
+        """Begin to wait for signs of life again: no other process can be heard."""
+        now = self.state.clock.now()
+        self._ready.clear()
+        for host in self._hosts.values():
+            host.heard, host.absent = now, None
+        for guest in self._guests.values():
+            guest.heard = now
 
     def _followed(self, name: str) -> None:
         if name == self._inbox:
@@ -485,7 +494,7 @@ class RemoteClients:
     # --- signs of life ---------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        if self._watching is None:
+        if self._watching is None or self._watching.done():
             self._watching = self._spawn(self._check_each())
 
     async def _check_each(self) -> None:
@@ -497,11 +506,8 @@ class RemoteClients:
 
     def check(self, now: float) -> None:
         """Ask the processes of called clients for their calls, and find those that are lost."""
-        if not self._topics.is_up:  # no process can be heard
-            for host in self._hosts.values():
-                host.heard = now
-            for guest in self._guests.values():
-                guest.heard = now
+        if not self._topics.is_up:
+            self._cut_off()
             return
         for process, host in [*self._hosts.items()]:
             absent_s = 0.0 if host.absent is None else now - host.absent
