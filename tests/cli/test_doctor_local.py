@@ -17,8 +17,10 @@ from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
 from tests.cli.helpers import fill, new_session
 from zcproto import accelerator
 from zcproto.auth import UserFile
+from zcproto.bus.sealing import fingerprint, load_keys
 from zcproto.cli import doctor as doctor_module
 from zcproto.cli import main
+from zcproto.common.clock import system_entropy
 from zcproto.config import load_config
 
 __all__ = ["doctor"]
@@ -309,7 +311,12 @@ def test_unreachable_store_is_a_fault(folder: Path, doctor: Doctor) -> None:
     pytest.importorskip("redis")
     with (folder / "config.toml").open("a") as config:
         config.write(f"[store]\nurl = 'valkey://127.0.0.1:{free_port()}'\n")
-    assert doctor().faults == ["store"]
+    (key,) = load_keys(folder / "store.key", system_entropy)
+    report = doctor()
+    assert report.faults == ["store"]
+    assert f"store.key {fingerprint(key)}: " in report.one("store", "ok")
+    (folder / "store.key").write_text("not a key")
+    assert doctor().faults == ["store", "store"]
 
 
 def test_store_lock_that_may_not_be_opened_is_a_fault(folder: Path, doctor: Doctor) -> None:

@@ -238,7 +238,7 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_topic_dropped_total", method.topic.dropped, name
             yield "zcproto_topic_ended_total", method.topic.ended, name
     if state.topics is not None:
-        yield "zcproto_topics_away", int(not state.topics.is_up)
+        yield "zcproto_topics_away", int(state.topics.is_away)
         for reason, count in state.topics.undelivered().items():
             yield "zcproto_topic_undelivered_total", count, reason
     for name in LIMIT_NAMES:
@@ -269,6 +269,8 @@ def _calls(snapshot: Snapshot) -> Iterator[Reading]:
     clients = snapshot.parts.state.clients
     yield "zcproto_client_handlers", len(clients)
     yield "zcproto_client_calls_in_flight", clients.in_flight
+    elsewhere = snapshot.parts.state.remote_clients
+    yield "zcproto_client_calls_elsewhere", 0 if elsewhere is None else elsewhere.in_flight
     for result in RESULTS:
         yield "zcproto_client_calls_total", clients.ended[result], result
     yield "zcproto_client_answers_dropped_total", snapshot.counters.dropped_answers

@@ -39,10 +39,15 @@ class ClientConnections(Protocol):
         """Call a method of the client here, or where its session has registered it."""
 
 
+MOST_FOUND: Final = 1_000
+"""Clients in one answer of `find_clients`."""
+
+
 class ConnectedClient:
     """The client of one session. A call goes to this connection, or to another of the session that handles it.
 
-    `context.client` is that of the running call; `server.clients` lists the others.
+    `context.client` is that of the running call; `server.clients` lists the others of this process, and
+    `context.find_clients` and `server.find_clients` those of all processes.
     """
 
     __slots__ = ("_connection", "session_id", "user")
@@ -115,6 +120,7 @@ class CallConnection(ClientConnections, Protocol):
     def has_proved(self, key: str) -> bool: ...
     def join(self, session: Session, token: bytes) -> None: ...
     def register(self, session: Session, methods: frozenset[str], most: int) -> None: ...
+    async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]: ...
     def send_event(self, session_id: str, name: str, data: Any) -> bool: ...
     def session_rotated(self, session_id: str, token_digest: bytes) -> None: ...
     def session_used_since(self, session_id: str) -> int | None: ...
@@ -211,6 +217,19 @@ class Context(Generic[State]):
         user = self.user
         assert self._request.session is not None
         return ConnectedClient(self.caller, self._request.session.id, user)
+
+    async def find_clients(
+        self, *, user: str | None = None, handles: str | None = None
+    ) -> list[ConnectedClient]:
+        """Return clients of all workers and servers that handle calls: those of a user, or of a method, or both.
+
+            for client in await context.find_clients(user="ada", handles="approve"):
+                return await client.call("approve", tool="shell", timeout=120)
+
+        Those of this process come first, the newest first; at most 1,000 are returned. A process that does not
+        answer in half a second is left out. Raises ResourceExhausted if this process searches too often.
+        """
+        return await self.caller.find_clients(user, handles)
 
     def wall(self) -> int:
         """Return the server's wall clock, milliseconds since the Unix epoch."""

@@ -230,6 +230,9 @@ zcproto_client_calls_total counter (result)
     closed (the connection or the session ended); not sent: unavailable (no handler), limited, invalid.
 zcproto_client_calls_in_flight gauge
     Methods that wait for the answer of a client.
+zcproto_client_calls_elsewhere gauge
+    Methods of this process that wait for the answer of a client of another worker or server, which counts the call
+    in zcproto_client_calls_in_flight.
 zcproto_client_answers_dropped_total counter
     Answers of clients to no call, or too late. Counted when the connection ends.
 

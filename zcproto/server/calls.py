@@ -33,7 +33,7 @@ from zcproto.server.state import ServerState
 MESSAGE_SHOWN: Final = 1_000
 """Characters of a client's error message."""
 
-_REFUSED: Final = {
+REFUSED: Final = {
     Code.UNAVAILABLE: "unavailable",
     Code.RESOURCE_EXHAUSTED: "limited",
     Code.INVALID_ARGUMENT: "invalid",
@@ -85,7 +85,7 @@ class CallRunner:
                     session_id, method, body, timeout_s=timeout, wall=clock.wall(), now=clock.now()
                 )
             except CallError as error:
-                clients.count(_REFUSED[error.code])
+                clients.count(REFUSED[error.code])
                 raise
             waiter = self._waiting[call] = asyncio.get_running_loop().create_future()
             self._flush()

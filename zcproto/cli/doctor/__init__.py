@@ -25,6 +25,7 @@ from zcproto.alerts.service import webhook_of
 from zcproto.alerts.sinks import Undelivered
 from zcproto.auth.jwt import LEEWAY_S, fits
 from zcproto.auth.oidc import KeysFailed
+from zcproto.bus.sealing import fingerprint, load_keys
 from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.config import StartCheck, app_option, check_start
@@ -33,7 +34,7 @@ from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.remote import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
-from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.files import user_name
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
@@ -332,6 +333,13 @@ def _store(config: Config, home: Home) -> Iterator[Result]:
             cure = "restore it (docs/backup.md); otherwise a server sets it aside and starts without sessions"
             yield FAULT, f"{path}: damaged: {escape_text('; '.join(faults), 300)}", cure
             return
+    elif home.store_key.exists():
+        try:
+            key, *_ = load_keys(home.store_key, system_entropy)
+        except ConfigError as error:
+            yield from_message(escape_text(str(error), 500))
+        else:
+            yield OK, f"store.key {fingerprint(key)}: must be the same on all servers of this store"
     try:
         count, notes = examine_store(with_store(config, CONFIGURED), home)
     except ZcprotoError as error:
