@@ -888,7 +888,7 @@ class ServerConnection:
 
     @property
     def has_calls(self) -> bool:
-        """Whether a call waits for its answer."""
+        """Whether a call waits for its answer, offers of pending calls aside."""
         return self._calls is not None and self._calls.is_waiting
 
     def register(self, session_id: str, methods: frozenset[str], most: int) -> None:
