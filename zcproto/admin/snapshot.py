@@ -157,6 +157,7 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
             "handlers": len(state.clients),
             "in_flight": state.clients.in_flight,
             "ended": dict(state.clients.ended),
+            "pending": len(state.pending),
         },
         "traffic": snapshot.window,
         "handshakes": {
