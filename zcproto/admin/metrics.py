@@ -95,6 +95,7 @@ _LIMITS: Final = (
     *("limits.threads", "limits.waiting_for_thread"),
     *("streams.max_open", "streams.max_item_bytes", "streams.window_items", "streams.window_bytes"),
     *("streams.memory_bytes", "calls.max", "calls.per_user", "calls.total"),
+    *("calls.pending_per_user", "calls.pending_total"),
     *("idempotency.running_per_user", "tls.max_handshakes", "tls.max_pending", "sessions.per_user"),
     *("idempotency.per_user", "idempotency.max_bytes"),
 )

@@ -228,7 +228,7 @@ control.refused warning (uid pid), limit per event, audit failure
     Another user tried to use the control socket.
 control.unavailable warning (path reason)
     The control socket cannot be created in the home folder.
-control.asked info (what uid pid user device roles ids all sessions), limit per event, audit success
+control.asked info (what uid pid user device roles ids call all sessions), limit per event, audit success
     An operation was requested by the control socket.
 control.failed info (what uid pid user device reason), limit per event, audit failure
     An operation was requested by the control socket, and failed.

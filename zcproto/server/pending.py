@@ -53,6 +53,7 @@ from zcproto.errors import (
 from zcproto.observe.log import get_logger
 from zcproto.server.clients import Key, RegisteredClients, Registering
 from zcproto.sessions import Session
+from zcproto.sessions.token import FAMILY_SIZE, id_of
 from zcproto.wire.message import MessageError, decode_body, encode_request
 
 log = get_logger("zcproto.server")
@@ -243,7 +244,7 @@ class PendingCalls:
             raise ValueError("timeout must be finite: a pending call ends with its deadline")
         if timeout <= 0:
             raise DeadlineExceeded("the timeout of the call is over")
-        call.id = self._entropy(16).hex()
+        call.id = id_of(self._entropy(FAMILY_SIZE)).hex()
         try:
             call.request = encode_request(call.method, params)
         except MessageError as error:
