@@ -232,7 +232,7 @@ def test_input_in_a_state_of_an_offer(harness: Harness, first: Peer, state: str,
 
 
 @pytest.mark.parametrize("code", NO_ANSWERS)
-def test_failure_that_is_no_answer_is_offered_again_after_1_to_30_s(
+def test_failure_that_leaves_the_call_open_is_offered_again_after_1_to_30_s(
     harness: Harness, first: Peer, code: Code
 ) -> None:
     task = ask(harness, timeout=600.0)
@@ -387,6 +387,14 @@ def test_call_ends_with_the_session_for_which_it_was_asked(harness: Harness, fir
     assert outcome(task) is Cancelled
     assert first.heads() == [WITHDRAW]
     assert outcome(kept) is None
+
+
+def test_calls_end_with_the_server(harness: Harness, first: Peer) -> None:
+    task = ask(harness)
+    harness.in_loop(harness.state.close)
+    harness.turn()
+    assert outcome(task) is Cancelled
+    assert len(harness.state.pending) == 0
 
 
 # --- several connections, and those that end ------------------------------------------------------------

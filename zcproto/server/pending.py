@@ -422,6 +422,11 @@ class PendingCalls:
         for call in [*self._by_session.get(session_id, ())]:
             self._withdraw(call, "the session of the method's caller has ended")
 
+    def close(self) -> None:
+        """End all calls: the server stops."""
+        for call in [*self._calls.values()]:
+            self._withdraw(call, "the server has stopped")
+
     def _withdraw(self, call: PendingCall, reason: str) -> None:
         if call.id in self._calls:
             self._end(call, "withdrawn", None, Cancelled(reason))

@@ -292,6 +292,7 @@ class ServerState:
 
     def close(self) -> None:
         self.log_soon.write()
+        self.pending.close()
         self.registry.observers.remove(self._session_ended)
         self.registry.rotation_observers.remove(self._session_rotated)
 
