@@ -340,18 +340,19 @@ def test_answers_that_answer_nothing_are_counted_and_slow_the_peer_down() -> Non
     assert (pair.server.totals.dropped_answers, pair.server.wasted) == (3, 2)
 
 
-def offer_of(pair: ConnectionPair) -> ServerCall:
+def offer_of(pair: ConnectionPair, traceparent: str | None = None) -> ServerCall:
     """Offer a pending call."""
-    body = encode_offer(encode_request("approve", {"tool": "shell"}), "id", TIMEOUT, TRACE)
+    body = encode_offer(encode_request("approve", {"tool": "shell"}), "id", TIMEOUT, traceparent)
     session_id, clock = pair.opened.session.id, pair.clock
     return pair.server.call(session_id, "approve", body, timeout_s=inf, wall=clock.wall(), now=clock.now())
 
 
-def test_offer_has_the_id_of_its_call_and_no_deadline_here() -> None:
+@pytest.mark.parametrize("trace", [None, TRACE], ids=["no trace", "trace"])
+def test_offer_has_the_id_of_its_call_and_no_deadline_here(trace: str | None) -> None:
     pair = call_pair()
-    offer_of(pair)
+    offer_of(pair, trace)
     (sent,) = pair.answers()
-    meta = RequestMeta(deadline_ms=30_000, traceparent=TRACE)
+    meta = RequestMeta(deadline_ms=30_000, traceparent=trace)
     assert decode_call(sent.body) == ("approve", {"tool": "shell"}, meta, "id")
     assert not pair.server.has_calls
     assert pair.server.withdraw_overdue(WALL, NOW + 1e6) == []

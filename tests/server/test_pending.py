@@ -281,6 +281,17 @@ def test_call_is_offered_to_all_clients_and_those_that_come_and_answered_once(
     assert harness.state.pending.ended == {"answered": 1}
 
 
+def test_answer_after_the_deadline_does_not_count(harness: Harness, first: Peer) -> None:
+    task = ask(harness)
+    (call_id,) = calls(first)
+    assert call_id is not None
+    harness.clock.advance(TIMEOUT)  # and the timer is late
+    with pytest.raises(NotFound):
+        harness.state.pending.answer(call_id, True, None, "root")
+    answer(first)
+    assert outcome(task) is DeadlineExceeded
+
+
 def test_first_of_two_answers_in_one_turn_wins(harness: Harness, first: Peer, second: Peer) -> None:
     task = ask(harness)
     calls(first), calls(second)

@@ -362,20 +362,22 @@ class PendingCalls:
         error: CallError | None,
     ) -> None:
         """Process an answer to an offer, in the step in which it has arrived."""
-        offer = call.offers[client]
+        offer, now = call.offers[client], self._clock.now()
         offer.withdraw = _nothing
-        if session is not None and (error is None or error.code not in NO_ANSWERS):
+        if now >= call.deadline:  # the wheel is coarse
+            self._handle_deadline(call, now)
+        elif session is not None and (error is None or error.code not in NO_ANSWERS):
             self._answer(call, value, error, session=session.id, peer=client[1])
         elif session is not None and error is not None and error.code is Code.UNIMPLEMENTED:
             offer.state = OfferState.DECLINED
         else:
-            self._delay(offer, self._clock.now())
+            self._delay(offer, now)
             self._schedule(call)
 
     def answer(self, call_id: str, value: Any, error: CallError | None, operator: str) -> PendingCall:
         """Answer a call for an operator. Raises NotFound."""
         call = self._calls.get(call_id)
-        if call is None:
+        if call is None or self._clock.now() >= call.deadline:
             raise NotFound("no pending call has this id; it was answered, or has ended")
         self._answer(call, value, error, operator=operator)
         return call
