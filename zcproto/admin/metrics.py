@@ -274,7 +274,7 @@ def _calls(snapshot: Snapshot) -> Iterator[Reading]:
     for result in RESULTS:
         yield "zcproto_client_calls_total", clients.ended[result], result
     pending = snapshot.parts.state.pending
-    yield "zcproto_pending_calls", len(pending)
+    yield "zcproto_pending_calls_waiting", len(pending)
     for result in PENDING_RESULTS:
         yield "zcproto_pending_calls_total", pending.ended[result], result
     yield "zcproto_client_answers_dropped_total", snapshot.counters.dropped_answers

@@ -228,7 +228,7 @@ zcproto_client_calls_total counter (result)
     closed (the connection or the session ended); not sent: unavailable (no handler), limited, invalid.
 zcproto_client_calls_in_flight gauge
     Methods that wait for the answer of a client.
-zcproto_pending_calls gauge
+zcproto_pending_calls_waiting gauge
     Calls that wait for the answer of any client of their user.
 zcproto_pending_calls_total counter (result)
     Pending calls that ended. `result`: answered, failed (with an error of the client or operator), expired,
