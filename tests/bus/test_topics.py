@@ -74,7 +74,7 @@ class Process:
         elif self.arriving:
             epoch, number, lost, body, is_own = self.arriving.popleft()
             if is_own:
-                self.topics.acknowledged("news")
+                self.topics.acknowledged("news", 1)
             self.topics.received("news", epoch, number, lost, body, is_own=is_own)
 
 

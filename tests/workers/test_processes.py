@@ -626,24 +626,31 @@ def say(event: int) -> int:
 """
 
 
+async def user_in_each(
+    server: ServerProcess, key: str, stack: contextlib.AsyncExitStack, method: str, **params: Any
+) -> dict[int, UserClient]:
+    """Connect until each worker has a client. Return them by the pid that `method` returns."""
+    clients: dict[int, UserClient] = {}
+    while len(clients) < 2:
+        connecting = connect(
+            f"localhost:{server.port}",
+            user="ada",
+            key=key,
+            ca_file=server.home / "certs" / "ca.crt",
+            connect_timeout=TIMEOUT,
+        )
+        each = await stack.enter_async_context(connecting)
+        clients.setdefault(await each.call(method, **params), each)
+    return clients
+
+
 async def test_events_reach_subscribers_in_all_workers_and_after_the_coordinator_was_killed(
     home: Path, certs: Path, key: str
 ) -> None:
     (home / "topical.py").write_text(TOPICS)
     with ServerProcess(home, certs, "--workers", "2", app="topical:app") as server:
         async with contextlib.AsyncExitStack() as stack:
-            by_worker: dict[int, UserClient] = {}
-            while len(by_worker) < 2:
-                connecting = connect(
-                    f"localhost:{server.port}",
-                    user="ada",
-                    key=key,
-                    ca_file=home / "certs" / "ca.crt",
-                    connect_timeout=TIMEOUT,
-                )
-                each = await stack.enter_async_context(connecting)
-                by_worker[await each.call("say", event=0)] = each
-            first, second = by_worker.values()
+            first, second = (await user_in_each(server, key, stack, "say", event=0)).values()
             heard: list[int] = []
 
             async def listen(reader: UserClient) -> None:
@@ -668,3 +675,84 @@ async def test_events_reach_subscribers_in_all_workers_and_after_the_coordinator
             await say_until_both_hear(3)
             for task in tasks:
                 task.cancel()
+
+
+CALLS = """
+import asyncio
+import os
+
+from zcproto import App, Context
+from zcproto.errors import ZcprotoError
+
+app = App()
+
+
+@app.method("pid")
+def pid() -> int:
+    return os.getpid()
+
+
+@app.method("found")
+async def found(context: Context) -> int:
+    return len(await context.find_clients(user="ada", handles="approve"))
+
+
+@app.method("ask")
+async def ask(context: Context, tool: str, seconds: float = 60.0) -> str:
+    try:
+        (client,) = await context.find_clients(user="ada", handles="approve")
+        return str(await client.call("approve", tool=tool, timeout=seconds))
+    except ZcprotoError as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+async def test_method_calls_clients_of_other_workers_whatever_is_killed(
+    home: Path, certs: Path, key: str
+) -> None:
+    (home / "calling.py").write_text(CALLS)
+    with ServerProcess(home, certs, "--workers", "2", app="calling:app") as server:
+        async with contextlib.AsyncExitStack() as stack:
+            clients = await user_in_each(server, key, stack, "pid")
+            (_, caller), (pid, handling) = clients.items()
+            asked, withdrawn, goes_on = list[str](), asyncio.Event(), asyncio.Event()
+
+            async def approve(tool: str) -> str:
+                asked.append(tool)
+                if tool == "large":
+                    return "x" * 500_000
+                try:
+                    if tool != "ls":
+                        await goes_on.wait()
+                except asyncio.CancelledError:
+                    withdrawn.set()
+                    raise
+                return f"{tool} is fine"
+
+            await handling.handle("approve", approve)
+
+            async def is_found() -> None:
+                while not await caller.call("found"):
+                    pass
+
+            await is_found()
+            assert await caller.call("ask", tool="ls") == "ls is fine"
+            assert await handling.call("ask", tool="ls") == "ls is fine"
+            assert len(await caller.call("ask", tool="large")) == 500_000
+            late = await caller.call("ask", tool="late", seconds=0.2)
+            assert late.endswith("the client has not answered in time")
+            await asyncio.wait_for(withdrawn.wait(), TIMEOUT)
+
+            waiting = asyncio.create_task(caller.call("ask", tool="coordinator"))
+            await until(lambda: asked[-1] == "coordinator")
+            os.kill(pids(server)["coordinator"], signal.SIGKILL)
+            goes_on.set()
+            assert await waiting == "coordinator is fine"
+            goes_on.clear()
+
+            await is_found()
+            waiting = asyncio.create_task(caller.call("ask", tool="worker"))
+            await until(lambda: asked[-1] == "worker")
+            os.kill(pid, signal.SIGKILL)
+            assert (await waiting).startswith("ConnectionClosed: the process that has the connection")
+            assert asked == ["ls", "ls", "large", "late", "coordinator", "worker"]

@@ -271,6 +271,8 @@ def _calls(snapshot: Snapshot) -> Iterator[Reading]:
     clients = snapshot.parts.state.clients
     yield "zcproto_client_handlers", len(clients)
     yield "zcproto_client_calls_in_flight", clients.in_flight
+    elsewhere = snapshot.parts.state.remote_clients
+    yield "zcproto_client_calls_elsewhere", 0 if elsewhere is None else elsewhere.in_flight
     for result in RESULTS:
         yield "zcproto_client_calls_total", clients.ended[result], result
     pending = snapshot.parts.state.pending

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
 from zcproto.auth.identity import Channel
@@ -39,33 +40,29 @@ class ClientConnections(Protocol):
     ) -> Any:
         """Call a method of the client here, or where its session has registered it."""
 
-    async def ask(
-        self,
-        user: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-        *,
-        caller: Session | None = None,
-        bound: bool = False,
-    ) -> Any:
-        """Make a pending call."""
+
+MOST_FOUND: Final = 1_000
+"""Clients in one answer of `find_clients`."""
 
 
 class ConnectedClient:
     """The client of one session. A call goes to this connection, or to another of the session that handles it.
 
-    `context.client` is that of the running call; `server.clients` lists the others.
+    `context.client` is that of the running call; `server.clients` lists the others of this process, and
+    `context.find_clients` and `server.find_clients` those of all processes.
     """
 
-    __slots__ = ("_connection", "_waits_for", "session_id", "user")
+    __slots__ = ("_connection", "_pending", "session_id", "user")
 
     def __init__(
-        self, connection: ClientConnections, session_id: str, user: str, waits_for: Session | None = None
+        self,
+        connection: ClientConnections,
+        session_id: str,
+        user: str,
+        pending: Callable[..., Awaitable[Any]] | None = None,
     ) -> None:
         self._connection = connection
-        self._waits_for = waits_for  # the session of a method that outlives its connection
+        self._pending = pending  # makes a pending call, for a method that outlives its connection
         self.session_id = session_id
         self.user = user
 
@@ -100,18 +97,17 @@ class ConnectedClient:
         """
         if params is not None:
             named = {**params, **named}
+        made: Awaitable[Any]
         if not pending:
             made = self._connection.call_client(
                 self.user, self.session_id, method, named, timeout, traceparent
             )
-        elif self._waits_for is None:
+        elif self._pending is None:
             raise FailedPrecondition(
                 "a pending call needs a durable run, or a request with an idempotency key; send one"
             )
         else:
-            made = self._connection.ask(
-                self.user, method, named, timeout, traceparent, caller=self._waits_for
-            )
+            made = self._pending(self.user, method, named, timeout, traceparent)
         return await result_of(made, returns)
 
 
@@ -143,6 +139,17 @@ class CallConnection(ClientConnections, Protocol):
     def now(self) -> float: ...
     def peer_certificate(self) -> bytes | None: ...
     def channel(self, context: Context | None = None) -> Channel: ...
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+        *,
+        caller: Session | None = None,
+        bound: bool = False,
+    ) -> Any: ...
     def has_ended(self, request: Request) -> bool: ...
     def lifespan_value(self, method: str) -> Any: ...
     async def run_in_thread(
@@ -152,6 +159,7 @@ class CallConnection(ClientConnections, Protocol):
     def has_proved(self, key: str) -> bool: ...
     def join(self, session: Session, token: bytes) -> None: ...
     def register(self, session: Session, methods: frozenset[str], most: int) -> None: ...
+    async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]: ...
     def send_event(self, session_id: str, name: str, data: Any) -> bool: ...
     def session_rotated(self, session_id: str, token_digest: bytes) -> None: ...
     def session_used_since(self, session_id: str) -> int | None: ...
@@ -250,7 +258,8 @@ class Context(Generic[State]):
         """
         user, session = self.user, self._request.session
         assert session is not None
-        return ConnectedClient(self.caller, session.id, user, session if self.outlives_connection else None)
+        pending = partial(self.caller.ask, caller=session) if self.outlives_connection else None
+        return ConnectedClient(self.caller, session.id, user, pending)
 
     async def ask(
         self,
@@ -280,6 +289,19 @@ class Context(Generic[State]):
             user, method, named, timeout, self.traceparent, caller=self._request.session, bound=bound
         )
         return await result_of(made, returns)
+
+    async def find_clients(
+        self, *, user: str | None = None, handles: str | None = None
+    ) -> list[ConnectedClient]:
+        """Return clients of all workers and servers that handle calls: those of a user, or of a method, or both.
+
+            for client in await context.find_clients(user="ada", handles="approve"):
+                return await client.call("approve", tool="shell", timeout=120)
+
+        Those of this process come first, the newest first; at most 1,000 are returned. A process that does not
+        answer in half a second is left out. Raises ResourceExhausted if this process searches too often.
+        """
+        return await self.caller.find_clients(user, handles)
 
     def wall(self) -> int:
         """Return the server's wall clock, milliseconds since the Unix epoch."""

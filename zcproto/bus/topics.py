@@ -33,7 +33,14 @@ BYTES_PER_S: Final = 32 << 20
 MAX_WAITING: Final = 8 << 20
 """Bytes that wait for a carrier, or for a process that does not read what the carrier brings."""
 
+INBOX: Final = "zcproto:inbox:"
+"""The topics that only one process follows have this prefix: what is known of one ends with that process."""
+
 _RETRY_MS: Final = 100
+
+
+OnSent = Callable[[int], object]
+"""Called with the number of processes that got an event, the own one included. Not called if it is unknown."""
 
 
 class SharedTopic(Protocol):
@@ -53,6 +60,8 @@ class Carrier(Protocol):
 
     async def stop(self) -> None: ...
 
+    absence_s: float
+    """Seconds after which a process that does not follow its own topic has ended, and is not connecting again."""
     unreadable: int
     """Events that came and could not be opened."""
 
@@ -81,7 +90,7 @@ class _State:
     is_followed: bool = False
     epoch: bytes | None = None
     number: int = 0
-    sent: deque[int] = field(default_factory=deque)
+    sent: deque[tuple[int, OnSent | None]] = field(default_factory=deque)
     lost: int = 0
 
 
@@ -98,7 +107,11 @@ class SharedTopics:
         self._states: dict[str, _State] = {}
         self._events = TokenBucket(EVENTS_PER_S)
         self._bytes = TokenBucket(BYTES_PER_S)
+        self._is_started = False
         self.is_up = False
+        self.on_followed: Callable[[str], object] = lambda name: None
+        """Called with a topic whose events come from now on."""
+        self.on_down: Callable[[], object] = lambda: None
         self.refused = 0
         self.lost = 0
         self.missed = 0
@@ -113,8 +126,10 @@ class SharedTopics:
         }
 
     async def start(self) -> None:
-        """Let the carrier connect."""
-        await self._carrier.start(self)
+        """Let the carrier connect. Idempotent."""
+        if not self._is_started:
+            self._is_started = True
+            await self._carrier.start(self)
 
     async def stop(self) -> None:
         """Disconnect. Events go to the subscribers of this process alone."""
@@ -123,14 +138,27 @@ class SharedTopics:
         await self._carrier.stop()
         self.is_up = False
 
+    @property
+    def is_used(self) -> bool:
+        """Whether there are topics."""
+        return bool(self._states)
+
     def add(self, topic: SharedTopic) -> None:
         """Join a topic with those of the same name in the other processes."""
         self._states[topic.name] = _State(topic)
         topic.carrier = self
 
+    def remove(self, name: str) -> None:
+        """Forget a topic that this process does not follow."""
+        self._states.pop(name, None)
+
     # --- from topics -----------------------------------------------------------------------------------
 
-    def publish(self, name: str, body: bytes) -> None:
+    @property
+    def absence_s(self) -> float:
+        return self._carrier.absence_s
+
+    def publish(self, name: str, body: bytes, on_sent: OnSent | None = None) -> None:
         """Send an event to the other processes. Raises ResourceExhausted, without an effect, at a limit."""
         now, state = self._now(), self._states[name]
         if not self.is_up:
@@ -145,7 +173,7 @@ class SharedTopics:
                 {"retry_after_ms": _RETRY_MS},
             )
         self._bytes.charge(len(body), now)
-        self._send(state, body)
+        self._send(state, body, on_sent)
 
     def follows(self, name: str) -> bool:
         """Return whether a topic has subscribers in this process."""
@@ -163,9 +191,9 @@ class SharedTopics:
         if self.is_up:
             self._carrier.unfollow(name)
 
-    def _send(self, state: _State, body: bytes | None) -> None:
+    def _send(self, state: _State, body: bytes | None, on_sent: OnSent | None = None) -> None:
         lost, state.lost = state.lost, 0
-        state.sent.append(lost + (body is not None))
+        state.sent.append((lost + (body is not None), on_sent))
         self._carrier.publish(state.topic.name, lost, body)
 
     # --- from the carrier ------------------------------------------------------------------------------
@@ -183,10 +211,11 @@ class SharedTopics:
         """The carrier is away."""
         self.is_up = False
         for state in self._states.values():
-            lost = sum(state.sent)
+            lost = sum(numbers for numbers, _ in state.sent)
             state.lost += lost
             self.lost += lost
             state.sent.clear()
+        self.on_down()
 
     def at(self, name: str, epoch: bytes, number: int) -> None:
         """Take the last number of a topic that is followed from now on."""
@@ -195,6 +224,7 @@ class SharedTopics:
             if state.epoch is not None:
                 self._miss(state, number if epoch != state.epoch else number - state.number)
             state.epoch, state.number = epoch, number
+            self.on_followed(name)
 
     def received(
         self, name: str, epoch: bytes, number: int, lost: int, body: bytes | None, *, is_own: bool
@@ -214,17 +244,19 @@ class SharedTopics:
             self.missed += missed + lost
             state.topic.receive(body, missed + lost)
 
-    def acknowledged(self, name: str) -> None:
-        """The carrier has numbered the first message of a topic that was not acknowledged yet."""
-        sent = self._states[name].sent
-        if sent:
-            sent.popleft()
+    def acknowledged(self, name: str, receivers: int) -> None:
+        """The carrier has numbered the first message of a topic that was not acknowledged yet, and sent it."""
+        state = self._states.get(name)
+        if state is not None and state.sent:
+            _, on_sent = state.sent.popleft()
+            if on_sent is not None:
+                on_sent(receivers)
 
     def failed(self, name: str) -> None:
         """The carrier has not published the first message of a topic that was not acknowledged yet."""
-        state = self._states[name]
-        if state.sent:
-            lost = state.sent.popleft()
+        state = self._states.get(name)
+        if state is not None and state.sent:
+            lost, _ = state.sent.popleft()
             state.lost += lost
             self.lost += lost
 

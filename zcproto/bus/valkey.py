@@ -44,18 +44,23 @@ KEEP_MS: Final = 86_400_000
 
 LONGEST_PAUSE_S: Final = 1.0
 MOVING_LIMIT_S: Final = 2.0
+ABSENCE_S: Final = 10.0
+"""A server that lives finds the next primary within this time."""
+
 EPOCH_SIZE: Final = 8
 
 _SCRIPT: Final = """
 local key, publish, fresh, keep, sender = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local receivers = {}
 redis.call('HSETNX', key, 'e', fresh)
 local epoch = redis.call('HGET', key, 'e')
 for i = 5, #ARGV, 2 do
   local lost, body = tonumber(ARGV[i]), ARGV[i + 1]
   local number = redis.call('HINCRBY', key, 'n', lost + (body == '' and 0 or 1))
-  redis.call(publish, key, cmsgpack.pack({epoch, number, lost, sender, body}))
+  receivers[#receivers + 1] = redis.call(publish, key, cmsgpack.pack({epoch, number, lost, sender, body}))
 end
 redis.call('PEXPIRE', key, keep)
+return receivers
 """
 _DIGEST: Final = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
@@ -93,6 +98,7 @@ class ValkeyTopics:
         self._is_up = False
         self.waiting = 0
         self.unreadable = 0
+        self.absence_s = ABSENCE_S
 
     async def start(self, topics: SharedTopics) -> None:
         self._topics = topics
@@ -189,20 +195,22 @@ class ValkeyTopics:
         arguments = 1, key, *fixed, *messages
         try:
             try:
-                await self._call(key, "EVALSHA", _DIGEST, *arguments)
+                receivers = await self._call(key, "EVALSHA", _DIGEST, *arguments)
             except NoScriptError:  # the server was replaced, or its scripts flushed
-                await self._call(key, "EVAL", _SCRIPT, *arguments)
-            is_published = True
+                receivers = await self._call(key, "EVAL", _SCRIPT, *arguments)
         except ResponseError as error:  # the script did nothing
             log.warning("topics.refused", topic=name, reason=str(error))
-            is_published = False
+            receivers = None
         except (StoreUnavailable, ConfigError, TimeoutError) as error:
             self._servers.lose(f"events were not published: {str(error) or 'no answer in time'}")
             self._lost()
             return
         if self._topics is not None and self._is_up:
-            for _ in messages[::2]:
-                (self._topics.acknowledged if is_published else self._topics.failed)(name)
+            for index in range(len(messages) // 2):
+                if receivers is None:
+                    self._topics.failed(name)
+                else:
+                    self._topics.acknowledged(name, receivers[index])
 
     def follow(self, name: str) -> None:
         self._begin(self._follow(name))

@@ -144,7 +144,8 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
         yield _row(
             "calls",
             f"handled by {counted(calls['handlers'], 'client')}; {calls['in_flight']:,} in flight;"
-            f" {ended or 'none yet'}",
+            f" {ended or 'none yet'}"
+            + (f"; {calls['elsewhere']:,} to other processes" if calls.get("elsewhere") else ""),
         )
     yield _row("CPU time", f"{_percentiles(traffic['work'])}  (of requests, last minute)")
     if traffic["waits"]["count"]:

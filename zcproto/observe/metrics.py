@@ -233,6 +233,9 @@ zcproto_pending_calls_waiting gauge
 zcproto_pending_calls_total counter (result)
     Pending calls that ended. `result`: answered, failed (with an error of the client or operator), expired,
     withdrawn (with the method or the session of its caller), refused (at a limit).
+zcproto_client_calls_elsewhere gauge
+    Methods of this process that wait for the answer of a client of another worker or server, which counts the call
+    in zcproto_client_calls_in_flight.
 zcproto_client_answers_dropped_total counter
     Answers of clients to no call, or too late. Counted when the connection ends.
 

@@ -82,6 +82,7 @@ from zcproto.server.listener import Listener
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.protocol import ServerProtocol, TracedProtocol
 from zcproto.server.protocol_methods import protocol_methods
+from zcproto.server.remote_clients import RemoteClients
 from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.server.state import ConnectionsElsewhere, ServerState, SessionConnections, log
 from zcproto.server.threads import ThreadLimits, ThreadPool
@@ -208,9 +209,11 @@ async def build(
     await asyncio.sleep(0)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment, app), *app])
     topics = [method.topic for method in app if method.topic is not None and method.topic.scope == "server"]
-    if topics:
+    if topics or role.has_lifespans:
         carrier = role.topics or await asyncio.to_thread(build_carrier, store, config, home, entropy)
-        state.topics = None if carrier is None else share_topics(topics, carrier, clock)
+        if carrier is not None:
+            state.topics = share_topics(topics, carrier, clock)
+            state.remote_clients = RemoteClients(state, state.topics)
     parts = Parts(
         active=active,
         home=home,

@@ -204,8 +204,11 @@ class Server:
                 await parts.store.start()
                 stack.push_async_callback(parts.store.stop)
             if parts.state.topics is not None:
-                await parts.state.topics.start()
+                if parts.state.topics.is_used:  # else once the first client handles calls
+                    await parts.state.topics.start()
                 stack.push_async_callback(parts.state.topics.stop)
+            if parts.state.remote_clients is not None:
+                stack.push_async_callback(parts.state.remote_clients.stop)
             stack.push_async_callback(self._stop_lifespans, parts)
             await parts.lifespans.start(parts.config.server.lifespan_timeout, self.begin_drain)
             stack.callback(parts.listener.close)
@@ -296,7 +299,7 @@ class Server:
         return [pair.pin for pair in self.certificates]
 
     def clients(self, *, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
-        """Return the clients that handle calls, those of a user, or those that handle a method: the newest first.
+        """Return the clients of this process that handle calls: those of a user, or of a method, the newest first.
 
         Each is one session on one connection.
 
@@ -328,6 +331,12 @@ class Server:
         return await result_of(
             self.state.ask(user, method, named, timeout, traceparent, bound=bound), returns
         )
+
+    async def find_clients(
+        self, *, user: str | None = None, handles: str | None = None
+    ) -> list[ConnectedClient]:
+        """Return clients of all workers and servers, as `Context.find_clients` does in a method."""
+        return await self.state.find_clients(user, handles)
 
     @property
     def ca_file(self) -> Path | None:

@@ -37,7 +37,7 @@ from zcproto.sessions import Session
 MESSAGE_SHOWN: Final = 1_000
 """Characters of a client's error message."""
 
-_REFUSED: Final = {
+REFUSED: Final = {
     Code.UNAVAILABLE: "unavailable",
     Code.RESOURCE_EXHAUSTED: "limited",
     Code.INVALID_ARGUMENT: "invalid",
@@ -90,7 +90,7 @@ class CallRunner:
                     session_id, method, body, timeout_s=timeout, wall=clock.wall(), now=clock.now()
                 )
             except CallError as error:
-                clients.count(_REFUSED[error.code])
+                clients.count(REFUSED[error.code])
                 raise
             waiter = self._waiting[call] = asyncio.get_running_loop().create_future()
             self._flush()

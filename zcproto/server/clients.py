@@ -15,9 +15,10 @@ It must not know: what is on the wire, who calls.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final, Protocol
 
 from zcproto.app.context import ClientConnections, ConnectedClient
@@ -71,6 +72,8 @@ class Registering(ClientConnections, Protocol):
     peer: str
 
     @property
+    def id(self) -> str: ...
+    @property
     def is_draining(self) -> bool: ...
 
     async def call_here(
@@ -105,6 +108,7 @@ class RegisteredClients:
         """Called with a registration that is new, replaced or used again, before its connection has it."""
         self.on_gone: Callable[[str, Key], None] = lambda user, key: None
         """Called with a registration that was removed or suspended."""
+        self.on_registered: Callable[[], object] = lambda: None
         self._by_user: dict[str, dict[Key, Registration]] = {}
         self._users: dict[Key, str] = {}
         self._suspended: dict[str, OrderedDict[Key, None]] = {}  # by user, the first to be suspended first
@@ -143,6 +147,7 @@ class RegisteredClients:
             self._users[key] = session.user
             self._names[session.user] += len(methods)
             self.on_ready(session.user, key)
+            self.on_registered()
         else:
             self.on_gone(session.user, key)
 
@@ -203,18 +208,34 @@ class RegisteredClients:
                 del self._by_user[user], self._names[user]
         return user
 
-    def find(self, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
+    def find(
+        self, user: str | None = None, handles: str | None = None, most: float = inf
+    ) -> list[ConnectedClient]:
         """Return the clients of a user, or of all users, that handle a method, or any: the newest first.
 
         A client that has several connections is listed once, for its newest registration.
         """
+        return [client for _, client in self._select(user, handles, most)]
+
+    def describe(self, user: str | None, handles: str | None, most: float) -> list[tuple[str, str, str, str]]:
+        """Return clients as `find` does, for another process: user, session, connection, the peer's address."""
+        return [
+            (client.user, client.session_id, connection.id, connection.peer)
+            for connection, client in self._select(user, handles, most)
+        ]
+
+    def _select(
+        self, user: str | None, handles: str | None, most: float
+    ) -> Collection[tuple[Registering, ConnectedClient]]:
         users = self._by_user.values() if user is None else [self._by_user.get(user, {})]
-        clients: dict[tuple[str, str], ConnectedClient] = {}
+        clients: dict[tuple[str, str], tuple[Registering, ConnectedClient]] = {}
         for registrations in users:
             for (connection, session_id), found in reversed(registrations.items()):
+                if len(clients) >= most:
+                    return clients.values()
                 if not found.is_suspended and (handles is None or handles in found.methods):
-                    clients.setdefault((session_id, connection.peer), found.client)
-        return [*clients.values()]
+                    clients.setdefault((session_id, connection.peer), (connection, found.client))
+        return clients.values()
 
     def handles(self, connection: Registering, session_id: str, method: str) -> bool:
         """Return whether a session has registered a method on a connection, and is not suspended there."""
@@ -245,6 +266,19 @@ class RegisteredClients:
             ):
                 return connection
         return None
+
+    def connection_of(
+        self, user: str, session_id: str, connection_id: str, method: str
+    ) -> Registering | None:
+        """Return a connection that was described, or another one of its session that handles a method."""
+        for connection, owner in self._by_user.get(user, {}):
+            if (
+                owner == session_id
+                and connection.id == connection_id
+                and self.handles(connection, session_id, method)
+            ):
+                return connection
+        return self.handling(user, session_id, method)
 
     # --- calls -----------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, cast
 
-from zcproto.app.context import Context
+from zcproto.app.context import ConnectedClient, Context
 from zcproto.auth.identity import Channel
 from zcproto.auth.schemes import certificate_key
 from zcproto.common.network import network_of
@@ -529,7 +529,19 @@ class ServerProtocol(asyncio.Protocol):
         connection: Registering = self
         if not clients.handles(self, session_id, method):
             connection = clients.handling(user, session_id, method) or self
-        return await connection.call_here(session_id, method, params, timeout, traceparent)
+        tracing = self._state.tracing
+        if tracing is None:
+            return await connection.call_here(session_id, method, params, timeout, traceparent)
+        return await tracing.call_client(
+            method,
+            connection.peer,
+            traceparent,
+            lambda header: connection.call_here(session_id, method, params, timeout, header),
+        )
+
+    async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]:
+        """Return clients of all processes that handle calls."""
+        return await self._state.find_clients(user, handles)
 
     async def call_here(
         self,
@@ -540,17 +552,10 @@ class ServerProtocol(asyncio.Protocol):
         traceparent: str | None,
     ) -> Any:
         """Call a method that the client has registered on this connection, and return its result."""
-
-        async def call(traceparent: str | None) -> Any:
-            if self._calls is None:
-                self._state.clients.count("unavailable")
-                raise Unavailable("the client handles no methods on this connection")
-            return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
-
-        tracing = self._state.tracing
-        if tracing is None:
-            return await call(traceparent)
-        return await tracing.call_client(method, self.peer, traceparent, call)
+        if self._calls is None:
+            self._state.clients.count("unavailable")
+            raise Unavailable("the client handles no methods on this connection")
+        return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
 
     async def ask(
         self,

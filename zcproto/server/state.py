@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any, Final, Protocol
 
 from zcproto.app.app import Access, App, Method
-from zcproto.app.context import CallConnection
+from zcproto.app.context import MOST_FOUND, CallConnection, ConnectedClient
 from zcproto.bus.topics import SharedTopics
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
@@ -113,6 +113,15 @@ class Connection(CallConnection, Protocol):
     def go_away(self, reason: GoAwayReason) -> None: ...
     def cancel_all(self) -> None: ...
     def close(self, reason: str) -> None: ...
+
+
+class ClientsElsewhere(Protocol):
+    """The clients of the other processes of this server, and the calls to them that are `in_flight`."""
+
+    in_flight: int
+
+    async def find(self, user: str | None, handles: str | None, most: int) -> list[ConnectedClient]: ...
+    async def stop(self) -> None: ...
 
 
 class SessionConnections:
@@ -231,6 +240,8 @@ class ServerState:
     """The body of an event for every connection; future ones get it after WELCOME."""
     clients: RegisteredClients = field(default_factory=lambda: RegisteredClients(CallLimits()))
     """The clients that handle calls."""
+    remote_clients: ClientsElsewhere | None = None
+    """Those of the other processes of the server, if there are some."""
     on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
     on_incident: Callable[[str, str, BaseException], None] = lambda what, incident, error: None
@@ -264,6 +275,13 @@ class ServerState:
         with suppress(TimeoutError):
             async with asyncio.timeout(ABANDONED_S):
                 await self.idempotency.wait_idle()
+
+    async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]:
+        """Return clients of all processes that handle calls, those of this one first, at most MOST_FOUND."""
+        found = self.clients.find(user, handles, MOST_FOUND)
+        if self.remote_clients is not None and len(found) < MOST_FOUND:
+            found += await self.remote_clients.find(user, handles, MOST_FOUND - len(found))
+        return found
 
     async def announce(self, body: bytes | None) -> None:
         """Send an event to every connection, some in each turn of the loop. None ends the announcement."""

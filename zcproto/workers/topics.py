@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from zcproto.bus.topics import MAX_WAITING, SharedTopics
+from zcproto.bus.topics import INBOX, MAX_WAITING, SharedTopics
 from zcproto.common.clock import Entropy
 from zcproto.workers.link import NOTICE, Link, LinkClient, LinkServer, Topics, pack
 
@@ -27,6 +27,9 @@ UNFOLLOW: Final = "topics.unfollow"
 PUBLISH: Final = "topics.publish"
 AT: Final = "topics.at"
 EVENT: Final = "topics.event"
+
+ABSENCE_S: Final = 2.0
+"""A worker that lives connects again within LONGEST_PAUSE_S of a link."""
 
 _EPOCH_SIZE: Final = 8
 
@@ -45,6 +48,7 @@ class TopicHub:
 
     waiting = 0
     unreadable = 0
+    absence_s = 0.0
 
     def __init__(self, entropy: Entropy) -> None:
         self._epoch = entropy(_EPOCH_SIZE)
@@ -83,15 +87,20 @@ class TopicHub:
 
     def _unfollow(self, link: Link, name: str) -> None:
         self._topic(name).followers.pop(link, None)
+        self._forget_if_unused(name)
 
     def _lost(self, link: Link) -> None:
-        for topic in self._topics.values():
-            topic.followers.pop(link, None)
+        for name in [*self._topics]:
+            self._unfollow(link, name)
+
+    def _forget_if_unused(self, name: str) -> None:
+        if name.startswith(INBOX) and not self._topics[name].followers:
+            del self._topics[name]
 
     def _publish(self, link: Link | None, name: str, lost: int, body: bytes | None) -> None:
         topic = self._topic(name)
         topic.number += lost + (body is not None)
-        data = pack(NOTICE, EVENT, [name, self._epoch, topic.number, lost, body, False])
+        data = pack(NOTICE, EVENT, [name, self._epoch, topic.number, lost, body, False, 0])
         for follower in topic.followers:
             if follower is not link:
                 if follower.waiting > MAX_WAITING:
@@ -99,15 +108,18 @@ class TopicHub:
                 else:
                     follower.send(data)
         if link is not None:
-            link.notify(EVENT, name, self._epoch, topic.number, lost, None if body is None else b"", True)
+            own = None if body is None else b""
+            link.notify(EVENT, name, self._epoch, topic.number, lost, own, True, len(topic.followers))
         elif self._own is not None:
-            self._own.acknowledged(name)
+            self._own.acknowledged(name, len(topic.followers))
+        self._forget_if_unused(name)
 
 
 class WorkerTopics:
     """The carrier of a worker's topics: its link to the coordinator at `path`."""
 
     unreadable = 0
+    absence_s = ABSENCE_S
 
     def __init__(self, path: Path, *, name: str, silence: float, random: Callable[[], float]) -> None:
         handlers = Topics(notices={AT: self._at, EVENT: self._received})
@@ -142,9 +154,17 @@ class WorkerTopics:
         self.topics.at(name, epoch, number)
 
     def _received(
-        self, link: Link, name: str, epoch: bytes, number: int, lost: int, body: Any, is_own: bool
+        self,
+        link: Link,
+        name: str,
+        epoch: bytes,
+        number: int,
+        lost: int,
+        body: Any,
+        is_own: bool,
+        receivers: int,
     ) -> None:
         assert self.topics is not None, "it was started"
         if is_own:
-            self.topics.acknowledged(name)
+            self.topics.acknowledged(name, receivers)
         self.topics.received(name, epoch, number, lost, body, is_own=is_own)

@@ -1,9 +1,7 @@
 //! Servers that go away, and others that take their place.
 
 use crate::fake::{Fake, goaway, options_at, session, text, welcome};
-use std::fmt::Write;
 use std::pin::pin;
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::net::TcpSocket;
@@ -143,61 +141,6 @@ fn a_client_outside_of_its_runtime_reports_errors_and_does_not_panic() {
     let ended = other.block_on(stream.result::<Value>());
     assert!(matches!(ended, Err(Error::Closed(_))), "{ended:?}");
     script.join().unwrap();
-}
-
-/// Collects the spans that are created, with their fields.
-#[derive(Clone, Default)]
-struct Spans(Arc<Mutex<Vec<String>>>);
-
-struct Fields<'a>(&'a mut String);
-
-impl tracing::field::Visit for Fields<'_> {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-        write!(self.0, " {field}={value:?}").unwrap();
-    }
-}
-
-impl tracing::Subscriber for Spans {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.target().starts_with("zcproto")
-    }
-
-    fn new_span(&self, span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        let mut text = span.metadata().name().to_owned();
-        span.record(&mut Fields(&mut text));
-        let mut spans = self.0.lock().unwrap();
-        spans.push(text);
-        tracing::span::Id::from_u64(spans.len() as u64)
-    }
-
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-    fn event(&self, _: &tracing::Event<'_>) {}
-    fn enter(&self, _: &tracing::span::Id) {}
-    fn exit(&self, _: &tracing::span::Id) {}
-}
-
-#[tokio::test]
-async fn spans_name_connections_sessions_and_calls() {
-    let server = Fake::new();
-    let (address, options) = (server.address(), server.options().api_key("ada", "key"));
-    let script = std::thread::spawn(move || {
-        let mut peer = server.accept();
-        peer.send(&[welcome()]);
-        let number = peer.expect("session.open");
-        peer.send(&[session(number, 1)]);
-        peer.answer(1, "first");
-        peer.close();
-    });
-    let spans = Spans::default();
-    let guard = tracing::subscriber::set_default(spans.clone());
-    let client = Client::connect(options).await.unwrap();
-    client.call::<String>("who", &()).await.unwrap();
-    drop(client);
-    drop(guard);
-    let expected = [format!("connect endpoint={address}"), "renew_session".into(), "call method=\"who\"".into()];
-    assert_eq!(*spans.0.lock().unwrap(), expected);
-    tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
 }
 
 /// Let time pass for a client.
