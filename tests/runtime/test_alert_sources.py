@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -15,7 +17,17 @@ from zcproto.alerts.alert import CATALOGUE, Ending
 from zcproto.alerts.service import ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.config.model import AlertsConfig
-from zcproto.runtime.alert_sources import on_certificate_notice, on_refresh_reused, on_revoked, on_store_event
+from zcproto.runtime.alert_sources import (
+    on_certificate_notice,
+    on_refresh_reused,
+    on_revoked,
+    on_store_event,
+    on_topics_checked,
+)
+from zcproto.runtime.background import watch_topics
+
+if TYPE_CHECKING:
+    from zcproto.bus.topics import SharedTopics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +76,19 @@ def test_store_event_raises_alert(
     assert (alert.kind, alert.about, dict(alert.details)) == (kind, named, values)
     if "reason" in values:
         assert "it is full" in alert.title
+
+
+async def test_process_that_stays_cut_off_from_the_others_raises_an_alert(alerts: ServerAlerts) -> None:
+    topics, seen = SimpleNamespace(is_away=False), list[list[AlertKind]]()
+    away = iter([True, False, True, True, False])
+
+    async def sleep(seconds: float) -> None:
+        seen.append([each.kind for each in alerts.center.open_alerts()])
+        topics.is_away = next(away)
+
+    with pytest.raises(RuntimeError):  # of the exhausted iterator
+        await watch_topics(cast("SharedTopics", topics), partial(on_topics_checked, alerts), sleep)
+    assert seen == [[], [], [], [], [AlertKind.TOPICS_AWAY], []]
 
 
 def test_mended_configuration_of_the_store_resolves_its_alert(alerts: ServerAlerts) -> None:

@@ -77,7 +77,7 @@ async def test_late_and_cancelled_calls_are_withdrawn(two: Two) -> None:
         await client.call("approve", timeout=0)
 
 
-async def test_lost_withdrawal_is_made_up_for(two: Two) -> None:
+async def test_call_whose_withdrawal_was_lost_is_withdrawn_by_the_next_check(two: Two) -> None:
     two.bus.lost_kinds = {remote_clients.WITHDRAW}
     task = await two.call()
     task.cancel()
@@ -127,7 +127,7 @@ async def test_call_to_a_lost_process_has_perhaps_run(two: Two, is_silent: bool,
     two.check(seconds)
     assert not task.done()
     two.check(0.001)
-    with pytest.raises(ConnectionClosed, match="lost; the call may have run"):
+    with pytest.raises(ConnectionClosed, match="is lost; the call may have run"):
         await task
     assert two.here.clients.ended == {"closed": 1}
     assert len(await two.here.find()) == is_silent

@@ -754,5 +754,5 @@ async def test_method_calls_clients_of_other_workers_whatever_is_killed(
             waiting = asyncio.create_task(caller.call("ask", tool="worker"))
             await until(lambda: asked[-1] == "worker")
             os.kill(pid, signal.SIGKILL)
-            assert (await waiting).startswith("ConnectionClosed: the process that has the connection")
+            assert (await waiting).startswith("ConnectionClosed: the process of the client is lost")
             assert asked == ["ls", "ls", "large", "late", "coordinator", "worker"]

@@ -240,7 +240,7 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_topic_dropped_total", method.topic.dropped, name
             yield "zcproto_topic_ended_total", method.topic.ended, name
     if state.topics is not None:
-        yield "zcproto_topics_away", int(not state.topics.is_up)
+        yield "zcproto_topics_away", int(state.topics.is_away)
         for reason, count in state.topics.undelivered().items():
             yield "zcproto_topic_undelivered_total", count, reason
     for name in LIMIT_NAMES:

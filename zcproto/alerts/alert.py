@@ -80,6 +80,7 @@ class AlertKind(Enum):
     STORE_EMPTIED = "store.emptied"
     STORE_MISCONFIGURED = "store.misconfigured"
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
+    TOPICS_AWAY = "topics.away"
     INTERNAL_ERRORS = "request.internal_errors"
     SERVER_FULL = "server.full"
     CONFIG_REFUSED = "config.refused"
@@ -197,6 +198,11 @@ store.revocations_not_kept: critical, ends quiet
     A revocation could be written neither to the store nor to the disk, because writing failed or too many are
     queued. It applies to this process only, which its caller was informed of.
     Cure: Restore the store before you restart the server, then revoke again.
+topics.away: warning, ends resolved
+    A process has not reached the others for ten seconds: events of topics with the scope "server" reach its own
+    subscribers only, and methods find and call its own clients only.
+    Cure: The reason is in the log (`topics.away`). The user of Valkey or Redis needs the commands of topics and
+    their channels.
 request.internal_errors: error, ends rate
     Requests failed with INTERNAL within five minutes: at least `alerts.internal_errors`. Methods raise exceptions
     that are not for callers, or the server has a fault.

@@ -139,6 +139,11 @@ class SharedTopics:
         self.is_up = False
 
     @property
+    def is_away(self) -> bool:
+        """Whether the other processes cannot be reached. False before `start`."""
+        return self._is_started and not self.is_up
+
+    @property
     def is_used(self) -> bool:
         """Whether there are topics."""
         return bool(self._states)

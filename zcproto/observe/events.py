@@ -413,7 +413,8 @@ revocations.not_removed warning (reason), limit per event
 
 # Topics of all processes
 topics.away warning (reason), limit per event
-    Events of topics with the scope "server" cannot be sent: they reach the subscribers of their own process alone.
+    Events of topics with the scope "server" reach the subscribers of their own process alone, and clients of other
+    processes are neither found nor called.
 topics.back info (), limit per event
     Events reach all processes again. Subscribers of others have missed those published meanwhile.
 topics.refused warning (topic reason), limit per event

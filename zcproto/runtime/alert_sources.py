@@ -125,6 +125,14 @@ def on_store_event(alerts: ServerAlerts, event: str, values: Mapping[str, Any]) 
         alerts.raise_(kind, title.format_map(values), about=about, details=values)
 
 
+def on_topics_checked(alerts: ServerAlerts, is_away: bool) -> None:
+    """Raise or resolve the alert of a process that cannot reach the others."""
+    if is_away:
+        alerts.raise_(AlertKind.TOPICS_AWAY, "topics and clients of other processes cannot be reached")
+    else:
+        alerts.resolve(AlertKind.TOPICS_AWAY, "topics and clients of other processes can be reached again")
+
+
 def on_issuer_failed(alerts: ServerAlerts, issuer: str, reason: str, can_serve: bool) -> None:
     """Raise the alert of an identity provider whose keys cannot be fetched; `can_serve`: the last ones still do."""
     what = "the last ones serve" if can_serve else "logins by its tokens are not possible"

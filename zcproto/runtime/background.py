@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 from zcproto.admin.parts import Parts
+from zcproto.bus.topics import SharedTopics
 from zcproto.certs.checker import ServingCertificates
 from zcproto.certs.client_user import CertificateId, certificate_id
 from zcproto.certs.manager import unix_ms
@@ -20,6 +22,7 @@ from zcproto.certs.rollover import NextPins
 from zcproto.common.deadlines import sleep_together
 from zcproto.common.process import heap_trim
 from zcproto.observe.log import flush_log, report_suppressed
+from zcproto.runtime.alert_sources import on_topics_checked
 from zcproto.server.state import log
 from zcproto.stores.sync import CLEANUP_S
 from zcproto.wire.message import encode_body
@@ -42,6 +45,9 @@ seconds, and connections in new memory cost 5% more CPU."""
 
 TRIM_FROM_BYTES: Final = 16 << 20
 """Bytes of large bodies from which on memory is returned, once none is moved for TRIM_INTERVAL."""
+
+TOPICS_INTERVAL: Final = 10.0
+"""An alert begins after two checks: a new coordinator, or primary, is found sooner."""
 
 LONGEST_BURST: Final = 60
 """Intervals after which memory is returned although large bodies are still moved."""
@@ -90,12 +96,27 @@ def background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
     if parts.store is None:
         yield clean_sessions(parts)
     yield parts.alerts.run()
+    if parts.state.topics is not None:
+        yield watch_topics(parts.state.topics, partial(on_topics_checked, parts.alerts))
     yield parts.certificates.run()
     if parts.tokens is not None:
         yield parts.tokens.run()
     for directory in (parts.devices, parts.users):
         if directory is not None:
             yield directory.watch()
+
+
+async def watch_topics(
+    topics: SharedTopics,
+    checked: Callable[[bool], None],
+    sleep: Callable[[float], Awaitable[None]] = sleep_together,
+) -> None:
+    """Report whether this process has been cut off from the others for TOPICS_INTERVAL, until cancelled."""
+    was_away = False
+    while True:
+        await sleep(TOPICS_INTERVAL)
+        checked(was_away and topics.is_away)
+        was_away = topics.is_away
 
 
 async def clean_sessions(parts: Parts) -> None:

@@ -7,7 +7,7 @@
 A registration is state of the process that has the connection, a call of that one and of its caller's. They end
 with these processes. A copy in a store would have to be repaired after each failover or death of a coordinator.
 Messages are events of shared topics (zcproto/bus/topics.py): one of all processes, an inbox of each. They may be
-lost; CHECK makes up for it.
+lost; CHECK repairs that.
 
 Rules:
 - A call is sent once. It ends with ConnectionClosed if its process does not know it any more, or is lost: nothing
@@ -68,9 +68,6 @@ _RETRY_MS: Final = 1_000
 
 FIND, FOUND, CALL, WITHDRAW, ANSWER, CHECK, ALIVE = range(7)
 RESULT, ERROR, CLOSED = range(3)
-
-_FORGOTTEN: Final = "the call or its answer was lost between two processes; it may have run"
-_LOST: Final = "the process that has the connection of the client is lost; the call may have run"
 
 
 class Inbox:
@@ -198,7 +195,7 @@ class RemoteClients:
         """Withdraw the calls of others, and fail the own ones."""
         self._is_begun = True
         for process in [*self._hosts]:
-            self._lose(process, "the server has stopped")
+            self._lose(process, ConnectionClosed("the server has stopped; the call may have run"))
         tasks = [*self._tasks]
         for task in tasks:
             task.cancel()
@@ -387,18 +384,18 @@ class RemoteClients:
         if host is not None:
             host.heard = self.state.clock.now()
             for number in unknown:
-                self._fail(host, number, _FORGOTTEN)
+                self._fail(host, number, ConnectionClosed("the call or its answer was lost; it may have run"))
 
-    def _lose(self, process: str, reason: str) -> None:
+    def _lose(self, process: str, error: ConnectionClosed) -> None:
         host = self._hosts.pop(process)
         for number in [*host.calls]:
-            self._fail(host, number, reason)
+            self._fail(host, number, error)
 
-    def _fail(self, host: _Host, number: int, reason: str) -> None:
+    def _fail(self, host: _Host, number: int, error: ConnectionClosed) -> None:
         waiter = host.calls.get(number)
         if waiter is not None and not waiter.done():
             self.state.clients.count("closed")
-            waiter.set_exception(ConnectionClosed(reason))
+            waiter.set_exception(ConnectionClosed(str(error)))
 
     # --- calls of others -------------------------------------------------------------------------------
 
@@ -509,7 +506,9 @@ class RemoteClients:
         for process, host in [*self._hosts.items()]:
             absent_s = 0.0 if host.absent is None else now - host.absent
             if now - host.heard > LOST_S or absent_s > self._topics.absence_s:
-                self._lose(process, _LOST)
+                self._lose(
+                    process, ConnectionClosed("the process of the client is lost; the call may have run")
+                )
                 continue
             with suppress(ResourceExhausted):
                 self._send(process, CHECK, [*host.calls], on_sent=self._sent_to(host))
