@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from zcproto.admin.snapshot import readiness_report
 from zcproto.alerts import AlertKind
 from zcproto.app.app import App
 from zcproto.auth import DeviceFile, UserFile
+from zcproto.common.exceptions import MASK
 from zcproto.config.model import LogConfig
-from zcproto.errors import InternalError, Unavailable
+from zcproto.errors import InternalError, PermissionDenied, Unavailable
 from zcproto.observe.log import configure_logging, level, set_level
 from zcproto.sessions.token import token_text
 
@@ -446,6 +448,31 @@ def test_event_that_cannot_be_published_is_refused(
     answer = post(serve(app=app), "topics/publish", fields)
     assert answer.status == status
     assert message in answer.value["error"]
+
+
+def test_pending_calls_are_listed_answered_and_refused(serve: Serve) -> None:
+    server = serve()
+
+    def ask_ada(**params: Any) -> Future[Any]:
+        waiting = server.server.ask("ada", "approve", params, timeout=60.0)
+        asked = asyncio.run_coroutine_threadsafe(waiting, server.loop)
+        eventually(lambda: any(each["params"] for each in get(server, "calls")["calls"]))
+        return asked
+
+    one = ask_ada(text="pay 100?", password="secret")
+    (listed,) = get(server, "calls?user=ada")["calls"]
+    assert listed["params"] == {"text": "pay 100?", "password": MASK}
+    assert listed["expires_at"] - listed["asked_at"] == 60_000
+    assert get(server, "calls?user=bob") == {"calls": [], "more": False}
+    assert done(server, "calls/answer", {"id": listed["id"], "result": {"yes": True}})["user"] == "ada"
+    assert one.result(TIMEOUT) == {"yes": True}
+    assert post(server, "calls/answer", {"id": listed["id"], "result": 1}).status == 404
+    two = ask_ada(text="pay 200?")
+    (listed,) = get(server, "calls")["calls"]
+    done(server, "calls/refuse", {"id": listed["id"], "reason": "not\ntoday"})
+    refused = two.exception(TIMEOUT)
+    assert isinstance(refused, PermissionDenied)
+    assert refused.message == "not\\ntoday"
 
 
 # --- the rest ----------------------------------------------------------------------------------------------

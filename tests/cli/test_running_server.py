@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ from zcproto.cli import main
 from zcproto.cli import status as status_module
 from zcproto.cli.status import duration, frame, lines_of, size, span
 from zcproto.common.network import address_of
+from zcproto.errors import PermissionDenied
 from zcproto.observe.log import level, set_level
 
 Capture = pytest.CaptureFixture[str]
@@ -104,6 +107,28 @@ def test_users_are_changed_by_the_running_server(running: ServerThread, capsys: 
     assert 'NOT_FOUND: no user is named "ben"; zcproto user list' in capsys.readouterr().err
     assert main(["user", "add", "robot"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_pending_calls_are_listed_answered_and_refused(running: ServerThread, capsys: Capture) -> None:
+    def ask_ada() -> Future[Any]:
+        asked = asyncio.run_coroutine_threadsafe(
+            running.server.ask("ada", "approve", text="pay?", timeout=60.0), running.loop
+        )
+        running.in_loop(lambda: None)  # after the call was asked
+        return asked
+
+    one, two = ask_ada(), ask_ada()
+    first, second = json_of(capsys, "calls", "list")
+    assert (first["user"], first["method"], first["params"]) == ("ada", "approve", {"text": "pay?"})
+    assert "0 clients" in out_of(capsys, "calls", "list", "--user", "ada")
+    assert main(["calls", "answer", first["id"], "true"]) == 0
+    assert capsys.readouterr().err == "answered approve for ada\n"
+    assert one.result(TIMEOUT) is True
+    assert json_of(capsys, "calls", "refuse", second["id"], "--reason", "no")["id"] == second["id"]
+    assert isinstance(two.exception(TIMEOUT), PermissionDenied)
+    assert json_of(capsys, "calls", "list") == []
+    assert main(["calls", "answer", first["id"], "true"]) == 1
+    assert "no pending call has this id" in capsys.readouterr().err
 
 
 def test_sessions_are_listed_and_revoked_by_the_running_server(

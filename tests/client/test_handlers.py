@@ -101,6 +101,33 @@ def movable(serve: Serve, methods: Methods) -> ServerThread:
     return serve(methods.app, loop_factory=asyncio.new_event_loop, limits__idle_timeout="1h")
 
 
+async def test_pending_call_reaches_each_client_once_under_one_id(
+    server: ServerThread, connect_to: ConnectTo
+) -> None:
+    first, second, waiting = connect_to(server), connect_to(server), Waiting()
+    ids: list[str | None] = []
+
+    @first.handler("approve")
+    async def wait(call: Call) -> None:
+        ids.append(call.id)
+        await waiting.run()
+
+    @second.handler("approve")
+    async def approve(call: Call) -> bool:
+        ids.append(call.id)
+        return True
+
+    asked = asyncio.run_coroutine_threadsafe(server.server.ask("ada", "approve"), server.loop)
+    async with first:
+        await waiting.began.wait()
+        async with second:
+            assert await asyncio.wrap_future(asked) is True
+            await waiting.cancelled.wait()
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+    assert ids[0] is not None
+
+
 async def test_method_calls_its_client_and_gets_the_result(
     server: ServerThread, connect_to: ConnectTo
 ) -> None:
@@ -117,7 +144,7 @@ async def test_method_calls_its_client_and_gets_the_result(
             "tool": "sh",
             "echo": 7,
         }
-    assert (seen[0].method, seen[0].user, seen[0].cancelled) == ("approve", "ada", True)
+    assert (seen[0].method, seen[0].user, seen[0].cancelled, seen[0].id) == ("approve", "ada", True, None)
     assert 0 < seen[0].time_left <= TIMEOUT
 
 

@@ -92,6 +92,8 @@ DEFAULTS = {
     "calls.max": 32,
     "calls.per_user": 256,
     "calls.total": 16_384,
+    "calls.pending_per_user": 256,
+    "calls.pending_total": 16_384,
     "limits.max_connections": 20_000,
     "limits.connections_per_address": 1_000,
     "limits.failed_handshakes_per_network": 200,

@@ -155,11 +155,12 @@ def test_state_and_input_give_next_state_and_action(state: ClientCallState, give
 def test_call_has_its_params_deadline_and_receiver() -> None:
     harness = Calls()
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    body = encode_request("ask", {"x": 1}, {"deadline_ms": 5, "traceparent": trace})
+    body = encode_request("ask", {"x": 1}, {"deadline_ms": 5, "traceparent": trace, "pending": "id"})
     (event,) = harness.receive_frame(CALL, 9, body, token=TOKEN)
     assert isinstance(event, CallReceived)
     call = event.call
     assert (call.method, call.params, call.deadline_ms, call.traceparent) == ("ask", {"x": 1}, 5, trace)
+    assert call.pending == "id"
     assert call.session.receiver == "receiver"
     assert harness.client.running_calls == 1
 

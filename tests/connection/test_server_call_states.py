@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from tests.connection.helpers import pair_in_session
 from tests.helpers import NOW, SALT, WALL, ConnectionPair, small_registry
 from zcproto.connection.events import CallEnded, ConnectionEnded, GoAwayReason
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_calls import ServerCallState, encode_call
+from zcproto.connection.server_calls import ServerCall, ServerCallState, encode_call, encode_offer
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import (
     Code,
@@ -21,16 +22,25 @@ from zcproto.errors import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    StaleTimestamp,
     Unavailable,
     UnknownError,
     ZcprotoError,
 )
 from zcproto.wire.frame import CALL, ERROR, FAILURE, NO_TOKEN, RESULT, WITHDRAW, encode_frame
-from zcproto.wire.message import decode_request, encode_body, encode_error
+from zcproto.wire.message import (
+    RequestMeta,
+    decode_call,
+    decode_request,
+    encode_body,
+    encode_error,
+    encode_request,
+)
 
 NONE, WAITING, WITHDRAWN = ServerCallState.NONE, ServerCallState.WAITING, ServerCallState.WITHDRAWN
 SETTINGS = ConnectionSettings(max_calls=4)
 TIMEOUT = 30.0
+TRACE = f"00-{'1' * 32}-{'2' * 16}-01"
 
 
 def call_pair(settings: ConnectionSettings = SETTINGS) -> ConnectionPair:
@@ -328,6 +338,37 @@ def test_answers_that_answer_nothing_are_counted_and_slow_the_peer_down() -> Non
     assert pair.send(pair.frame(RESULT, 1, encode_body(1))) == []
     assert pair.send(pair.frame(FAILURE, 7, b"")) == []
     assert (pair.server.totals.dropped_answers, pair.server.wasted) == (3, 2)
+
+
+def offer_of(pair: ConnectionPair, traceparent: str | None = None) -> ServerCall:
+    """Offer a pending call."""
+    body = encode_offer(encode_request("approve", {"tool": "shell"}), "id", TIMEOUT, traceparent)
+    session_id, clock = pair.opened.session.id, pair.clock
+    return pair.server.call(session_id, "approve", body, timeout_s=inf, wall=clock.wall(), now=clock.now())
+
+
+@pytest.mark.parametrize("trace", [None, TRACE], ids=["no trace", "trace"])
+def test_offer_has_the_id_of_its_call_and_no_deadline_here(trace: str | None) -> None:
+    pair = call_pair()
+    offer_of(pair, trace)
+    (sent,) = pair.answers()
+    meta = RequestMeta(deadline_ms=30_000, traceparent=trace)
+    assert decode_call(sent.body) == ("approve", {"tool": "shell"}, meta, "id")
+    assert not pair.server.has_calls
+    assert pair.server.withdraw_overdue(WALL, NOW + 1e6) == []
+    pair.call()
+    assert pair.server.has_calls
+
+
+def test_stale_answer_to_an_offer_ends_the_offer() -> None:
+    pair = call_pair()
+    offer = offer_of(pair)
+    (ended,) = pair.send(pair.frame(RESULT, 1, encode_body(1), late_ms=30_001))
+    assert isinstance(ended, CallEnded)
+    assert (ended.call, type(ended.error)) == (offer, StaleTimestamp)
+    assert offer.state is NONE
+    pair.server.withdraw(offer_of(pair), WALL)
+    assert pair.send(pair.frame(RESULT, 2, encode_body(1), late_ms=30_001)) == []
 
 
 def test_answers_without_registration_are_dropped() -> None:

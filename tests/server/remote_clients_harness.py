@@ -76,7 +76,7 @@ class Process:
 
     def register(self, user: str = "ada", id_: str = "c1") -> Connection:
         connection = Connection(id_)
-        session = cast("Any", SimpleNamespace(id=f"session of {user}", user=user))
+        session = cast("Any", SimpleNamespace(id=f"session of {user}", user=user, bound=False))
         self.clients.add(cast("Any", connection), session, frozenset(("approve",)))
         return connection
 

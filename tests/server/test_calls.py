@@ -216,7 +216,12 @@ def test_params_in_a_mapping_and_by_name_are_joined(client: Peer, harness: Harne
 
 def test_default_limits_of_calls_are_those_of_the_configuration() -> None:
     calls = Config().calls
-    assert CallLimits() == CallLimits(calls.per_user, calls.total)
+    assert CallLimits() == CallLimits(
+        calls.per_user,
+        calls.total,
+        pending_per_user=calls.pending_per_user,
+        pending_total=calls.pending_total,
+    )
 
 
 def test_calls_per_user_and_in_total_are_limited(client: Peer, harness: Harness) -> None:

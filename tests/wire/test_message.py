@@ -27,6 +27,7 @@ from zcproto.wire.message import (
     attach_message,
     code_in,
     decode_body,
+    decode_call,
     decode_credit,
     decode_error,
     decode_event,
@@ -48,6 +49,21 @@ TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 def nested(depth: int) -> bytes:
     return b"\x91" * (depth - 1) + b"\x90"
+
+
+@pytest.mark.parametrize("params", [{}, {"pending": "a parameter"}])
+@pytest.mark.parametrize(
+    "meta", [{}, {"deadline_ms": 5}, {"deadline_ms": 5, "pending": "x" * 64}, {"pending": None}]
+)
+def test_pending_call_has_an_id(params: dict[str, Any], meta: dict[str, Any]) -> None:
+    method, decoded, _, pending = decode_call(encode_request("m", params, meta))
+    assert (method, decoded, pending) == ("m", params, meta.get("pending"))
+
+
+@pytest.mark.parametrize("pending", ["", "x" * 65, 7, b"id", ["id"], True])
+def test_id_of_a_pending_call_is_checked(pending: object) -> None:
+    with pytest.raises(MessageError, match=r"meta\.pending"):
+        decode_call(encode_request("m", {}, {"pending": pending}))
 
 
 @pytest.mark.parametrize("meta", [{}, {"deadline_ms": 5}])

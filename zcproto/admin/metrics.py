@@ -27,6 +27,7 @@ from zcproto.observe.log import lost_audit_lines, lost_lines
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import process_readings
 from zcproto.server.clients import RESULTS
+from zcproto.server.pending import PENDING_RESULTS
 from zcproto.server.request_limits import LIMIT_NAMES
 from zcproto.sessions import EndReason
 from zcproto.sessions.health import HealthState
@@ -94,6 +95,7 @@ _LIMITS: Final = (
     *("limits.threads", "limits.waiting_for_thread"),
     *("streams.max_open", "streams.max_item_bytes", "streams.window_items", "streams.window_bytes"),
     *("streams.memory_bytes", "calls.max", "calls.per_user", "calls.total"),
+    *("calls.pending_per_user", "calls.pending_total"),
     *("idempotency.running_per_user", "tls.max_handshakes", "tls.max_pending", "sessions.per_user"),
     *("idempotency.per_user", "idempotency.max_bytes"),
 )
@@ -123,6 +125,8 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         "streams.memory_bytes": state.items.held,
         "calls.per_user": state.clients.most_in_flight,
         "calls.total": state.clients.in_flight,
+        "calls.pending_per_user": state.pending.most,
+        "calls.pending_total": len(state.pending),
         "tls.max_handshakes": parts.acceptor.handshakes_in_progress,
         "tls.max_pending": parts.acceptor.pending.places,
         "sessions": state.registry.kept,
@@ -273,6 +277,10 @@ def _calls(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_client_calls_elsewhere", 0 if elsewhere is None else elsewhere.in_flight
     for result in RESULTS:
         yield "zcproto_client_calls_total", clients.ended[result], result
+    pending = snapshot.parts.state.pending
+    yield "zcproto_pending_calls_waiting", len(pending)
+    for result in PENDING_RESULTS:
+        yield "zcproto_pending_calls_total", pending.ended[result], result
     yield "zcproto_client_answers_dropped_total", snapshot.counters.dropped_answers
 
 

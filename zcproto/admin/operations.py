@@ -48,9 +48,12 @@ from zcproto.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
 )
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level as current_level
+from zcproto.observe.values import loggable
+from zcproto.server.pending import PendingCalls
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log
 from zcproto.sessions.token import token_from_text
@@ -58,6 +61,11 @@ from zcproto.wire.message import MessageError
 
 LISTED_NAMES: Final = 10_000
 """Users or devices in one list."""
+
+MAX_REASON: Final = 1_000
+"""Characters of the reason for which an operator refuses a call."""
+
+OPERATOR: Final = "a user of the control socket"
 
 MAX_DRAIN_S: Final = 3600.0
 
@@ -130,6 +138,9 @@ class Operations:
             ("GET", "alerts", self.list_alerts),
             ("POST", "alerts/test", self.test_alerts),
             ("POST", "topics/publish", self.publish_event),
+            ("GET", "calls", self.list_calls),
+            ("POST", "calls/answer", self.answer_call),
+            ("POST", "calls/refuse", self.refuse_call),
             ("GET", "reload", self.preview_reload),
             ("POST", "reload", self.reload),
             ("POST", "drain", self.drain),
@@ -194,8 +205,7 @@ class Operations:
     async def revoke_sessions(
         self, ids: list[str] | None = None, user: str | None = None, all: bool = False
     ) -> dict[str, Any]:
-        by = "a user of the control socket"
-        return {"revoked": await revoke_sessions(self._parts.state, by, ids, user, all)}
+        return {"revoked": await revoke_sessions(self._parts.state, OPERATOR, ids, user, all)}
 
     # --- users and devices ---------------------------------------------------------------------------
 
@@ -326,8 +336,6 @@ class Operations:
         sinks = [queue.sink for queue in alerts.queues]
         return {"sinks": await try_sinks(sinks, self._parts.clock, self._parts.state.entropy, alerts.source)}
 
-    # --- requests and responses ----------------------------------------------------------------------------------
-
     # --- topics ----------------------------------------------------------------------------------------
 
     async def publish_event(self, topic: str, event: Any = None) -> dict[str, Any]:
@@ -348,6 +356,34 @@ class Operations:
         except (TypeError, MessageError) as error:
             raise InvalidArgument(str(error)) from None
         return {"topic": topic, "scope": found.scope}
+
+    # --- pending calls ---------------------------------------------------------------------------------
+
+    async def list_calls(self, user: str | None = None) -> dict[str, Any]:
+        rows = (
+            {
+                **call.as_dict(),
+                "params": {name: loggable(name, value) for name, value in call.params().items()},
+            }
+            for call in self._pending.of(user)
+        )
+        return _bounded("calls", rows, LISTED)
+
+    async def answer_call(self, id: str, result: Any = None) -> dict[str, Any]:
+        return self._pending.answer(id, result, None, OPERATOR).as_dict()
+
+    async def refuse_call(self, id: str, reason: str = "refused by an operator") -> dict[str, Any]:
+        return self._pending.answer(
+            id, None, PermissionDenied(escape_text(reason, MAX_REASON)), OPERATOR
+        ).as_dict()
+
+    @property
+    def _pending(self) -> PendingCalls:
+        if self._parts.fleet is not None:
+            raise FailedPrecondition(
+                "each worker has pending calls of its own; run the server without workers"
+            )
+        return self._parts.state.pending
 
 
 def _bounded(name: str, rows: Iterable[dict[str, Any]], limit: int) -> dict[str, Any]:
@@ -438,6 +474,7 @@ def _log_change(
         device=name if is_device else None,
         roles=arguments.get("roles"),
         ids=arguments.get("ids"),
+        call=arguments.get("id"),
         all=arguments.get("all"),
         sessions=result.get("sessions", result.get("revoked")),
     )

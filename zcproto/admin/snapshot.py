@@ -158,6 +158,7 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
             "in_flight": state.clients.in_flight,
             "elsewhere": 0 if state.remote_clients is None else state.remote_clients.in_flight,
             "ended": dict(state.clients.ended),
+            "pending": len(state.pending),
         },
         "traffic": snapshot.window,
         "handshakes": {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, cast
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
 from zcproto.auth.identity import Channel
 from zcproto.common.roles import NO_ROLES
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, Request
-from zcproto.errors import CallError, ConnectionClosed, Unauthenticated
+from zcproto.errors import CallError, ConnectionClosed, FailedPrecondition, Unauthenticated
 from zcproto.sessions import Session
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ else:
     State = TypeVar("State")
 
 DEFAULT_TIMEOUT: Final = 30.0
+ASK_TIMEOUT: Final = 3600.0
 
 
 class ClientConnections(Protocol):
@@ -50,10 +52,17 @@ class ConnectedClient:
     `context.find_clients` and `server.find_clients` those of all processes.
     """
 
-    __slots__ = ("_connection", "session_id", "user")
+    __slots__ = ("_connection", "_pending", "session_id", "user")
 
-    def __init__(self, connection: ClientConnections, session_id: str, user: str) -> None:
+    def __init__(
+        self,
+        connection: ClientConnections,
+        session_id: str,
+        user: str,
+        pending: Callable[..., Awaitable[Any]] | None = None,
+    ) -> None:
         self._connection = connection
+        self._pending = pending  # makes a pending call, for a method that outlives its connection
         self.session_id = session_id
         self.user = user
 
@@ -69,6 +78,7 @@ class ConnectedClient:
         returns: type[Returned] = RETURNS_ANY,
         timeout: float = DEFAULT_TIMEOUT,  # noqa: ASYNC109  it is sent
         traceparent: str | None = None,
+        pending: bool = False,
         **named: Any,
     ) -> Returned:
         """Call a method that the client handles for this session, and return its result.
@@ -77,20 +87,38 @@ class ConnectedClient:
         as the call's deadline. With `returns` the result is converted to that type; pydantic raises ValidationError
         if it is of another. Nothing is repeated: treat every failure of an approval as a refusal.
 
+        A `pending` call waits for an answer, not for a connection: it is offered to all clients of the user that
+        handle it, and to those that register until the timeout. It needs a durable run, or a request with an
+        idempotency key; FailedPrecondition otherwise. See `Context.ask`.
+
         Raises Unavailable if the client handles no such method, ResourceExhausted at a limit, DeadlineExceeded
         after the timeout, ConnectionClosed if the connection or the session ended and the call may have run, the
         CallError of the handler, InvalidArgument for params that cannot be sent.
         """
         if params is not None:
             named = {**params, **named}
-        try:
-            result = await self._connection.call_client(
+        made: Awaitable[Any]
+        if not pending:
+            made = self._connection.call_client(
                 self.user, self.session_id, method, named, timeout, traceparent
             )
-        except (CallError, ConnectionClosed) as error:
-            error.of_client = True
-            raise
-        return result if returns is RETURNS_ANY else checked_result(returns, result)
+        elif self._pending is None:
+            raise FailedPrecondition(
+                "a pending call needs a durable run, or a request with an idempotency key; send one"
+            )
+        else:
+            made = self._pending(self.user, method, named, timeout, traceparent)
+        return await result_of(made, returns)
+
+
+async def result_of(made: Awaitable[Any], returns: type[Returned]) -> Returned:
+    """Return the result of a call to a client, converted to a type."""
+    try:
+        result = await made
+    except (CallError, ConnectionClosed) as error:
+        error.of_client = True
+        raise
+    return result if returns is RETURNS_ANY else checked_result(returns, result)
 
 
 thread_kind = threading.local()
@@ -111,6 +139,17 @@ class CallConnection(ClientConnections, Protocol):
     def now(self) -> float: ...
     def peer_certificate(self) -> bytes | None: ...
     def channel(self, context: Context | None = None) -> Channel: ...
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+        *,
+        caller: Session | None = None,
+        bound: bool = False,
+    ) -> Any: ...
     def has_ended(self, request: Request) -> bool: ...
     def lifespan_value(self, method: str) -> Any: ...
     async def run_in_thread(
@@ -131,6 +170,9 @@ class Context(Generic[State]):
     """One call. A method gets it through a parameter annotated `Context`, or `Context[State]` to type `state`."""
 
     __slots__ = ("_request", "caller")
+
+    outlives_connection: ClassVar[bool] = False
+    """Whether the method continues when its caller's connection is lost."""
 
     def __init__(self, connection: CallConnection, request: Request) -> None:
         self.caller = connection
@@ -214,9 +256,39 @@ class Context(Generic[State]):
 
         Raises Unauthenticated if the call has no session.
         """
-        user = self.user
-        assert self._request.session is not None
-        return ConnectedClient(self.caller, self._request.session.id, user)
+        user, session = self.user, self._request.session
+        assert session is not None
+        pending = partial(self.caller.ask, caller=session) if self.outlives_connection else None
+        return ConnectedClient(self.caller, session.id, user, pending)
+
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        returns: type[Returned] = RETURNS_ANY,
+        timeout: float = ASK_TIMEOUT,  # noqa: ASYNC109  it is sent
+        bound: bool = False,
+        **named: Any,
+    ) -> Returned:
+        """Ask a user, whatever clients they have now or until the timeout, and return the first answer.
+
+            approved = await context.ask("ada", "approve", text="pay 100?", timeout=3600)
+
+        The call is offered to all clients of the user that handle the method; `bound`: only where the session is
+        bound to a device or certificate. It ends with the method, the timeout and the process. Treat every failure
+        as a refusal.
+
+        Raises DeadlineExceeded after the timeout, ResourceExhausted at a limit, the CallError of the handler,
+        InvalidArgument for params that cannot be sent, Cancelled if the session of the caller was revoked.
+        """
+        named = named if params is None else {**params, **named}
+        made = self.caller.ask(
+            user, method, named, timeout, self.traceparent, caller=self._request.session, bound=bound
+        )
+        return await result_of(made, returns)
 
     async def find_clients(
         self, *, user: str | None = None, handles: str | None = None
@@ -256,6 +328,8 @@ class DetachedContext(Context[State]):
     """A call with an idempotency key. It continues without its caller: others may request its answer."""
 
     __slots__ = ()
+
+    outlives_connection = True
 
     @property
     def time_left(self) -> float | None:

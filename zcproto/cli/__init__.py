@@ -48,6 +48,7 @@ COMMANDS = {
         "zcproto.cli.control:upgrade",
         "Replace a running server by a new one, without a lost request.",
     ),
+    "calls": ("zcproto.cli.control:calls", "List and answer calls that wait for a user."),
     "topic": ("zcproto.cli.control:topic", "Publish events in the topics of a running server."),
     "log": ("zcproto.cli.control:log", "Show and set the log level of a running server."),
     "call": ("zcproto.cli.connect:call", "Call a method of a server and print the result."),

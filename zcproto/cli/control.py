@@ -23,7 +23,7 @@ import click
 
 from zcproto.cli import Instance, command_group
 from zcproto.cli.json_values import read_json
-from zcproto.cli.output import json_text, print_report, print_result, report_options, table
+from zcproto.cli.output import json_text, print_report, print_result, report_options, table, utc
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
 from zcproto.common.unix_socket import connect_unix
@@ -266,6 +266,59 @@ def publish(instance: Instance, name: str, event: str, as_json: bool) -> None:
     """
     done = require_control(instance.home).post("/v1/topics/publish", topic=name, event=read_json(event))
     print_result(as_json, done, f"published in {name}")
+
+
+calls = command_group(
+    "calls", "List and answer the calls of a running server that wait for a user: approvals, for instance."
+)
+
+
+@calls.command("list")
+@click.option("--user", metavar="NAME", help="Only calls to this user.")
+@report_options
+def list_calls(instance: Instance, user: str | None, as_json: bool) -> None:
+    """List the pending calls, the oldest first. --json also has their parameters, without secrets."""
+    result = require_control(instance.home).get("/v1/calls", user=user)
+    found = result["calls"]
+    head = ("ID", "USER", "METHOD", "ASKED", "EXPIRES", "FOR SESSION", "FROM", "OFFERED TO")
+    print_report(as_json, found, table(head, [_call_row(each) for each in found]))
+    if result["more"] and not as_json:
+        click.echo(f"the list ends after {len(found)} calls; --user NAME lists those to one user", err=True)
+
+
+def _call_row(found: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        found["id"],
+        found["user"],
+        found["method"],
+        *(f"{utc(found[key]):%Y-%m-%d %H:%M:%SZ}" for key in ("asked_at", "expires_at")),
+        found["session"],
+        found["peer"],
+        counted(found["offered"], "client"),
+    )
+
+
+@calls.command("answer")
+@click.argument("id")
+@click.argument("result", metavar="JSON")
+@report_options
+def answer_call(instance: Instance, id: str, result: str, as_json: bool) -> None:
+    """Answer a pending call in place of its user.
+
+    JSON is what the call returns, or @FILE for a file with it. The audit trail records it.
+    """
+    done = require_control(instance.home).post("/v1/calls/answer", id=id, result=read_json(result))
+    print_result(as_json, done, f"answered {done['method']} for {escape_text(done['user'])}")
+
+
+@calls.command("refuse")
+@click.argument("id")
+@click.option("--reason", metavar="TEXT", help="The message of the error, PERMISSION_DENIED.")
+@report_options
+def refuse_call(instance: Instance, id: str, reason: str | None, as_json: bool) -> None:
+    """Refuse a pending call: the method that waits gets an error. The audit trail records it."""
+    done = require_control(instance.home).post("/v1/calls/refuse", id=id, reason=reason)
+    print_result(as_json, done, f"refused {done['method']} for {escape_text(done['user'])}")
 
 
 log = command_group("log", "Show and set the log level of a running server.")

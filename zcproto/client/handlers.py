@@ -74,15 +74,17 @@ class Call:
     """One call of the server. A handler gets it through a parameter annotated `Call`.
 
     `method` is the name that was called, `user` the user whose session it concerns, `traceparent` the caller's W3C
-    Trace Context header, if it is valid.
+    Trace Context header, if it is valid. `id` is that of a pending call, the same for all clients of the user and
+    after a reconnect; None for other calls.
     """
 
-    __slots__ = ("_call", "_ends", "_now", "method", "traceparent", "user")
+    __slots__ = ("_call", "_ends", "_now", "id", "method", "traceparent", "user")
 
     def __init__(self, call: ClientCall, user: str, now: Callable[[], float]) -> None:
         self._call = call
         self._now = now
         self._ends = now() + call.deadline_ms / MS_PER_SECOND
+        self.id = call.pending
         self.method = call.method
         self.user = user
         self.traceparent = call.traceparent

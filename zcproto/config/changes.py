@@ -78,7 +78,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             "max_open max_item_bytes window_items window_bytes memory_bytes stall_timeout"
         )
     },
-    "calls": {Effect.NOW: "per_user total", Effect.NEW_CONNECTIONS: "max"},
+    "calls": {Effect.NOW: "per_user total pending_per_user pending_total", Effect.NEW_CONNECTIONS: "max"},
     "http": {
         Effect.NOW: "metrics allow",
         Effect.RESTART: "enabled redirect_port",

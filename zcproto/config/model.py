@@ -420,6 +420,10 @@ class CallsConfig(Settings):
     """Calls in flight to the clients of one user, in one worker."""
     total: Annotated[int, whole(1, 10_000_000)] = 16_384
     """Calls in flight to all clients, in one worker."""
+    pending_per_user: Annotated[int, whole(1, 1_000_000)] = 256
+    """Pending calls to one user, in one worker."""
+    pending_total: Annotated[int, whole(1, 10_000_000)] = 16_384
+    """Pending calls to all users, in one worker."""
 
 
 class RoleConfig(Settings):

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.frame import NO_TOKEN
-from zcproto.wire.message import MessageError, decode_request
+from zcproto.wire.message import MessageError, decode_call
 
 MAX_BLOCKED_REFUSALS: Final = 1_000
 """Refused CALLs whose FAILUREs may wait while the server does not read. An honest server respects `max`."""
@@ -48,7 +48,7 @@ class HandledSession:
 
 @dataclass(slots=True, eq=False, repr=False)
 class ClientCall:
-    """One CALL. `deadline_ms` counts from its arrival."""
+    """One CALL. `deadline_ms` counts from its arrival; `pending` is the id of its pending call."""
 
     number: int
     token: bytes
@@ -57,6 +57,7 @@ class ClientCall:
     params: dict[str, Any]
     deadline_ms: int
     traceparent: str | None
+    pending: str | None
     state: ClientCallState = ClientCallState.RUNNING
 
 
@@ -127,7 +128,7 @@ class ClientCalls:
         if session is None:
             return _UNKNOWN_TOKEN
         try:
-            method, params, meta = decode_request(body, max_depth)
+            method, params, meta, pending = decode_call(body, max_depth)
         except MessageError as error:
             return Refused(Code.INVALID_ARGUMENT, str(error))
         if meta.deadline_ms is None:
@@ -139,7 +140,7 @@ class ClientCalls:
         if session.running >= session.max:
             return _BUSY
         session.running += 1
-        call = ClientCall(number, token, session, method, params, meta.deadline_ms, meta.traceparent)
+        call = ClientCall(number, token, session, method, params, meta.deadline_ms, meta.traceparent, pending)
         self._in_flight[number] = call
         return call
 

@@ -50,7 +50,7 @@ from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, Str
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.silence import SentPing
 from zcproto.connection.state import Input, State, next_state
-from zcproto.errors import Code, DeadlineExceeded, ProtocolError, Unavailable
+from zcproto.errors import Code, DeadlineExceeded, ProtocolError, StaleTimestamp, Unavailable
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import digest_of
@@ -392,7 +392,7 @@ class ServerConnection:
         return FrameBuffered(decoder.report(), decoder.header_at[1] if decoder.header_at else now, user)
 
     def _refuse_stale(self, frame: RawFrame, in_a_row: int, wall: int) -> Iterable[ServerEvent] | None:
-        """Refuse a stale frame. Return what ends: the connection at the limit of consecutive ones, or a stream."""
+        """Refuse a stale frame. Return what ends: a stream, an offer, the connection at its limit of them."""
         _, head, stream, _, _, _, token, _ = frame
         if in_a_row >= self.settings.max_stale_in_a_row:
             return (self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall),)
@@ -402,14 +402,15 @@ class ServerConnection:
         if head in (REQUEST, OPEN):
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
             return None
-        if head >= RESULT:  # the deadline of the call ends the waiting
-            if self._calls is not None:
-                self._calls.free(stream, token)
-            self.totals.dropped_answers += 1
-        else:
-            self.totals.dropped_stale += 1
         self.count_wasted()
-        return None
+        if head < RESULT:
+            self.totals.dropped_stale += 1
+            return None
+        self.totals.dropped_answers += 1
+        call = None if self._calls is None else self._calls.free(stream, token)
+        if call is None or call.deadline != NEVER or not self.withdraw(call, wall):
+            return None  # the deadline of the call ends the waiting; an offer has none
+        return (CallEnded(call, None, StaleTimestamp("the answer was delayed for too long; it was dropped")),)
 
     def count_wasted(self) -> None:
         """Count a frame without effect, for which the edge slows the peer down."""
@@ -888,7 +889,7 @@ class ServerConnection:
 
     @property
     def has_calls(self) -> bool:
-        """Whether a call waits for its answer."""
+        """Whether a call waits for its answer, offers of pending calls aside."""
         return self._calls is not None and self._calls.is_waiting
 
     def register(self, session_id: str, methods: frozenset[str], most: int) -> None:

@@ -17,6 +17,7 @@ Rules:
 - A number is in flight until its answer has arrived, after WITHDRAW too: a late answer never answers another call.
 - A call counts against the limits until it is in state NONE.
 - An answer with another token than its CALL is dropped.
+- An offer of a pending call has no deadline here. It keeps no connection alive, and a drain does not wait for it.
 
 It must not know: other requests, sessions beyond their ids, methods that wait.
 """
@@ -37,10 +38,11 @@ from zcproto.errors import (
     Unavailable,
 )
 from zcproto.wire.frame import MAX_STREAM, RESULT
-from zcproto.wire.message import MessageError, decode_body, decode_error, encode_request
+from zcproto.wire.message import MessageError, decode_body, decode_error, encode_body, encode_request
 
 MS: Final = 1000
 MAX_DEADLINE_MS: Final = 2**53
+_ARRAY_OF_3: Final = b"\x93"
 
 ANSWER_CODES: Final = frozenset({*range(Code.CANCELLED, Code.UNAUTHENTICATED + 1), Code.STALE_TIMESTAMP})
 """Codes that a FAILURE may have; any other is UNKNOWN."""
@@ -66,7 +68,7 @@ class RegisteredSession:
 
 
 class ServerCall:
-    """One CALL. `deadline` is monotonic seconds."""
+    """One CALL. `deadline` is monotonic seconds, infinite for an offer of a pending call."""
 
     __slots__ = ("deadline", "is_in_flight", "is_waiting", "number", "registered", "token")
 
@@ -112,8 +114,8 @@ class ServerCalls:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a call waits for its answer."""
-        return bool(self._waiting)
+        """Whether a call waits for its answer, offers of pending calls aside."""
+        return any(call.deadline != inf for call in self._waiting)
 
     # --- the life of a call -------------------------------------------------------------------------
 
@@ -194,6 +196,14 @@ def encode_call(
     if len(body) > max_body:
         raise InvalidArgument(f"the call has {len(body)} bytes; at most {max_body} fit")
     return body
+
+
+def encode_offer(request: bytes, pending: str, timeout_s: float, traceparent: str | None) -> bytes:
+    """Return the body of a CALL that offers a pending call. `request` is the body `[method, params]`."""
+    meta: dict[str, Any] = {"deadline_ms": ceil(timeout_s * MS), "pending": pending}
+    if traceparent is not None:
+        meta["traceparent"] = traceparent
+    return _ARRAY_OF_3 + request[1:] + encode_body(meta)
 
 
 def read_answer(head: int, body: bytes, max_depth: int) -> tuple[Any, CallError | None]:

@@ -65,6 +65,7 @@ FIELDS: Final[dict[str, str]] = {
     "aside": "path to which a damaged file was moved",
     "at": "place in the program: file, line, function",
     "balancer": "address of the load balancer that forwarded the connection",
+    "call": "id of a pending call",
     "can_serve": "whether the last keys of an identity provider still verify tokens",
     "changed": "configuration keys with new values; names that have changed in a file, the first 16",
     "setting": "key of the configuration, such as limits.max_streams",
@@ -230,7 +231,7 @@ control.refused warning (uid pid), limit per event, audit failure
     Another user tried to use the control socket.
 control.unavailable warning (path reason)
     The control socket cannot be created in the home folder.
-control.asked info (what uid pid user device roles ids all sessions), limit per event, audit success
+control.asked info (what uid pid user device roles ids call all sessions), limit per event, audit success
     An operation was requested by the control socket.
 control.failed info (what uid pid user device reason), limit per event, audit failure
     An operation was requested by the control socket, and failed.
@@ -288,6 +289,14 @@ session.closed info (session user peer connection) by peer, limit per user, audi
     A session was closed by its client.
 session.evicted info (session) by peer, limit per event, audit success
     A session that no connection used ended, because its user had reached sessions.per_user and logged in again.
+call.asked info (call user what session peer) by peer, limit per user, audit success
+    A pending call was asked of a user: by a method for the session and peer of its caller, or by the application.
+call.answered info (call user what session peer operator code) by peer, limit per user, audit success
+    A pending call was answered by a session of the user, or by an operator. `code`: the answer was this error.
+call.expired info (call user what) by peer, limit per user, audit failure
+    A pending call was not answered in time.
+call.withdrawn info (call user what reason) by peer, limit per user, audit failure
+    A pending call ended without an answer, with the method that waited for it or the session of its caller.
 session.not_admitted info (peer connection session) by peer, limit per address, audit failure
     A token was refused from an address that its session is not bound to.
 session.refresh_reused warning (session user peer) by peer, limit per address, audit failure

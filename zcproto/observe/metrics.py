@@ -230,6 +230,11 @@ zcproto_client_calls_total counter (result)
     closed (the connection or the session ended); not sent: unavailable (no handler), limited, invalid.
 zcproto_client_calls_in_flight gauge
     Methods that wait for the answer of a client.
+zcproto_pending_calls_waiting gauge
+    Calls that wait for the answer of any client of their user.
+zcproto_pending_calls_total counter (result)
+    Pending calls that ended. `result`: answered, failed (with an error of the client or operator), expired,
+    withdrawn (with the method or the session of its caller), refused (at a limit).
 zcproto_client_calls_elsewhere gauge
     Methods of this process that wait for the answer of a client of another worker or server, which counts the call
     in zcproto_client_calls_in_flight.

@@ -665,7 +665,12 @@ def stream_limits(config: Config) -> StreamLimits | None:
 def call_limits(config: Config) -> CallLimits:
     """Return the limits of calls to clients, beside that of each connection."""
     calls = config.calls
-    return CallLimits(calls.per_user, calls.total)
+    return CallLimits(
+        calls.per_user,
+        calls.total,
+        pending_per_user=calls.pending_per_user,
+        pending_total=calls.pending_total,
+    )
 
 
 def thread_limits(config: Config) -> ThreadLimits:

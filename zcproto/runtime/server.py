@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -34,13 +34,14 @@ from zcproto.admin.snapshot import read_stats
 from zcproto.admin.users import ServerUsers
 from zcproto.alerts import AlertKind
 from zcproto.app.app import App, default_app
-from zcproto.app.context import ConnectedClient
+from zcproto.app.context import ASK_TIMEOUT, ConnectedClient, result_of
 from zcproto.auth import Authenticators
 from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
 from zcproto.common.text import counted
+from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import ConfigError, FailedPrecondition
@@ -307,6 +308,30 @@ class Server:
                 return await client.call("approve", tool="shell")
         """
         return self.state.clients.find(user, handles)
+
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        returns: type[Returned] = RETURNS_ANY,
+        timeout: float = ASK_TIMEOUT,  # noqa: ASYNC109  it is sent
+        traceparent: str | None = None,
+        bound: bool = False,
+        **named: Any,
+    ) -> Returned:
+        """Ask a user, whatever clients they have now or until the timeout, and return the first answer.
+
+            approved = await server.ask("ada", "approve", text="pay 100?", timeout=3600)
+
+        `Context.ask` does the same in a method, and describes it.
+        """
+        named = named if params is None else {**params, **named}
+        return await result_of(
+            self.state.ask(user, method, named, timeout, traceparent, bound=bound), returns
+        )
 
     async def find_clients(
         self, *, user: str | None = None, handles: str | None = None

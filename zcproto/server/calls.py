@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from math import inf
 from typing import Any, Final
 
 from zcproto.common.text import escape_text
@@ -28,7 +30,9 @@ from zcproto.errors import (
     ResourceExhausted,
     ZcprotoError,
 )
+from zcproto.server.clients import Answered
 from zcproto.server.state import ServerState
+from zcproto.sessions import Session
 
 MESSAGE_SHOWN: Final = 1_000
 """Characters of a client's error message."""
@@ -45,7 +49,7 @@ REFUSED: Final = {
 class CallRunner:
     """The calls of one connection. Created with its first registration."""
 
-    __slots__ = ("_connection", "_flush", "_flush_soon", "_state", "_waiting")
+    __slots__ = ("_connection", "_flush", "_flush_soon", "_offers", "_state", "_waiting")
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class CallRunner:
         self._flush = flush
         self._flush_soon = flush_soon
         self._waiting: dict[ServerCall, asyncio.Future[Any]] = {}
+        self._offers: dict[ServerCall, tuple[str, Answered]] = {}
 
     async def call(
         self,
@@ -100,8 +105,50 @@ class CallRunner:
             finally:
                 self._waiting.pop(call, None)
 
+    def offer(
+        self,
+        session_id: str,
+        method: str,
+        body: bytes,
+        answered: Answered,
+        has_room: Callable[[int], bool],
+    ) -> Callable[[], None]:
+        """Offer a pending call; return what withdraws it. Raises Unavailable or ResourceExhausted.
+
+        `answered` is called in the step in which the answer arrives, so that nothing can happen between its checks
+        and its effect.
+        """
+        if not has_room(len(body)):
+            raise ResourceExhausted("the client reads too slowly; call it later")
+        clock = self._state.clock
+        call = self._connection.call(
+            session_id, method, body, timeout_s=inf, wall=clock.wall(), now=clock.now()
+        )
+        self._offers[call] = session_id, answered
+        self._flush_soon()
+        return partial(self._withdraw_offer, call)
+
+    def _live(self, session_id: str) -> Session | None:
+        """Return a session if it lives and this connection has shown its newest token."""
+        known = self._connection.sessions.get(session_id)
+        found = None if known is None else self._state.registry.check(known.token, self._state.clock.wall())
+        return found if isinstance(found, Session) else None
+
+    def _withdraw_offer(self, call: ServerCall) -> None:
+        if self._offers.pop(call, None) is not None:
+            self._connection.withdraw(call, self._state.clock.wall())
+            self._flush_soon()
+
     def settle(self, call: ServerCall, value: Any, error: CallError | None) -> None:
-        """Pass an answer to the method that waits for it."""
+        """Pass an answer to the method that waits for it, or to the pending call."""
+        offer = self._offers.pop(call, None)
+        if offer is not None:
+            if error is not None:
+                error.message = escape_text(error.message, MESSAGE_SHOWN)
+            session_id, answered = offer
+            answered(self._live(session_id), value, error)
+            self._flush_soon()
+            return
         if error is None:
             self._state.clients.count("answered")
         else:

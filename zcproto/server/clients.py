@@ -22,7 +22,7 @@ from math import inf
 from typing import Any, Final, Protocol
 
 from zcproto.app.context import ClientConnections, ConnectedClient
-from zcproto.errors import ResourceExhausted
+from zcproto.errors import CallError, ResourceExhausted
 from zcproto.sessions import Session
 
 RESULTS: Final = (
@@ -48,13 +48,22 @@ class CallLimits:
     """Calls in flight to all clients."""
     names_per_user: int = 4_096
     """Names of methods that the clients of one user register."""
+    pending_per_user: int = 256
+    """Pending calls to one user."""
+    pending_total: int = 16_384
+    """Pending calls to all users."""
 
 
 @dataclass(slots=True)
 class Registration:
     client: ConnectedClient
     methods: frozenset[str]
+    is_bound: bool
     is_suspended: bool = False
+
+
+Answered = Callable[[Session | None, Any, CallError | None], None]
+"""Gets the answer to an offer: the session that answered, None if it does not live or has a newer token."""
 
 
 class Registering(ClientConnections, Protocol):
@@ -77,6 +86,9 @@ class Registering(ClientConnections, Protocol):
     ) -> Any:
         """Call a method that the client has registered on this connection."""
 
+    def offer(self, session_id: str, method: str, body: bytes, answered: Answered) -> Callable[[], None]:
+        """Send a CALL of a pending call; return what withdraws it. Raises Unavailable, ResourceExhausted."""
+
     def unregister(self, session_id: str) -> None:
         """Drop the registration of a session, here too."""
 
@@ -92,6 +104,10 @@ class RegisteredClients:
         self.limits = limits
         self.ended: Counter[str] = Counter()
         """Calls that ended, by result."""
+        self.on_ready: Callable[[str, Key], None] = lambda user, key: None
+        """Called with a registration that is new, replaced or used again, before its connection has it."""
+        self.on_gone: Callable[[str, Key], None] = lambda user, key: None
+        """Called with a registration that was removed or suspended."""
         self.on_registered: Callable[[], object] = lambda: None
         self._by_user: dict[str, dict[Key, Registration]] = {}
         self._users: dict[Key, str] = {}
@@ -123,13 +139,17 @@ class RegisteredClients:
             raise ResourceExhausted(
                 "the clients of this user handle too many methods; register fewer", {"limit": limit}
             )
-        self.remove(connection, session.id)
+        self._forget(key)
         if methods:
             client = ConnectedClient(connection, session.id, session.user)
-            self._by_user.setdefault(session.user, {})[key] = Registration(client, methods)
+            found = Registration(client, methods, session.bound)
+            self._by_user.setdefault(session.user, {})[key] = found
             self._users[key] = session.user
             self._names[session.user] += len(methods)
+            self.on_ready(session.user, key)
             self.on_registered()
+        else:
+            self.on_gone(session.user, key)
 
     def _make_room(self, user: str, more: int) -> None:
         """Drop suspended registrations of a user, the first to be suspended first, until there is room."""
@@ -146,13 +166,16 @@ class RegisteredClients:
             user = self._users[connection, session_id]
             self._suspended.setdefault(user, OrderedDict())[connection, session_id] = None
             self._suspensions += 1
+            self.on_gone(user, (connection, session_id))
 
     def resume(self, connection: Registering, session_id: str) -> None:
         """Use a registration again if it was suspended."""
         found = self._find(connection, session_id)
         if found is not None and found.is_suspended:
             found.is_suspended = False
-            self._forget_suspension((connection, session_id), self._users[connection, session_id])
+            user = self._users[connection, session_id]
+            self._forget_suspension((connection, session_id), user)
+            self.on_ready(user, (connection, session_id))
 
     def _forget_suspension(self, key: Key, user: str) -> None:
         suspended = self._suspended[user]
@@ -168,7 +191,12 @@ class RegisteredClients:
 
     def remove(self, connection: Registering, session_id: str) -> None:
         """Remove the registration of a session on a connection, if there is one."""
-        key = connection, session_id
+        user = self._forget((connection, session_id))
+        if user is not None:
+            self.on_gone(user, (connection, session_id))
+
+    def _forget(self, key: Key) -> str | None:
+        """Remove a registration, and return its user."""
         user = self._users.pop(key, None)
         if user is not None:
             registrations = self._by_user[user]
@@ -178,6 +206,7 @@ class RegisteredClients:
                 self._forget_suspension(key, user)
             if not registrations:
                 del self._by_user[user], self._names[user]
+        return user
 
     def find(
         self, user: str | None = None, handles: str | None = None, most: float = inf
@@ -212,6 +241,20 @@ class RegisteredClients:
         """Return whether a session has registered a method on a connection, and is not suspended there."""
         found = self._find(connection, session_id)
         return found is not None and not found.is_suspended and method in found.methods
+
+    def registrations(self, user: str) -> list[Key]:
+        """Return the registrations of a user, the newest first."""
+        return [*reversed(self._by_user.get(user, {}))]
+
+    def takes(self, key: Key, method: str, *, bound: bool) -> bool:
+        """Return whether a pending call can be offered. `bound`: only to a session that is bound to a key."""
+        found = self._find(*key)
+        return (
+            found is not None
+            and not (found.is_suspended or key[0].is_draining)
+            and method in found.methods
+            and (found.is_bound or not bound)
+        )
 
     def handling(self, user: str, session_id: str, method: str) -> Registering | None:
         """Return the connection on which a session has registered a method last, of those that take calls."""

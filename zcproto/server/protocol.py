@@ -50,7 +50,7 @@ from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError, Unavailable, Unimplemented
 from zcproto.observe.log import is_on
 from zcproto.server.calls import CallRunner
-from zcproto.server.clients import Registering
+from zcproto.server.clients import Answered, Registering
 from zcproto.server.dispatch import Dispatcher
 from zcproto.server.eager import EagerWorker
 from zcproto.server.state import ServerState, log
@@ -557,6 +557,28 @@ class ServerProtocol(asyncio.Protocol):
             self._state.clients.count("unavailable")
             raise Unavailable("the client handles no methods on this connection")
         return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
+
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+        *,
+        caller: Session | None = None,
+        bound: bool = False,
+    ) -> Any:
+        """Make a pending call."""
+        return await self._state.ask(
+            user, method, params, timeout, traceparent, caller=caller, peer=self.peer, bound=bound
+        )
+
+    def offer(self, session_id: str, method: str, body: bytes, answered: Answered) -> Callable[[], None]:
+        """Offer a pending call on this connection. Raises Unavailable, ResourceExhausted."""
+        if self._calls is None:
+            raise Unavailable("the client handles no methods on this connection")
+        return self._calls.offer(session_id, method, body, answered, self._has_room)
 
     def _settle(self, ended: CallEnded) -> None:
         """Pass an answer to the method that waits for it."""

@@ -29,6 +29,7 @@ from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import Answer, IdempotencyCache
 from zcproto.server.item_budget import ItemBudget
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
+from zcproto.server.pending import PendingCalls
 from zcproto.server.request_limits import RequestLimits
 from zcproto.server.threads import ThreadPool
 from zcproto.server.tracing import Tracing
@@ -251,6 +252,8 @@ class ServerState:
     """Prefix of connection ids, different in each process."""
     numbers: Iterator[int] = field(default_factory=partial(count, 1))
     """The numbers of connections, which take one when they are first logged."""
+    pending: PendingCalls = field(init=False)
+    """The calls that wait for an answer, however long it takes."""
     _refreshing: set[tuple[CallConnection, str]] = field(init=False, default_factory=set)
     """Connections on which a session is being refreshed: they get its newest token."""
     log_soon: LogBatch = field(init=False)
@@ -258,6 +261,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.log_soon = LogBatch(log, self.wheel, self.clock)
+        self.pending = PendingCalls(self.clients, self.wheel, self.clock, self.entropy, self.call_soon)
         self.registry.observers.append(self._session_ended)
         self.registry.rotation_observers.append(self._session_rotated)
 
@@ -306,6 +310,7 @@ class ServerState:
 
     def close(self) -> None:
         self.log_soon.write()
+        self.pending.close()
         self.registry.observers.remove(self._session_ended)
         self.registry.rotation_observers.remove(self._session_rotated)
 
@@ -338,6 +343,8 @@ class ServerState:
             log.info("session.evicted", session=session_id)
         for connection in self.session_connections.remove(session_id):
             connection.session_ended(session_id, code, reason)
+        if code is Code.TOKEN_REVOKED:
+            self.pending.caller_ended(session_id)
 
     def _session_rotated(self, session_id: str, token_digest: bytes) -> None:
         for connection in self.session_connections.of(session_id):
@@ -356,6 +363,30 @@ class ServerState:
             record = self.registry.record(session_id)
             if record is not None:  # the refresh may have failed, or another one may have followed
                 connection.session_rotated(key[1], record.token_digest)
+
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+        *,
+        caller: Session | None = None,
+        peer: str = "",
+        bound: bool = False,
+    ) -> Any:
+        """Make a pending call, and return its result."""
+
+        def ask(traceparent: str | None) -> Awaitable[Any]:
+            most = self.settings.max_body
+            return self.pending.ask(
+                user, method, params, timeout, most, traceparent, caller=caller, peer=peer, bound=bound
+            )
+
+        if self.tracing is None:
+            return await ask(traceparent)
+        return await self.tracing.call_client(method, peer, traceparent, ask)
 
     def incident(self, what: str, error: BaseException, *, peer: str, connection: str) -> str:
         """Log an internal error with its traceback; return the incident id for the peer."""

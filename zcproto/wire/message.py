@@ -193,6 +193,25 @@ def decode_meta(meta: Any, max_depth: int | None = None) -> RequestMeta:
     return RequestMeta(deadline_ms, key, parse_traceparent(meta.get("traceparent")))
 
 
+PENDING_ID_MAX_LENGTH: Final = 64
+
+
+def decode_call(
+    body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
+) -> tuple[str, dict[str, Any], RequestMeta, str | None]:
+    """Return method, params and meta of a CALL, and the id of its pending call. Raises MessageError."""
+    method, params, meta = decode_request(body, max_depth)
+    if meta is NO_META or b"pending" not in body:
+        return method, params, meta, None
+    # A second decode, so that requests do not pay for the key.
+    pending = unpack(body, max_ext_len=0, ext_hook=_refuse_ext)[2].get("pending")
+    if pending is not None and (
+        pending.__class__ is not str or not 1 <= len(pending) <= PENDING_ID_MAX_LENGTH
+    ):
+        raise MessageError("meta.pending must be a str of 1 to 64 characters")
+    return method, params, meta, pending
+
+
 MAX_CREDIT: Final = 2**53 - 1
 """Largest number in a credit: every language represents it exactly."""
 
