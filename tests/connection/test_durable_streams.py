@@ -241,7 +241,7 @@ class Reader:
 
 
 @pytest.mark.parametrize(("attaches", "params"), [(True, None), (False, {})])
-def test_open_tells_a_first_one_from_one_that_attaches(attaches: bool, params: Any) -> None:
+def test_params_of_an_open_distinguish_a_start_from_an_attachment(attaches: bool, params: Any) -> None:
     opened = Reader(attaches=attaches, accepted=False).opened
     assert opened == ["chat", params, {"credit": [2, 10_000], "resume": {"id": "r", "from": 5}}]
 
