@@ -10,7 +10,7 @@ from tests.wire.vectors import document
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire import frame as wire
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     HEADER_SIZE,
     MIN_LENGTH,
     NO_TOKEN,
@@ -18,6 +18,7 @@ from zcproto.wire.frame import (
     Accepted,
     Kind,
     Side,
+    accepted_with_durable,
     accepted_with_streams,
     check_head,
     check_length,
@@ -54,7 +55,6 @@ def test_stream_field_holds_32_bits() -> None:
 
 def test_kind_numbers_match_specification() -> None:
     kinds = document("tables")["kinds"] | document("streaming/tables")["kinds"]
-    del kinds["ACCEPTED"]  # reserved: fatal, like an unknown kind
     assert {kind.name: kind.value for kind in Kind} == kinds
 
 
@@ -68,7 +68,7 @@ def test_every_kind_has_a_head_constant() -> None:
 
 
 def test_only_ping_and_pong_are_accepted_by_both_sides() -> None:
-    server, client = (ACCEPTED[side].heads for side in (Side.SERVER, Side.CLIENT))
+    server, client = (ALLOWED[side].heads for side in (Side.SERVER, Side.CLIENT))
     assert server & client == {wire.PING, wire.PONG}
     assert server | client == {head_of(kind) for kind in Kind if kind < Kind.OPEN}
 
@@ -76,7 +76,9 @@ def test_only_ping_and_pong_are_accepted_by_both_sides() -> None:
 def test_item_and_credit_are_accepted_by_both_sides_with_streams() -> None:
     server, client = (accepted_with_streams(side, 1_000).heads for side in (Side.SERVER, Side.CLIENT))
     assert server & client == {wire.PING, wire.PONG, wire.ITEM, wire.CREDIT}
-    assert server | client == {head_of(kind) for kind in Kind if kind < Kind.CALL}
+    assert server | client == {head_of(kind) for kind in Kind if kind < Kind.ACCEPTED}
+    durable = accepted_with_durable(accepted_with_streams(Side.CLIENT, 1_000))
+    assert durable.heads == client | {wire.ACCEPTED}
 
 
 @pytest.mark.parametrize("side", Side)
@@ -131,7 +133,7 @@ OF_STREAMS = {
 
 def is_accepted(head: int, stream: int, receiver: Side, accepted: Accepted | None = None) -> bool:
     try:
-        check_head(head, stream, 64, accepted or ACCEPTED[receiver])
+        check_head(head, stream, 64, accepted or ALLOWED[receiver])
     except ProtocolError as error:
         if error.code is not Code.PROTOCOL_ERROR:
             raise
@@ -175,5 +177,5 @@ def test_flags_are_refused(kind: Kind, stream: int) -> None:
 )
 def test_header_is_checked_in_order_version_kind_flags_stream(head: int, stream: int, reason: str) -> None:
     with pytest.raises(ProtocolError) as caught:
-        check_head(head, stream, 64, ACCEPTED[Side.SERVER])
+        check_head(head, stream, 64, ALLOWED[Side.SERVER])
     assert caught.value.reason == reason
