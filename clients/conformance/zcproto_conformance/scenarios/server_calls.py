@@ -454,9 +454,8 @@ async def _(harness: Harness) -> None:
     await stream.expect_items(1)
     await stream.expect_end("done")
     bob.connection.auto_responses["echo"] = refuse
-    answering = asyncio.ensure_future(
-        bob.connection.next_frame()
-    )  # the client may check its session only now
+    # A client may check the session only now: its request is read while the call waits.
+    answering = asyncio.ensure_future(bob.connection.next_frame())
     call = await bob.client.call("echo", {})
     await call.expect_code(TOKEN_REVOKED)
     answering.cancel()
