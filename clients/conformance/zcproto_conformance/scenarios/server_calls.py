@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
@@ -452,6 +453,12 @@ async def _(harness: Harness) -> None:
     ada.connection.respond(opened, "done")
     await stream.expect_items(1)
     await stream.expect_end("done")
+    bob.connection.auto_responses["echo"] = refuse
+    # A client may check the session only now: its request is read while the call waits.
+    answering = asyncio.ensure_future(bob.connection.next_frame())
     call = await bob.client.call("echo", {})
     await call.expect_code(TOKEN_REVOKED)
+    answering.cancel()
+    await asyncio.wait([answering])
+    del bob.connection.auto_responses["echo"]
     await ada.exchange()
