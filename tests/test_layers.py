@@ -35,9 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certs": {"errors", "common", "config", "tls", "observe"},
     "stores": {"errors", "common", "sessions", "observe"},
     "alerts": {"errors", "common", "config", "observe"},
-    "runs": {"errors", "common"},
+    "runs": {"errors", "common", "wire"},
     # the edge
-    "bus": {"errors", "common", "stores", "observe"},
+    "bus": {"errors", "common", "stores", "observe", "runs"},
     "app": {"bus", "errors", "common", "wire", "connection", "sessions", "auth", "observe"},
     "server": {"app"} | BELOW_THE_EDGE,
     "admin": {"server", "app"} | BELOW_THE_EDGE,

@@ -21,7 +21,7 @@ Time is an argument, in monotonic seconds. It must not know: processes, connecti
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, NamedTuple
@@ -126,8 +126,8 @@ class Opening:
 class RunState:
     """A run. Items from `first` to `next` are kept, and those before `taken` are not needed any more.
 
-    `attachment` is the newest, which reads it while `is_attached`. `cancel` is why the method is to be cancelled.
-    `is_full` is whether the method must wait until items were taken.
+    `attachment` is the newest, which reads it while `is_attached`, and `order` counts the attachments. `cancel` is
+    why the method is to be cancelled. `is_full` is whether the method must wait until items were taken.
     """
 
     info: RunInfo
@@ -135,6 +135,7 @@ class RunState:
     next: int = 0
     taken: int = 0
     attachment: str = ""
+    order: int = 0
     is_attached: bool = False
     cancel: str = ""
     end: End | None = None
@@ -154,6 +155,15 @@ class _Run:
     @property
     def has_taken(self) -> bool:
         return self.state.first < self.state.taken
+
+    def attach(self, attachment: str, order: int) -> None:
+        self.state.attachment, self.state.order, self.state.is_attached = attachment, order, True
+
+    def is_read_by(self, attachment: str, order: int) -> bool:
+        """Return whether an attachment is the newest. One that is newer than any which is known was lost."""
+        if attachment != self.state.attachment and order > self.state.order:
+            self.attach(attachment, order)
+        return attachment == self.state.attachment
 
     def bodies(self, position: int, end: int) -> Iterator[bytes]:
         """Return the items that are kept, from a position on."""
@@ -201,7 +211,9 @@ class RunTable:
             run = self._start(key, info, now)
         else:
             self._check(run.state, opening)
-        run.state.attachment, run.state.is_attached = opening.attachment, True
+        if opening.attachment != run.state.attachment:  # else it is repeated
+            run.attach(opening.attachment, run.state.order + 1)
+        run.state.is_attached = True
         self._wake(run)
         # By the generation, so that an opening can be repeated whose answer was lost.
         return info is not None and info.generation == run.state.info.generation, run.state
@@ -229,21 +241,23 @@ class RunTable:
             raise ResourceExhausted(
                 "this user has too many durable runs; cancel one", {"limit": limits.runs_per_user}
             )
-        run = user.runs[key.id] = _Run(RunState(info))
-        self._users[key.user] = user
+        return self._add(key, info)
+
+    def _add(self, key: RunKey, info: RunInfo) -> _Run:
+        run = self._users.setdefault(key.user, _User()).runs[key.id] = _Run(RunState(info))
         self.size += RUN_BYTES
         return run
 
     def read(
-        self, key: RunKey, attachment: str, position: int, items: int, size: int
+        self, key: RunKey, attachment: str, position: int, items: int, size: int, order: int = 0
     ) -> tuple[RunState, Sequence[bytes]]:
         """Return the items from a position on: at most so many and bytes, but at least one if there is one.
 
-        Raises NotFound, Superseded, or OutOfRange if they were dropped or lie behind the end.
+        `order` is that of the attachment, if the table may have lost it. Raises NotFound, Superseded, or OutOfRange if they were dropped or lie behind the end.
         """
         run = self._find(key)
         state = run.state
-        if attachment != state.attachment:
+        if not run.is_read_by(attachment, order):
             raise Superseded("another attachment reads this run")
         if position < state.first or (position > state.next and state.end is not None):
             raise _out_of_range(state)
@@ -255,10 +269,10 @@ class RunTable:
             found.append(body)
         return state, found
 
-    def take(self, key: RunKey, attachment: str, position: int) -> None:
+    def take(self, key: RunKey, attachment: str, position: int, order: int = 0) -> None:
         """Record that an attachment needs no item before a position. Without an effect if it is not the newest."""
         run = self._get(key)
-        if run is None or attachment != run.state.attachment:
+        if run is None or not run.is_read_by(attachment, order):
             return
         state = run.state
         position = min(position, state.next)
@@ -293,6 +307,10 @@ class RunTable:
             self._wake(run)
         return True
 
+    def knows(self, key: RunKey) -> bool:
+        """Return whether there is a run with this key."""
+        return self._get(key) is not None
+
     def runs(self, user: str | None = None) -> list[tuple[RunKey, RunState]]:
         """Return the runs of a user, or of all."""
         names = self._users if user is None else [user] if user in self._users else []
@@ -323,7 +341,7 @@ class RunTable:
         state = run.state
         if state.end is not None:
             return state if state.end == end and first + len(bodies) == state.next else None
-        if first > state.next:
+        if first > state.next or (end is not None and first + len(bodies) < state.next):
             raise Gap(state.next)
         for body in bodies[state.next - first :]:
             size = ITEM_BYTES + len(body)
@@ -341,6 +359,36 @@ class RunTable:
         if bodies or end is not None or was_full is not state.is_full:
             self._wake(run)
         return state
+
+    def restore(self, key: RunKey, lost: RunState, now: float) -> bool:
+        """Create a run again that the table has lost, without items: those before `lost.taken` are not needed.
+
+        Also moves a log there that ends before. Return False if the run was deleted, or has ended.
+        """
+        user = self._users.get(key.user)
+        run = None if user is None else user.runs.get(key.id)
+        if run is None:
+            if self._is_known(user, key.id, now):
+                return False
+            run = self._add(key, lost.info)
+            run.attach(lost.attachment, lost.order)
+            run.state.is_attached, run.state.cancel = lost.is_attached, lost.cancel
+        state = run.state
+        if state.info.generation != lost.info.generation or state.end is not None:
+            return False
+        if state.next < lost.taken:
+            while run.items:
+                self._drop_item(self._users[key.user], run)
+            state.first = state.next = state.taken = lost.taken
+            run.untaken = 0
+        return True
+
+    def known(self, keys: Iterable[RunKey], now: float) -> None:
+        """Remember runs that have gone, whose ids the table has lost."""
+        for key in keys:
+            user = self._users.setdefault(key.user, _User())
+            if key.id not in user.runs:
+                user.gone[key.id] = now + KNOWN_S
 
     def _is_full(self, user: str, run: _Run) -> bool:
         state, limits = run.state, self.limits

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from zcproto.runs.log import End, Opening, RunKey, RunState, RunTable
+from zcproto.runs.log import End, Opening, RunKey, RunLimits, RunState, RunTable
 
 
 class RunStore(Protocol):
@@ -39,6 +39,11 @@ class RunStore(Protocol):
     async def runs(self, user: str) -> list[tuple[RunKey, RunState]]: ...
 
     async def forget(self, user: str) -> int: ...
+
+    def reconfigure(self, limits: RunLimits) -> None: ...
+
+    def sweep(self) -> None:
+        """Delete what is not kept any more, as the owner of runs calls it every few seconds."""
 
     def watch(self, key: RunKey, wake: Callable[[], None]) -> None: ...
 
@@ -81,3 +86,9 @@ class MemoryRuns:
 
     async def forget(self, user: str) -> int:
         return self.table.forget(user, self._now())
+
+    def reconfigure(self, limits: RunLimits) -> None:
+        self.table.limits = limits
+
+    def sweep(self) -> None:
+        self.table.sweep(self._now())
