@@ -22,7 +22,7 @@ local MAX_INFO = 8 -- frames that the Info column names
 local NO_TOKEN = string.rep("\0", 32)
 
 local WELCOME, REQUEST, RESPONSE, ERROR, CANCEL, PING, PONG, GOAWAY, EVENT = 1, 2, 3, 4, 5, 6, 7, 8, 9
-local OPEN, ITEM, END, CREDIT, CALL, RESULT, FAILURE, WITHDRAW = 16, 17, 18, 19, 24, 25, 26, 27
+local OPEN, ITEM, END, CREDIT, ACCEPTED, CALL, RESULT, FAILURE, WITHDRAW = 16, 17, 18, 19, 20, 24, 25, 26, 27
 local MAX_CREDIT = (1 << 53) - 1
 
 -- The tables of zcp1.md, sections 6.1 and 18.2. `stream` is 0 or not 0, nil for either. `part_of`: the key of WELCOME that
@@ -41,6 +41,7 @@ local KINDS = {
     [ITEM] = { name = "ITEM", stream = "number", body = true, part_of = "streams" },
     [END] = { name = "END", sender = "client", stream = "number", body = false, part_of = "streams" },
     [CREDIT] = { name = "CREDIT", stream = "number", body = true, part_of = "streams" },
+    [ACCEPTED] = { name = "ACCEPTED", sender = "server", stream = "number", body = true, part_of = "durable streams" },
     [CALL] = { name = "CALL", sender = "server", stream = "number", body = true, part_of = "calls" },
     [RESULT] = { name = "RESULT", sender = "client", stream = "number", body = true, part_of = "calls" },
     [FAILURE] = { name = "FAILURE", sender = "client", stream = "number", body = true, part_of = "calls" },
@@ -116,7 +117,10 @@ local f = {
     traceparent = ProtoField.string("zcp.meta.traceparent", "traceparent"),
     credit = ProtoField.none("zcp.meta.credit", "credit"),
     credit_items = ProtoField.int64("zcp.credit.items", "Items"),
+    resume = ProtoField.none("zcp.meta.resume", "resume"),
     credit_bytes = ProtoField.int64("zcp.credit.bytes", "Bytes"),
+    credit_taken = ProtoField.int64("zcp.credit.taken", "Taken"),
+    accepted = ProtoField.none("zcp.accepted", "ACCEPTED"),
     item = ProtoField.none("zcp.item", "Item"),
     result = ProtoField.none("zcp.result", "Result"),
     code = ProtoField.int64("zcp.error.code", "Code", base.DEC, CODES),
@@ -139,6 +143,7 @@ local f = {
     include_subdomains = ProtoField.bool("zcp.welcome.sts.include_subdomains", "include_subdomains"),
     streams = ProtoField.none("zcp.welcome.streams", "streams"),
     max_open = ProtoField.int64("zcp.welcome.streams.max_open", "max_open"),
+    durable = ProtoField.bool("zcp.welcome.streams.durable", "durable"),
     max_item = ProtoField.int64("zcp.welcome.streams.max_item", "max_item"),
     calls = ProtoField.none("zcp.welcome.calls", "calls"),
     max_calls = ProtoField.int64("zcp.welcome.calls.max", "max"),
@@ -178,7 +183,9 @@ local KEYS = {
         idempotency_key = { field = f.idempotency_key, type = "str", most = 64 },
         traceparent = { field = f.traceparent, type = "str", any = true }, -- one of another type is ignored
         credit = { field = f.credit, type = "array", any = true }, -- checked with its OPEN
+        resume = { field = f.resume, type = "map" },
     },
+    [f.accepted] = {},
     [f.goaway] = {
         reason = { field = f.reason, type = "str" },
         retry_after_ms = { field = f.retry_after_ms, type = "int", least = 0 },
@@ -197,6 +204,7 @@ local KEYS = {
     [f.streams] = {
         max_open = { field = f.max_open, type = "int", least = 0 },
         max_item = { field = f.max_item, type = "int", least = MIN_LENGTH },
+        durable = { field = f.durable, type = "bool", optional = true },
     },
     [f.calls] = {
         max = { field = f.max_calls, type = "int", least = 0 },
@@ -232,7 +240,7 @@ local e = {
     after_fault = remark("after_fault", "Bytes after a fault: the start of the next frame is unknown", expert.severity.WARN),
     stale = remark("stale", "Timestamp beyond the tolerance", expert.severity.WARN),
     ended = fault("ended", "ITEM or END after END"),
-    unopened = fault("unopened", "ITEM or CREDIT on the stream of a REQUEST"),
+    unopened = fault("unopened", "ITEM, CREDIT or ACCEPTED on the stream of a REQUEST"),
     unasked = remark("unasked", "Answer on a stream that is not in flight", expert.severity.WARN),
     fatal = remark("fatal", "Error that ends the connection", expert.severity.WARN),
     failed = remark("failed", "Call that failed", expert.severity.NOTE),
@@ -548,6 +556,11 @@ local function judge(conversation, flow, source, pinfo, raw)
             end
             if item.key.value == "streams" or item.key.value == "calls" then
                 conversation.announced[item.key.value] = true
+                for _, each in ipairs(item.key.value == "streams" and item.value.items or {}) do
+                    if each.key and each.key.value == "durable" and each.value.value == true then
+                        conversation.announced["durable streams"] = true
+                    end
+                end
             end
         end
         return frame
@@ -582,9 +595,12 @@ local function judge(conversation, flow, source, pinfo, raw)
         conversation.in_flight[stream] = frame
     elseif kind == CANCEL then
         frame.request = conversation.in_flight[stream]
-    elseif kind == ITEM or kind == END or kind == CREDIT then
+    elseif kind == ITEM or kind == END or kind == CREDIT or kind == ACCEPTED then
         local opened = conversation.in_flight[stream]
         frame.request = opened
+        if opened and kind == ACCEPTED then
+            opened.accepted = true
+        end
         if opened and opened.kind ~= OPEN then
             say(e.unopened, "stream " .. stream .. " began with " .. KIND_NAMES[opened.kind])
         elseif opened and frame.sender == "client" and kind ~= CREDIT then
@@ -876,8 +892,9 @@ local ELEMENTS = {
     [CREDIT] = {
         { f.credit_items, "Items", { int = true } },
         { f.credit_bytes, "Bytes", { int = true } },
+        { f.credit_taken, "Taken", { int = true } },
         least = 2,
-        form = "[items, bytes]",
+        form = "[items, bytes] or [items, bytes, taken]",
     },
 }
 
@@ -902,6 +919,7 @@ local PATHS = {
     [f.event_name] = "name",
     [f.credit_items] = "items",
     [f.credit_bytes] = "bytes",
+    [f.credit_taken] = "taken",
 }
 
 local WITH_METHOD = { [REQUEST] = true, [OPEN] = true, [CALL] = true }
@@ -971,6 +989,9 @@ local function add_body(frame, bytes, tree, body)
                 elseif frame.kind == CREDIT and fits and not is_total(node) then
                     added:add_proto_expert_info(e.form, label:lower() .. " must be from 0 to 2^53 - 1")
                 end
+                if field == f.credit_taken and not (frame.request and frame.request.accepted) then
+                    added:add_proto_expert_info(e.form, "taken on a stream without ACCEPTED")
+                end
                 if field == f.method and fits then
                     info = printable(node.value:sub(1, MAX_METHOD))
                     if #node.value > MAX_METHOD or not node.value:find("^[a-z0-9_.]+$") then
@@ -990,7 +1011,7 @@ local function add_body(frame, bytes, tree, body)
         elseif frame.kind == ITEM then
             add_value(bytes, item, root, root.items and f.item or nil, "Item", "item")
         else
-            local field = frame.kind == WELCOME and f.welcome or f.goaway
+            local field = frame.kind == WELCOME and f.welcome or frame.kind == ACCEPTED and f.accepted or f.goaway
             local is_map = root.type == "map"
             local name = KIND_NAMES[frame.kind]
             local added = add_value(bytes, item, root, is_map and field or nil, name, name:lower())

@@ -222,7 +222,7 @@ def test_settings_exist(page: Path) -> None:
     settings = set(re.findall(rf"`((?:{'|'.join(sections())})\.(?!{files})[a-z_]+)[` ]", text))
     methods = {"server.info", "server.stats", "server.sessions", "server.revoke"}
     alerts = {kind.value for kind in CATALOGUE}
-    in_welcome = {"streams.max_item"}
+    in_welcome = {"streams.max_item", "streams.durable"}
     attributes = {"server.ca_file", "server.clients", "server.users", "server.address"}
     assert settings - keys() - set(EVENTS) - alerts - methods - in_welcome - attributes == set()
 

@@ -207,6 +207,45 @@ def test_incomplete_vector_frame_is_shown_as_segment(dissected: Dissected) -> No
 # --- damaged frames -------------------------------------------------------------------------------------
 
 
+def test_durable_stream_is_shown_and_its_faults_are_marked() -> None:
+    welcome = {
+        "server": "s",
+        "versions": [1],
+        "max_frame": 1_048_576,
+        "max_streams": 8,
+        "idle_timeout_ms": 0,
+        "tolerance_ms": 30_000,
+        "sts": {"max_age": 0, "include_subdomains": False},
+        "streams": {"max_open": 4, "max_item": 65_536, "durable": True},
+    }
+    salt, token = bytes(7) + b"s", b"t" * 32
+    run = {"id": "r", "attachment": "a", "from": 3, "state": "running", "first": 0, "next": 9}
+    opened = ["chat", None, {"credit": [8, 8_000], "resume": {"id": "r", "from": 3}}]
+    plain = ["chat", {}, {"credit": [8, 8_000]}]
+    frames = [
+        ("server", pack(WELCOME, 0, 1, salt, 0, NO_TOKEN, welcome)),
+        ("client", pack(KINDS["OPEN"], 1, 1, salt, 1, token, opened)),
+        ("server", pack(KINDS["ACCEPTED"], 1, 1, salt, 1, token, run)),
+        ("client", pack(KINDS["CREDIT"], 1, 1, salt, 2, token, [9, 8_000, 3])),
+        ("client", pack(KINDS["OPEN"], 2, 1, salt, 3, token, plain)),
+        ("client", pack(KINDS["CREDIT"], 2, 1, salt, 4, token, [9, 8_000, 3])),
+    ]
+    capture = Capture()
+    connection = capture.connection(PORT, 0)
+    for side, frame in frames:
+        connection.send(side, frame, 0)
+    with readable_folder() as folder:
+        path = capture.write(folder / "durable.pcap")
+        items = [*items_in(tshark(folder, path, "-d", f"tcp.port=={PORT},zcp", "-T", "json"))]
+    greeting, resumed, accepted, credit, _, refused = items
+    assert greeting.get("zcp.welcome.streams.durable") is not None
+    assert resumed.get("zcp.meta.resume") is not None
+    assert accepted.get("zcp.accepted") is not None
+    assert credit.get("zcp.credit.taken") == "3"
+    assert [each.experts & ALL_EXPERTS for each in items] == [set()] * 5 + [{"form"}]
+    assert refused.get("zcp.credit.taken") == "3"
+
+
 def damaged(frame: bytes, random: random.Random) -> bytes:
     """Return a frame with some bytes changed, removed, inserted or repeated."""
     data = bytearray(frame)

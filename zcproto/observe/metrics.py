@@ -202,7 +202,8 @@ zcproto_streams_cut_total counter (reason)
     Streams cancelled before their methods had returned. `reason`: caller, deadline, token_expired, token_revoked,
     token_rotated (the client has not shown the token of a refresh), session_replaced, draining, slow
     (streams.stall_timeout; not those in zcproto_topic_ended_total), stale (freshness.tolerance), wrong_token,
-    denied (a reload of `auth.role`), memory (streams.memory_bytes), slow_frame (limits.frame_timeout).
+    denied (a reload of `auth.role`), memory (streams.memory_bytes), slow_frame (limits.frame_timeout),
+    detached (the client left its run), resumed_elsewhere (a newer attachment).
 
 # Topics
 zcproto_topic_subscribers gauge (topic)

@@ -183,7 +183,7 @@ def _credit() -> list[Json]:
         ("undecodable", b"\xc1", "Not msgpack."),
         ("empty", b"", "No body."),
         ("one-number", [8], "One number."),
-        ("three-numbers", [8, 1000, 0], "The third is reserved."),
+        ("three-numbers", [8, 1000, 0], "The third needs ACCEPTED (section 20)."),
         ("nil", None, "Nil."),
         ("nil-number", [None, 1000], "Nil is not 0."),
         ("str", "8", "A str."),
