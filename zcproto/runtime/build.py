@@ -62,7 +62,8 @@ from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
-from zcproto.runs.log import RunLimits
+from zcproto.runs.log import RunLimits, RunTable
+from zcproto.runs.store import MemoryRuns
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,
@@ -214,7 +215,9 @@ async def build(
         carrier = role.topics or await asyncio.to_thread(build_carrier, store, config, home, entropy)
         state.topics = None if carrier is None else share_topics(topics, carrier, clock)
     if role.fleet is None and config.store.url in (MEMORY, SQLITE):
-        serve_runs(state, run_limits(config), config.streams.durable_abandon_after)
+        serve_runs(
+            state, MemoryRuns(RunTable(run_limits(config)), clock.now), config.streams.durable_abandon_after
+        )
     elif any(method.is_durable for method in app):
         log.warning("streams.not_durable")
     parts = Parts(

@@ -24,7 +24,6 @@ from typing import Any, Final, Protocol
 from zcproto.app.app import RESERVED_PREFIXES, UNLIMITED, Method
 from zcproto.app.context import CallConnection, Context, DetachedContext
 from zcproto.connection.events import (
-    DETACHED,
     DurableStream,
     FramesRead,
     RawRequest,
@@ -46,7 +45,7 @@ from zcproto.errors import (
 )
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
-from zcproto.server.state import PART_BITS, ServerState, log
+from zcproto.server.state import DETACHED, PART_BITS, ServerState, log
 from zcproto.server.streams import StreamRunner, StreamWorker
 from zcproto.sessions import Session
 from zcproto.wire.decoder import LARGE
@@ -178,7 +177,7 @@ class Dispatcher:
                     finally:
                         if entered is not None:
                             state.tracing.leave(entered)  # type: ignore[union-attr]  # it was entered
-            elif event.__class__ is ServerStream:
+            elif event.__class__ is ServerStream or event.__class__ is DurableStream:
                 self.run((_raw(event),), wall, event)
                 others += 1
             elif event.__class__ is FramesRead:

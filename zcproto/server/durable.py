@@ -22,16 +22,16 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from zcproto.app.app import Method
-from zcproto.app.context import Context
+from zcproto.app.context import CallConnection, Context
 from zcproto.app.topics import TopicEvent
 from zcproto.auth.identity import Channel
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.deadlines import next_multiple
 from zcproto.common.parameters import Ended
-from zcproto.connection.events import DETACHED, NEVER, DurableStream, Request
+from zcproto.connection.events import NEVER, DurableStream, Request
 from zcproto.connection.server import ServerConnection
 from zcproto.errors import (
     CallError,
@@ -50,15 +50,16 @@ from zcproto.runs.log import (
     RunKey,
     RunLimits,
     RunState,
-    RunTable,
     Superseded,
     check_binding,
 )
-from zcproto.runs.store import MemoryRuns, RunStore
+from zcproto.runs.store import RunStore
 from zcproto.server.idempotency import Answer, request_digest
-from zcproto.server.state import ServerState
+from zcproto.server.protocol_methods import protocol_method
+from zcproto.server.state import DETACHED, ServerState
 from zcproto.server.streams import StreamRunner
 from zcproto.sessions import EndReason, Session
+from zcproto.sessions.token import id_from_text
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_error
 
@@ -73,12 +74,12 @@ _ID_SIZE: Final = 16
 NOT_DURABLE: Final = "this method is not durable; open it without resume"
 
 
-def serve_runs(state: ServerState, limits: RunLimits, abandon_after: float) -> None:
-    """Let clients open durable methods durably, if there is one, in a server of one process."""
+def serve_runs(state: ServerState, store: RunStore, abandon_after: float) -> None:
+    """Let clients open durable methods durably, if there is one."""
     if state.settings.streams is None or not any(each.is_durable for each in state.methods.values()):
         return
-    state.runs = DurableRuns(state, RunTable(limits), abandon_after)
-    state.add_methods(_run_methods(state.runs))
+    state.runs = runs = DurableRuns(state, store, abandon_after)
+    state.add_methods(_run_methods(runs))
     state.reconfigure(state.settings)
 
 
@@ -94,7 +95,7 @@ def _run_methods(runs: DurableRuns) -> list[Method]:
         assert context.session is not None, "it is not public"
         return {"cancelled": await runs.cancel(context.session, id)}
 
-    return [Method("stream.list", stream_list), Method("stream.cancel", stream_cancel)]
+    return [protocol_method("stream.list", stream_list), protocol_method("stream.cancel", stream_cancel)]
 
 
 class DurableRuns:
@@ -102,13 +103,13 @@ class DurableRuns:
 
     deadline_tick = 0
 
-    def __init__(self, state: ServerState, table: RunTable, abandon_after: float) -> None:
+    def __init__(self, state: ServerState, store: RunStore, abandon_after: float) -> None:
         self.state = state
-        self.table = table
-        self.store: RunStore = MemoryRuns(table, state.clock.now)
+        self.store = store
         self.abandon_after = abandon_after
         self._owned: dict[RunKey, OwnedRun] = {}
         self._by_session: dict[str, dict[RunKey, None]] = {}
+        self._expired: set[str] = set()  # sessions that have opened runs, and may still be revoked
         self._readers: dict[DurableStream, tuple[RunKey, str]] = {}
         self.ended: Counter[str] = Counter()
         """Runs that ended, by the name of their code; `ok` for a result."""
@@ -124,7 +125,7 @@ class DurableRuns:
 
     def reconfigure(self, limits: RunLimits, abandon_after: float) -> None:
         """Apply new limits. A bound that is lower holds for the next item, and the next run."""
-        self.table.limits = limits
+        self.store.reconfigure(limits)
         self.abandon_after = abandon_after
 
     # --- attachments -----------------------------------------------------------------------------------
@@ -150,10 +151,12 @@ class DurableRuns:
                 session.bound,
                 run.describe(digest),
             )
-        is_new, state = await self.store.open(key, opening)
-        if is_new:
-            assert run is not None, "only an OPEN with params starts a run"
-            self._begin(run, state)
+        opened = self.state.tasks.start_task(self._open(key, opening, run), self.state.tasks.forget_task)
+        try:
+            state = await asyncio.shield(opened)  # a cut must not leave a run that no process runs
+        except asyncio.CancelledError:
+            opened.add_done_callback(lambda _: self._do(self.store.detach(key, attachment)))
+            raise
         info = {
             "id": resume.id,
             "attachment": attachment,
@@ -167,10 +170,19 @@ class DurableRuns:
             connection.accept(
                 stream, info, self.state.clock.wall(), is_opener=state.info.session == session.id
             )
-            return await runner.produce(stream, self._items(key, attachment, resume.position), _unchanged)
+            runner.owner.flush_soon()  # the client waits for ACCEPTED, though no item may follow for long
+            items = self._items(key, attachment, resume.position)
+            return cast("Answer", await runner.produce(stream, items, _unchanged))
         finally:
             self._readers.pop(stream, None)
             self._do(self.store.detach(key, attachment))
+
+    async def _open(self, key: RunKey, opening: Opening, run: OwnedRun | None) -> RunState:
+        is_new, state = await self.store.open(key, opening)
+        if is_new:
+            assert run is not None, "only an OPEN with params starts a run"
+            self._begin(run, state)
+        return state
 
     async def _items(self, key: RunKey, attachment: str, position: int) -> AsyncGenerator[Any, None]:
         """Yield the items of a run from a position on, and at last its answer."""
@@ -182,6 +194,7 @@ class DurableRuns:
                 try:
                     state, bodies = await self.store.read(key, attachment, position, BATCH_ITEMS, BATCH_BYTES)
                 except Superseded:
+                    self.state.counters.streams_cut["resumed_elsewhere"] += 1
                     raise Cancelled(
                         "the stream was resumed elsewhere", {"reason": "resumed_elsewhere", DETACHED: True}
                     ) from None
@@ -203,10 +216,9 @@ class DurableRuns:
             self._do(self.store.take(*reader, stream.taken))
 
     def cut(self, stream: DurableStream, reason: str) -> None:
-        """Cancel the run of an attachment that its client has cancelled."""
-        reader = self._readers.get(stream)
-        if reader is not None and reason == "caller":
-            self._do(self.store.cancel(reader[0], reason))
+        """Cancel the run of an attachment that its client has cancelled, perhaps before it has begun to read."""
+        if reason == "caller" and stream.session is not None:
+            self._do(self.cancel(stream.session, stream.resume.id))
 
     def _do(self, operation: Coroutine[Any, Any, object]) -> None:
         """Run an operation of the store whose result nobody needs."""
@@ -216,11 +228,12 @@ class DurableRuns:
     # --- the runs of this process ----------------------------------------------------------------------
 
     def _begin(self, run: OwnedRun, state: RunState) -> None:
-        if not self._owned:
-            self.state.wheel.set(self, next_multiple(SWEEP_S, self.state.clock.now()))
+        self.state.wheel.set(self, next_multiple(SWEEP_S, self.state.clock.now()))
         self._owned[run.key] = run
         self._by_session.setdefault(run.session.id, {})[run.key] = None
         run.begin(state)
+        if self.state.registry.record(run.session.raw_id) is None:  # it has ended since the OPEN was read
+            run.stop("token_revoked")
 
     def forget(self, run: OwnedRun, end: End | None) -> None:
         """Forget a run whose end is stored, or None if it was deleted."""
@@ -230,12 +243,32 @@ class DurableRuns:
             del keys[run.key]
             if not keys:
                 del self._by_session[run.session.id]
+                self._expired.discard(run.session.id)
 
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
-        """Cancel the runs that a session has opened which was revoked, or has logged out."""
+        """Cancel the runs of a session that was revoked, or has logged out."""
         if code is Code.TOKEN_REVOKED:
-            for key in [*self._by_session.get(session_id, ())]:
-                self._owned[key].stop("token_revoked")
+            self._revoked(session_id)
+        elif code is Code.TOKEN_EXPIRED and session_id in self._by_session:
+            self._expired.add(session_id)
+
+    def _revoked(self, session_id: str) -> None:
+        for key in [*self._by_session.get(session_id, ())]:
+            self._owned[key].stop("token_revoked")
+
+    def _check_expired(self) -> None:
+        """Cancel the runs of sessions that were revoked after they had expired: observers do not learn of these.
+
+        A session without a record or a tombstone counts as revoked.
+        """
+        for session_id in [*self._expired]:
+            raw_id = id_from_text(session_id)
+            assert raw_id is not None, "it is that of a session"
+            if self.state.registry.record(raw_id) is None:
+                self._expired.discard(session_id)
+                ended = self.state.registry.ended(raw_id)
+                if ended is None or ended.code is Code.TOKEN_REVOKED:
+                    self._revoked(session_id)
 
     def cut_denied(self) -> None:
         """Cancel the runs whose sessions may no longer call their methods."""
@@ -275,9 +308,11 @@ class DurableRuns:
         self.state.wheel.discard(self)
         for run in [*self._owned.values()]:
             run.stop("draining")
+            self.state.wheel.discard(run)
 
     def handle_deadline(self, now: float) -> None:
-        self.table.sweep(now)
+        self.store.sweep()
+        self._check_expired()
         self.state.wheel.set(self, next_multiple(SWEEP_S, now))
 
 
@@ -320,7 +355,9 @@ class OwnedRun:
         )
         self._arguments = method.bind(request.params)
         if method.context_name is not None:
-            self._arguments[method.context_name] = RunContext(RunCaller(runs.state, self), self.request)
+            self._arguments[method.context_name] = RunContext(
+                cast("CallConnection", RunCaller(runs.state, self)), self.request
+            )
         self._state: RunState
         self.end: End | None = None
         self.deadline_tick = 0
@@ -361,7 +398,7 @@ class OwnedRun:
             work = method.function(**arguments, produce=partial(self._produce, encode=method.encode_item))
         else:
             work = self._produce(method.function(**arguments), method.encode_item)
-        self._runs.store.watch(self.key, self._changed)
+        self._runs.store.watch(self.key, self.look)
         self._runs.state.wheel.set(self, self._deadline)
         self._task = self._runs.state.tasks.start_task(work, self._task_ended)
 
@@ -381,6 +418,8 @@ class OwnedRun:
                     raise MessageError(
                         f"the item has {len(body)} bytes; at most {most} fit (streams.max_item_bytes)"
                     )
+                if self.end is not None:  # cancelled, and the generator has ignored that
+                    return None
                 self._pending.append(body)
                 self._pending_bytes += ITEM_BYTES + len(body)
                 if not self._flush_planned:
@@ -405,9 +444,9 @@ class OwnedRun:
             finally:
                 self._room = None
 
-    def _changed(self) -> None:
+    def look(self) -> None:
         """Look at the run in the store, and append what is pending, at the end of this turn."""
-        if not self._flush_planned and not self._is_appending:
+        if not (self._flush_planned or self._is_appending):
             self._flush_planned = True
             self._runs.state.call_soon(self._flush)
 
@@ -460,10 +499,13 @@ class OwnedRun:
             self.end = error.code, encode_error(error.code, error.message, error.details)
             assert self._task is not None, "it was begun"
             self._task.cancel()
-            self._changed()
+            self.look()
 
     def handle_deadline(self, now: float) -> None:
-        self.stop("deadline" if now >= self._deadline else "abandoned")
+        if now >= self._deadline:
+            self.stop("deadline")
+        elif now >= self._abandoned_at:
+            self.stop("abandoned")
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         """Store the answer of the method, unless the run has ended before."""
@@ -483,12 +525,12 @@ class OwnedRun:
             if isinstance(raised, CallError):
                 raised.details = {name: raised.details[name] for name in raised.details if name != DETACHED}
             self.end = state.error_answer(self.method.name, raised, peer=self.peer, connection="")
-        self._changed()
+        self.look()
 
     def _forget(self, end: End | None) -> None:
         """Release all references: the end is stored, or the run was deleted."""
         runs = self._runs
-        runs.store.unwatch(self.key, self._changed)
+        runs.store.unwatch(self.key, self.look)
         runs.state.wheel.discard(self)
         if self.end is None:
             self.end = Code.CANCELLED, b""
@@ -498,13 +540,16 @@ class OwnedRun:
 
 
 class RunContext(Context[Any]):
-    """A call of a durable method, which has no connection."""
+    """A call of a durable method. It continues without its connection."""
 
     __slots__ = ()
 
 
 class RunCaller:
-    """What a durable method uses in place of the connection of its call; `peer` is that of the OPEN."""
+    """What a durable method uses in place of the connection of its call; `peer` is that of the OPEN.
+
+    It lacks the parts of a `CallConnection` that only the methods of the protocol use.
+    """
 
     __slots__ = ("_run", "_state", "id", "peer", "suppress_revoked_event")
 

@@ -6,24 +6,35 @@ import asyncio
 import copy
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nlargest
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from zcproto.app.app import Access, App, Method
 from zcproto.app.context import CallConnection
 from zcproto.bus.topics import SharedTopics
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.connection.events import GoAwayReason
-from zcproto.connection.server import ConnectionTotals
+from zcproto.connection.events import DurableStream, GoAwayReason
+from zcproto.connection.server import ConnectionTotals, ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Aborted, CallError, Cancelled, Code, ZcprotoError
 from zcproto.observe.log import LogBatch, get_logger
+from zcproto.runs.log import RunLimits
+from zcproto.runs.store import RunStore
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import Answer, IdempotencyCache
@@ -38,10 +49,10 @@ from zcproto.sessions.token import id_text
 from zcproto.stores.service import SessionService
 from zcproto.wire.message import MessageError, encode_error
 
-if TYPE_CHECKING:
-    from zcproto.server.durable import DurableRuns
-
 CONNECTIONS_PER_TURN: Final = 100
+
+DETACHED: Final = "detached"
+"""The key in the details of an ERROR that has ended an attachment and not its run (zcp1.md, section 20)."""
 
 ABANDONED_S: Final = 2.0
 """How long a drain waits for requests with an idempotency key after their callers have gone."""
@@ -116,6 +127,26 @@ class Connection(CallConnection, Protocol):
     def go_away(self, reason: GoAwayReason) -> None: ...
     def cancel_all(self) -> None: ...
     def close(self, reason: str) -> None: ...
+
+
+class Runs(Protocol):
+    """The durable runs, as the rest of the server uses them; implemented by `DurableRuns`."""
+
+    store: RunStore
+    ended: Counter[str]
+
+    @property
+    def attached(self) -> int: ...
+
+    def __len__(self) -> int: ...
+    def serve(
+        self, stream: DurableStream, method: Method, runner: Any, connection: ServerConnection
+    ) -> Coroutine[Any, Any, Answer]: ...
+    def credit_received(self, stream: DurableStream) -> None: ...
+    def cut(self, stream: DurableStream, reason: str) -> None: ...
+    def cut_denied(self) -> None: ...
+    def reconfigure(self, limits: RunLimits, abandon_after: float) -> None: ...
+    def close(self) -> None: ...
 
 
 class SessionConnections:
@@ -210,7 +241,7 @@ class ServerState:
     methods: dict[str, Method] = field(default_factory=dict)
     topics: SharedTopics | None = None
     """The topics of all processes of the server, if there are some, and other processes."""
-    runs: DurableRuns | None = None
+    runs: Runs | None = None
     """The durable runs, if a method is durable."""
     lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
     """What the lifespans of the application have yielded."""
