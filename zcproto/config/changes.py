@@ -74,9 +74,10 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         ),
     },
     "streams": {
+        Effect.NOW: "durable_per_user durable_bytes durable_keep durable_abandon_after",
         Effect.NEW_CONNECTIONS: (
             "max_open max_item_bytes window_items window_bytes memory_bytes stall_timeout"
-        )
+        ),
     },
     "calls": {Effect.NOW: "per_user total pending_per_user pending_total", Effect.NEW_CONNECTIONS: "max"},
     "http": {
