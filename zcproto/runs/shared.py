@@ -1,6 +1,7 @@
 """The durable runs of one process in a store that several processes share.
 
-    host -> SharedRuns -> carrier -> the coordinator's table (zcproto/workers/runs.py), or Valkey (zcproto/bus/runs.py)
+    host -> SharedRuns -> carrier -> the coordinator's table (zcproto/workers/runs.py)
+                                  -> or Valkey (zcproto/bus/runs.py)
 
 Decides: what a process repeats when the store was away or has lost a part, and which owner is lost.
 
