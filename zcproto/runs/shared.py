@@ -28,6 +28,7 @@ from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.common.backoff import backoff_s
+from zcproto.common.clock import Entropy
 from zcproto.errors import Code, NotFound, ResourceExhausted, Unavailable
 from zcproto.runs.log import ITEM_BYTES, KNOWN_S, RETRY_MS, End, Gap, Opening, RunKey, RunLimits, RunState
 from zcproto.wire.message import encode_error
@@ -46,6 +47,7 @@ REPAIRS_AT_ONCE: Final = 64
 MAX_KNOWN: Final = 65_536
 """Ids of own runs that have ended, which a new store is told."""
 
+_PROCESS_SIZE: Final = 8
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.5
 
@@ -113,6 +115,11 @@ class Absences:
         """Take which processes show no sign of life now. Return those that are lost."""
         self._since = {each: self._since.get(each, now) for each in missing}
         return {each for each, since in self._since.items() if now - since >= LOST_S}
+
+
+def new_process(entropy: Entropy) -> str:
+    """Return the id of this process in a shared store; to be made after its fork."""
+    return entropy(_PROCESS_SIZE).hex()
 
 
 def owner_lost(items: int) -> End:
@@ -187,6 +194,7 @@ class SharedRuns:
 
     async def stop(self) -> None:
         """Store what is not stored yet, if that takes no long time, and disconnect."""
+        await asyncio.sleep(0)  # methods that were cancelled now have their ends
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_S):
                 await asyncio.gather(*(self._repair(key, run) for key, run in [*self._owned.items()]))

@@ -50,11 +50,10 @@ from zcproto.runs.log import (
     RunKey,
     RunLimits,
     RunState,
-    RunTable,
     Superseded,
     check_binding,
 )
-from zcproto.runs.store import MemoryRuns, RunStore
+from zcproto.runs.store import RunStore
 from zcproto.server.idempotency import Answer, request_digest
 from zcproto.server.state import ServerState
 from zcproto.server.streams import StreamRunner
@@ -73,11 +72,11 @@ _ID_SIZE: Final = 16
 NOT_DURABLE: Final = "this method is not durable; open it without resume"
 
 
-def serve_runs(state: ServerState, limits: RunLimits, abandon_after: float) -> None:
+def serve_runs(state: ServerState, store: RunStore, abandon_after: float) -> None:
     """Let clients open durable methods durably, if there is one, in a server of one process."""
     if state.settings.streams is None or not any(each.is_durable for each in state.methods.values()):
         return
-    state.runs = DurableRuns(state, RunTable(limits), abandon_after)
+    state.runs = DurableRuns(state, store, abandon_after)
     state.add_methods(_run_methods(state.runs))
     state.reconfigure(state.settings)
 
@@ -102,10 +101,9 @@ class DurableRuns:
 
     deadline_tick = 0
 
-    def __init__(self, state: ServerState, table: RunTable, abandon_after: float) -> None:
+    def __init__(self, state: ServerState, store: RunStore, abandon_after: float) -> None:
         self.state = state
-        self.table = table
-        self.store: RunStore = MemoryRuns(table, state.clock.now)
+        self.store = store
         self.abandon_after = abandon_after
         self._owned: dict[RunKey, OwnedRun] = {}
         self._by_session: dict[str, dict[RunKey, None]] = {}
@@ -124,7 +122,7 @@ class DurableRuns:
 
     def reconfigure(self, limits: RunLimits, abandon_after: float) -> None:
         """Apply new limits. A bound that is lower holds for the next item, and the next run."""
-        self.table.limits = limits
+        self.store.reconfigure(limits)
         self.abandon_after = abandon_after
 
     # --- attachments -----------------------------------------------------------------------------------
@@ -277,7 +275,7 @@ class DurableRuns:
             run.stop("draining")
 
     def handle_deadline(self, now: float) -> None:
-        self.table.sweep(now)
+        self.store.sweep()
         self.state.wheel.set(self, next_multiple(SWEEP_S, now))
 
 
