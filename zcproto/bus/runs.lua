@@ -7,10 +7,10 @@
 --   d:{TAG}    the runs of a user: a hash from an id to its place in the order of starting and the bytes of its items;
 --              and the channel on which the id of a run that has changed is published
 --   g:{TAG}    ids of runs that have gone, by the time until which they are known: a sorted set
---   j:{TAG}ID  a run: a hash, see below
+--   j:{TAG}ID  a run, see below
 --   k:{TAG}ID  its items: a list
 --
--- A run: i info, g generation, m method, q digest, b bound; f first, n next, t taken, a attachment, o order, d attached,
+-- A run is an array of its FIELDS, which takes a third of a hash: i info, g generation, m method, q digest, b bound; f first, n next, t taken, a attachment, o order, d attached,
 -- c cancel, z full, ec and eb the end; s bytes of items, u of those that were not taken, k kept until, x dropped at.
 
 local given = cmsgpack.unpack(ARGV[1])
@@ -19,8 +19,7 @@ local ITEMS, BYTES, RUNS, USER_BYTES, KEEP = unpack(limits)
 local ITEM_BYTES, OVERHEAD, KNOWN, MAX_KNOWN, LONGEST_KEEP = 64, 40, 600000, 4096, 3600000
 local TTL = 2 * LONGEST_KEEP
 local USER, GONE = KEYS[1], P .. 'g:{' .. TAG .. '}'
-local NUMBERS = {'f', 'n', 't', 'o', 's', 'u', 'k', 'x'}
-local CHANGING = {'a', 'c', 'd', 'z', 'ec'}
+local FIELDS = {'i', 'g', 'm', 'q', 'b', 'f', 'n', 't', 'a', 'o', 'd', 'c', 'z', 'ec', 'eb', 's', 'u', 'k', 'x'}
 
 if not now then
   local time = redis.call('TIME')
@@ -72,21 +71,18 @@ local function drop(id)
 end
 
 local function is_over(run)
-  local is_read = run.d == '1' and now < run.x
-  return run.ec ~= '' and not is_read and now >= math.min(run.k, run.x)
+  local is_read = run.d and now < run.x
+  return run.ec and not is_read and now >= math.min(run.k, run.x)
 end
 
 -- Return a run, or nil.
 local function load(id)
-  local flat, run = redis.call('HGETALL', run_key(id)), {id = id}
-  for i = 1, #flat, 2 do
-    run[flat[i]] = flat[i + 1]
-  end
-  if #flat == 0 then
+  local packed, run = redis.call('GET', run_key(id)), {id = id}
+  if not packed then
     return nil
   end
-  for _, name in ipairs(NUMBERS) do
-    run[name] = tonumber(run[name])
+  for i, value in ipairs(cmsgpack.unpack(packed)) do
+    run[FIELDS[i]] = value
   end
   if is_over(run) then
     drop(id)
@@ -97,25 +93,19 @@ end
 
 local function save(run, place)
   local values = {}
-  for _, name in ipairs(NUMBERS) do
-    values[#values + 1] = name
-    values[#values + 1] = string.format('%.0f', run[name])
+  for i, name in ipairs(FIELDS) do
+    values[i] = run[name]
   end
-  for _, name in ipairs(CHANGING) do
-    values[#values + 1] = name
-    values[#values + 1] = run[name]
-  end
-  redis.call('HSET', run_key(run.id), unpack(values))
+  redis.call('SET', run_key(run.id), cmsgpack.pack(values), 'PX', TTL)
   place = place or redis.call('HGET', USER, run.id):match('%d+')
   redis.call('HSET', USER, run.id, string.format('%d %.0f', place, run.s))
-  redis.call('PEXPIRE', run_key(run.id), TTL)
   redis.call('PEXPIRE', items_key(run.id), TTL)
   redis.call('PEXPIRE', USER, TTL)
 end
 
 local function state(run)
-  local ended = run.ec ~= '' and {tonumber(run.ec), run.eb}
-  return {run.i, run.f, run.n, run.t, run.a, run.o, run.d == '1', run.c, ended, run.z == '1'}
+  local ended = run.ec and {run.ec, run.eb}
+  return {run.i, run.f, run.n, run.t, run.a, run.o, run.d, run.c, ended, run.z}
 end
 
 local function is_known(id)
@@ -126,14 +116,13 @@ end
 local function create(id, info)
   local packed, generation, method, digest, is_bound = unpack(info)
   local run = {
-    id = id, i = packed, g = generation, m = method, q = digest, b = is_bound and '1' or '0', f = 0, n = 0, t = 0, a = '',
-    o = 0, d = '0', c = '', z = '0', ec = '', s = 0, u = 0, k = 0, x = 0,
+    id = id, i = packed, g = generation, m = method, q = digest, b = is_bound, f = 0, n = 0, t = 0, a = '',
+    o = 0, d = false, c = '', z = false, ec = false, eb = '', s = 0, u = 0, k = 0, x = 0,
   }
   local places, last = index(), 0
   for _, place in pairs(places) do
     last = math.max(last, place)
   end
-  redis.call('HSET', run_key(id), 'i', run.i, 'g', run.g, 'm', run.m, 'q', run.q, 'b', run.b)
   save(run, last + 1)
   return run
 end
@@ -142,11 +131,10 @@ end
 local function drop_ended(ids, but)
   local oldest, oldest_at
   for _, id in ipairs(ids) do
-    local code, at = unpack(redis.call('HMGET', run_key(id), 'ec', 'x'))
-    at = tonumber(at)
-    if id ~= but and code and code ~= '' then
-      if not oldest or at < oldest_at or (at == oldest_at and id < oldest) then
-        oldest, oldest_at = id, at
+    local run = id ~= but and load(id)
+    if run and run.ec then
+      if not oldest or run.x < oldest_at or (run.x == oldest_at and id < oldest) then
+        oldest, oldest_at = id, run.x
       end
     end
   end
@@ -177,7 +165,7 @@ local function drop_item(run)
 end
 
 local function attach(run, attachment, order)
-  run.a, run.o, run.d = attachment, order, '1'
+  run.a, run.o, run.d = attachment, order, true
 end
 
 -- Whether an attachment is the newest. One that is newer than any which is known was lost.
@@ -209,15 +197,15 @@ function operations.open(method, digest, position, attachment, is_bound, info)
     run = create(ID, info)
   elseif method ~= run.m or (digest and digest ~= run.q) then
     return {'other'}
-  elseif run.b == '1' and not is_bound then
+  elseif run.b and not is_bound then
     return {'unbound'}
-  elseif position < run.f or (position > run.n and run.ec ~= '') then
+  elseif position < run.f or (position > run.n and run.ec) then
     return {'range', run.f, run.n}
   end
   if attachment ~= run.a then
     attach(run, attachment, run.o + 1)
   end
-  run.d = '1'
+  run.d = true
   save(run)
   wake(ID)
   return {'done', info and info[2] == run.g, state(run)}
@@ -227,8 +215,8 @@ function operations.append(generation, first, bodies, code, body)
   local run = load(ID)
   if not run or run.g ~= generation then
     return {'fenced'}
-  elseif run.ec ~= '' then
-    if code and tostring(code) == run.ec and first + #bodies == run.n then
+  elseif run.ec then
+    if code == run.ec and first + #bodies == run.n then
       return {'done', state(run)}
     end
     return {'fenced'}
@@ -242,8 +230,7 @@ function operations.append(generation, first, bodies, code, body)
     run.s, run.u, run.n = run.s + size, run.u + size, run.n + 1
   end
   if code then
-    run.ec, run.eb, run.k, run.x = tostring(code), body, now + KEEP, now + LONGEST_KEEP
-    redis.call('HSET', run_key(ID), 'eb', body)
+    run.ec, run.eb, run.k, run.x = code, body, now + KEEP, now + LONGEST_KEEP
   end
   while run.f < run.t and (run.n - run.f > ITEMS or run.s > BYTES) do
     drop_item(run)
@@ -270,7 +257,7 @@ function operations.append(generation, first, bodies, code, body)
     end
   end
   local was_full = run.z
-  run.z = is_full(run, user_size) and '1' or '0'
+  run.z = is_full(run, user_size)
   save(run)
   if #bodies > 0 or code or was_full ~= run.z then
     wake(ID)
@@ -286,9 +273,9 @@ function operations.restore(info, taken, attachment, order, is_attached, cancel)
     end
     run = create(ID, info)
     attach(run, attachment, order)
-    run.d, run.c = is_attached and '1' or '0', cancel
+    run.d, run.c = is_attached, cancel
   end
-  if run.g ~= info[2] or run.ec ~= '' then
+  if run.g ~= info[2] or run.ec then
     return false
   end
   if run.n < taken then
@@ -305,7 +292,7 @@ function operations.read(attachment, position, items, size, order)
     return {'missing'}
   elseif not is_read_by(run, attachment, order) then
     return {'superseded'}
-  elseif position < run.f or (position > run.n and run.ec ~= '') then
+  elseif position < run.f or (position > run.n and run.ec) then
     return {'range', run.f, run.n}
   end
   local found, bodies = redis.call('LRANGE', items_key(ID), position - run.f, position - run.f + items - 1), {}
@@ -334,12 +321,13 @@ function operations.take(attachment, position, order)
   local _, sizes, ids = index()
   local user_size = total(sizes)
   run.t = position
-  run.z = is_full(run, user_size) and '1' or '0'
+  run.z = is_full(run, user_size)
   save(run)
   wake(ID)
   if user_size >= USER_BYTES then
     for _, id in ipairs(ids) do
-      if redis.call('HGET', run_key(id), 'z') == '1' then
+      local other = load(id)
+      if other and other.z then
         wake(id)
       end
     end
@@ -349,8 +337,8 @@ end
 
 function operations.detach(attachment)
   local run = load(ID)
-  if run and run.a == attachment and run.d == '1' then
-    run.d, run.k = '0', now + KEEP
+  if run and run.a == attachment and run.d then
+    run.d, run.k = false, now + KEEP
     save(run)
     wake(ID)
   end
@@ -359,7 +347,7 @@ end
 
 function operations.cancel(reason)
   local run = load(ID)
-  if not run or run.ec ~= '' then
+  if not run or run.ec then
     return false
   end
   if run.c == '' then

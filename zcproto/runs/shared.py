@@ -10,7 +10,8 @@ Rules:
   failover leaves, is filled from there; so is a log that is missing, unless the run was deleted.
 - An append waits while the store is away. So do readers: they get stored items alone.
 - An attachment and what it has taken are repeated after the store was away. A newer attachment has a higher order.
-- Every POLL_S, and after each reconnection, all that wait read again: a wake-up may be lost.
+- After each reconnection all that wait read again, and readers every POLL_S: a wake-up may be lost. The host looks at
+  its runs as often.
 - An owner is lost if the store saw no sign of it throughout LOST_S of one connection. Any process then writes the
   end, as does a process that finds a run which names it and which it does not run.
 
@@ -425,10 +426,10 @@ class SharedRuns:
         await self._repeat(self._carrier.restored, [*self._known])
         for (key, attachment), reader in [*self._readers.items()]:
             await self._repeat(self._carrier.take, key, attachment, reader.taken, reader.order)
-        await self._wake_all()
+        await self._wake_all(self._watchers)
 
-    async def _wake_all(self) -> None:
-        for count, key in enumerate([*self._watchers]):
+    async def _wake_all(self, keys: Iterable[RunKey]) -> None:
+        for count, key in enumerate([*keys]):
             self.woken(key)
             if not count % REPAIRS_AT_ONCE:
                 await asyncio.sleep(0)
@@ -446,7 +447,7 @@ class SharedRuns:
         while True:
             await asyncio.sleep(POLL_S)
             self.sweep()
-            await self._wake_all()
+            await self._wake_all({key for key, _ in self._readers})
 
     def _look_at(self, key: RunKey, state: RunState) -> None:
         """Note a run that this process depends on and another one runs; end one that no process runs."""
