@@ -1,7 +1,7 @@
 """A program with a durable method, and how a client reads its run.
 
-The method `count` yields numbers. Those from `hold` on wait until the home has a file `go`; the file `started` has a
-line for each method that was run.
+The method `count` yields numbers. Those from `hold` on wait until the home has a file `go`; the file `started`
+has a line for each method that was run.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Rules:
   failover leaves, is filled from there; so is a log that is missing, unless the run was deleted.
 - An append waits while the store is away. So do readers: they get stored items alone.
 - An attachment and what it has taken are repeated after the store was away. A newer attachment has a higher order.
-- After each reconnection all that wait read again, and readers every POLL_S: a wake-up may be lost. The host looks at
-  its runs as often.
+- After each reconnection all that wait read again, and readers every POLL_S: a wake-up may be lost. The host looks
+  at its runs as often.
 - An owner is lost if the store saw no sign of it throughout LOST_S of one connection. Any process then writes the
   end, as does a process that finds a run which names it and which it does not run.
 
