@@ -496,6 +496,10 @@ class SharedRuns:
             except Unavailable:
                 self._absences.clear()
                 continue
+            reading = {key for key, _ in self._readers}
+            for key, state in suspects.items():
+                if state.info.owner not in missing and key not in reading:  # it was only listed
+                    self._suspects.pop(key, None)
             await self._end_lost(self._absences.lost(missing, self._now()), suspects, attached)
 
     async def _end_lost(
