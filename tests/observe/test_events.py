@@ -51,6 +51,10 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         ]
         + ["tokens.unreadable", "tokens.readable", "tokens.changed"],
     ),
+    "zcproto/bus/connection.py": (
+        "the name begins with what the connection is for",
+        [f"{name}.{what}" for name in ("topics", "runs") for what in ("away", "back")],
+    ),
     "zcproto/alerts/service.py": (
         "the name is that of a phase of an alert",
         [f"alert.{phase.value}" for phase in Phase],

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import until
 from tests.limits import TIMEOUT
 from tests.runs.contract import LIMITS, agree, info_of
+from tests.stores.valkey.server_process import until
 from zcproto.common.unix_socket import listen_unix
 from zcproto.errors import Code, NotFound, Unavailable
 from zcproto.runs import shared
@@ -175,8 +175,7 @@ async def test_ended_run_is_not_started_again_by_a_new_coordinator(fleet: Fleet)
             return False
         raise AssertionError("it was started again")
 
-    while not await is_refused():
-        await asyncio.sleep(0.01)
+    await until(is_refused)
 
 
 async def test_unknown_run_is_awaited_until_all_workers_are_back(fleet: Fleet) -> None:
@@ -246,8 +245,7 @@ async def test_opening_that_was_cut_leaves_a_run_with_an_end(fleet: Fleet) -> No
     async def has_ended() -> bool:
         return [state.end for _, state in await second.runs("ada")] == [shared.owner_lost(0)]
 
-    while not await has_ended():
-        await asyncio.sleep(0.01)
+    await until(has_ended)
 
 
 async def test_process_ends_a_run_that_names_it_and_that_it_does_not_run(fleet: Fleet) -> None:

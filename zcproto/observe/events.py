@@ -423,6 +423,14 @@ topics.back info (), limit per event
 topics.refused warning (topic reason), limit per event
     The store has refused events of a topic; subscribers of other processes have missed them.
 
+# Durable runs of all processes
+runs.away warning (reason), limit per event
+    The store of durable runs cannot be reached: their methods and readers wait.
+runs.back info (), limit per event
+    The store of durable runs is there again. What it had lost of the runs of this process is written back.
+runs.refused warning (reason), limit per event
+    The store has refused an operation of a durable run. It is repeated.
+
 # Alerts
 alert.began warning (kind about severity title details count) by peer, limit per event
     An alert began, see docs/alerts.md. The level is that of its severity; error for critical.

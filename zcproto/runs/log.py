@@ -226,7 +226,7 @@ class RunTable:
         check_binding(info, opening.is_bound)
         is_behind = position > state.next and (state.end is not None or not self._may_lag)
         if position < state.first or is_behind:
-            raise _out_of_range(state)
+            raise out_of_range(state.first, state.next)
 
     def _start(self, key: RunKey, info: RunInfo, now: float) -> _Run:
         limits, user = self.limits, self._users.get(key.user, _User())
@@ -238,9 +238,7 @@ class RunTable:
             while len(user.runs) >= limits.runs_per_user and self._drop_ended(key.user, now):
                 pass
         if len(user.runs) >= limits.runs_per_user or len(user.gone) >= KNOWN_PER_USER:
-            raise ResourceExhausted(
-                "this user has too many durable runs; cancel one", {"limit": limits.runs_per_user}
-            )
+            raise too_many_runs(limits.runs_per_user)
         return self._add(key, info)
 
     def _add(self, key: RunKey, info: RunInfo) -> _Run:
@@ -253,14 +251,16 @@ class RunTable:
     ) -> tuple[RunState, Sequence[bytes]]:
         """Return the items from a position on: at most so many and bytes, but at least one if there is one.
 
-        `order` is that of the attachment, if the table may have lost it. Raises NotFound, Superseded, or OutOfRange if they were dropped or lie behind the end.
+        `order` is that of the attachment, if the table may have lost it.
+
+        Raises NotFound, Superseded, or OutOfRange if they were dropped or lie behind the end.
         """
         run = self._find(key)
         state = run.state
         if not run.is_read_by(attachment, order):
             raise Superseded("another attachment reads this run")
         if position < state.first or (position > state.next and state.end is not None):
-            raise _out_of_range(state)
+            raise out_of_range(state.first, state.next)
         found: list[bytes] = []
         for body in run.bodies(position, position + items):
             size -= ITEM_BYTES + len(body)
@@ -496,10 +496,16 @@ class RunTable:
 def check_binding(info: RunInfo, is_bound: bool) -> None:
     """Raise PermissionDenied for a session that is less bound than the one that has opened a run."""
     if info.is_bound and not is_bound:
-        raise PermissionDenied("the run was opened by a session that is bound to a key; use such a session")
+        raise not_bound()
 
 
-def _out_of_range(state: RunState) -> OutOfRange:
-    return OutOfRange(
-        f"the run has items from {state.first} to {state.next}", {"first": state.first, "next": state.next}
-    )
+def not_bound() -> PermissionDenied:
+    return PermissionDenied("the run was opened by a session that is bound to a key; use such a session")
+
+
+def out_of_range(first: int, next: int) -> OutOfRange:
+    return OutOfRange(f"the run has items from {first} to {next}", {"first": first, "next": next})
+
+
+def too_many_runs(limit: int) -> ResourceExhausted:
+    return ResourceExhausted("this user has too many durable runs; cancel one", {"limit": limit})

@@ -1,6 +1,7 @@
 """The durable runs of one process in a store that several processes share.
 
-    host -> SharedRuns -> carrier -> the coordinator's table (zcproto/workers/runs.py), or Valkey (zcproto/bus/runs.py)
+    host -> SharedRuns -> carrier -> the coordinator's table (zcproto/workers/runs.py)
+                                  -> or Valkey (zcproto/bus/runs.py)
 
 Decides: what a process repeats when the store was away or has lost a part, and which owner is lost.
 
@@ -9,7 +10,8 @@ Rules:
   failover leaves, is filled from there; so is a log that is missing, unless the run was deleted.
 - An append waits while the store is away. So do readers: they get stored items alone.
 - An attachment and what it has taken are repeated after the store was away. A newer attachment has a higher order.
-- Every POLL_S, and after each reconnection, all that wait read again: a wake-up may be lost.
+- After each reconnection all that wait read again, and readers every POLL_S: a wake-up may be lost. The host looks
+  at its runs as often.
 - An owner is lost if the store saw no sign of it throughout LOST_S of one connection. Any process then writes the
   end, as does a process that finds a run which names it and which it does not run.
 
@@ -27,6 +29,7 @@ from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.common.backoff import backoff_s
+from zcproto.common.clock import Entropy
 from zcproto.errors import Code, NotFound, ResourceExhausted, Unavailable
 from zcproto.runs.log import ITEM_BYTES, KNOWN_S, RETRY_MS, End, Gap, Opening, RunKey, RunLimits, RunState
 from zcproto.wire.message import encode_error
@@ -45,6 +48,7 @@ REPAIRS_AT_ONCE: Final = 64
 MAX_KNOWN: Final = 65_536
 """Ids of own runs that have ended, which a new store is told."""
 
+_PROCESS_SIZE: Final = 8
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.5
 
@@ -112,6 +116,11 @@ class Absences:
         """Take which processes show no sign of life now. Return those that are lost."""
         self._since = {each: self._since.get(each, now) for each in missing}
         return {each for each, since in self._since.items() if now - since >= LOST_S}
+
+
+def new_process(entropy: Entropy) -> str:
+    """Return the id of this process in a shared store; to be made after its fork."""
+    return entropy(_PROCESS_SIZE).hex()
 
 
 def owner_lost(items: int) -> End:
@@ -186,6 +195,7 @@ class SharedRuns:
 
     async def stop(self) -> None:
         """Store what is not stored yet, if that takes no long time, and disconnect."""
+        await asyncio.sleep(0)  # methods that were cancelled now have their ends
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_S):
                 await asyncio.gather(*(self._repair(key, run) for key, run in [*self._owned.items()]))
@@ -416,10 +426,10 @@ class SharedRuns:
         await self._repeat(self._carrier.restored, [*self._known])
         for (key, attachment), reader in [*self._readers.items()]:
             await self._repeat(self._carrier.take, key, attachment, reader.taken, reader.order)
-        await self._wake_all()
+        await self._wake_all(self._watchers)
 
-    async def _wake_all(self) -> None:
-        for count, key in enumerate([*self._watchers]):
+    async def _wake_all(self, keys: Iterable[RunKey]) -> None:
+        for count, key in enumerate([*keys]):
             self.woken(key)
             if not count % REPAIRS_AT_ONCE:
                 await asyncio.sleep(0)
@@ -437,7 +447,7 @@ class SharedRuns:
         while True:
             await asyncio.sleep(POLL_S)
             self.sweep()
-            await self._wake_all()
+            await self._wake_all({key for key, _ in self._readers})
 
     def _look_at(self, key: RunKey, state: RunState) -> None:
         """Note a run that this process depends on and another one runs; end one that no process runs."""
@@ -486,6 +496,10 @@ class SharedRuns:
             except Unavailable:
                 self._absences.clear()
                 continue
+            reading = {key for key, _ in self._readers}
+            for key, state in suspects.items():
+                if state.info.owner not in missing and key not in reading:  # it was only listed
+                    self._suspects.pop(key, None)
             await self._end_lost(self._absences.lost(missing, self._now()), suspects, attached)
 
     async def _end_lost(

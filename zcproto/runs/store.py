@@ -40,6 +40,11 @@ class RunStore(Protocol):
 
     async def forget(self, user: str) -> int: ...
 
+    async def start(self) -> None:
+        """Connect to the other processes, and stay connected. Does not wait for them."""
+
+    async def stop(self) -> None: ...
+
     def reconfigure(self, limits: RunLimits) -> None: ...
 
     def sweep(self) -> None:
@@ -58,6 +63,12 @@ class MemoryRuns:
         self._now = now
         self.watch = table.watch
         self.unwatch = table.unwatch
+
+    async def start(self) -> None:
+        """Do nothing."""
+
+    async def stop(self) -> None:
+        """Do nothing."""
 
     async def open(self, key: RunKey, opening: Opening) -> tuple[bool, RunState]:
         return self.table.open(key, opening, self._now())

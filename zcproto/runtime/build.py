@@ -64,7 +64,7 @@ from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
 from zcproto.runs.log import RunLimits, RunTable
-from zcproto.runs.store import MemoryRuns
+from zcproto.runs.store import MemoryRuns, RunStore
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,
@@ -75,7 +75,7 @@ from zcproto.runtime.alert_sources import (
     on_store_event,
     watch_rates,
 )
-from zcproto.runtime.store_setup import MEMORY, NEAR_CACHE, SQLITE, build_carrier, build_store
+from zcproto.runtime.store_setup import NEAR_CACHE, build_carrier, build_runs, build_store
 from zcproto.server.access import access_of
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.durable import serve_runs
@@ -142,6 +142,8 @@ class WorkerRole:
     """Makes the reports of all processes from the parts of this one."""
     topics: Carrier | None = None
     """Takes events to the topics of the other processes."""
+    runs: RunStore | None = None
+    """The durable runs that the processes share."""
     connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
     """Makes the lookup of connections in other processes from the state of this one."""
 
@@ -218,12 +220,12 @@ async def build(
         if carrier is not None:
             state.topics = share_topics(topics, carrier, clock)
             state.remote_clients = RemoteClients(state, state.topics)
-    if role.fleet is None and config.store.url in (MEMORY, SQLITE):
+    if any(method.is_durable for method in app):
+        limits = run_limits(config)
+        runs = role.runs or await asyncio.to_thread(build_runs, store, config, home, entropy, limits)
         serve_runs(
-            state, MemoryRuns(RunTable(run_limits(config)), clock.now), config.streams.durable_abandon_after
+            state, runs or MemoryRuns(RunTable(limits), clock.now), config.streams.durable_abandon_after
         )
-    elif any(method.is_durable for method in app):
-        log.warning("streams.not_durable")
     parts = Parts(
         active=active,
         home=home,

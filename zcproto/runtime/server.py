@@ -183,6 +183,9 @@ class Server:
             if self._has_control:
                 await asyncio.to_thread(require_unused, self.home)
             parts = await self._build()
+            runs = parts.state.runs
+            if runs is not None:
+                stack.push_async_callback(runs.store.stop)
             stack.push_async_callback(close_state, parts)
             telemetry = await self._start_telemetry(parts, stack)
             routes = Operations(
@@ -204,6 +207,8 @@ class Server:
             if parts.store is not None:
                 await parts.store.start()
                 stack.push_async_callback(parts.store.stop)
+            if runs is not None:
+                await runs.store.start()
             if parts.state.topics is not None:
                 if parts.state.topics.is_used:  # else once the first client handles calls
                     await parts.state.topics.start()

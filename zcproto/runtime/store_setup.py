@@ -17,6 +17,8 @@ from zcproto.common.text import extra_cure
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
+from zcproto.runs.log import RunLimits
+from zcproto.runs.shared import SharedRuns, new_process
 from zcproto.server.idempotency import answer_limits
 from zcproto.stores.base import SessionStore
 from zcproto.stores.revoker import OnEvent
@@ -85,10 +87,30 @@ def build_carrier(store: SessionStore | None, config: Config, home: Home, entrop
     from zcproto.stores.valkey.store import PREFIX, ValkeyStore  # noqa: PLC0415 - likewise
 
     assert isinstance(store, ValkeyStore)
+    seals = _seals(home, entropy)
+    return ValkeyTopics(store.make_servers, PREFIX.encode(), *seals, entropy, config.store.timeout)
+
+
+def build_runs(
+    store: SessionStore | None, config: Config, home: Home, entropy: Entropy, limits: RunLimits
+) -> SharedRuns | None:
+    """Return the durable runs that servers of the store share; None as `build_carrier`. Raises as it does."""
+    if config.store.url in (MEMORY, SQLITE) or store is None:
+        return None
+    from zcproto.bus.runs import ValkeyRuns  # noqa: PLC0415 - likewise
+    from zcproto.stores.valkey.store import PREFIX, ValkeyStore  # noqa: PLC0415 - likewise
+
+    assert isinstance(store, ValkeyStore)
+    process = new_process(entropy)
+    carrier = ValkeyRuns(
+        store.make_servers, PREFIX.encode(), *_seals(home, entropy), limits, process, config.store.timeout
+    )
+    return SharedRuns(carrier, limits, process)
+
+
+def _seals(home: Home, entropy: Entropy) -> tuple[Sealer, Opener]:
     keys = load_keys(home.store_key, entropy)
-    sealer, opener = Sealer(keys, entropy), Opener(keys)
-    timeout = config.store.timeout
-    return ValkeyTopics(store.make_servers, PREFIX.encode(), sealer, opener, entropy, timeout)
+    return Sealer(keys, entropy), Opener(keys)
 
 
 def report_notice(on_event: OnEvent, name: str, **values: object) -> None:

@@ -137,6 +137,8 @@ class ClientsElsewhere(Protocol):
 
     async def find(self, user: str | None, handles: str | None, most: int) -> list[ConnectedClient]: ...
     async def stop(self) -> None: ...
+
+
 class Runs(Protocol):
     """The durable runs, as the rest of the server uses them; implemented by `DurableRuns`."""
 
@@ -435,6 +437,7 @@ class ServerState:
         if self.tracing is None:
             return await ask(traceparent)
         return await self.tracing.call_client(method, peer, traceparent, ask)
+
     def lifespan_value(self, method: str) -> Any:
         """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""
         owner = self.methods[method].owner

@@ -185,9 +185,8 @@ class MemoryServer:
         active = ActiveConfig(config)
         login = build_login(active, NO_HOME, state, self._authenticators, now=_no_time).login
         state.add_methods([*protocol_methods(state, login, app=self._app), *self._app])
-        serve_runs(
-            state, MemoryRuns(RunTable(run_limits(config)), clock.now), config.streams.durable_abandon_after
-        )
+        runs = MemoryRuns(RunTable(run_limits(config)), clock.now)
+        serve_runs(state, runs, config.streams.durable_abandon_after)
 
         def end_connections() -> None:
             self._state = None

@@ -39,8 +39,10 @@ from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.errors import ConfigError, ResourceExhausted, ZcprotoError
 from zcproto.observe.log import level, set_level
+from zcproto.runs.shared import SharedRuns, new_process
+from zcproto.runs.store import MemoryRuns
 from zcproto.runtime.alert_sources import on_store_event
-from zcproto.runtime.build import WorkerRole, build_alerts
+from zcproto.runtime.build import WorkerRole, build_alerts, run_limits
 from zcproto.runtime.store_setup import MEMORY, SQLITE, report_notice
 from zcproto.server.idempotency import answer_limits
 from zcproto.server.state import ConnectionsElsewhere, ConnectionUses, ServerState
@@ -54,6 +56,7 @@ from zcproto.workers.hub import StoreHub
 from zcproto.workers.limits import WorkerCounting
 from zcproto.workers.link import SILENCE_S, Link, LinkClient, LinkServer, Topics
 from zcproto.workers.remote_store import RemoteStore, StoreServer
+from zcproto.workers.runs import RunHub, WorkerRuns
 from zcproto.workers.throttle import SharedThrottle, throttle_calls
 from zcproto.workers.topics import TopicHub, WorkerTopics
 
@@ -177,12 +180,15 @@ async def coordinator(
     serve_connections(server)
     topic_hub = TopicHub(system_entropy)
     topic_hub.serve(server)
+    run_hub = RunHub(run_limits(config), workers, system_clock.now)
+    run_hub.serve(server)
     await server.start()
     if hub is not None:
         # First of all, because the workers wait for it. A failure is reported when the server opens the store.
         with suppress(StoreUnavailable, ConfigError):
             await hub.open()
     collecting = asyncio.create_task(collector.run(), name="zcproto-figures")
+    sweeping = asyncio.create_task(run_hub.run(), name="zcproto-runs")
     try:
         role = WorkerRole(
             has_lifespans=False,
@@ -192,6 +198,7 @@ async def coordinator(
             alerts=alerts,
             throttle=throttle,
             topics=None if hub is None else topic_hub,
+            runs=None if hub is None else MemoryRuns(run_hub.table, system_clock.now),
             fleet=partial(
                 collector.read_parts, member, count_sessions=None if hub is None else lambda: hub.sessions
             ),
@@ -199,6 +206,7 @@ async def coordinator(
         yield Membership(role, topics, server=server, stores=stores, announce_end=announce_end)
     finally:
         collecting.cancel()
+        sweeping.cancel()
         announce_end()  # again: the drain may have been long
         await server.flush()
         await server.close()
@@ -253,9 +261,12 @@ async def worker(
     client.on_down.append(throttle.link_lost)
     reporter = Reporter()
     reporter.serve(topics)
-    store = shared = None
+    store = shared = runs = None
     if config.store.url in (MEMORY, SQLITE):
         shared = WorkerTopics(path, name=member.name, silence=silence, random=random)
+        limits, process = run_limits(config), new_process(system_entropy)
+        carrier = WorkerRuns(path, process, name=member.name, silence=silence, random=random)
+        runs = SharedRuns(carrier, limits, process)
         store = RemoteStore(
             path,
             client,
@@ -275,6 +286,7 @@ async def worker(
             report_gone=partial(client.call, GONE, within=GONE_WITHIN_S),
             run=f"{member.number:x}{system_entropy(_RUN_SIZE).hex()}",
             topics=shared,
+            runs=runs,
             fleet=partial(reporter.read_parts, member, client),
             connections=partial(connections_elsewhere, client, topics),
         )

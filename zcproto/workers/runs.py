@@ -176,7 +176,10 @@ class RunHub:
         return operation(key, *arguments[1:])
 
     def _open(self, key: RunKey, opening: list[Any], info: list[Any] | None) -> Any:
-        given = Opening(*opening, None if info is None else RunInfo(*info))
+        method, digest, position, attachment, is_bound = opening
+        given = Opening(
+            method, digest, position, attachment, is_bound, None if info is None else RunInfo(*info)
+        )
         is_new, state = self.table.open(key, given, self._now())
         return is_new, state_values(state)
 
@@ -316,4 +319,7 @@ class WorkerRuns:
         return set()
 
     async def restored(self, known: Iterable[RunKey]) -> None:
-        await self._call("restored", [*known])
+        try:
+            await self._client.call("runs.restored", [*known], is_lasting=True)
+        except LinkLost as error:
+            raise Unavailable(error.reason) from None

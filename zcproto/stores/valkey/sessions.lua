@@ -27,6 +27,8 @@
 --   b:{N}          bytes of answers
 --   h:NODE         a process that has claimed requests, while it lives
 --   e:{TOPIC}      a map: the epoch and the last number of a topic (zcproto/bus/valkey.py); and its channel
+--   d:{TAG} g:{TAG} j:{TAG}ID k:{TAG}ID   the durable runs of a user (zcproto/bus/runs.lua)
+--   y:PROCESS      a process with durable runs, while it lives
 --   n              counts sessions and requests, to keep them in order
 --   v:{N}          the version of this layout and a mark, which is missing if the server has lost its data
 --
