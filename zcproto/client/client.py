@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random as system_random
+import secrets
 from asyncio import get_running_loop
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -52,9 +53,11 @@ from zcproto.client.retry import (
 from zcproto.client.session import CLOSE_TIMEOUT, ClientSession, SessionManager
 from zcproto.client.streams import (
     DEFAULT_WINDOW,
+    RUN_ID_SIZE,
     OutgoingCall,
     Prepared,
     Reopen,
+    RunPosition,
     SentItems,
     Stream,
     StreamMiddleware,
@@ -72,6 +75,7 @@ from zcproto.errors import (
     ConnectionClosed,
     DeadlineExceeded,
     InvalidArgument,
+    NotFound,
     ZcprotoError,
 )
 from zcproto.wire.frame import NO_TOKEN
@@ -296,6 +300,7 @@ class SessionClient:
         *,
         items: SentItems | None = None,
         reopen: Reopen | None = None,
+        durable: bool = False,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -312,13 +317,70 @@ class SessionClient:
         returns the params to replace, such as `{"after": last["id"]}`. Without it, a stream that may have begun is
         never opened again.
 
-        Raises like `call`, and Unimplemented if the server has no streams.
+        A `durable` stream goes on without its connection: it is resumed where it stopped, on any connection, and its
+        items come once and in order. Leaving early does not cancel the method: `cancel` does. `stream.id` and
+        `stream.position` let another client go on with `resume`.
+
+        Raises like `call`, and Unimplemented if the server has no streams, or no durable ones.
         """
+        run = RunPosition(secrets.token_urlsafe(RUN_ID_SIZE)) if durable else None
+        return self._stream(
+            method,
+            {**(params or {}), **named},
+            window=window,
+            timeout=timeout,
+            item_timeout=item_timeout,
+            traceparent=traceparent,
+            items=items,
+            reopen=reopen,
+            run=run,
+        )
+
+    def resume(
+        self,
+        id: str,
+        *,
+        method: str = "",
+        after: int = 0,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+    ) -> Stream:
+        """Go on with a durable stream of this user from the position `after`: that many items are not sent again.
+
+        `timeout` limits this attachment and not the method. Without `method` the server is asked for its name.
+
+        Raises NotFound for a run that is not kept any more, OutOfRange for items that are not, and otherwise like
+        `stream`.
+        """
+        run = RunPosition(id, after, is_known=True)
+        return self._stream(
+            method, {}, window=window, timeout=timeout, item_timeout=item_timeout, traceparent=None, run=run
+        )
+
+    async def durable_streams(self) -> list[dict[str, Any]]:
+        """Return the durable streams of this user that run or are kept, as `stream.list` describes them."""
+        found: list[dict[str, Any]] = await self.call("stream.list")
+        return found
+
+    def _stream(
+        self,
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        window: Credit,
+        timeout: float | None,
+        item_timeout: float | None,
+        traceparent: str | None,
+        items: SentItems | None = None,
+        reopen: Reopen | None = None,
+        run: RunPosition | None = None,
+    ) -> Stream:
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         request = StreamRequest(
             method,
-            {**(params or {}), **named},
+            params,
             window,
             self._deadline(timeout),
             traceparent,
@@ -338,6 +400,9 @@ class SessionClient:
         return Stream(self, request, item_timeout, items, reopen, middleware)
 
     async def _open_stream(self, request: StreamRequest) -> PendingStream:
+        run = request.run
+        if run is not None and not request.method:
+            request.method = await self._method_of(run.id)
         connection = await self._ready_before(request.deadline)
         now, meta = self._loop.time(), None
         if request.deadline != NEVER:
@@ -347,8 +412,26 @@ class SessionClient:
         self._sessions.used(now)
         token = self._sessions.token
         return connection.open_stream(
-            request.method, request.params, token, meta, request.window, request.deadline
+            request.method,
+            request.params,
+            token,
+            meta,
+            request.window,
+            request.deadline,
+            None if run is None else run.resume(now),
         )
+
+    async def _method_of(self, id: str) -> str:
+        for run in await self.durable_streams():
+            if run["id"] == id:
+                return str(run["method"])
+        raise NotFound(
+            "there is no durable stream with this id; call durable_streams for those that are kept"
+        )
+
+    async def _cancel_run(self, id: str) -> bool:
+        result: dict[str, Any] = await self.call("stream.cancel", id=id)
+        return bool(result["cancelled"])
 
     async def _after_stream_error(
         self,
