@@ -14,7 +14,7 @@ KIT = "clients/conformance"
 
 BELOW_THE_EDGE = {
     *("tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts", "http"),
-    *("errors", "common", "config", "accelerator", "bus"),
+    *("errors", "common", "config", "accelerator", "bus", "runs"),
 }
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certs": {"errors", "common", "config", "tls", "observe"},
     "stores": {"errors", "common", "sessions", "observe"},
     "alerts": {"errors", "common", "config", "observe"},
+    "runs": {"errors", "common", "wire"},
     # the edge
-    "bus": {"errors", "common", "stores", "observe"},
+    "bus": {"errors", "common", "stores", "observe", "runs"},
     "app": {"bus", "errors", "common", "wire", "connection", "sessions", "auth", "observe"},
     "server": {"app"} | BELOW_THE_EDGE,
     "admin": {"server", "app"} | BELOW_THE_EDGE,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import ACCEPTED, HEADER_SIZE, MIN_LENGTH, RawFrame, Side, check_head, encode_frame
+from zcproto.wire.frame import ALLOWED, HEADER_SIZE, MIN_LENGTH, RawFrame, Side, check_head, encode_frame
 from zcproto.wire.message import (
     MessageError,
     decode_body,
@@ -37,9 +37,9 @@ uint64 = st.integers(0, 2**64 - 1)
 
 @st.composite
 def good_frames(draw: st.DrawFn, receiver: Side) -> bytes:
-    head = draw(st.sampled_from(sorted(ACCEPTED[receiver].heads)))
+    head = draw(st.sampled_from(sorted(ALLOWED[receiver].heads)))
     try:
-        check_head(head, 0, MIN_LENGTH, ACCEPTED[receiver])
+        check_head(head, 0, MIN_LENGTH, ALLOWED[receiver])
         stream = 0
     except ProtocolError:
         stream = draw(st.integers(1, 2**32 - 1))
@@ -87,7 +87,7 @@ def test_any_bytes_give_frames_a_prefix_or_protocol_error(data: st.DataObject, r
     assert b"".join(encode_frame(*frame[1:]) for frame in frames) == stream[:taken]
     for length, head, number, *_ in frames:
         assert MIN_LENGTH <= length <= LIMIT
-        check_head(head, number, length, ACCEPTED[receiver])
+        check_head(head, number, length, ALLOWED[receiver])
     if isinstance(rest, Code):
         assert rest in {Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE}
     else:

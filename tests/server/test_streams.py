@@ -35,7 +35,7 @@ from zcproto.server.protocol_methods import cut_afterwards
 from zcproto.server.request_limits import RequestSettings
 from zcproto.server.streams import STREAM_TURN_BYTES
 from zcproto.sessions import EndReason
-from zcproto.wire.frame import ACCEPTED, CANCEL, NO_TOKEN, OPEN, PING, REQUEST, Kind, Side
+from zcproto.wire.frame import ALLOWED, CANCEL, NO_TOKEN, OPEN, PING, REQUEST, Kind, Side
 from zcproto.wire.message import encode_request
 
 
@@ -282,7 +282,7 @@ def test_client_that_uses_no_stream_gets_no_new_kind(harness: Harness) -> None:
     harness.allow_streams()
     peer = harness.connect()
     assert "streams" in peer.welcome.value
-    peer.accept(ACCEPTED[Side.CLIENT])
+    peer.accept(ALLOWED[Side.CLIENT])
     peer.login()
     peer.send(peer.request(1, "big", {"n": 1}), peer.request(2, "wait"), peer.frame(PING))
     peer.send(peer.frame(CANCEL, 2), peer.request(3, "count", {"n": 1}))

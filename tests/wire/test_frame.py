@@ -10,7 +10,7 @@ from tests.wire.vectors import document
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire import frame as wire
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     HEADER_SIZE,
     MIN_LENGTH,
     NO_TOKEN,
@@ -68,7 +68,7 @@ def test_every_kind_has_a_head_constant() -> None:
 
 
 def test_only_ping_and_pong_are_accepted_by_both_sides() -> None:
-    server, client = (ACCEPTED[side].heads for side in (Side.SERVER, Side.CLIENT))
+    server, client = (ALLOWED[side].heads for side in (Side.SERVER, Side.CLIENT))
     assert server & client == {wire.PING, wire.PONG}
     assert server | client == {head_of(kind) for kind in Kind if kind < Kind.OPEN}
 
@@ -131,7 +131,7 @@ OF_STREAMS = {
 
 def is_accepted(head: int, stream: int, receiver: Side, accepted: Accepted | None = None) -> bool:
     try:
-        check_head(head, stream, 64, accepted or ACCEPTED[receiver])
+        check_head(head, stream, 64, accepted or ALLOWED[receiver])
     except ProtocolError as error:
         if error.code is not Code.PROTOCOL_ERROR:
             raise
@@ -175,5 +175,5 @@ def test_flags_are_refused(kind: Kind, stream: int) -> None:
 )
 def test_header_is_checked_in_order_version_kind_flags_stream(head: int, stream: int, reason: str) -> None:
     with pytest.raises(ProtocolError) as caught:
-        check_head(head, stream, 64, ACCEPTED[Side.SERVER])
+        check_head(head, stream, 64, ALLOWED[Side.SERVER])
     assert caught.value.reason == reason

@@ -73,7 +73,7 @@ Produce = Callable[[Any], Awaitable[Any]]
 UNLIMITED: Final = "session."
 """Methods that begin with this are not counted by the limits of requests."""
 
-RESERVED_PREFIXES: Final = (UNLIMITED, "server.", "device.")
+RESERVED_PREFIXES: Final = (UNLIMITED, "server.", "device.", "stream.")
 
 _MAX_SLEEP_MS: Final = 3_600_000
 
@@ -119,6 +119,7 @@ class Method:
         "encode_item",
         "function",
         "is_async",
+        "is_durable",
         "is_open",
         "is_unchecked",
         "items",
@@ -144,6 +145,7 @@ class Method:
         roles: Collection[str] = (),
         may_wait: bool = False,
         thread: bool = False,
+        durable: bool = False,
         signature: Signature | None = None,
     ) -> None:
         _check_name(name)
@@ -164,11 +166,16 @@ class Method:
         yields = _is(inspect.isasyncgenfunction, function)
         if public and (yields or signature.items is not None):
             raise ValueError(f"method {name}: a stream needs a session; remove public=True")
+        if durable and (not yields or signature.items is not None):
+            raise TypeError(
+                f"method {name}: a durable method only sends items; write an async generator without Items"
+            )
         if signature.items is not None and not (yields or self.is_async):
             raise TypeError(f"method {name}: a method that takes items waits for them; write async def")
         self.name = name
         self.function = function
         self.public = public
+        self.is_durable = durable
         self.roles = roles_from(roles)
         self.doc = inspect.getdoc(function) or ""
         self.may_wait = may_wait or self.is_async
@@ -352,6 +359,7 @@ class App(Generic[State]):
         public: bool = False,
         roles: Collection[str] = (),
         thread: bool = False,
+        durable: bool = False,
     ) -> Callable[[Handler], Handler]: ...
     def method(
         self,
@@ -360,21 +368,24 @@ class App(Generic[State]):
         public: bool = False,
         roles: Collection[str] = (),
         thread: bool = False,
+        durable: bool = False,
     ) -> Callable[..., Any]:
         """Register a function under `name`, by default its own: `@app.method`, `@app.method("name")`.
 
         A `public` method may be called without a session. With `roles`, such as {"admin"}, a session needs one of
         them; the configuration may allow and deny the method to roles too. With `thread` a plain function may
-        block: it runs in one of the server's threads. Raises ValueError for a name that is malformed, registered or
+        block: it runs in one of the server's threads. A `durable` stream goes on without its connection, and its
+        items are kept until a client has taken them. Raises ValueError for a name that is malformed, registered or
         reserved, for a malformed role, and for `public` with `roles` or with a stream; TypeError for an annotation
-        that cannot be used, for `self`, and for `thread` with `async def`.
+        that cannot be used, for `self`, for `thread` with `async def`, and for `durable` of another method than a
+        stream that takes no items.
         """
         if not (name is None or isinstance(name, str)):
             return self.method()(name)
 
         def register(function: Handler) -> Handler:
             own_name = _name_of(function) if name is None else name
-            self.add(Method(own_name, function, public=public, roles=roles, thread=thread))
+            self.add(Method(own_name, function, public=public, roles=roles, thread=thread, durable=durable))
             return function
 
         return register

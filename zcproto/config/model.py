@@ -409,6 +409,15 @@ class StreamsConfig(Settings):
     all is promised. Divided among workers."""
     stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0
     """How long an item may wait for a client to ask for it; then its stream is cancelled."""
+    durable_per_user: Annotated[int, whole(1, 1_000)] = 16
+    """Durable runs of one user that run or are kept. The oldest that has ended makes room for a new one."""
+    durable_bytes: Annotated[int, whole(1_048_576, 1_099_511_627_776)] = 268_435_456
+    """Bytes of items that durable runs keep for all users; beyond it no run starts. One run may keep 1 MiB, one
+    user 8 MiB."""
+    durable_keep: Annotated[float, duration("1s", "1h")] = 900.0
+    """How long a durable run is kept after its end, or after the last client has read it; at most an hour."""
+    durable_abandon_after: Annotated[float, duration("1s", "30d")] = 900.0
+    """How long a durable method runs without a client that reads it. Then it is cancelled."""
 
 
 class CallsConfig(Settings):

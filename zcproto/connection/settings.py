@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     MIN_LENGTH,
     VERSION,
     Accepted,
@@ -87,7 +87,7 @@ class ConnectionSettings:
             "sts": {"max_age": self.sts.max_age_s, "include_subdomains": self.sts.include_subdomains},
         }
         welcome |= self.features
-        accepted = ACCEPTED[Side.SERVER]
+        accepted = ALLOWED[Side.SERVER]
         if self.streams is not None:
             accepted = accepted_with_streams(Side.SERVER, self.streams.max_item)
         if self.max_calls:

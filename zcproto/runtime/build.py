@@ -62,6 +62,7 @@ from zcproto.config import AuthConfig, Config, OidcConfig, TelemetryConfig
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import Hold, LoopHolds, LoopLag
+from zcproto.runs.log import RunLimits
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,
@@ -72,9 +73,10 @@ from zcproto.runtime.alert_sources import (
     on_store_event,
     watch_rates,
 )
-from zcproto.runtime.store_setup import NEAR_CACHE, build_carrier, build_store
+from zcproto.runtime.store_setup import MEMORY, NEAR_CACHE, SQLITE, build_carrier, build_store
 from zcproto.server.access import access_of
 from zcproto.server.clients import CallLimits, RegisteredClients
+from zcproto.server.durable import serve_runs
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.lifespan import Lifespans
@@ -211,6 +213,10 @@ async def build(
     if topics:
         carrier = role.topics or await asyncio.to_thread(build_carrier, store, config, home, entropy)
         state.topics = None if carrier is None else share_topics(topics, carrier, clock)
+    if role.fleet is None and config.store.url in (MEMORY, SQLITE):
+        serve_runs(state, run_limits(config), config.streams.durable_abandon_after)
+    elif any(method.is_durable for method in app):
+        log.warning("streams.not_durable")
     parts = Parts(
         active=active,
         home=home,
@@ -474,6 +480,7 @@ def _log_certificate_refused(reason: str, address: str) -> None:
 async def _end_user_sessions(state: ServerState, name: str, user: User) -> int:
     """End the sessions of a user who was removed or changed. Return how many."""
     ended = await state.sessions.revoke_user(name, EndReason.USER_CHANGED)
+    await state.forget_runs(name)
     log.info("user.gone", user=name, sessions=ended)
     state.on_revoked(f"the user {name} was removed or changed", ended, False)
     return ended
@@ -657,6 +664,14 @@ def stream_limits(config: Config) -> StreamLimits | None:
         window_bytes=streams.window_bytes,
         memory_bytes=streams.memory_bytes,
         stall_timeout_s=streams.stall_timeout,
+    )
+
+
+def run_limits(config: Config) -> RunLimits:
+    """Return the limits of durable runs."""
+    streams = config.streams
+    return RunLimits(
+        runs_per_user=streams.durable_per_user, total_bytes=streams.durable_bytes, keep_s=streams.durable_keep
     )
 
 

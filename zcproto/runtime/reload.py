@@ -31,6 +31,7 @@ from zcproto.runtime.build import (
     connection_settings,
     partial_frame_limits,
     request_settings,
+    run_limits,
     session_settings,
     thread_limits,
 )
@@ -182,7 +183,9 @@ def _apply(parts: Parts, new: Config) -> None:
     """Apply what cannot fail."""
     state, limits, sessions = parts.state, new.limits, new.sessions
     parts.active.config = new
-    state.settings = replace(connection_settings(new), looks_up=state.settings.looks_up)
+    state.reconfigure(connection_settings(new))
+    if state.runs is not None:
+        state.runs.reconfigure(run_limits(new), new.streams.durable_abandon_after)
     state.write_buffer_bytes = limits.write_buffer_bytes
     state.write_timeout = limits.write_timeout
     state.partial_frames.limits = partial_frame_limits(new)

@@ -322,6 +322,7 @@ class Server:
         a store has not taken it in time: the sessions have ended here, and the store will take it later.
         """
         ended = await self.state.sessions.revoke_user(user, EndReason.USER_CHANGED)
+        await self.state.forget_runs(user)
         log.info("user.gone", user=user, sessions=ended)
         return ended
 
@@ -507,6 +508,8 @@ async def drain_connections(parts: Parts, limit: float) -> int:
 async def close_state(parts: Parts) -> None:
     """Abort unfinished handshakes and release what connections share."""
     state = parts.state
+    if state.runs is not None:
+        state.runs.close()
     state.log_soon.write()  # what ended during the drain: its deadline is in the wheel
     state.idempotency.stop_renewing()
     for waiting in state.wheel.close():

@@ -16,7 +16,6 @@ It must not know: TLS, what is allowed on the wire.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import CoroutineType
@@ -25,6 +24,8 @@ from typing import Any, Final, Protocol
 from zcproto.app.app import RESERVED_PREFIXES, UNLIMITED, Method
 from zcproto.app.context import CallConnection, Context, DetachedContext
 from zcproto.connection.events import (
+    DETACHED,
+    DurableStream,
     FramesRead,
     RawRequest,
     Request,
@@ -36,14 +37,12 @@ from zcproto.connection.refusals import NEEDS_SESSION, TOO_MUCH_HELD
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import (
-    Aborted,
     CallError,
     Cancelled,
     Code,
     FailedPrecondition,
     ResourceExhausted,
     Unavailable,
-    ZcprotoError,
 )
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
@@ -254,6 +253,15 @@ class Dispatcher:
 
     def _run_stream(self, stream: ServerStream, method: Method) -> None:
         """Start a method that sends or takes items."""
+        if self.streams is None:
+            self.streams = StreamRunner(self._state, self._connection, self)
+            self.streams.is_blocked = self._edge.begin_streams()
+        if isinstance(stream, DurableStream):
+            assert self._state.runs is not None, "announced"
+            self._connection.hold(stream, self._state.clock.now())
+            work = self._state.runs.serve(stream, method, self.streams, self._connection)
+            self.streams.start(stream, work, None)
+            return
         try:
             arguments = method.bind(stream.params)
         except Exception as error:
@@ -261,9 +269,6 @@ class Dispatcher:
             return
         if method.context_name is not None:
             arguments[method.context_name] = Context(self._edge, stream)
-        if self.streams is None:
-            self.streams = StreamRunner(self._state, self._connection, self)
-            self.streams.is_blocked = self._edge.begin_streams()
         items = None
         if method.items is not None:
             name, type_ = method.items
@@ -354,6 +359,8 @@ class Dispatcher:
             self._workers.pop(request, None)
         if error is not None:
             self._answer_exception(request, error)
+        elif result.__class__ is Answer:  # of a durable run
+            self._answer(request, result)
         else:
             try:
                 body = self._state.methods[request.method].encode(result)
@@ -370,6 +377,8 @@ class Dispatcher:
             self._count_cut(ended.request, ended.reason)
         if isinstance(ended.request, ServerStream) and ended.request.worker is not None:
             assert self.streams is not None, "it runs the stream"
+            if isinstance(ended.request, DurableStream) and self._state.runs is not None:
+                self._state.runs.cut(ended.request, ended.reason)
             ended.request.worker.cancel()
             self.streams.release(ended.request)
             return
@@ -411,7 +420,9 @@ class Dispatcher:
         for request, worker in running:
             error: CallError = Cancelled("the server stopped before the method returned")
             if isinstance(request, ServerStream):
-                error.details = draining
+                error.details = (
+                    {**draining, DETACHED: True} if isinstance(request, DurableStream) else draining
+                )
                 self._count_cut(request, "draining")
             elif isinstance(worker, Waiting) and not worker.has_begun:
                 error = Unavailable("the server stopped while this request waited for its key; send it again")
@@ -478,24 +489,7 @@ class Dispatcher:
 
     def _error_answer(self, method: str, error: BaseException) -> Answer:
         """Return the ERROR that an exception becomes."""
-        if isinstance(error, asyncio.CancelledError):
-            error = Cancelled("the server cancelled the method")
-        elif isinstance(error, ZcprotoError) and error.of_client:
-            error = Aborted(f"a call to a client failed: {error}")
-        if not isinstance(error, CallError):
-            return Answer(Code.INTERNAL, self.internal_error(method, error))
-        details = error.details
-        if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
-            details = {"retry_after_ms": self._state.settings.retry_draining_ms}
-        try:
-            return Answer(error.code, encode_error(error.code, error.message, details))
-        except MessageError as unsendable:
-            return Answer(Code.INTERNAL, self.internal_error(method, unsendable))
-
-    def internal_error(self, what: str, error: BaseException) -> bytes:
-        """Log an internal error; return the ERROR's body, which holds only the incident id."""
-        incident = self._state.incident(what, error, peer=self._edge.peer, connection=self._edge.id)
-        return encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
+        return self._state.error_answer(method, error, peer=self._edge.peer, connection=self._edge.id)
 
     def _log_denied(self, session: Session | None, method: Method) -> None:
         assert session is not None

@@ -32,6 +32,7 @@ from zcproto.connection.events import (
     CallEnded,
     ConnectionEnded,
     CreditReceived,
+    DurableStream,
     FrameBuffered,
     GoAwayReason,
     ItemsReceived,
@@ -130,11 +131,7 @@ class ServerProtocol(asyncio.Protocol):
         return self._state.clock.wall()
 
     def lifespan_value(self, method: str) -> Any:
-        """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""
-        owner = self._state.methods[method].owner
-        if owner is None:
-            raise RuntimeError("this application has no lifespan; pass one: App(lifespan=...)")
-        return self._state.lifespan_values[owner]
+        return self._state.lifespan_value(method)
 
     async def run_in_thread(
         self, context: Context, function: Callable[..., Any], arguments: Mapping[str, Any]
@@ -275,6 +272,8 @@ class ServerProtocol(asyncio.Protocol):
         if event.__class__ is CreditReceived:
             if self._streams is not None:
                 self._streams.credit_received(event.stream)
+                if event.stream.__class__ is DurableStream and self._state.runs is not None:
+                    self._state.runs.credit_received(event.stream)
         elif event.__class__ is ItemsReceived:
             if self._streams is not None:
                 self._streams.items_received(event.stream)
@@ -403,8 +402,7 @@ class ServerProtocol(asyncio.Protocol):
         except CallError as error:
             unknown.refusal = encode_error(error.code, error.message, error.details)
         except Exception as error:
-            assert self._dispatcher is not None
-            unknown.refusal = self._dispatcher.internal_error("token", error)
+            unknown.refusal = self._state.internal_error("token", error, peer=self.peer, connection=self.id)
         else:
             unknown.refusal = None
 

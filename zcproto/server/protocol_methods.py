@@ -278,6 +278,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         with cut_afterwards(context) as quiet:
             if id is None:
                 revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quiet)
+                await state.forget_runs(session.user)
             else:
                 revoked = await state.sessions.revoke(
                     id, user=session.user, reason=EndReason.BY_USER, suppress_event=quiet
@@ -389,6 +390,7 @@ async def revoke_sessions(
     sessions, reason = state.sessions, EndReason.BY_OPERATOR
     if user is not None:
         revoked = await sessions.revoke_user(user, reason, suppress_event())
+        await state.forget_runs(user)
     elif ids is not None:
         revoked = 0
         for session_id in dict.fromkeys(ids):

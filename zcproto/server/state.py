@@ -8,11 +8,11 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nlargest
 from itertools import count
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from zcproto.app.app import Access, App, Method
 from zcproto.app.context import CallConnection
@@ -22,7 +22,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server import ConnectionTotals
 from zcproto.connection.settings import ConnectionSettings
-from zcproto.errors import Code
+from zcproto.errors import Aborted, CallError, Cancelled, Code, ZcprotoError
 from zcproto.observe.log import LogBatch, get_logger
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
@@ -36,6 +36,10 @@ from zcproto.sessions import EndReason, Session, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.token import id_text
 from zcproto.stores.service import SessionService
+from zcproto.wire.message import MessageError, encode_error
+
+if TYPE_CHECKING:
+    from zcproto.server.durable import DurableRuns
 
 CONNECTIONS_PER_TURN: Final = 100
 
@@ -206,6 +210,8 @@ class ServerState:
     methods: dict[str, Method] = field(default_factory=dict)
     topics: SharedTopics | None = None
     """The topics of all processes of the server, if there are some, and other processes."""
+    runs: DurableRuns | None = None
+    """The durable runs, if a method is durable."""
     lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
     """What the lifespans of the application have yielded."""
     counters: Counters = field(default_factory=Counters)
@@ -291,6 +297,12 @@ class ServerState:
         self.registry.observers.remove(self._session_ended)
         self.registry.rotation_observers.remove(self._session_rotated)
 
+    def reconfigure(self, settings: ConnectionSettings) -> None:
+        """Apply new limits to future connections."""
+        if self.runs is not None and settings.streams is not None:
+            settings = replace(settings, streams=replace(settings.streams, durable=True))
+        self.settings = replace(settings, looks_up=self.settings.looks_up)
+
     def add_methods(self, methods: Iterable[Method]) -> None:
         self.methods.update((method.name, method) for method in methods)
 
@@ -306,8 +318,15 @@ class ServerState:
 
     async def cut_denied_streams(self) -> None:
         """Cut the streams that may no longer be opened, those of some connections in each turn of the loop."""
+        if self.runs is not None:
+            self.runs.cut_denied()
         async for connection in self.each_connection():
             connection.cut_denied_streams()
+
+    async def forget_runs(self, user: str) -> None:
+        """End and delete the durable runs of a user whose sessions were all revoked."""
+        if self.runs is not None:
+            await self.runs.store.forget(user)
 
     def prepare_schemas(self) -> None:
         """Make the schemas of all methods, which takes milliseconds for some, before `server.info` needs them."""
@@ -338,6 +357,34 @@ class ServerState:
             record = self.registry.record(session_id)
             if record is not None:  # the refresh may have failed, or another one may have followed
                 connection.session_rotated(key[1], record.token_digest)
+
+    def lifespan_value(self, method: str) -> Any:
+        """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""
+        owner = self.methods[method].owner
+        if owner is None:
+            raise RuntimeError("this application has no lifespan; pass one: App(lifespan=...)")
+        return self.lifespan_values[owner]
+
+    def error_answer(self, method: str, error: BaseException, *, peer: str, connection: str) -> Answer:
+        """Return the ERROR that an exception of a method becomes."""
+        if isinstance(error, asyncio.CancelledError):
+            error = Cancelled("the server cancelled the method")
+        elif isinstance(error, ZcprotoError) and error.of_client:
+            error = Aborted(f"a call to a client failed: {error}")
+        if isinstance(error, CallError):
+            details = error.details
+            if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
+                details = {"retry_after_ms": self.settings.retry_draining_ms}
+            try:
+                return Answer(error.code, encode_error(error.code, error.message, details))
+            except MessageError as unsendable:
+                error = unsendable
+        return Answer(Code.INTERNAL, self.internal_error(method, error, peer=peer, connection=connection))
+
+    def internal_error(self, what: str, error: BaseException, *, peer: str, connection: str) -> bytes:
+        """Log an internal error; return the ERROR's body, which holds only the incident id."""
+        incident = self.incident(what, error, peer=peer, connection=connection)
+        return encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
 
     def incident(self, what: str, error: BaseException, *, peer: str, connection: str) -> str:
         """Log an internal error with its traceback; return the incident id for the peer."""

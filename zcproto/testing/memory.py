@@ -37,8 +37,9 @@ from zcproto.common.roles import roles_from
 from zcproto.config import Config
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect
-from zcproto.runtime.build import build_login, build_state, session_settings
+from zcproto.runtime.build import build_login, build_state, run_limits, session_settings
 from zcproto.runtime.server import CANCELLED_TIME
+from zcproto.server.durable import serve_runs
 from zcproto.server.lifespan import Lifespans
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
@@ -182,6 +183,7 @@ class MemoryServer:
         active = ActiveConfig(config)
         login = build_login(active, NO_HOME, state, self._authenticators, now=_no_time).login
         state.add_methods([*protocol_methods(state, login, app=self._app), *self._app])
+        serve_runs(state, run_limits(config), config.streams.durable_abandon_after)
 
         def end_connections() -> None:
             self._state = None

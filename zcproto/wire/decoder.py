@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     HEADER,
     HEADER_SIZE,
     LENGTH_SIZE,
@@ -87,7 +87,7 @@ class FrameDecoder:
 
     def __init__(self, receiver: Side, limit: int) -> None:
         self.limit = limit
-        self.accepted = ACCEPTED[receiver]
+        self.accepted = ALLOWED[receiver]
         self._common = (
             REQUEST if receiver is Side.SERVER else RESPONSE
         )  # the common kind costs one comparison

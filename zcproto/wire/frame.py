@@ -106,7 +106,7 @@ class Accepted(NamedTuple):
     max_item: int = MAX_LENGTH
 
 
-ACCEPTED: Final = {
+ALLOWED: Final = {
     Side.SERVER: Accepted(frozenset({REQUEST, CANCEL, PING, PONG})),
     Side.CLIENT: Accepted(frozenset({WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT})),
 }
@@ -132,7 +132,7 @@ WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG, END, WITHDRAW})
 
 def accepted_with_streams(receiver: Side, max_item: int) -> Accepted:
     """Return what a side may receive once the server has announced streams."""
-    return Accepted(ACCEPTED[receiver].heads | _OF_STREAMS[receiver], max_item)
+    return Accepted(ALLOWED[receiver].heads | _OF_STREAMS[receiver], max_item)
 
 
 def accepted_with_calls(receiver: Side, accepted: Accepted) -> Accepted:

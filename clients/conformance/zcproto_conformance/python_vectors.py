@@ -19,7 +19,7 @@ from zcproto.connection.state import State
 from zcproto.errors import Code, InternalError, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     CALL,
     CREDIT,
     ERROR,
@@ -159,7 +159,7 @@ def _accepted(side: Side, context: Mapping[str, Any]) -> Accepted:
     """Return what a side accepts once the server has announced what `context` says."""
     announced = context.get("announced") or {}
     streams, calls = announced.get("streams"), announced.get("calls")
-    accepted = ACCEPTED[side] if streams is None else accepted_with_streams(side, streams["max_item"])
+    accepted = ALLOWED[side] if streams is None else accepted_with_streams(side, streams["max_item"])
     return accepted if calls is None else accepted_with_calls(side, accepted)
 
 

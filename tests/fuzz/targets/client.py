@@ -21,7 +21,7 @@ from zcproto.connection.events import (
 from zcproto.connection.state import State
 from zcproto.errors import CallError, ConnectionClosed
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     CALL,
     FAILURE,
     LENGTH_SIZE,
@@ -36,7 +36,7 @@ from zcproto.wire.frame import (
 from zcproto.wire.message import encode_body, encode_error, encode_request
 
 ORDER = [State.AWAITING_WELCOME, State.OPEN, State.DRAINING, State.CLOSED]
-HEADS = (*sorted(ACCEPTED[Side.CLIENT].heads), REQUEST, 0x01030001, 0x02030000, CALL, WITHDRAW)
+HEADS = (*sorted(ALLOWED[Side.CLIENT].heads), REQUEST, 0x01030001, 0x02030000, CALL, WITHDRAW)
 HANDLE = "session.handle"
 METHODS = ("echo", "session.open", "session.refresh", "session.info", HANDLE)
 HANDLERS = 2
@@ -162,7 +162,7 @@ class HostileServer:
             if head in (REQUEST, RESULT, FAILURE):
                 assert body
             else:
-                assert head in ACCEPTED[Side.SERVER].heads
+                assert head in ALLOWED[Side.SERVER].heads
                 assert not body
             assert 0 <= timestamp < 2**64
         assert not client.queued_bytes

@@ -7,7 +7,7 @@ from tests.wire.fast_path import check_cut, check_requests, compiled
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     LENGTH_SIZE,
     MIN_LENGTH,
     REQUEST,
@@ -63,7 +63,7 @@ def check(data: bytes) -> None:
     for length, head, number, *_, body in frames:
         assert MIN_LENGTH <= length <= limit
         assert len(body) == length - MIN_LENGTH
-        check_head(head, number, length, ACCEPTED[side])
+        check_head(head, number, length, ALLOWED[side])
     if fault is None:
         assert decoder.buffered == len(stream) - taken < LENGTH_SIZE + limit
     for pieces in divisions(stream):

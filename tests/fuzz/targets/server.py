@@ -24,7 +24,7 @@ from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Code
 from zcproto.wire.frame import (
-    ACCEPTED,
+    ALLOWED,
     FAILURE,
     LENGTH_SIZE,
     NO_TOKEN,
@@ -52,7 +52,7 @@ ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
 
 ORDER = [State.OPEN, State.DRAINING, State.CLOSED]
 HEADS = (
-    *sorted(ACCEPTED[Side.SERVER].heads),
+    *sorted(ALLOWED[Side.SERVER].heads),
     *(0x01030000, 0x01020001, 0x02020000, 0x01FF0000, RESULT, FAILURE),
 )
 METHODS = ("echo", "server.info", "session.open", "NOT ONE")

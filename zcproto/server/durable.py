@@ -1,0 +1,568 @@
+"""Runs durable methods, and reads their items for the streams that are attached to them.
+
+    OPEN with resume -> store.open -> new: the method runs in a task of this process, and appends its items
+                                   -> `serve`: ACCEPTED, the stored items, then the answer
+
+Decides: when a method waits, when it is cancelled, and which answer ends a run.
+
+Rules:
+- A run belongs to its user. The end of a connection ends an attachment and nothing else.
+- A method waits at its `yield` while the items that were not taken reach a bound, whether one reads them or not.
+- The items of one turn of the loop are one append.
+- A run ends with CANCEL, its deadline, the revocation of the session that opened it, the end of its user or of the
+  role that its method needs, and after `abandon_after` seconds without an attachment.
+
+It must not know: where runs are stored, what is on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from zcproto.app.app import Method
+from zcproto.app.context import Context
+from zcproto.app.topics import TopicEvent
+from zcproto.auth.identity import Channel
+from zcproto.common.clock import MS_PER_SECOND
+from zcproto.common.deadlines import next_multiple
+from zcproto.common.parameters import Ended
+from zcproto.connection.events import DETACHED, NEVER, DurableStream, Request
+from zcproto.connection.server import ServerConnection
+from zcproto.errors import (
+    CallError,
+    Cancelled,
+    Code,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+)
+from zcproto.runs.log import (
+    ITEM_BYTES,
+    End,
+    Opening,
+    RunInfo,
+    RunKey,
+    RunLimits,
+    RunState,
+    RunTable,
+    Superseded,
+    check_binding,
+)
+from zcproto.runs.store import MemoryRuns, RunStore
+from zcproto.server.idempotency import Answer, request_digest
+from zcproto.server.state import ServerState
+from zcproto.server.streams import StreamRunner
+from zcproto.sessions import EndReason, Session
+from zcproto.wire.frame import MIN_LENGTH
+from zcproto.wire.message import MessageError, encode_error
+
+SWEEP_S: Final = 5.0
+
+BATCH_ITEMS: Final = 64
+BATCH_BYTES: Final = 65_536
+"""What is read, or appended, at once."""
+
+_ID_SIZE: Final = 16
+
+NOT_DURABLE: Final = "this method is not durable; open it without resume"
+
+
+def serve_runs(state: ServerState, limits: RunLimits, abandon_after: float) -> None:
+    """Let clients open durable methods durably, if there is one, in a server of one process."""
+    if state.settings.streams is None or not any(each.is_durable for each in state.methods.values()):
+        return
+    state.runs = DurableRuns(state, RunTable(limits), abandon_after)
+    state.add_methods(_run_methods(state.runs))
+    state.reconfigure(state.settings)
+
+
+def _run_methods(runs: DurableRuns) -> list[Method]:
+    """Return `stream.list` and `stream.cancel`."""
+
+    async def stream_list(context: Context) -> list[dict[str, Any]]:
+        """The durable runs of this user: those that run, and those that are kept."""
+        return await runs.describe(context.user)
+
+    async def stream_cancel(context: Context, id: str) -> dict[str, Any]:
+        """Cancel a durable run of this user by its `id`. `cancelled` is whether it was running."""
+        assert context.session is not None, "it is not public"
+        return {"cancelled": await runs.cancel(context.session, id)}
+
+    return [Method("stream.list", stream_list), Method("stream.cancel", stream_cancel)]
+
+
+class DurableRuns:
+    """The durable runs of one process. `abandon_after` is in seconds."""
+
+    deadline_tick = 0
+
+    def __init__(self, state: ServerState, table: RunTable, abandon_after: float) -> None:
+        self.state = state
+        self.table = table
+        self.store: RunStore = MemoryRuns(table, state.clock.now)
+        self.abandon_after = abandon_after
+        self._owned: dict[RunKey, OwnedRun] = {}
+        self._by_session: dict[str, dict[RunKey, None]] = {}
+        self._readers: dict[DurableStream, tuple[RunKey, str]] = {}
+        self.ended: Counter[str] = Counter()
+        """Runs that ended, by the name of their code; `ok` for a result."""
+        state.registry.observers.append(self._session_ended)
+
+    def __len__(self) -> int:
+        """Return how many methods run."""
+        return len(self._owned)
+
+    @property
+    def attached(self) -> int:
+        return len(self._readers)
+
+    def reconfigure(self, limits: RunLimits, abandon_after: float) -> None:
+        """Apply new limits. A bound that is lower holds for the next item, and the next run."""
+        self.table.limits = limits
+        self.abandon_after = abandon_after
+
+    # --- attachments -----------------------------------------------------------------------------------
+
+    async def serve(
+        self, stream: DurableStream, method: Method, runner: StreamRunner, connection: ServerConnection
+    ) -> Answer:
+        """Start or find the run of an OPEN and send its items. Return its answer. Raises that of the attachment."""
+        session, resume = stream.session, stream.resume
+        assert session is not None, "a stream needs one"
+        if not method.is_durable:
+            raise FailedPrecondition(NOT_DURABLE)
+        key = RunKey(session.user, resume.id)
+        attachment = self.state.entropy(_ID_SIZE).hex()
+        opening, run = Opening(method.name, None, resume.position, attachment, session.bound), None
+        if not resume.attaches:
+            run = OwnedRun(self, key, method, stream, runner.owner.peer)
+            opening = Opening(
+                method.name,
+                digest := request_digest(method.name, stream.params),
+                resume.position,
+                attachment,
+                session.bound,
+                run.describe(digest),
+            )
+        is_new, state = await self.store.open(key, opening)
+        if is_new:
+            assert run is not None, "only an OPEN with params starts a run"
+            self._begin(run, state)
+        info = {
+            "id": resume.id,
+            "attachment": attachment,
+            "from": resume.position,
+            "state": "running" if state.end is None else "ended",
+            "first": state.first,
+            "next": state.next,
+        }
+        self._readers[stream] = key, attachment
+        try:
+            connection.accept(
+                stream, info, self.state.clock.wall(), is_opener=state.info.session == session.id
+            )
+            return await runner.produce(stream, self._items(key, attachment, resume.position), _unchanged)
+        finally:
+            self._readers.pop(stream, None)
+            self._do(self.store.detach(key, attachment))
+
+    async def _items(self, key: RunKey, attachment: str, position: int) -> AsyncGenerator[Any, None]:
+        """Yield the items of a run from a position on, and at last its answer."""
+        changed = asyncio.Event()
+        self.store.watch(key, changed.set)
+        try:
+            while True:
+                changed.clear()
+                try:
+                    state, bodies = await self.store.read(key, attachment, position, BATCH_ITEMS, BATCH_BYTES)
+                except Superseded:
+                    raise Cancelled(
+                        "the stream was resumed elsewhere", {"reason": "resumed_elsewhere", DETACHED: True}
+                    ) from None
+                for body in bodies:
+                    position += 1
+                    yield body
+                if not bodies:
+                    if state.end is not None and position == state.next:
+                        yield Ended(Answer(*state.end))
+                        return
+                    await changed.wait()
+        finally:
+            self.store.unwatch(key, changed.set)
+
+    def credit_received(self, stream: DurableStream) -> None:
+        """Record which items the client does not need any more."""
+        reader = self._readers.get(stream)
+        if reader is not None and stream.taken > 0:
+            self._do(self.store.take(*reader, stream.taken))
+
+    def cut(self, stream: DurableStream, reason: str) -> None:
+        """Cancel the run of an attachment that its client has cancelled."""
+        reader = self._readers.get(stream)
+        if reader is not None and reason == "caller":
+            self._do(self.store.cancel(reader[0], reason))
+
+    def _do(self, operation: Coroutine[Any, Any, object]) -> None:
+        """Run an operation of the store whose result nobody needs."""
+        with suppress(CallError):  # it has gone, or is repeated by the next attachment
+            self.state.tasks.start(operation)
+
+    # --- the runs of this process ----------------------------------------------------------------------
+
+    def _begin(self, run: OwnedRun, state: RunState) -> None:
+        if not self._owned:
+            self.state.wheel.set(self, next_multiple(SWEEP_S, self.state.clock.now()))
+        self._owned[run.key] = run
+        self._by_session.setdefault(run.session.id, {})[run.key] = None
+        run.begin(state)
+
+    def forget(self, run: OwnedRun, end: End | None) -> None:
+        """Forget a run whose end is stored, or None if it was deleted."""
+        self.ended["deleted" if end is None else Code(end[0]).name.lower() if end[0] else "ok"] += 1
+        if self._owned.pop(run.key, None) is not None:
+            keys = self._by_session[run.session.id]
+            del keys[run.key]
+            if not keys:
+                del self._by_session[run.session.id]
+
+    def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
+        """Cancel the runs that a session has opened which was revoked, or has logged out."""
+        if code is Code.TOKEN_REVOKED:
+            for key in [*self._by_session.get(session_id, ())]:
+                self._owned[key].stop("token_revoked")
+
+    def cut_denied(self) -> None:
+        """Cancel the runs whose sessions may no longer call their methods."""
+        for run in [*self._owned.values()]:
+            if not self.state.methods[run.method.name].may_be_called_by(run.session):
+                run.stop("denied")
+
+    async def cancel(self, session: Session, id: str) -> bool:
+        """Cancel a run. Return whether it was running. Raises NotFound or PermissionDenied."""
+        key = RunKey(session.user, id)
+        for found, state in await self.store.runs(session.user):
+            if found == key:
+                check_binding(state.info, session.bound)
+                return await self.store.cancel(key, "caller")
+        raise NotFound("there is no run with this id; call stream.list for those that are kept")
+
+    async def describe(self, user: str) -> list[dict[str, Any]]:
+        """Return the runs of a user."""
+        return [
+            {
+                "id": key.id,
+                "method": state.info.method,
+                "state": "running" if state.end is None else "ended",
+                "first": state.first,
+                "next": state.next,
+                "since": state.info.since,
+                "attached": state.is_attached,
+                "session": state.info.session,
+                "address": state.info.peer,
+            }
+            for key, state in await self.store.runs(user)
+        ]
+
+    def close(self) -> None:
+        """Cancel all methods: the server has stopped."""
+        self.state.registry.observers.remove(self._session_ended)
+        self.state.wheel.discard(self)
+        for run in [*self._owned.values()]:
+            run.stop("draining")
+
+    def handle_deadline(self, now: float) -> None:
+        self.table.sweep(now)
+        self.state.wheel.set(self, next_multiple(SWEEP_S, now))
+
+
+class OwnedRun:
+    """A run whose method this process runs. Its methods are called by its task, by the store and by the wheel."""
+
+    __slots__ = (
+        "_abandoned_at",
+        "_arguments",
+        "_deadline",
+        "_flush_planned",
+        "_is_appending",
+        "_next",
+        "_pending",
+        "_pending_bytes",
+        "_room",
+        "_runs",
+        "_state",
+        "_task",
+        "deadline_tick",
+        "end",
+        "key",
+        "method",
+        "peer",
+        "request",
+        "session",
+    )
+
+    def __init__(
+        self, runs: DurableRuns, key: RunKey, method: Method, request: DurableStream, peer: str
+    ) -> None:
+        assert request.session is not None, "a stream needs one"
+        self._runs = runs
+        self.key = key
+        self.method = method
+        self.peer = peer
+        self.session = request.session
+        self.request = Request(
+            0, request.token, request.session, request.method, request.params, request.meta, held=True
+        )
+        self._arguments = method.bind(request.params)
+        if method.context_name is not None:
+            self._arguments[method.context_name] = RunContext(RunCaller(runs.state, self), self.request)
+        self._state: RunState
+        self.end: End | None = None
+        self.deadline_tick = 0
+        self._deadline = NEVER
+        self._abandoned_at = NEVER
+        self._next = 0  # the position of the first pending item
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._flush_planned = self._is_appending = False
+        self._room: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def describe(self, digest: bytes) -> RunInfo:
+        """Return what the store keeps of the run."""
+        state, deadline_ms = self._runs.state, self.request.meta.deadline_ms
+        wall = state.clock.wall()
+        if deadline_ms is not None:
+            self._deadline = state.clock.now() + deadline_ms / MS_PER_SECOND
+            self.request.deadline = self._deadline
+        return RunInfo(
+            method=self.method.name,
+            digest=digest,
+            session=self.session.id,
+            peer=self.peer,
+            is_bound=self.session.bound,
+            since=wall,
+            deadline=None if deadline_ms is None else wall + deadline_ms,
+            owner=state.run,
+            generation=state.entropy(_ID_SIZE),
+        )
+
+    def begin(self, state: RunState) -> None:
+        """Run the method."""
+        self._state = state
+        method, arguments = self.method, self._arguments
+        del self._arguments
+        if method.middleware:
+            work = method.function(**arguments, produce=partial(self._produce, encode=method.encode_item))
+        else:
+            work = self._produce(method.function(**arguments), method.encode_item)
+        self._runs.store.watch(self.key, self._changed)
+        self._runs.state.wheel.set(self, self._deadline)
+        self._task = self._runs.state.tasks.start_task(work, self._task_ended)
+
+    # --- items -----------------------------------------------------------------------------------------
+
+    async def _produce(self, items: AsyncGenerator[Any, None], encode: Callable[[Any], bytes]) -> Any:
+        """Append the items of a generator; return the result that it ends with."""
+        limits = self._runs.state.settings.streams
+        assert limits is not None, "streams are announced"
+        most = limits.max_item - MIN_LENGTH
+        try:
+            async for item in items:
+                if item.__class__ is Ended:
+                    return item.result
+                body = item.body if item.__class__ is TopicEvent else encode(item)
+                if len(body) > most:
+                    raise MessageError(
+                        f"the item has {len(body)} bytes; at most {most} fit (streams.max_item_bytes)"
+                    )
+                self._pending.append(body)
+                self._pending_bytes += ITEM_BYTES + len(body)
+                if not self._flush_planned:
+                    self._flush_planned = True
+                    self._runs.state.call_soon(self._flush)
+                if (
+                    self._state.is_full
+                    or len(self._pending) >= BATCH_ITEMS
+                    or self._pending_bytes >= BATCH_BYTES
+                ):
+                    await self._wait_for_room()
+        finally:
+            await items.aclose()
+        return None
+
+    async def _wait_for_room(self) -> None:
+        """Wait until what is pending is stored, and there is room for more."""
+        while self.end is None and (self._pending or self._state.is_full):
+            self._room = asyncio.get_running_loop().create_future()
+            try:
+                await self._room
+            finally:
+                self._room = None
+
+    def _changed(self) -> None:
+        """Look at the run in the store, and append what is pending, at the end of this turn."""
+        if not self._flush_planned and not self._is_appending:
+            self._flush_planned = True
+            self._runs.state.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_planned = False
+        if not self._is_appending:
+            self._is_appending = True
+            self._runs.state.tasks.start(self._append())
+
+    async def _append(self) -> None:
+        """Append until nothing is pending, and the end if there is one."""
+        try:
+            while True:
+                bodies, self._pending, self._pending_bytes = self._pending, [], 0
+                first, self._next, end = self._next, self._next + len(bodies), self.end
+                generation = self._state.info.generation
+                state = await self._runs.store.append(self.key, generation, first, bodies, end)
+                if state is None or end is not None:
+                    self._forget(None if state is None else end)
+                    return
+                self._observe(state)
+                if not self._pending and self.end is None:
+                    return
+        finally:
+            self._is_appending = False
+
+    def _observe(self, state: RunState) -> None:
+        """Do what the state of the run asks for."""
+        self._state = state
+        if state.cancel:
+            self.stop(state.cancel)
+        if state.is_attached:
+            self._abandoned_at = NEVER
+        elif self._abandoned_at == NEVER:
+            self._abandoned_at = self._runs.state.clock.now() + self._runs.abandon_after
+        self._runs.state.wheel.set(self, min(self._deadline, self._abandoned_at))
+        if self._room is not None and not (self._room.done() or state.is_full):
+            self._room.set_result(None)
+
+    # --- the end ---------------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """End the run, and cancel its method."""
+        if self.end is None:
+            error: CallError = Cancelled("the run was cancelled", {"reason": reason})
+            if reason == "deadline":
+                error = DeadlineExceeded("the deadline of the run has passed")
+            elif reason == "draining":
+                error = Cancelled("the server stopped before the method returned", {"reason": reason})
+            self.end = error.code, encode_error(error.code, error.message, error.details)
+            assert self._task is not None, "it was begun"
+            self._task.cancel()
+            self._changed()
+
+    def handle_deadline(self, now: float) -> None:
+        self.stop("deadline" if now >= self._deadline else "abandoned")
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        """Store the answer of the method, unless the run has ended before."""
+        state = self._runs.state
+        state.tasks.forget_task(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self.end is not None:
+            return
+        try:
+            if error is not None:
+                raise error
+            body = self.method.encode(task.result())
+            if len(body) > state.settings.max_body:
+                raise MessageError(f"the answer has {len(body)} bytes, more than limits.max_frame_bytes")
+            self.end = 0, body
+        except BaseException as raised:  # a method may raise anything
+            if isinstance(raised, CallError):
+                raised.details = {name: raised.details[name] for name in raised.details if name != DETACHED}
+            self.end = state.error_answer(self.method.name, raised, peer=self.peer, connection="")
+        self._changed()
+
+    def _forget(self, end: End | None) -> None:
+        """Release all references: the end is stored, or the run was deleted."""
+        runs = self._runs
+        runs.store.unwatch(self.key, self._changed)
+        runs.state.wheel.discard(self)
+        if self.end is None:
+            self.end = Code.CANCELLED, b""
+            assert self._task is not None, "it was begun"
+            self._task.cancel()
+        runs.forget(self, end)
+
+
+class RunContext(Context[Any]):
+    """A call of a durable method, which has no connection."""
+
+    __slots__ = ()
+
+
+class RunCaller:
+    """What a durable method uses in place of the connection of its call; `peer` is that of the OPEN."""
+
+    __slots__ = ("_run", "_state", "id", "peer", "suppress_revoked_event")
+
+    def __init__(self, state: ServerState, run: OwnedRun) -> None:
+        self._state = state
+        self._run = run
+        self.peer = run.peer
+        self.id = f"run {run.key.id}"
+        self.suppress_revoked_event = False
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        return self._state.stopping
+
+    def wall(self) -> int:
+        return self._state.clock.wall()
+
+    def now(self) -> float:
+        return self._state.clock.now()
+
+    def peer_certificate(self) -> bytes | None:
+        return None
+
+    def channel(self, context: Any = None) -> Channel:
+        return Channel(context=context)
+
+    def has_ended(self, request: Request) -> bool:
+        return self._run.end is not None
+
+    def lifespan_value(self, method: str) -> Any:
+        return self._state.lifespan_value(method)
+
+    async def run_in_thread(
+        self, context: Context, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> Any:
+        return await self._state.threads.run(f"user {context.user}", partial(function, **arguments))
+
+    async def call_client(
+        self,
+        user: str,
+        session_id: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+    ) -> Any:
+        """Call a method that the session has registered on any of its connections."""
+        connection = self._state.clients.handling(user, session_id, method)
+        if connection is None:
+            self._state.clients.count("unavailable")
+            raise Unavailable("the client handles no such method, or is not connected")
+        return await connection.call_here(session_id, method, params, timeout, traceparent)
+
+    def send_event(self, session_id: str, name: str, data: Any) -> bool:
+        """Send an event to the connections of the session. Return whether there was one."""
+        connections = self._state.session_connections.of(session_id)
+        return sum(connection.send_event(session_id, name, data) for connection in connections) > 0
+
+
+def _unchanged(body: bytes) -> bytes:
+    return body
