@@ -35,6 +35,7 @@ from zcproto.wire.frame import (
     RawFrame,
     Side,
     accepted_with_calls,
+    accepted_with_durable,
     accepted_with_streams,
     encode_frame,
 )
@@ -401,6 +402,8 @@ class ConnectionPair:
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
         if self.settings.streams is not None:
             self._decoder.accepted = accepted_with_streams(Side.CLIENT, self.settings.streams.max_item)
+            if self.settings.streams.durable:
+                self._decoder.accepted = accepted_with_durable(self._decoder.accepted)
         if self.settings.max_calls:
             self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
         self.welcome = self.answer()

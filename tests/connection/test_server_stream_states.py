@@ -22,7 +22,9 @@ from zcproto.connection.refusals import (
     CUT_REASONS,
     DEADLINE_EXCEEDED,
     DENIED,
+    DETACHED,
     LEFT,
+    RESUMED_ELSEWHERE,
     ROTATED,
     SESSION_ENDED,
     SLOW,
@@ -508,7 +510,7 @@ def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:
 
 
 def test_every_reason_of_a_cut_is_listed() -> None:
-    bodies = [LEFT, WRONG_TOKEN, ROTATED, SLOW, DENIED, TOO_MUCH_HELD]
+    bodies = [LEFT, WRONG_TOKEN, ROTATED, SLOW, DENIED, TOO_MUCH_HELD, DETACHED, RESUMED_ELSEWHERE]
     bodies += [*SESSION_ENDED.values(), stale_on_stream(WALL), SLOW_FRAME]
     reasons = {reason_in(body) for body in [*bodies, DEADLINE_EXCEEDED]}
     assert reasons | {"draining"} == set(CUT_REASONS)

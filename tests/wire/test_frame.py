@@ -18,6 +18,7 @@ from zcproto.wire.frame import (
     Accepted,
     Kind,
     Side,
+    accepted_with_durable,
     accepted_with_streams,
     check_head,
     check_length,
@@ -54,7 +55,6 @@ def test_stream_field_holds_32_bits() -> None:
 
 def test_kind_numbers_match_specification() -> None:
     kinds = document("tables")["kinds"] | document("streaming/tables")["kinds"]
-    del kinds["ACCEPTED"]  # reserved: fatal, like an unknown kind
     assert {kind.name: kind.value for kind in Kind} == kinds
 
 
@@ -76,7 +76,9 @@ def test_only_ping_and_pong_are_accepted_by_both_sides() -> None:
 def test_item_and_credit_are_accepted_by_both_sides_with_streams() -> None:
     server, client = (accepted_with_streams(side, 1_000).heads for side in (Side.SERVER, Side.CLIENT))
     assert server & client == {wire.PING, wire.PONG, wire.ITEM, wire.CREDIT}
-    assert server | client == {head_of(kind) for kind in Kind if kind < Kind.CALL}
+    assert server | client == {head_of(kind) for kind in Kind if kind < Kind.ACCEPTED}
+    durable = accepted_with_durable(accepted_with_streams(Side.CLIENT, 1_000))
+    assert durable.heads == client | {wire.ACCEPTED}
 
 
 @pytest.mark.parametrize("side", Side)

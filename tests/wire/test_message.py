@@ -24,8 +24,10 @@ from zcproto.wire.message import (
     ErrorMessage,
     MessageError,
     RequestMeta,
+    Resume,
     attach_message,
     code_in,
+    decode_accepted,
     decode_body,
     decode_credit,
     decode_error,
@@ -53,7 +55,7 @@ def nested(depth: int) -> bytes:
 @pytest.mark.parametrize("meta", [{}, {"deadline_ms": 5}])
 def test_streams_with_credit_alone_share_one_meta(meta: dict[str, Any]) -> None:
     decoded = decode_open(encode_request("m", {}, {"credit": [1, 2], **meta}))
-    assert decoded[2:] == (RequestMeta(meta.get("deadline_ms")), (1, 2))
+    assert decoded[2:] == (RequestMeta(meta.get("deadline_ms")), (1, 2), None)
     assert (decoded[2] is NO_META) is (not meta)
 
 
@@ -61,11 +63,81 @@ def test_stream_without_credit_has_none_yet() -> None:
     assert decode_open(encode_request("m", {}, {"deadline_ms": 5}))[3] == (0, 0)
     assert decode_open(encode_request("m", {}))[3] == (0, 0)
     assert decode_credit(encode_body([1, 2])) == (1, 2)
+    assert decode_credit(encode_body([1, 2, 3])) == (1, 2, 3)
     with pytest.raises(MessageError, match="idempotency_key cannot be used with a stream"):
         decode_open(encode_request("m", {}, {"idempotency_key": "k"}))
 
 
-@pytest.mark.parametrize("credit", [1, [1], [1, -1], [1, 2**53], [1, True], ["1", 2]])
+LONGEST_ID = "Az09_-" + "x" * 58
+
+
+@pytest.mark.parametrize(
+    ("params", "sent", "expected"),
+    [
+        ({}, {"id": "r", "from": 0}, Resume("r", 0, attaches=False)),
+        (
+            None,
+            {"id": LONGEST_ID, "from": 2**53 - 1, "more": 1},
+            Resume(LONGEST_ID, 2**53 - 1, attaches=True),
+        ),
+        ({}, None, None),
+    ],
+)
+def test_open_with_resume_names_a_run_and_a_position(
+    params: dict[str, Any] | None, sent: Any, expected: Resume | None
+) -> None:
+    assert decode_open(encode_request("m", params, {"resume": sent}))[4] == expected
+
+
+@pytest.mark.parametrize(
+    "resume",
+    [
+        *([], "r", 0, False, {}, {"id": "r"}, {"from": 0}),
+        *(
+            {"id": given, "from": 0}
+            for given in ("", LONGEST_ID + "x", "a b", "\u00e9", "a\n", b"r", 1, None)
+        ),
+        *({"id": "r", "from": given} for given in (-1, 2**53, 1.0, True, "0", None)),
+    ],
+)
+def test_malformed_resume_is_refused(resume: Any) -> None:
+    with pytest.raises(MessageError, match=r"meta\.resume"):
+        decode_open(encode_request("m", {}, {"resume": resume}))
+
+
+def test_resume_is_refused_in_a_request_and_with_an_idempotency_key() -> None:
+    resume = {"resume": {"id": "r", "from": 0}}
+    with pytest.raises(MessageError, match="resume needs OPEN"):
+        decode_request(encode_request("m", {}, resume))
+    with pytest.raises(MessageError, match="idempotency_key"):
+        decode_open(encode_request("m", {}, resume | {"idempotency_key": "k"}))
+
+
+RUN = {"id": "r", "attachment": "a", "state": "running", "first": 2, "from": 2, "next": 2}
+
+
+def test_accepted_run_is_a_map_with_further_keys() -> None:
+    assert decode_accepted(encode_body(RUN | {"more": 1})) == RUN | {"more": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 1},
+        {"attachment": None},
+        {"state": b""},
+        {"first": 3},
+        {"next": 1},
+        {"from": "2"},
+        {"next": 2**53},
+    ],
+)
+def test_malformed_accepted_run_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(MessageError):
+        decode_accepted(encode_body(RUN | change))
+
+
+@pytest.mark.parametrize("credit", [1, [1], [1, -1], [1, 2**53], [1, True], ["1", 2], [1, 2, 3, 4]])
 def test_malformed_credit_is_refused(credit: Any) -> None:
     with pytest.raises(MessageError, match="credit"):
         decode_open(encode_request("m", {}, {"credit": credit}))

@@ -55,6 +55,7 @@ from zcproto.errors import (
 )
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
+    ACCEPTED,
     CALL,
     CANCEL,
     CREDIT,
@@ -80,6 +81,7 @@ from zcproto.wire.frame import (
     RawFrame,
     Side,
     accepted_with_calls,
+    accepted_with_durable,
     accepted_with_streams,
     encode_frame,
 )
@@ -87,6 +89,7 @@ from zcproto.wire.message import (
     DEFAULT_MAX_DEPTH,
     Credit,
     MessageError,
+    Resume,
     decode_body,
     decode_error,
     decode_event,
@@ -133,7 +136,8 @@ DEAD_TOKEN_CODES: Final = frozenset(
 )
 
 _ANSWERS: Final = frozenset({RESPONSE, ERROR})
-_ON_STREAMS: Final = frozenset({ITEM, CREDIT})
+_ON_STREAMS: Final = frozenset({ACCEPTED, ITEM, CREDIT})
+_READ: Final = frozenset({ClientStreamState.OPEN, ClientStreamState.HALF})
 _ON_CALLS: Final = frozenset({CALL, WITHDRAW})  # their numbers are the server's own
 _OPENING: Final = b""  # in place of a token: the request has none and its result contains one
 _OPEN: Final = State.OPEN  # members of an enumeration are slow to look up
@@ -298,7 +302,7 @@ class ClientConnection:
                 return None
             if self._streams is None:
                 self._streams = ClientStreams()
-            return self._streams.receive(head, stream, body)
+            return self._streams.receive(head, stream, body, self.max_depth)
         if head in _ON_CALLS:
             return self._received_call(head, stream, token, body, wall, is_fresh=True)
         if head == EVENT:
@@ -331,8 +335,12 @@ class ClientConnection:
         if head in _ANSWERS and self._failed(stream, was_lost=True) is not None:
             return ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
         if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
-            self._streams[stream].was_lost = True
-            self.cancel(stream, wall)  # a lost item or credit would go unnoticed
+            left = self._streams[stream]
+            left.was_lost = True
+            if left.resume is None:
+                self.cancel(stream, wall)  # a lost item or credit would go unnoticed
+            else:
+                self.detach(left, wall)
             return ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
         if head in _ON_CALLS:
             return self._received_call(head, stream, token, body, wall, is_fresh=False)
@@ -446,6 +454,8 @@ class ClientConnection:
         self._decoder.limit = self.max_frame
         if "streams" in self.welcome:
             self._decoder.accepted = accepted_with_streams(Side.CLIENT, self.welcome["streams"]["max_item"])
+            if self.welcome["streams"].get("durable"):
+                self._decoder.accepted = accepted_with_durable(self._decoder.accepted)
         if "calls" in self.welcome:
             self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
         self._last_heard = now
@@ -624,23 +634,30 @@ class ClientConnection:
         meta: Mapping[str, Any] | None = None,
         window: Credit,
         wall: int,
+        resume: Resume | None = None,
     ) -> ClientStream:
-        """Queue an OPEN that grants `window` items and bytes. Raises as `request` does.
+        """Queue an OPEN that grants `window` items and bytes; `resume` makes it durable.
 
-        Raises also Unimplemented if the server has no streams, and ResourceExhausted at its `max_open`.
+        Raises as `request` does; also Unimplemented if the server has no such streams, and ResourceExhausted at
+        its `max_open`.
         """
         if self.state is State.OPEN:
             announced = self.welcome.get("streams")
             if announced is None:
                 raise Unimplemented("this server has no streams")
+            if resume is not None and not announced.get("durable"):
+                raise Unimplemented("this server has no durable streams")
             if self._streams is not None and len(self._streams) >= announced["max_open"]:
                 limit = announced["max_open"]
                 raise ResourceExhausted("too many streams on this connection; close some", {"limit": limit})
         meta = {**(meta or {}), "credit": window}
+        if resume is not None:
+            meta["resume"] = {"id": resume.id, "from": resume.position}
+            params = None if resume.attaches else params or {}
         number = self.request(method, params, token=token, meta=meta, wall=wall, head=OPEN)
         if self._streams is None:
             self._streams = ClientStreams()
-        stream = self._streams[number] = ClientStream(number, token, window)
+        stream = self._streams[number] = ClientStream(number, token, window, resume)
         return stream
 
     def take_item(self, stream: ClientStream, wall: int) -> Any:
@@ -649,10 +666,14 @@ class ClientConnection:
         Raises IndexError if none waits, InternalError for one that cannot be decoded: cancel the stream then.
         """
         value = stream.read_item(self.max_depth)
-        granted = stream.items.next_grant()
-        if granted is not None and self.state is not State.CLOSED:
-            self._send(CREDIT, stream.number, stream.token, encode_body(granted), wall)
+        if stream.items.next_grant() is not None:
+            self.send_credit(stream, wall)
         return value
+
+    def send_credit(self, stream: ClientStream, wall: int) -> None:
+        """Queue a CREDIT that repeats what was granted, with `taken` of an accepted durable stream."""
+        if stream.state in _READ and self.state is not State.CLOSED:
+            self._send(CREDIT, stream.number, stream.token, encode_body(stream.granted), wall)
 
     def send_item(self, stream: ClientStream, value: Any, wall: int) -> None:
         """Queue an ITEM, while `stream.credit.may_send`. Raises InvalidArgument for one that cannot be sent."""
@@ -670,8 +691,12 @@ class ClientConnection:
         self._send(ITEM, stream.number, stream.token, body, wall)
 
     def end_items(self, stream: ClientStream, wall: int) -> None:
-        """Queue an END: no more items follow."""
-        if stream.state is ClientStreamState.OPEN and self.state is not State.CLOSED:
+        """Queue an END: no more items follow. A durable stream takes none, and END would leave it."""
+        if (
+            stream.resume is None
+            and stream.state is ClientStreamState.OPEN
+            and self.state is not State.CLOSED
+        ):
             stream.state = ClientStreamState.HALF
             self._send(END, stream.number, stream.token, b"", wall)
 
@@ -721,6 +746,12 @@ class ClientConnection:
             if self._streams is not None:
                 self._streams.leave(stream)
             self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)
+
+    def detach(self, stream: ClientStream, wall: int) -> None:
+        """Queue an END, which leaves a durable stream but not its run. The stream is in flight until the answer."""
+        if stream.state in _READ and self.state is not State.CLOSED:
+            stream.leave()
+            self._send(END, stream.number, stream.token, b"", wall)
 
     def ping(self, wall: int) -> None:
         if self.state in (State.OPEN, State.DRAINING):

@@ -3,7 +3,7 @@
 The part of `ClientConnection` that only connections with streams pay for.
 
     OPEN, HALF  in flight; HALF: this end has ended its items
-    LEAVING     CANCEL was sent; its answer is awaited, and items are dropped
+    LEAVING     CANCEL was sent, or END on a durable stream; its answer is awaited, and items are dropped
     NONE        answered
 
 Decides: the credit of both directions, and which frames are dropped.
@@ -17,10 +17,10 @@ from enum import Enum
 from typing import Any
 
 from zcproto.connection.credit import ItemQueue, SendCredit
-from zcproto.connection.events import CreditRaised, ItemReceived
+from zcproto.connection.events import Accepted, CreditRaised, ItemReceived
 from zcproto.errors import Code, InternalError, ProtocolError
-from zcproto.wire.frame import ITEM
-from zcproto.wire.message import Credit, MessageError, decode_body
+from zcproto.wire.frame import ACCEPTED, ITEM
+from zcproto.wire.message import Credit, MessageError, Resume, decode_accepted, decode_body
 
 
 class ClientStreamState(Enum):
@@ -37,17 +37,44 @@ class ClientStream:
 
     `was_answered_to`: an ITEM or CREDIT came, so that the method has begun and the stream is not opened again.
     `was_lost`: it failed because a frame of it was stale, and not by an ERROR of the server.
+
+    Of a durable one (zcp1.md, section 20): `resume` is what it reads, and `taken` the position before which the
+    application needs nothing, which the next CREDIT reports; -1 until it is set. `is_accepted`: ACCEPTED came.
     """
 
-    __slots__ = ("credit", "items", "number", "state", "token", "was_answered_to", "was_lost")
+    __slots__ = (
+        "credit",
+        "is_accepted",
+        "items",
+        "number",
+        "resume",
+        "state",
+        "taken",
+        "token",
+        "was_answered_to",
+        "was_lost",
+    )
 
-    def __init__(self, number: int, token: bytes, window: Credit) -> None:
+    def __init__(self, number: int, token: bytes, window: Credit, resume: Resume | None = None) -> None:
         self.number = number
         self.token = token
         self.credit = SendCredit((0, 0))
         self.items = ItemQueue(window, window)
         self.state = ClientStreamState.OPEN
-        self.was_answered_to = self.was_lost = False
+        self.was_answered_to = self.was_lost = self.is_accepted = False
+        self.resume = resume
+        self.taken = -1
+
+    @property
+    def granted(self) -> tuple[int, ...]:
+        """The numbers of a CREDIT."""
+        granted = self.items.granted
+        return granted if self.taken < 0 or not self.is_accepted else (*granted, self.taken)
+
+    def leave(self) -> None:
+        """Drop the items that wait, and those to come."""
+        self.state = ClientStreamState.LEAVING
+        self.items.clear()
 
     def read_item(self, max_depth: int) -> Any:
         """Take an item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
@@ -63,14 +90,23 @@ class ClientStreams(dict[int, ClientStream]):
 
     __slots__ = ()
 
-    def receive(self, head: int, number: int, body: bytes) -> ItemReceived | CreditRaised | None:
-        """Process an ITEM or CREDIT; None if it is dropped. Raises ProtocolError if it ends the connection."""
+    def receive(
+        self, head: int, number: int, body: bytes, max_depth: int
+    ) -> Accepted | ItemReceived | CreditRaised | None:
+        """Process an ACCEPTED, ITEM or CREDIT; None if it is dropped.
+
+        Raises ProtocolError if it ends the connection.
+        """
         stream = self.get(number)
         if stream is None:
             raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM or CREDIT for a request")
         if stream.state is ClientStreamState.LEAVING:
             return None
         stream.was_answered_to = True
+        if head == ACCEPTED:
+            return Accepted(number, _read_accepted(stream, body, max_depth))
+        if stream.resume is not None and not stream.is_accepted:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM or CREDIT before ACCEPTED")
         if head == ITEM:
             stream.items.receive(body)
             return ItemReceived(stream.number)
@@ -91,8 +127,22 @@ class ClientStreams(dict[int, ClientStream]):
             stream.was_lost |= was_lost
 
     def leave(self, number: int) -> None:
-        """Drop the items of a stream that is cancelled, and those to come."""
+        """Leave a stream that is cancelled."""
         stream = self.get(number)
         if stream is not None:
-            stream.state = ClientStreamState.LEAVING
-            stream.items.clear()
+            stream.leave()
+
+
+def _read_accepted(stream: ClientStream, body: bytes, max_depth: int) -> dict[str, Any]:
+    """Return the map of an ACCEPTED. Raises ProtocolError if it does not fit the OPEN."""
+    resume = stream.resume
+    if resume is None or stream.is_accepted:
+        raise ProtocolError(Code.PROTOCOL_ERROR, "ACCEPTED was not expected")
+    try:
+        run = decode_accepted(body, max_depth)
+    except MessageError as error:
+        raise ProtocolError(Code.PROTOCOL_ERROR, f"ACCEPTED cannot be read: {error}") from error
+    if (run["id"], run["from"]) != (resume.id, resume.position):
+        raise ProtocolError(Code.PROTOCOL_ERROR, "ACCEPTED is of another run or position")
+    stream.is_accepted = True
+    return run

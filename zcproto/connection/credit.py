@@ -20,6 +20,14 @@ from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import Credit, MessageError, decode_credit
 
 
+def read_credit(body: bytes) -> tuple[int, ...]:
+    """Return the two or three numbers of a CREDIT. Raises ProtocolError."""
+    try:
+        return decode_credit(body)
+    except MessageError as error:
+        raise ProtocolError(Code.PROTOCOL_ERROR, "CREDIT cannot be read") from error
+
+
 class SendCredit:
     """What the peer allows to send, and what was sent: totals since OPEN."""
 
@@ -41,14 +49,17 @@ class SendCredit:
         self.sent_bytes += length
 
     def read(self, body: bytes) -> bool:
-        """Apply a CREDIT of the peer. Raises ProtocolError if it is malformed or lower than before.
+        """Apply a CREDIT of two numbers. Return and raise as `grow`; also ProtocolError if it is malformed."""
+        items, size, *taken = read_credit(body)
+        if taken:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "CREDIT of three numbers on a stream without ACCEPTED")
+        return self.grow(items, size)
 
-        Return False if the peer did not need to send it: it raises nothing, or there were more than items.
+    def grow(self, items: int, size: int) -> bool:
+        """Apply new totals. Raises ProtocolError if they are lower than before.
+
+        Return False if the peer did not need to send them: they raise nothing, or there were more than items.
         """
-        try:
-            items, size = decode_credit(body)
-        except MessageError as error:
-            raise ProtocolError(Code.PROTOCOL_ERROR, "CREDIT cannot be read") from error
         if items < self.items or size < self.bytes:
             raise ProtocolError(Code.PROTOCOL_ERROR, "credit is lower than before")
         is_needed = (items > self.items or size > self.bytes) and self.raised <= self.sent_items
@@ -87,6 +98,10 @@ class ItemQueue:
     def promised_bytes(self) -> int:
         """The bytes that the peer may send, or has sent, and that were not taken."""
         return self.held_bytes if self.has_ended else max(self.held_bytes, self._granted[1] - self._taken[1])
+
+    @property
+    def granted(self) -> Credit:
+        return self._granted
 
     @property
     def taken(self) -> int:

@@ -9,9 +9,9 @@ from typing import Any, Final, NamedTuple
 from zcproto.connection.client_calls import ClientCall
 from zcproto.connection.credit import ItemQueue, SendCredit
 from zcproto.connection.server_calls import ServerCall
-from zcproto.errors import CallError, Code
+from zcproto.errors import CallError, Code, ProtocolError
 from zcproto.sessions import Session
-from zcproto.wire.message import RequestMeta
+from zcproto.wire.message import RequestMeta, Resume
 
 NEVER: Final = float("inf")
 
@@ -78,8 +78,32 @@ class ServerStream(Request):
         return StreamState.HALF if self.items is None or self.items.has_ended else StreamState.OPEN
 
 
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
+class DurableStream(ServerStream):
+    """A stream that reads a run, which goes on without it (zcp1.md, section 20).
+
+    `is_accepted`: ACCEPTED was sent. `is_opener`: the stream's session has started the run. `taken` is the position
+    before which the client needs nothing, -1 until it has said so.
+    """
+
+    resume: Resume
+    is_accepted: bool = False
+    is_opener: bool = True
+    taken: int = -1
+
+    def take(self, position: int) -> bool:
+        """Apply the third number of a CREDIT, and return whether it rose. Raises ProtocolError if it is wrong."""
+        if not self.is_accepted:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "CREDIT of three numbers on a stream without ACCEPTED")
+        if position < self.taken or position > self.resume.position + self.credit.sent_items:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "taken is lower than before or beyond the items sent")
+        rose = position > self.taken
+        self.taken = position
+        return rose
+
+
 class CreditReceived(NamedTuple):
-    """The client raised the credit of a stream that waits for it."""
+    """The client raised the credit of a stream that waits for it, or `taken` of a durable one."""
 
     stream: ServerStream
 
@@ -223,6 +247,13 @@ class ErrorReceived(NamedTuple):
     details: dict[str, Any]
 
 
+class Accepted(NamedTuple):
+    """The server has accepted a durable stream: `run` is the map of ACCEPTED. Its items follow."""
+
+    stream: int
+    run: dict[str, Any]
+
+
 class ItemReceived(NamedTuple):
     """An item waits in a stream."""
 
@@ -270,6 +301,7 @@ ClientEvent = (
     Welcomed
     | ResponseReceived
     | ErrorReceived
+    | Accepted
     | ItemReceived
     | CreditRaised
     | CallReceived

@@ -54,6 +54,12 @@ DENIED: Final = encode_error(
     "the roles of this session no longer allow the method of this stream",
     {"reason": "denied"},
 )
+DETACHED: Final = encode_error(
+    Code.CANCELLED, "the client has left its run, which goes on", {"reason": "detached"}
+)
+RESUMED_ELSEWHERE: Final = encode_error(
+    Code.CANCELLED, "the run was resumed by another stream", {"reason": "resumed_elsewhere"}
+)
 TOO_MUCH_HELD: Final = encode_error(
     Code.CANCELLED,
     "too many items of this user wait for their methods: send on fewer streams at once",
@@ -68,8 +74,13 @@ SESSION_ENDED: Final = {
 CUT_REASONS: Final = (
     *("caller", "deadline", "token_expired", "token_revoked", "token_rotated", "session_replaced"),
     *("draining", "slow", "stale", "wrong_token", "denied", "memory", "slow_frame"),
+    *("detached", "resumed_elsewhere"),
 )
 """Reasons for which a server cuts a stream."""
+
+NOT_DURABLE: Final = encode_error(
+    Code.INVALID_ARGUMENT, "meta.resume: this server has not announced streams.durable"
+)
 
 NO_SESSION: Final = encode_error(
     Code.CANCELLED, "this connection has had no session for too long", {"reason": "token_expired"}
@@ -90,6 +101,17 @@ def reason_in(body: bytes) -> str:
     if body is DEADLINE_EXCEEDED:
         return "deadline"
     return str(decode_error(body).details["reason"])
+
+
+def ends_run(reason: str, *, is_opener: bool) -> bool:
+    """Return whether what cuts an attachment also ends its run, which belongs to the session that opened it."""
+    return reason == "caller" or (is_opener and reason in ("token_revoked", "denied"))
+
+
+def detaching(body: bytes, reason: str) -> bytes:
+    """Return the ERROR of a cut that ends only the attachment to a run, not the run."""
+    code, message, details = decode_error(body)
+    return encode_error(code, message, {**details, "reason": reason, "detached": True})
 
 
 def draining(retry_after_ms: int) -> bytes:

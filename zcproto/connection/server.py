@@ -20,7 +20,7 @@ It must not know: sockets, TLS, clocks, handlers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -31,6 +31,7 @@ from zcproto.connection.events import (
     NEVER,
     CallEnded,
     ConnectionEnded,
+    DurableStream,
     FrameBuffered,
     FramesRead,
     GoAwayReason,
@@ -56,6 +57,7 @@ from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import digest_of
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
+    ACCEPTED,
     CALL,
     CANCEL,
     CREDIT,
@@ -431,12 +433,12 @@ class ServerConnection:
             head, length, stream, token, session, wall
         ):
             return
-        credit = None
+        credit = resume = None
         try:
             if head == REQUEST:
                 method, params, meta = decode_request(body, self.settings.max_depth)
             else:
-                method, params, meta, credit = decode_open(body, self.settings.max_depth)
+                method, params, meta, credit, resume = decode_open(body, self.settings.max_depth)
         except MessageError as error:
             self._refuse("malformed", stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
             return
@@ -444,10 +446,15 @@ class ServerConnection:
             self._refuse("deadline", stream, token, refusals.DEADLINE_EXCEEDED, wall)
         elif credit is None:
             yield stream, token, session, method, params, meta
-        else:
+        elif resume is None:
             opened = ServerStream(stream, token, session, method, params, meta)
             opened.credit = SendCredit(credit)
             yield opened
+        elif self.settings.streams is None or not self.settings.streams.durable:
+            self._refuse("malformed", stream, token, refusals.NOT_DURABLE, wall)
+        else:
+            given = SendCredit(credit)
+            yield DurableStream(stream, token, session, method, params, meta, credit=given, resume=resume)
 
     def _check_token(self, frame: RawFrame, wall: int, now: float) -> Generator[ServerEvent, None, bool]:
         """Check the token of a request, with the help of the edge. Return whether it is accepted."""
@@ -500,8 +507,14 @@ class ServerConnection:
         if held is None or held.token != frame[6]:
             self.count_wasted()
             return None
-        is_stream = isinstance(held, ServerStream)
-        return (self.cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall),)
+        body = refusals.LEFT if isinstance(held, ServerStream) else refusals.CANCELLED
+        if (
+            isinstance(held, DurableStream)
+            and held.session is not None
+            and self.is_suspended(held.session.id)
+        ):
+            body = refusals.ROTATED  # to end a run needs the newest token
+        return (self.cut(held, body, wall),)
 
     def _receive_ping(self, frame: RawFrame, wall: int, now: float) -> None:
         self.outbox.send(PONG, 0, frame[6], b"", wall)
@@ -813,8 +826,10 @@ class ServerConnection:
         # The handler may still run for a while; it counts against max_streams until it has ended.
         request.lingers = True
         self._lingering += 1
-        self.outbox.send(ERROR, request.stream, request.token, body, wall)
         reason = refusals.reason_in(body) if isinstance(request, ServerStream) else ""
+        if isinstance(request, DurableStream) and not refusals.ends_run(reason, is_opener=request.is_opener):
+            body = refusals.detaching(body, reason)
+        self.outbox.send(ERROR, request.stream, request.token, body, wall)
         return RequestEnded(request, Code(code_in(body)), reason)
 
     def is_held(self, request: Request) -> bool:
@@ -856,6 +871,14 @@ class ServerConnection:
         """Cut the streams whose sessions may no longer call their methods."""
         denied = (stream for stream in self.open_streams() if not may_go_on(stream))
         return [self.cut(stream, refusals.DENIED, wall) for stream in denied]
+
+    def accept(
+        self, stream: DurableStream, run: Mapping[str, Any], wall: int, *, is_opener: bool = True
+    ) -> None:
+        """Send ACCEPTED: call this before the first item. `is_opener`: this session has started the run."""
+        if not stream.is_answered:
+            stream.is_accepted, stream.is_opener = True, is_opener
+            self.outbox.send(ACCEPTED, stream.stream, stream.token, encode_body(run), wall)
 
     def send_item(self, stream: ServerStream, body: bytes, wall: int) -> int:
         """Send an encoded item, and return its `length`. Only in flight, and while the credit allows it."""

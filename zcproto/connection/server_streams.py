@@ -29,8 +29,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from zcproto.connection import refusals
-from zcproto.connection.credit import ItemQueue
-from zcproto.connection.events import NEVER, CreditReceived, ItemsReceived, Request, ServerStream
+from zcproto.connection.credit import ItemQueue, read_credit
+from zcproto.connection.events import (
+    NEVER,
+    CreditReceived,
+    DurableStream,
+    ItemsReceived,
+    Request,
+    ServerStream,
+)
 from zcproto.connection.settings import StreamLimits
 from zcproto.connection.silence import NO_PING
 from zcproto.errors import Code, InvalidArgument, ProtocolError
@@ -151,12 +158,22 @@ class ServerStreams:
         if token != stream.token:
             return False if head == CREDIT else refusals.WRONG_TOKEN
         if head == CREDIT:
-            is_needed = stream.credit.read(body)
+            if isinstance(stream, DurableStream):
+                items, size, *taken = read_credit(body)
+                is_needed = stream.credit.grow(items, size)
+                if taken and stream.take(taken[0]):
+                    if stream.credit.may_send:
+                        stream.waits_until = NEVER
+                    return CreditReceived(stream)
+            else:
+                is_needed = stream.credit.read(body)
             if stream.waits_until == NEVER or not stream.credit.may_send:
                 return is_needed
             stream.waits_until = NEVER
             return CreditReceived(stream)
         if stream.items is None:
+            if head == END and isinstance(stream, DurableStream):
+                return refusals.DETACHED
             if head == ITEM:
                 raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM beyond the credit")
             stream.items = _ENDED

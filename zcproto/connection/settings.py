@@ -44,6 +44,8 @@ class StreamLimits:
     """Longest time that an item waits for credit."""
     memory_bytes: int = 67_108_864
     """What the items of all clients may take; one user's, as much as they leave free."""
+    durable: bool = False
+    """Whether streams may be durable (section 20)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class ConnectionSettings:
         streams, features = self.streams, {}
         if streams is not None:
             features["streams"] = {"max_open": streams.max_open, "max_item": streams.max_item}
+            if streams.durable:
+                features["streams"]["durable"] = True
         if self.max_calls:
             features["calls"] = {"max": self.max_calls}
         return features
@@ -153,6 +157,8 @@ def read_welcome(body: bytes, max_depth: int) -> dict[str, Any]:
                 limits.get(key).__class__ is int and limits[key] >= least for key, least in keys.items()
             ):
                 raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME: {feature} cannot be read")
+    if welcome.get("streams", {}).get("durable", False).__class__ is not bool:
+        raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: streams.durable is of the wrong type")
     if not any(version.__class__ is int and version == VERSION for version in welcome["versions"]):
         raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not speak version 1")
     return welcome

@@ -60,6 +60,7 @@ class Kind(IntEnum):
     ITEM = 0x11
     END = 0x12
     CREDIT = 0x13
+    ACCEPTED = 0x14
     CALL = 0x18
     RESULT = 0x19
     FAILURE = 0x1A
@@ -91,6 +92,7 @@ OPEN: Final = head_of(Kind.OPEN)
 ITEM: Final = head_of(Kind.ITEM)
 END: Final = head_of(Kind.END)
 CREDIT: Final = head_of(Kind.CREDIT)
+ACCEPTED: Final = head_of(Kind.ACCEPTED)
 CALL: Final = head_of(Kind.CALL)
 RESULT: Final = head_of(Kind.RESULT)
 FAILURE: Final = head_of(Kind.FAILURE)
@@ -123,7 +125,7 @@ _OF_CALLS: Final = {
 }
 
 ON_A_STREAM: Final = frozenset(
-    {REQUEST, RESPONSE, CANCEL, OPEN, ITEM, END, CREDIT, CALL, RESULT, FAILURE, WITHDRAW}
+    {REQUEST, RESPONSE, CANCEL, OPEN, ITEM, END, CREDIT, ACCEPTED, CALL, RESULT, FAILURE, WITHDRAW}
 )
 """Heads whose stream is never 0. ERROR may have any stream; all others have stream 0."""
 
@@ -133,6 +135,11 @@ WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG, END, WITHDRAW})
 def accepted_with_streams(receiver: Side, max_item: int) -> Accepted:
     """Return what a side may receive once the server has announced streams."""
     return Accepted(ALLOWED[receiver].heads | _OF_STREAMS[receiver], max_item)
+
+
+def accepted_with_durable(accepted: Accepted) -> Accepted:
+    """Return what a client may receive once the server has announced durable streams, too."""
+    return accepted._replace(heads=accepted.heads | {ACCEPTED})
 
 
 def accepted_with_calls(receiver: Side, accepted: Accepted) -> Accepted:

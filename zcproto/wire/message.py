@@ -55,6 +55,19 @@ class RequestMeta(NamedTuple):
 
 NO_META: Final = RequestMeta()
 
+RUN_ID_MAX_LENGTH: Final = 64
+
+
+class Resume(NamedTuple):
+    """What makes a stream durable (zcp1.md, section 20): the id of its run, and the position of the first item.
+
+    `attaches`: params were nil, so the run must exist.
+    """
+
+    id: str
+    position: int
+    attaches: bool
+
 
 def _refuse_ext(code: int, data: bytes) -> Any:
     raise ValueError("ext type")
@@ -126,7 +139,7 @@ def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
 
 
 def decode_request(
-    body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
+    body: bytes, max_depth: int = DEFAULT_MAX_DEPTH, *, may_resume: bool = False
 ) -> tuple[str, dict[str, Any], RequestMeta]:
     """Return method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
     is_checked = len(body) > _SCANNED_ABOVE and scan_body(body, max_depth)
@@ -138,7 +151,8 @@ def decode_request(
         method, params = value
         meta = NO_META
     elif value.__class__ is list and len(value) == 3:
-        method, params, meta = value[0], value[1], decode_meta(value[2], None if is_checked else max_depth)
+        method, params = value[0], value[1]
+        meta = decode_meta(value[2], None if is_checked else max_depth, may_resume=may_resume)
     else:
         raise MessageError("request must be [method, params] or [method, params, meta]")
     if method.__class__ is not str or method not in well_formed_methods:
@@ -173,7 +187,7 @@ def _check_method(method: Any) -> None:
         well_formed_methods.add(method)
 
 
-def decode_meta(meta: Any, max_depth: int | None = None) -> RequestMeta:
+def decode_meta(meta: Any, max_depth: int | None = None, *, may_resume: bool = False) -> RequestMeta:
     """Return the metadata of a request. `max_depth` is that of its body; None if `scan_body` has checked it.
 
     Raises MessageError.
@@ -190,6 +204,8 @@ def decode_meta(meta: Any, max_depth: int | None = None) -> RequestMeta:
     key = meta.get("idempotency_key")
     if key is not None and (key.__class__ is not str or not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX_LENGTH):
         raise MessageError("meta.idempotency_key must be a str of 1 to 64 characters")
+    if not may_resume and meta.get("resume") is not None:
+        raise MessageError("meta.resume needs OPEN: only streams can be durable")
     return RequestMeta(deadline_ms, key, parse_traceparent(meta.get("traceparent")))
 
 
@@ -202,37 +218,56 @@ Credit = tuple[int, int]
 
 def decode_open(
     body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
-) -> tuple[str, dict[str, Any], RequestMeta, Credit]:
-    """Return method, params, meta and the client's first credit of an OPEN. Raises MessageError."""
-    method, params, meta = decode_request(body, max_depth)
+) -> tuple[str, dict[str, Any], RequestMeta, Credit, Resume | None]:
+    """Return method, params, meta, the client's first credit, and what it resumes, of an OPEN.
+
+    Raises MessageError.
+    """
+    method, params, meta = decode_request(body, max_depth, may_resume=True)
     if meta is NO_META:
-        return method, params, meta, (0, 0)
+        return method, params, meta, (0, 0), None
     if meta.idempotency_key is not None:
         raise MessageError("meta.idempotency_key cannot be used with a stream: its output is not kept")
-    # A second decode, so that requests do not pay for the key.
-    credit = unpack(body, max_ext_len=0, ext_hook=_refuse_ext)[2].get("credit")
+    # A second decode, so that requests do not pay for the keys.
+    _, sent_params, sent_meta = unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+    credit = sent_meta.get("credit")
+    resume = sent_meta.get("resume")
     if credit is None:
-        return method, params, meta, (0, 0)
-    if not _is_credit(credit):
+        credit = (0, 0)
+    elif not (_are_positions(credit) and len(credit) == 2):
         raise MessageError("meta.credit must be two ints from 0 to 2^53 - 1")
     if meta == NO_META:
         meta = NO_META  # equal, but shared: an open stream keeps it
-    return method, params, meta, (credit[0], credit[1])
+    resumed = None if resume is None else _read_resume(resume, attaches=sent_params is None)
+    return method, params, meta, (credit[0], credit[1]), resumed
 
 
-def decode_credit(body: bytes) -> Credit:
-    """Return the items and bytes of a CREDIT. Raises MessageError."""
+def _read_resume(resume: Any, *, attaches: bool) -> Resume:
+    if resume.__class__ is not dict:
+        raise MessageError("meta.resume must be a map")
+    run_id: Any = resume.get("id")
+    position: Any = resume.get("from")
+    if run_id.__class__ is not str or not _is_run_id(run_id):
+        raise MessageError("meta.resume.id must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+    if not _are_positions([position]):
+        raise MessageError("meta.resume.from must be an int from 0 to 2^53 - 1")
+    return Resume(run_id, position, attaches)
+
+
+_is_run_id = re.compile(f"[A-Za-z0-9_-]{{1,{RUN_ID_MAX_LENGTH}}}").fullmatch
+
+
+def decode_credit(body: bytes) -> tuple[int, ...]:
+    """Return the items and bytes of a CREDIT, and what was taken if that follows. Raises MessageError."""
     credit = decode_body(body)
-    if not _is_credit(credit):
-        raise MessageError("credit must be two ints from 0 to 2^53 - 1")
-    return credit[0], credit[1]
+    if not (_are_positions(credit) and 2 <= len(credit) <= 3):
+        raise MessageError("credit must be two or three ints from 0 to 2^53 - 1")
+    return tuple(credit)
 
 
-def _is_credit(value: Any) -> bool:
-    return (
-        value.__class__ is list
-        and len(value) == 2
-        and all(number.__class__ is int and 0 <= number <= MAX_CREDIT for number in value)
+def _are_positions(value: Any) -> bool:
+    return value.__class__ is list and all(
+        number.__class__ is int and 0 <= number <= MAX_CREDIT for number in value
     )
 
 
@@ -302,6 +337,17 @@ def decode_map(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> dict[str, Any
     if value.__class__ is not dict:
         raise MessageError("body must be a map")
     return value
+
+
+def decode_accepted(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> dict[str, Any]:
+    """Return the map of an ACCEPTED, unknown keys included. Raises MessageError."""
+    run = decode_map(body, max_depth)
+    if any(run.get(key).__class__ is not str for key in ("id", "attachment", "state")):
+        raise MessageError("id, attachment and state must be str")
+    positions: list[Any] = [run.get(key) for key in ("first", "from", "next")]
+    if not _are_positions(positions) or positions != sorted(positions):
+        raise MessageError("first, from and next must be positions in this order")
+    return run
 
 
 @accelerated

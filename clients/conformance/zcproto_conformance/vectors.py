@@ -25,7 +25,7 @@ FRAME_FILES: Final = ("frames", "headers", "freshness", "streams", "bodies", "bo
 STREAMING: Final = ("streaming/items", "streaming/calls", "streaming/conversation", "streaming/tables")
 FILES: Final = (*FRAME_FILES, "arrival", "text", "signatures", "conversation", "tables", *STREAMING)
 RESERVED: Final = frozenset({"ACCEPTED"})
-"""Kinds that no peer may send yet."""
+"""Kinds of durable streams, which not every client has."""
 
 _FIELD_ENDS: Final = (1, 3, 4, 5, 6, 8, 12, 20, 28, 36, 67, 68, 69)
 """Offsets of the ends of header fields, and some within fields."""
