@@ -245,7 +245,7 @@ class BlockingSessionClient:
         id: str,
         *,
         method: str = "",
-        after: int = 0,
+        after: int | None = None,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -374,13 +374,16 @@ class BlockingStream:
         self._is_open = True
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._leave(error)
 
     def close(self) -> None:
         """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""
+        self._leave(None)
+
+    def _leave(self, error: type[BaseException] | None) -> None:
         with contextlib.suppress(ConnectionClosed):
-            self._wait(self._stream.__aexit__())
+            self._wait(self._stream.__aexit__(error))
 
     def cancel(self) -> bool:
         """Cancel the method of a durable stream. Return whether it was running."""

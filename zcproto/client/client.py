@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Self, Unpack
 
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.credentials import Device, LoginSource, SessionFile
+from zcproto.client.credentials import Device, LoginSource, PositionFile, SessionFile
 from zcproto.client.dial import Dial, Dialer, Resolve, acquire_resources, release_resources, report_wait
 from zcproto.client.endpoints import Address, Endpoint, Endpoints, parse_addresses
 from zcproto.client.handlers import Event, EventStream, Function, Handler, Handlers, Registrar, call_back
@@ -110,6 +110,7 @@ class SessionClient:
             if self._credentials is None:
                 raise ConfigError(["session_file: credentials are missing; give what opens a session"])
             self._session_file = SessionFile(options.session_file, service, self._credentials)
+        self._positions = None if self._session_file is None else PositionFile(self._session_file)
         for each in options.middleware:
             check_middleware(each, "call")
         for around_handler in options.handler_middleware:
@@ -341,18 +342,21 @@ class SessionClient:
         id: str,
         *,
         method: str = "",
-        after: int = 0,
+        after: int | None = None,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
     ) -> Stream:
         """Go on with a durable stream of this user from the position `after`: that many items are not sent again.
 
+        By default this is the position in the session file, or 0 without one.
         `timeout` limits this attachment and not the method. Without `method` the server is asked for its name.
 
         Raises NotFound for a run that is not kept any more, OutOfRange for items that are not, and otherwise like
         `stream`.
         """
+        if after is None:
+            after = 0 if self._positions is None else self._positions.position(id)
         run = RunPosition(id, after, is_known=True)
         return self._stream(
             method, {}, window=window, timeout=timeout, item_timeout=item_timeout, traceparent=None, run=run
@@ -385,6 +389,7 @@ class SessionClient:
             self._deadline(timeout),
             traceparent,
             Attempt(self._random),
+            run,
         )
         middleware = None
         if self._options.middleware:
@@ -405,6 +410,8 @@ class SessionClient:
             request.method = await self._method_of(run.id)
         connection = await self._ready_before(request.deadline)
         now, meta = self._loop.time(), None
+        if run is not None and not run.may_open(now):
+            raise ConnectionClosed("the stream may have begun; call durable_streams to find it")
         if request.deadline != NEVER:
             meta = _deadline_meta(request.deadline - now)
         if request.traceparent is not None:

@@ -29,6 +29,7 @@ from zcproto.connection.client_calls import ClientCall
 from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.events import (
     NEVER,
+    Accepted,
     CallReceived,
     CallWithdrawn,
     ClientEvent,
@@ -280,10 +281,10 @@ class ClientProtocol(asyncio.Protocol):
                 call = pending.pop(event.stream, None)
                 if call is not None and not call[0].done():
                     call[0].set_result(event.value)
-            elif event.__class__ is ItemReceived:
+            elif event.__class__ is ItemReceived or event.__class__ is Accepted:
                 call = pending.get(event.stream)
                 if call is not None:
-                    call[0].arrived()  # type: ignore[attr-defined]  # only streams have items
+                    call[0].arrived()  # type: ignore[attr-defined]  # only streams have these
             else:
                 self._handle(event)
                 if self.error is not None:

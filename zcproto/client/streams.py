@@ -28,6 +28,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self
 
+from zcproto.client.credentials import PositionFile
 from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt
@@ -135,6 +136,9 @@ RUN_ID_SIZE: Final = 16
 REPORT_S: Final = 1.0
 """At the latest so long after the application has taken an item the server learns it (zcp1.md, section 20)."""
 
+KEEP_S: Final = 0.05
+"""The same with a session file, to which the position is written first."""
+
 REPEATED_S: Final = 300.0
 """How long the first OPEN of a run is repeated: half of the time in which a server knows the id of one that has gone."""
 
@@ -178,6 +182,8 @@ class StreamRequest:
 class StreamOpener(Protocol):
     """The client, as its streams use it."""
 
+    _positions: PositionFile | None
+
     async def _cancel_run(self, id: str) -> bool: ...
 
     def _deadline(self, timeout: float | None) -> float: ...
@@ -215,7 +221,8 @@ class Stream:
             raise ValueError(
                 "a durable stream takes no items and resumes by itself; leave out items and reopen"
             )
-        self._report: asyncio.TimerHandle | None = None  # of the position
+        self._report: asyncio.Task[None] | None = None  # of the position
+        self._taken = 0  # items of a durable stream that the application has processed
         self._reopen = reopen
         self._last: tuple[Any, ...] = ()  # the last item, with `reopen`
         self._client = client
@@ -283,8 +290,10 @@ class Stream:
         )
         self._pending = await self._client._open_stream(self._request)
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if self._run is not None:  # an error may have interrupted the processing of the last item
+            await self._keep(self._run.position if error is None else self._taken)
         if self._sender is not None:
             await asyncio.wait([self._sender])
         if self._middleware is not None:
@@ -372,15 +381,29 @@ class Stream:
 
     def _report_soon(self, pending: PendingStream, taken: int) -> None:
         """Let the server learn in time that the items before a position were processed."""
+        self._taken = taken
         if taken > max(pending.stream.taken, 0):
-            pending.stream.taken = taken
+            if self._client._positions is None:
+                pending.stream.taken = taken  # the next CREDIT reports it
             if self._report is None:
-                self._report = asyncio.get_running_loop().call_later(REPORT_S, self._send_report)
+                self._report = asyncio.create_task(self._send_reports(), name="zcproto-position")
 
-    def _send_report(self) -> None:
+    async def _send_reports(self) -> None:
+        positions, reported = self._client._positions, 0
+        while self._taken > reported:
+            await asyncio.sleep(REPORT_S if positions is None else KEEP_S)
+            taken = self._taken
+            if await self._keep(taken):
+                reported, pending = taken, self._opened()
+                if pending.stream.is_accepted and not pending.done():
+                    pending.stream.taken = max(pending.stream.taken, taken)
+                    pending.connection.send_taken(pending.stream)
         self._report = None
-        if self._pending is not None and not self._pending.done() and self._pending.stream.is_accepted:
-            self._pending.connection.send_taken(self._pending.stream)
+
+    async def _keep(self, position: int) -> bool:
+        """Write a position to the session file, if there is one. Return False if that fails."""
+        positions, run = self._client._positions, self._run
+        return positions is None or run is None or await positions.keep(run.id, position)
 
     async def finished(self) -> Any:
         """End this side's items, discard the method's, and return its result. Raises like `client.call`."""
@@ -470,7 +493,7 @@ class Stream:
             if run is not None:
                 run.is_known |= pending.stream.is_accepted
                 can_resume = run.may_open(asyncio.get_running_loop().time())
-            if pending.stream.was_answered_to and not can_resume:
+            if (pending.stream.was_answered_to or run is not None) and not can_resume:
                 self._stop_sending()
                 raise
             async with self._opening:
