@@ -211,9 +211,11 @@ async def test_restarted_client_continues_from_its_session_file(
     server: MemoryServer, methods: Methods, tmp_path: Path
 ) -> None:
     path = tmp_path / "session.json"
-    async with server.connect("ada", session_file=path) as client:
-        async with client.stream("count", n=10, hold_at=6, durable=True) as stream:
-            await take(stream, 4)
+    async with (
+        server.connect("ada", session_file=path) as client,
+        client.stream("count", n=10, hold_at=6, durable=True) as stream,
+    ):
+        await take(stream, 4)
     kept = json.loads((tmp_path / "session.json.streams").read_text())
     assert kept["streams"] == {stream.id: 4}
     methods.may_end.set()
@@ -228,10 +230,15 @@ async def test_item_whose_processing_failed_is_repeated_after_a_restart(
 ) -> None:
     path = tmp_path / "session.json"
     async with server.connect("ada", session_file=path) as client:
-        with pytest.raises(ZeroDivisionError):
-            async with client.stream("count", n=3, durable=True) as stream:
+        stream = client.stream("count", n=3, durable=True)
+
+        async def process() -> None:
+            async with stream:
                 async for number in stream:
                     _ = 1 // (1 - number)
+
+        with pytest.raises(ZeroDivisionError):
+            await process()
     assert stream.id is not None
     async with server.connect("ada", session_file=path) as client:
         assert await take_all(client.resume(stream.id)) == [1, 2]

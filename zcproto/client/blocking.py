@@ -374,20 +374,18 @@ class BlockingStream:
         self._is_open = True
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self._leave(error)
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self._wait(self._stream.__aexit__(*error))
 
     def close(self) -> None:
         """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""
-        self._leave(None)
-
-    def _leave(self, error: type[BaseException] | None) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            self._wait(self._stream.__aexit__(error))
+        self.__exit__()
 
     def cancel(self) -> bool:
         """Cancel the method of a durable stream. Return whether it was running."""
-        return self._wait(self._stream.cancel())
+        is_cancelled: bool = self._wait(self._stream.cancel())
+        return is_cancelled
 
     def receive(self) -> Any:
         """Return the next item. Raises EOFError after the last one."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import random as system_random
-import secrets
 from asyncio import get_running_loop
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -63,7 +62,7 @@ from zcproto.client.streams import (
     StreamMiddleware,
     StreamRequest,
 )
-from zcproto.common.clock import Clock, MonotonicClock, system_clock
+from zcproto.common.clock import Clock, MonotonicClock, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
@@ -318,13 +317,13 @@ class SessionClient:
         returns the params to replace, such as `{"after": last["id"]}`. Without it, a stream that may have begun is
         never opened again.
 
-        A `durable` stream goes on without its connection: it is resumed where it stopped, on any connection, and its
+        A `durable` stream goes on without its connection: it is resumed where it stopped, on any connection. Its
         items come once and in order. Leaving early does not cancel the method: `cancel` does. `stream.id` and
         `stream.position` let another client go on with `resume`.
 
         Raises like `call`, and Unimplemented if the server has no streams, or no durable ones.
         """
-        run = RunPosition(secrets.token_urlsafe(RUN_ID_SIZE)) if durable else None
+        run = RunPosition(system_entropy(RUN_ID_SIZE).hex()) if durable else None
         return self._stream(
             method,
             {**(params or {}), **named},

@@ -140,14 +140,14 @@ KEEP_S: Final = 0.05
 """The same with a session file, to which the position is written first."""
 
 REPEATED_S: Final = 300.0
-"""How long the first OPEN of a run is repeated: half of the time in which a server knows the id of one that has gone."""
+"""How long the first OPEN of a run is repeated: half of the time for which a server knows the id of an old one."""
 
 
 @dataclass(slots=True)
 class RunPosition:
     """Where a durable stream is. `position` counts the items that the application has received.
 
-    `is_known`: the run has begun, so that it is only attached to. Before that `opened_at` is when it was opened first.
+    `is_known`: the run has begun, and is only attached to. Before that `opened_at` is when it was first opened.
     """
 
     id: str
@@ -290,10 +290,10 @@ class Stream:
         )
         self._pending = await self._client._open_stream(self._request)
 
-    async def __aexit__(self, error: type[BaseException] | None, *_: object) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.close()
         if self._run is not None:  # an error may have interrupted the processing of the last item
-            await self._keep(self._run.position if error is None else self._taken)
+            await self._keep(self._run.position if not any(error) else self._taken)
         if self._sender is not None:
             await asyncio.wait([self._sender])
         if self._middleware is not None:
