@@ -218,6 +218,7 @@ class BlockingSessionClient:
         *,
         items: Iterable[Any] | None = None,
         reopen: Reopen | None = None,
+        durable: bool = False,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -230,6 +231,7 @@ class BlockingSessionClient:
             params,
             items=None if items is None else _in_thread(items),
             reopen=reopen,
+            durable=durable,
             window=window,
             timeout=timeout,
             item_timeout=item_timeout,
@@ -237,6 +239,26 @@ class BlockingSessionClient:
             **named,
         )
         return BlockingStream(self._wait, stream)
+
+    def resume(
+        self,
+        id: str,
+        *,
+        method: str = "",
+        after: int | None = None,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+    ) -> BlockingStream:
+        """Go on with a durable stream like `Client.resume`."""
+        stream = self._client.resume(
+            id, method=method, after=after, window=window, timeout=timeout, item_timeout=item_timeout
+        )
+        return BlockingStream(self._wait, stream)
+
+    def durable_streams(self) -> list[dict[str, Any]]:
+        """Return the durable streams of this user like `Client.durable_streams`."""
+        return self._wait(self._client.durable_streams())
 
 
 class BlockingClient(BlockingSessionClient):
@@ -333,6 +355,16 @@ class BlockingStream:
         return self._stream.result
 
     @property
+    def id(self) -> str | None:
+        """The id of a durable stream; None of another one."""
+        return self._stream.id
+
+    @property
+    def position(self) -> int | None:
+        """How many items of a durable stream were received; None of another one."""
+        return self._stream.position
+
+    @property
     def draining(self) -> bool:
         """Whether the server is going away."""
         return self._stream.draining
@@ -342,13 +374,18 @@ class BlockingStream:
         self._is_open = True
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self._wait(self._stream.__aexit__(*error))
 
     def close(self) -> None:
-        """Cancel the stream unless it has ended. Idempotent."""
-        with contextlib.suppress(ConnectionClosed):
-            self._wait(self._stream.__aexit__())
+        """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""
+        self.__exit__()
+
+    def cancel(self) -> bool:
+        """Cancel the method of a durable stream. Return whether it was running."""
+        is_cancelled: bool = self._wait(self._stream.cancel())
+        return is_cancelled
 
     def receive(self) -> Any:
         """Return the next item. Raises EOFError after the last one."""

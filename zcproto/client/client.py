@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Self, Unpack
 
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.credentials import Device, LoginSource, SessionFile
+from zcproto.client.credentials import Device, LoginSource, PositionFile, SessionFile
 from zcproto.client.dial import Dial, Dialer, Resolve, acquire_resources, release_resources, report_wait
 from zcproto.client.endpoints import Address, Endpoint, Endpoints, parse_addresses
 from zcproto.client.handlers import Event, EventStream, Function, Handler, Handlers, Registrar, call_back
@@ -52,15 +52,17 @@ from zcproto.client.retry import (
 from zcproto.client.session import CLOSE_TIMEOUT, ClientSession, SessionManager
 from zcproto.client.streams import (
     DEFAULT_WINDOW,
+    RUN_ID_SIZE,
     OutgoingCall,
     Prepared,
     Reopen,
+    RunPosition,
     SentItems,
     Stream,
     StreamMiddleware,
     StreamRequest,
 )
-from zcproto.common.clock import Clock, MonotonicClock, system_clock
+from zcproto.common.clock import Clock, MonotonicClock, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
@@ -72,6 +74,7 @@ from zcproto.errors import (
     ConnectionClosed,
     DeadlineExceeded,
     InvalidArgument,
+    NotFound,
     ZcprotoError,
 )
 from zcproto.wire.frame import NO_TOKEN
@@ -106,6 +109,7 @@ class SessionClient:
             if self._credentials is None:
                 raise ConfigError(["session_file: credentials are missing; give what opens a session"])
             self._session_file = SessionFile(options.session_file, service, self._credentials)
+        self._positions = None if self._session_file is None else PositionFile(self._session_file)
         for each in options.middleware:
             check_middleware(each, "call")
         for around_handler in options.handler_middleware:
@@ -296,6 +300,7 @@ class SessionClient:
         *,
         items: SentItems | None = None,
         reopen: Reopen | None = None,
+        durable: bool = False,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -312,17 +317,78 @@ class SessionClient:
         returns the params to replace, such as `{"after": last["id"]}`. Without it, a stream that may have begun is
         never opened again.
 
-        Raises like `call`, and Unimplemented if the server has no streams.
+        A `durable` stream goes on without its connection: it is resumed where it stopped, on any connection. Its
+        items come once and in order. Leaving early does not cancel the method: `cancel` does. `stream.id` and
+        `stream.position` let another client go on with `resume`.
+
+        Raises like `call`, and Unimplemented if the server has no streams, or no durable ones.
         """
+        run = RunPosition(system_entropy(RUN_ID_SIZE).hex()) if durable else None
+        return self._stream(
+            method,
+            {**(params or {}), **named},
+            window=window,
+            timeout=timeout,
+            item_timeout=item_timeout,
+            traceparent=traceparent,
+            items=items,
+            reopen=reopen,
+            run=run,
+        )
+
+    def resume(
+        self,
+        id: str,
+        *,
+        method: str = "",
+        after: int | None = None,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+    ) -> Stream:
+        """Go on with a durable stream of this user from the position `after`: that many items are not sent again.
+
+        By default this is the position in the session file, or 0 without one.
+        `timeout` limits this attachment and not the method. Without `method` the server is asked for its name.
+
+        Raises NotFound for a run that is not kept any more, OutOfRange for items that are not, and otherwise like
+        `stream`.
+        """
+        if after is None:
+            after = 0 if self._positions is None else self._positions.position(id)
+        run = RunPosition(id, after, is_known=True)
+        return self._stream(
+            method, {}, window=window, timeout=timeout, item_timeout=item_timeout, traceparent=None, run=run
+        )
+
+    async def durable_streams(self) -> list[dict[str, Any]]:
+        """Return the durable streams of this user that run or are kept, as `stream.list` describes them."""
+        found: list[dict[str, Any]] = await self.call("stream.list")
+        return found
+
+    def _stream(
+        self,
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        window: Credit,
+        timeout: float | None,
+        item_timeout: float | None,
+        traceparent: str | None,
+        items: SentItems | None = None,
+        reopen: Reopen | None = None,
+        run: RunPosition | None = None,
+    ) -> Stream:
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         request = StreamRequest(
             method,
-            {**(params or {}), **named},
+            params,
             window,
             self._deadline(timeout),
             traceparent,
             Attempt(self._random),
+            run,
         )
         middleware = None
         if self._options.middleware:
@@ -338,8 +404,13 @@ class SessionClient:
         return Stream(self, request, item_timeout, items, reopen, middleware)
 
     async def _open_stream(self, request: StreamRequest) -> PendingStream:
+        run = request.run
+        if run is not None and not request.method:
+            request.method = await self._method_of(run.id)
         connection = await self._ready_before(request.deadline)
         now, meta = self._loop.time(), None
+        if run is not None and not run.may_open(now):
+            raise ConnectionClosed("the stream may have begun; call durable_streams to find it")
         if request.deadline != NEVER:
             meta = _deadline_meta(request.deadline - now)
         if request.traceparent is not None:
@@ -347,8 +418,26 @@ class SessionClient:
         self._sessions.used(now)
         token = self._sessions.token
         return connection.open_stream(
-            request.method, request.params, token, meta, request.window, request.deadline
+            request.method,
+            request.params,
+            token,
+            meta,
+            request.window,
+            request.deadline,
+            None if run is None else run.resume(now),
         )
+
+    async def _method_of(self, id: str) -> str:
+        for run in await self.durable_streams():
+            if run["id"] == id:
+                return str(run["method"])
+        raise NotFound(
+            "there is no durable stream with this id; call durable_streams for those that are kept"
+        )
+
+    async def _cancel_run(self, id: str) -> bool:
+        result: dict[str, Any] = await self.call("stream.cancel", id=id)
+        return bool(result["cancelled"])
 
     async def _after_stream_error(
         self,

@@ -60,6 +60,9 @@ MAX_KEY: Final = 4_096
 
 FILE_VERSION: Final = 1
 MAX_SESSION_FILE: Final = 16_384
+MAX_POSITIONS: Final = 64
+"""Durable streams whose positions a client keeps: those that it has read last."""
+
 _FILE_BYTES: Final = ("token", "refresh_token")
 
 LOGIN_HOLDS: Final = 10.0
@@ -317,6 +320,11 @@ class SessionFile:
         """Whether this client keeps its session in the file."""
         return self._lock is not None
 
+    @property
+    def positions_path(self) -> Path:
+        """Where the positions of durable streams are kept."""
+        return self._path.with_name(f"{self._path.name}.streams")
+
     def load(self) -> dict[str, Any] | None:
         """Lock the file and return the result of `session.open` in it; None without one, or without the lock.
 
@@ -373,6 +381,51 @@ class SessionFile:
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
+
+
+class PositionFile:
+    """Positions of durable streams by their ids, in a file beside a session file, of whose lock it makes use."""
+
+    def __init__(self, session_file: SessionFile) -> None:
+        self._session_file = session_file
+        self._positions: dict[str, int] | None = None
+        self._saving = asyncio.Lock()
+        self._is_changed = False
+
+    def position(self, id: str) -> int:
+        """Return the position that was kept for a stream; 0 for another one. Reads a small file once."""
+        return self._loaded().get(id, 0)
+
+    async def keep(self, id: str, position: int) -> bool:
+        """Write a position, unless another client has the session file. Return False if the disk fails."""
+        positions = self._loaded()
+        if positions.get(id, 0) != position:
+            positions.pop(id, None)
+            positions[id] = position  # the newest is the last one
+            for oldest in [*positions][:-MAX_POSITIONS]:
+                del positions[oldest]
+            self._is_changed = True
+        async with self._saving:  # one write for all streams that wait
+            if self._is_changed and self._session_file.is_held:
+                self._is_changed = False
+                content = json.dumps({"version": FILE_VERSION, "streams": positions}).encode()
+                try:
+                    await asyncio.to_thread(replace_file, self._session_file.positions_path, content)
+                except OSError:
+                    self._is_changed = True
+        return not (self._is_changed and self._session_file.is_held)
+
+    def _loaded(self) -> dict[str, int]:
+        if self._positions is None:
+            self._positions = {}
+            with suppress(OSError, UnusableFileError, ValueError, KeyError, TypeError, RecursionError):
+                content, _ = read_file(self._session_file.positions_path, MAX_SESSION_FILE)
+                self._positions = {
+                    id: position
+                    for id, position in json.loads(content)["streams"].items()
+                    if type(position) is int and position >= 0
+                }
+        return self._positions
 
 
 def identity_of(credentials: Credentials) -> str:

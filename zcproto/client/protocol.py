@@ -29,6 +29,7 @@ from zcproto.connection.client_calls import ClientCall
 from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.events import (
     NEVER,
+    Accepted,
     CallReceived,
     CallWithdrawn,
     ClientEvent,
@@ -44,7 +45,7 @@ from zcproto.connection.events import (
 from zcproto.connection.silence import PING_AFTER, PING_AFTER_TIMEOUT
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, TlsError
-from zcproto.wire.message import Credit
+from zcproto.wire.message import Credit, Resume
 
 SENT_AT_ONCE: Final = 65_536
 """Bytes of requests in one turn of the loop that are written before its end, so that back-pressure applies before
@@ -186,7 +187,7 @@ class PendingStream(asyncio.Future[Any]):
                     self._sender = None
 
     def leave(self) -> None:
-        """Cancel the stream on the server, unless it was answered, and drop its items."""
+        """Cancel the stream on the server, or detach from its run, and drop its items. Nothing after the answer."""
         self.stream.items.clear()
         if self.connection.abandon(self.stream.number):
             self.cancel()
@@ -280,10 +281,10 @@ class ClientProtocol(asyncio.Protocol):
                 call = pending.pop(event.stream, None)
                 if call is not None and not call[0].done():
                     call[0].set_result(event.value)
-            elif event.__class__ is ItemReceived:
+            elif event.__class__ is ItemReceived or event.__class__ is Accepted:
                 call = pending.get(event.stream)
                 if call is not None:
-                    call[0].arrived()  # type: ignore[attr-defined]  # only streams have items
+                    call[0].arrived()  # type: ignore[attr-defined]  # only streams have these
             else:
                 self._handle(event)
                 if self.error is not None:
@@ -426,10 +427,11 @@ class ClientProtocol(asyncio.Protocol):
         meta: Mapping[str, Any] | None,
         window: Credit,
         deadline: float,
+        resume: Resume | None,
     ) -> PendingStream:
         """Open a stream. Only while `ready`. Raises like `ClientConnection.open_stream`."""
         stream = self.conversation.open_stream(
-            method, params, token=token, meta=meta, window=window, wall=self._clock.wall()
+            method, params, token=token, meta=meta, window=window, wall=self._clock.wall(), resume=resume
         )
         pending = PendingStream(self, stream, self._loop)
         self._add_pending(pending, stream.number, deadline)
@@ -457,6 +459,11 @@ class ClientProtocol(asyncio.Protocol):
         finally:
             if self.conversation.queued_bytes:
                 self._flush_soon()
+
+    def send_taken(self, stream: ClientStream) -> None:
+        """Report which items of a durable stream the application does not need any more."""
+        self.conversation.send_credit(stream, self._clock.wall())
+        self._flush_queued()
 
     def send_item(self, stream: ClientStream, item: Any) -> None:
         """Send an item after `PendingStream.wait_to_send`. Raises InvalidArgument if it cannot be sent."""
@@ -489,10 +496,14 @@ class ClientProtocol(asyncio.Protocol):
             self._flush_soon()
 
     def abandon(self, stream: int) -> bool:
-        """Cancel a call on the server. Return False if it was answered already."""
-        if self._pending.pop(stream, None) is None:
+        """Cancel a call on the server, or leave a durable stream. Return False if it was answered already."""
+        call, _ = self._pending.pop(stream, (None, NEVER))
+        if call is None:
             return False
-        self.conversation.cancel(stream, self._clock.wall())
+        if isinstance(call, PendingStream) and call.stream.resume is not None:
+            self.conversation.detach(call.stream, self._clock.wall())
+        else:
+            self.conversation.cancel(stream, self._clock.wall())
         self._flush_soon()
         return True
 

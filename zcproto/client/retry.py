@@ -98,6 +98,8 @@ def is_interruption(error: CallError | ConnectionClosed, was_lost: bool) -> bool
 
     `was_lost`: the client itself found a frame of the stream stale. A method may answer with DATA_LOSS, too.
     """
+    if isinstance(error, CallError) and error.details.get("detached") is True:
+        return error.details.get("reason") != "resumed_elsewhere"
     return (
         isinstance(error, ConnectionClosed)
         or (error.code is Code.DATA_LOSS and was_lost)

@@ -28,12 +28,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self
 
+from zcproto.client.credentials import PositionFile
 from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt
 from zcproto.common.middleware import Middleware, around
 from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded
-from zcproto.wire.message import Credit
+from zcproto.wire.message import Credit, Resume
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,9 +130,45 @@ Reopen = Callable[[Any], Mapping[str, Any]]
 """Returns the params that continue a stream after its last item."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+RUN_ID_SIZE: Final = 16
+"""Random bytes of the id of a run."""
+
+REPORT_S: Final = 1.0
+"""At the latest so long after the application has taken an item the server learns it (zcp1.md, section 20)."""
+
+KEEP_S: Final = 0.05
+"""The same with a session file, to which the position is written first."""
+
+REPEATED_S: Final = 300.0
+"""How long the first OPEN of a run is repeated: half of the time for which a server knows the id of an old one."""
+
+
+@dataclass(slots=True)
+class RunPosition:
+    """Where a durable stream is. `position` counts the items that the application has received.
+
+    `is_known`: the run has begun, and is only attached to. Before that `opened_at` is when it was first opened.
+    """
+
+    id: str
+    position: int = 0
+    is_known: bool = False
+    opened_at: float | None = None
+
+    def resume(self, now: float) -> Resume:
+        """Return what OPEN asks for at a time."""
+        if self.opened_at is None:
+            self.opened_at = now
+        return Resume(self.id, self.position, self.is_known)
+
+    def may_open(self, now: float) -> bool:
+        """Return whether OPEN may be repeated."""
+        return self.is_known or self.opened_at is None or now < self.opened_at + REPEATED_S
+
+
+@dataclass(slots=True, repr=False)
 class StreamRequest:
-    """What a stream asks for. `deadline` is in the loop's time, or infinite."""
+    """What a stream asks for. `deadline` is in the loop's time, or infinite. `run` is that of a durable stream."""
 
     method: str
     params: Mapping[str, Any]
@@ -139,10 +176,15 @@ class StreamRequest:
     deadline: float
     traceparent: str | None
     attempt: Attempt
+    run: RunPosition | None = None
 
 
 class StreamOpener(Protocol):
     """The client, as its streams use it."""
+
+    _positions: PositionFile | None
+
+    async def _cancel_run(self, id: str) -> bool: ...
 
     def _deadline(self, timeout: float | None) -> float: ...
 
@@ -174,6 +216,13 @@ class Stream:
     ) -> None:
         if items is not None and reopen is not None:
             raise ValueError("a stream with items cannot be opened again; choose items or reopen")
+        self._run = request.run
+        if self._run is not None and (items is not None or reopen is not None):
+            raise ValueError(
+                "a durable stream takes no items and resumes by itself; leave out items and reopen"
+            )
+        self._report: asyncio.Task[None] | None = None  # of the position
+        self._taken = 0  # items of a durable stream that the application has processed
         self._reopen = reopen
         self._last: tuple[Any, ...] = ()  # the last item, with `reopen`
         self._client = client
@@ -200,6 +249,16 @@ class Stream:
         if not self._has_ended:
             raise RuntimeError("the stream has not ended; take all items first")
         return self._result
+
+    @property
+    def id(self) -> str | None:
+        """The id of a durable stream, for `client.resume`; None of another one."""
+        return None if self._run is None else self._run.id
+
+    @property
+    def position(self) -> int | None:
+        """How many items of a durable stream were received, for `client.resume`; None of another one."""
+        return None if self._run is None else self._run.position
 
     @property
     def draining(self) -> bool:
@@ -231,15 +290,26 @@ class Stream:
         )
         self._pending = await self._client._open_stream(self._request)
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.close()
+        if self._run is not None:  # an error may have interrupted the processing of the last item
+            await self._keep(self._run.position if not any(error) else self._taken)
         if self._sender is not None:
             await asyncio.wait([self._sender])
         if self._middleware is not None:
             await self._middleware.leave()
 
+    async def cancel(self) -> bool:
+        """Cancel the method of a durable stream. Return whether it was running. Raises like `client.call`."""
+        if self._run is None:
+            raise RuntimeError("leave a stream that is not durable to cancel it")
+        return await self._client._cancel_run(self._run.id)
+
     def close(self) -> None:
-        """Cancel the stream unless it has ended. Idempotent."""
+        """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""
+        if self._report is not None:
+            self._report.cancel()
+            self._report = None
         if self._pending is not None:
             self._pending.leave()
         self._stop_sending()
@@ -285,10 +355,17 @@ class Stream:
             self._is_receiving = False
 
     async def _receive(self) -> Any:
+        run, taken = self._run, None if self._run is None else self._run.position
         while True:
             pending = self._opened()
+            if run is not None and taken is not None:
+                run.is_known |= pending.stream.is_accepted
+                self._report_soon(pending, taken)
             if pending.stream.items.held:
                 item = pending.connection.take_item(pending.stream)
+                if run is not None:
+                    run.position += 1
+                    self._request.attempt.reset()
                 if self._reopen is not None:
                     self._last = (item,)
                     self._request.attempt.reset()
@@ -301,6 +378,32 @@ class Stream:
                     await pending.wait()
             except TimeoutError:
                 raise DeadlineExceeded("no item within item_timeout") from None
+
+    def _report_soon(self, pending: PendingStream, taken: int) -> None:
+        """Let the server learn in time that the items before a position were processed."""
+        self._taken = taken
+        if taken > max(pending.stream.taken, 0):
+            if self._client._positions is None:
+                pending.stream.taken = taken  # the next CREDIT reports it
+            if self._report is None:
+                self._report = asyncio.create_task(self._send_reports(), name="zcproto-position")
+
+    async def _send_reports(self) -> None:
+        positions, reported = self._client._positions, 0
+        while self._taken > reported:
+            await asyncio.sleep(REPORT_S if positions is None else KEEP_S)
+            taken = self._taken
+            if await self._keep(taken):
+                reported, pending = taken, self._opened()
+                if pending.stream.is_accepted and not pending.done():
+                    pending.stream.taken = max(pending.stream.taken, taken)
+                    pending.connection.send_taken(pending.stream)
+        self._report = None
+
+    async def _keep(self, position: int) -> bool:
+        """Write a position to the session file, if there is one. Return False if that fails."""
+        positions, run = self._client._positions, self._run
+        return positions is None or run is None or await positions.keep(run.id, position)
 
     async def finished(self) -> Any:
         """End this side's items, discard the method's, and return its result. Raises like `client.call`."""
@@ -385,8 +488,12 @@ class Stream:
         try:
             self._result = pending.result()
         except (CallError, ConnectionClosed) as error:
-            can_resume = self._reopen is not None
-            if pending.stream.was_answered_to and not can_resume:
+            run = self._run
+            can_resume = self._reopen is not None or run is not None
+            if run is not None:
+                run.is_known |= pending.stream.is_accepted
+                can_resume = run.may_open(asyncio.get_running_loop().time())
+            if (pending.stream.was_answered_to or run is not None) and not can_resume:
                 self._stop_sending()
                 raise
             async with self._opening:
