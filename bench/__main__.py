@@ -21,6 +21,7 @@ SCENARIOS: Final = {
     "accelerator_fuzz": "The accelerator under sanitizers: the same results as Python.",
     "acme": "Order and renew certificates of a CA under load: no connection is lost.",
     "attacks": "Floods, half frames, frames without effect, blocked threads: others notice nothing.",
+    "durable": "Durable runs on workers and servers that are killed: each item once, or the right error.",
     "failover": "Failovers of Valkey and paused servers: no dead token is accepted again.",
     "failover_clients": "Kill one of three servers again and again: clients go on at the others.",
     "frozen_server": "One of two servers hangs: clients go on at the other within seconds.",
