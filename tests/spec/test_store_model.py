@@ -33,11 +33,11 @@ def test_each_rule_of_the_model_is_named_by_the_code_that_implements_it() -> Non
     assert references == modules
 
 
-def search(folder: Path, *definitions: str) -> str:
-    """Search all states of the model. Return spin's report, which must be of a complete search."""
+def search(folder: Path, *definitions: str, model: Path = MODEL) -> str:
+    """Search all states of a model. Return spin's report, which must be of a complete search."""
     options = [f"-D{each}" for each in definitions]
     # To optimize the search takes longer than it saves.
-    command = ["spin", *options, "-run", "-safety", "-DCOLLAPSE", "-O0", "-m200000", str(MODEL)]
+    command = ["spin", *options, "-run", "-safety", "-DCOLLAPSE", "-O0", "-m200000", str(model)]
     report = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     assert "max search depth too small" not in report
     return report
