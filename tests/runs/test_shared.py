@@ -172,6 +172,28 @@ async def test_reader_gets_each_item_once_whatever_the_store_loses(seed: int) ->
         await each.stop()
 
 
+async def test_taken_items_are_reported_again_after_the_owner_has_repaired_the_log() -> None:
+    """Otherwise a method that waits for room would wait for ever."""
+    store = Store(random.Random(0))
+    store.faults = 0.0
+    owner, other = await process_of(store, "p0"), await process_of(store, "p1")
+    await owner.open(KEY, opening("a", starts=True))
+    await other.open(KEY, opening("b"))
+    store.replicate()
+    await owner.append(KEY, INFO.generation, 0, [b"0", b"1"], None)
+    await other.take(KEY, "b", 2)
+    store.table = deepcopy(store.replica)
+    for carrier in reversed(store.carriers):  # the owner is the last one to notice the failover
+        carrier.cut()
+        for _ in range(20):
+            await asyncio.sleep(0)
+    await other.read(KEY, "b", 2, 1, 1)
+    state, _ = await other.read(KEY, "b", 2, 1, 1)
+    assert (state.next, state.taken) == (2, 2)
+    for each in (owner, other):
+        await each.stop()
+
+
 async def test_lost_owner_and_lost_reader_are_found_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "CHECK_S", 0.0)
     store = Store(random.Random(0))

@@ -343,6 +343,9 @@ class SharedRuns:
         state, bodies = await self._repeat(
             self._carrier.read, key, attachment, position, items, size, reader.order
         )
+        if reader.taken > state.taken:  # it came before the owner had repaired the log
+            with suppress(Unavailable):
+                await self._carrier.take(key, attachment, reader.taken, reader.order)
         self._look_at(key, state)
         return state, bodies
 
