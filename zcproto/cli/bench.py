@@ -238,14 +238,16 @@ def _how_to_make_keys(address: str, sessions: int) -> str:
     )
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @number_option("--connections", COUNT, 10_000, "N", "TLS connections, all open at once.")
 @number_option("--rate", RATE, 5_000.0, "R", "Maximum of requests per second over all connections.")
 @number_option("--seconds", click.FloatRange(0.1, 3_600), 6.0, "S", "The duration of the load.")
 @json_option
 @plot_option
 @html_option
+@click.pass_context
 def demo(
+    ctx: click.Context,
     connections: int,
     rate: float,
     seconds: float,
@@ -260,9 +262,47 @@ def demo(
     what the machine can do, and asks for half of that at most. It ends within a minute on an idle machine, and
     leaves no process and no file. Exit code 0 if everything is verified.
     """
+    if ctx.invoked_subcommand is not None:
+        return 0
     from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
     from zcproto.load.demo import Demo, run_demo  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
     result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot, html=html), new_console())
     return EXIT_CODES[result.verdict]
+
+
+@demo.command(name="fleet")
+@number_option("--clients", click.IntRange(1, 10_000), 500, "N", "Clients, each of a user of its own.")
+@number_option(
+    "--seconds", click.FloatRange(1, 3_600), 30.0, "S", "How long connections are cut and processes killed."
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["workers", "servers"]),
+    help="A server of four workers, or three servers on a Valkey or Redis. [default: servers, if one is installed]",
+)
+@number_option("--seed", click.INT, 1, "N", "The seed of the moments and the choices.")
+@json_option
+@plot_option
+@html_option
+def fleet(
+    clients: int,
+    seconds: float,
+    kind: str | None,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+    html: Path | None,
+) -> int:
+    """Kill the processes that serve 500 clients, and show what is lost.
+
+    The clients read durable runs and answer questions of their methods, while connections are cut, clients are
+    replaced, and processes are killed or upgraded at random. Prints a picture of the gaps, and what was lost.
+    It leaves no process and no file. Exit code 0 if nothing was lost.
+    """
+    from zcproto.load.fleet_demo import FleetDemo, run_fleet_demo  # noqa: PLC0415
+    from zcproto.load.progress import new_console  # noqa: PLC0415
+
+    wanted = FleetDemo(clients, seconds, kind or "", seed, json=json_file, plot=plot, html=html)
+    return run_fleet_demo(wanted, new_console())

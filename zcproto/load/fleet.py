@@ -277,22 +277,37 @@ async def conduct(
     interval: float,
     seed: int,
     on_tick: Callable[[Seen], None] = lambda seen: None,
+    seconds: float = 1e9,
 ) -> Seen:
-    """Let the clients read, and hurt the fleet about every `interval` seconds until they are done. 0: never."""
+    """Let the clients read to the end; hurt the fleet about every `interval` seconds for at most `seconds`."""
     seen, chance = Seen(time.monotonic()), random.Random(seed)  # noqa: S311 - moments and choices, no secret
+    connected: set[str] = set()
+    all_connected = asyncio.Event()
+
+    def ticked(seen: Seen) -> None:
+        tick = seen.ticks[-1]
+        if not tick["waiting"] and not all_connected.is_set():
+            connected.add(tick["plan"])
+            if len(connected) == len(plans):
+                seen.began = tick["began"]
+                all_connected.set()
+        on_tick(seen)
 
     async def hurt() -> None:
-        while interval:
+        await all_connected.wait()
+        while True:
             await asyncio.sleep(interval * (0.5 + chance.random()))
+            if time.monotonic() > seen.began + seconds:
+                return
             await fleet.hurt(chance.choice(fleet.victims), chance)
 
     seen.faults = fleet.killed
     hurting = asyncio.create_task(hurt())
     try:
         async with asyncio.TaskGroup() as group:
-            reading = [group.create_task(_clients(plan, seen, on_tick)) for plan in plans]
+            reading = [group.create_task(_clients(plan, seen, ticked)) for plan in plans]
             await asyncio.wait([*reading, hurting], return_when=asyncio.FIRST_COMPLETED)
-            if interval and hurting.done():
+            if hurting.done():
                 hurting.result()
             await asyncio.gather(*reading)
     finally:

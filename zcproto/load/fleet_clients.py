@@ -54,7 +54,7 @@ class ClientsPlan:
     """The share of runs in which the client is replaced by another one."""
     prefix: str = "run"
     pictured: int = 0
-    """Runs whose moments are written."""
+    """Users of whose runs the moments of all items are written."""
     seed: int = 1
 
 
@@ -63,6 +63,7 @@ class Outcome:
     """What a reader saw of one run."""
 
     run: str
+    reader: str
     began: float
     ended: float = 0.0
     items: int = 0
@@ -75,7 +76,7 @@ class Outcome:
     cuts: list[float] = field(default_factory=list)
     restarts: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    """When items came, if the run is pictured."""
+    """When items came, if the reader is pictured."""
 
 
 class Connection:
@@ -119,8 +120,9 @@ class Readers:
         """Of each run the longest."""
         self.offers = 0
         self.waiting = len(plan.users)
+        """Readers that have no connection yet; the first run begins when all have one."""
         self._names = self._runs()
-        self._begun = asyncio.Event()
+        self._all_wait = asyncio.Event()
 
     def _runs(self) -> Iterator[str]:
         for number in range(self._plan.runs):
@@ -194,10 +196,17 @@ class Readers:
         reopen = partial(self._opened, user, key, file)
         connection = await reopen()
         self.waiting -= 1
+        if not self.waiting:
+            self.began = time.monotonic()
+            self._all_wait.set()
+        await self._all_wait.wait()
         for name in self._names:
-            outcome = Outcome(name, time.monotonic())
+            outcome = Outcome(name, user, time.monotonic())
             self.outcomes.append(outcome)
-            connection = await self._read(outcome, connection, reopen, knows_position=file is not None)
+            is_pictured = number < self._plan.pictured
+            connection = await self._read(
+                outcome, connection, reopen, knows_position=file is not None, is_pictured=is_pictured
+            )
             outcome.ended = time.monotonic()
         await connection.client.close()
 
@@ -208,6 +217,7 @@ class Readers:
         reopen: Callable[[], Awaitable[Connection]],
         *,
         knows_position: bool,
+        is_pictured: bool,
     ) -> Connection:
         """Read one run to its end. Return the client that is there at the end."""
         plan, chance = self._plan, self._random
@@ -233,7 +243,6 @@ class Readers:
             expires=expires,
         )
         longest, last = 0.0, outcome.began
-        is_pictured = len(self.outcomes) <= plan.pictured
         try:
             while True:
                 async with stream:
@@ -296,6 +305,7 @@ class Readers:
             "done": sum(bool(each.end) for each in self.outcomes),
             "begun": len(self.outcomes),
             "waiting": self.waiting,
+            "began": self.began,
         }
 
     def _write(self) -> None:
