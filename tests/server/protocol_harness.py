@@ -20,6 +20,9 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.parameters import Ended
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import Code, NotFound
+from zcproto.runs.log import RunLimits, RunTable
+from zcproto.runs.store import MemoryRuns
+from zcproto.server.durable import serve_runs
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.protocol import ServerProtocol
@@ -40,6 +43,7 @@ from zcproto.wire.frame import (
     Kind,
     Side,
     accepted_with_calls,
+    accepted_with_durable,
     accepted_with_streams,
     encode_frame,
 )
@@ -49,6 +53,7 @@ WRITE_BUFFER = 20_000
 WRITE_TIMEOUT = 20.0
 IDLE = 300.0
 LIMITS = StreamLimits(max_open=4, max_item=1_000, write_bytes=20_000)
+ABANDON_AFTER = 900.0
 PLENTY = (1_000, 1_000_000)
 """Credit for more items and bytes than a test sends."""
 
@@ -136,6 +141,13 @@ class Harness:
         most = max(settings.max_streams, limits.max_open)
         self.state.settings = replace(settings, streams=limits, max_streams=most)
         self.state.add_methods(stream_methods(self))
+
+    def allow_durable(self, **limits: Any) -> MemoryRuns:
+        """Announce durable streams to connections from now on, of the methods that were added. Return the store."""
+        self.allow_streams()
+        store = MemoryRuns(RunTable(RunLimits(**limits)), self.clock.now)
+        serve_runs(self.state, store, abandon_after=ABANDON_AFTER)
+        return store
 
     def allow_calls(self, most: int = 8) -> None:
         """Announce calls to connections from now on; the method `call` calls its caller."""
@@ -285,6 +297,8 @@ class Peer:
         settings = harness.state.settings
         if settings.streams is not None:
             self.accept(accepted_with_streams(Side.CLIENT, settings.streams.max_item))
+            if settings.streams.durable:
+                self.accept(accepted_with_durable(self._decoder.accepted))
         if settings.max_calls:
             self.accept(accepted_with_calls(Side.CLIENT, self._decoder.accepted))
         self.welcome, *self.greeted = self.answers()
@@ -340,6 +354,13 @@ class Peer:
     def turn(self) -> list[Answer]:
         self.harness.turn()
         return self.answers()
+
+    def settle(self) -> list[Answer]:
+        """Let everything happen that does not wait for time. Return all answers."""
+        answers = self.answers()
+        for _ in range(4):
+            answers += self.turn()
+        return answers
 
     def call(self, client: ConnectedClient, method: str = "approve", **params: Any) -> asyncio.Task[Any]:
         """Call a client from outside of a method."""

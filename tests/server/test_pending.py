@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.server.protocol_harness import Harness, Peer, nothing_left
+from tests.server.protocol_harness import ABANDON_AFTER, Harness, Peer, items, nothing_left
 from zcproto.app.context import Context
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import (
@@ -24,7 +24,7 @@ from zcproto.errors import (
 from zcproto.server import pending
 from zcproto.server.clients import CallLimits
 from zcproto.sessions import EndReason
-from zcproto.wire.frame import CALL, FAILURE, WITHDRAW
+from zcproto.wire.frame import CALL, CANCEL, FAILURE, WITHDRAW
 from zcproto.wire.message import decode_call, encode_error
 
 TIMEOUT = 60.0
@@ -89,7 +89,8 @@ offered: dict[Peer, tuple[int, bytes]] = {}
 
 
 @pytest.fixture(autouse=True)
-def forget_offers() -> None:
+def forget_offers() -> Iterator[None]:
+    yield
     offered.clear()
 
 
@@ -575,6 +576,63 @@ def test_method_with_an_idempotency_key_asks_and_survives_its_connection(
     again.send(again.request(7, "approve", idempotency_key="k"))
     (repeated,) = again.turn()
     assert repeated.value == "yes"
+
+
+def open_run(harness: Harness, timeout: float = TIMEOUT) -> Peer:
+    """Open a durable stream whose method asks. Return its client, which answers no calls."""
+
+    async def work(context: Context) -> AsyncIterator[Any]:
+        yield "asks"
+        yield await context.client.call("approve", pending=True, timeout=timeout)
+
+    harness.add_method(work, "work", durable=True)
+    harness.allow_durable()
+    caller = connect(harness, "ada", "other")
+    caller.send(caller.open("work", {}, resume={"id": "run", "from": 0}))
+    assert items(caller.settle()) == ["asks"]
+    return caller
+
+
+def test_durable_run_asks_and_outlives_its_connection(harness: Harness, first: Peer) -> None:
+    caller = open_run(harness, 3 * ABANDON_AFTER)
+    assert calls(first)
+    caller.lose()
+    harness.turn()
+    harness.advance(2 * ABANDON_AFTER)  # the time of a pending call is not that of an abandoned run
+    harness.turn()
+    second = connect(harness)
+    assert calls(second)
+    answer(second, "yes")
+    again = harness.connect()
+    again.use(caller.opened)
+    again.send(again.open("work", None, resume={"id": "run", "from": 1}))
+    assert items(again.settle()) == ["yes"]
+
+
+def test_run_that_asks_is_abandoned_once_the_session_of_its_opener_has_expired(
+    harness: Harness, first: Peer
+) -> None:
+    caller = open_run(harness, 10**7)
+    assert harness.state.runs is not None
+    caller.lose()
+    harness.turn()
+    wall, settings = harness.clock.wall(), harness.registry.settings
+    harness.clock.advance(settings.refresh_lifetime_ms / 1000 + 1)
+    harness.registry.open("bob", client="", address="", wall=wall)
+    for _ in range(3):
+        harness.advance(ABANDON_AFTER)
+        harness.turn()
+    assert harness.state.runs.ended == {"cancelled": 1}
+    assert len(harness.state.pending) == 0
+
+
+def test_pending_call_of_a_run_ends_with_the_run(harness: Harness, first: Peer) -> None:
+    caller = open_run(harness)
+    assert calls(first)
+    caller.send(caller.frame(CANCEL, 1))
+    caller.settle()
+    assert first.heads() == [WITHDRAW]
+    assert len(harness.state.pending) == 0
 
 
 def test_method_without_a_key_cannot_wait(harness: Harness, first: Peer) -> None:

@@ -266,8 +266,10 @@ class ValkeyRuns:
         keys = (RunKey(user, id_.decode()) for id_, _ in found)
         return [(key, self._state(key, values)) for key, (_, values) in zip(keys, found, strict=True)]
 
-    async def forget(self, user: str) -> int:
-        return int(await self._run("forget", user, ""))
+    async def forget(self, user: str | None) -> int:
+        """Delete the runs of a user. Of all users those that this process runs or reads: no script sees all."""
+        users = [*self._watched] if user is None else [user]
+        return sum([int(await self._run("forget", each, "")) for each in users])
 
     # --- signs of life ---------------------------------------------------------------------------------
 

@@ -318,13 +318,15 @@ class RunTable:
             (RunKey(name, id_), run.state) for name in names for id_, run in self._users[name].runs.items()
         ]
 
-    def forget(self, user: str, now: float) -> int:
-        """Delete the runs of a user, and return how many there were. The methods that run find no log any more."""
-        found = self._users.get(user)
-        ids = [] if found is None else [*found.runs]
-        for each in ids:
-            self._drop(RunKey(user, each), now)
-        return len(ids)
+    def forget(self, user: str | None, now: float) -> int:
+        """Delete the runs of a user, or of all users, and return how many there were.
+
+        The methods that run find no log any more.
+        """
+        found = self.runs(user)
+        for key, _ in found:
+            self._drop(key, now)
+        return len(found)
 
     # --- the owner -------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class RunCarrier(Protocol):
 
     async def runs(self, user: str) -> list[tuple[RunKey, RunState]]: ...
 
-    async def forget(self, user: str) -> int: ...
+    async def forget(self, user: str | None) -> int: ...
 
     async def missing(self, processes: Collection[str]) -> set[str]:
         """Return those of the processes that show no sign of life."""
@@ -373,8 +373,8 @@ class SharedRuns:
             self._look_at(key, state)
         return found
 
-    async def forget(self, user: str) -> int:
-        """Delete the runs of a user, later if the store is away: then return 0."""
+    async def forget(self, user: str | None) -> int:
+        """Delete the runs of a user, or of all users, later if the store is away: then return 0."""
         try:
             return await self._carrier.forget(user)
         except Unavailable:

@@ -38,7 +38,7 @@ class RunStore(Protocol):
 
     async def runs(self, user: str) -> list[tuple[RunKey, RunState]]: ...
 
-    async def forget(self, user: str) -> int: ...
+    async def forget(self, user: str | None) -> int: ...
 
     async def start(self) -> None:
         """Connect to the other processes, and stay connected. Does not wait for them."""
@@ -95,7 +95,7 @@ class MemoryRuns:
     async def runs(self, user: str) -> list[tuple[RunKey, RunState]]:
         return self.table.runs(user)
 
-    async def forget(self, user: str) -> int:
+    async def forget(self, user: str | None) -> int:
         return self.table.forget(user, self._now())
 
     def reconfigure(self, limits: RunLimits) -> None:

@@ -488,8 +488,7 @@ def _log_certificate_refused(reason: str, address: str) -> None:
 
 async def _end_user_sessions(state: ServerState, name: str, user: User) -> int:
     """End the sessions of a user who was removed or changed. Return how many."""
-    ended = await state.sessions.revoke_user(name, EndReason.USER_CHANGED)
-    await state.forget_runs(name)
+    ended = await state.revoke_all(name, EndReason.USER_CHANGED)
     log.info("user.gone", user=name, sessions=ended)
     state.on_revoked(f"the user {name} was removed or changed", ended, False)
     return ended

@@ -361,8 +361,7 @@ class Server:
         For users of the application whose access has changed. Their clients get TokenRevoked. Raises Unavailable if
         a store has not taken it in time: the sessions have ended here, and the store will take it later.
         """
-        ended = await self.state.sessions.revoke_user(user, EndReason.USER_CHANGED)
-        await self.state.forget_runs(user)
+        ended = await self.state.revoke_all(user, EndReason.USER_CHANGED)
         log.info("user.gone", user=user, sessions=ended)
         return ended
 

@@ -8,9 +8,11 @@ Decides: when a method waits, when it is cancelled, and which answer ends a run.
 Rules:
 - A run belongs to its user. The end of a connection ends an attachment and nothing else.
 - A method waits at its `yield` while the items that were not taken reach a bound, whether one reads them or not.
-- The items of one turn of the loop are one append.
+- The items of one turn of the loop are one append, of a batch at most: by so much a method may exceed a bound.
 - A run ends with CANCEL, its deadline, the revocation of the session that opened it, the end of its user or of the
-  role that its method needs, and after `abandon_after` seconds without an attachment.
+  role that its method needs, and after `abandon_after` seconds without an attachment. While it waits for the answer
+  to a pending call it is not abandoned, unless the session that opened it has expired.
+- A session that is less bound than the one that has opened a run neither lists nor cancels it.
 
 It must not know: where runs are stored, what is on the wire.
 """
@@ -19,13 +21,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, cast
 
 from zcproto.app.app import Method
-from zcproto.app.context import CallConnection, Context
+from zcproto.app.context import CallConnection, ConnectedClient, Context
 from zcproto.app.topics import TopicEvent
 from zcproto.auth.identity import Channel
 from zcproto.common.clock import MS_PER_SECOND
@@ -59,11 +62,12 @@ from zcproto.server.protocol_methods import protocol_method
 from zcproto.server.state import DETACHED, ServerState
 from zcproto.server.streams import StreamRunner
 from zcproto.sessions import EndReason, Session
-from zcproto.sessions.token import id_from_text
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_error
 
 SWEEP_S: Final = 5.0
+CHECKED_PER_TURN: Final = 100
+"""Sessions that are checked in one turn of the loop."""
 
 BATCH_ITEMS: Final = 64
 BATCH_BYTES: Final = 65_536
@@ -88,7 +92,8 @@ def _run_methods(runs: DurableRuns) -> list[Method]:
 
     async def stream_list(context: Context) -> list[dict[str, Any]]:
         """The durable runs of this user: those that run, and those that are kept."""
-        return await runs.describe(context.user)
+        assert context.session is not None, "it is not public"
+        return await runs.describe(context.session)
 
     async def stream_cancel(context: Context, id: str) -> dict[str, Any]:
         """Cancel a durable run of this user by its `id`. `cancelled` is whether it was running."""
@@ -96,6 +101,15 @@ def _run_methods(runs: DurableRuns) -> list[Method]:
         return {"cancelled": await runs.cancel(context.session, id)}
 
     return [protocol_method("stream.list", stream_list), protocol_method("stream.cancel", stream_cancel)]
+
+
+@dataclass(slots=True)
+class _Opener:
+    """A session that has opened runs of this process. It expires at `until` for good, in wall time."""
+
+    raw_id: bytes
+    until: int
+    runs: dict[RunKey, OwnedRun] = field(default_factory=dict)
 
 
 class DurableRuns:
@@ -108,8 +122,9 @@ class DurableRuns:
         self.store = store
         self.abandon_after = abandon_after
         self._owned: dict[RunKey, OwnedRun] = {}
-        self._by_session: dict[str, dict[RunKey, None]] = {}
-        self._expired: set[str] = set()  # sessions that have opened runs, and may still be revoked
+        self._openers: dict[str, _Opener] = {}  # by the id of the session
+        self._is_checking = False
+        self._opening: set[DurableStream] = set()
         self._readers: dict[DurableStream, tuple[RunKey, str]] = {}
         self.ended: Counter[str] = Counter()
         """Runs that ended, by the name of their code; `ok` for a result."""
@@ -151,12 +166,16 @@ class DurableRuns:
                 session.bound,
                 run.describe(digest),
             )
-        opened = self.state.tasks.start_task(self._open(key, opening, run), self.state.tasks.forget_task)
+        opened = self.state.tasks.start_task(self._open(key, opening, run), self._opened)
+        self._opening.add(stream)
         try:
             state = await asyncio.shield(opened)  # a cut must not leave a run that no process runs
         except asyncio.CancelledError:
-            opened.add_done_callback(lambda _: self._do(self.store.detach(key, attachment)))
+            is_cancelled = stream not in self._opening  # by its client
+            opened.add_done_callback(lambda _: self._leave(key, attachment, is_cancelled=is_cancelled))
             raise
+        finally:
+            self._opening.discard(stream)
         info = {
             "id": resume.id,
             "attachment": attachment,
@@ -176,6 +195,17 @@ class DurableRuns:
         finally:
             self._readers.pop(stream, None)
             self._do(self.store.detach(key, attachment))
+
+    def _opened(self, task: asyncio.Task[RunState]) -> None:
+        self.state.tasks.forget_task(task)
+        if not task.cancelled():
+            task.exception()  # it is raised in `serve`, unless that was cut
+
+    def _leave(self, key: RunKey, attachment: str, *, is_cancelled: bool) -> None:
+        """End an attachment that was cut before it could read."""
+        if is_cancelled:
+            self._do(self.store.cancel(key, "caller"))
+        self._do(self.store.detach(key, attachment))
 
     async def _open(self, key: RunKey, opening: Opening, run: OwnedRun | None) -> RunState:
         is_new, state = await self.store.open(key, opening)
@@ -218,57 +248,94 @@ class DurableRuns:
     def cut(self, stream: DurableStream, reason: str) -> None:
         """Cancel the run of an attachment that its client has cancelled, perhaps before it has begun to read."""
         if reason == "caller" and stream.session is not None:
+            self._opening.discard(stream)
             self._do(self.cancel(stream.session, stream.resume.id))
 
     def _do(self, operation: Coroutine[Any, Any, object]) -> None:
-        """Run an operation of the store whose result nobody needs."""
+        """Run an operation of the store without waiting for it."""
         with suppress(CallError):  # it has gone, or is repeated by the next attachment
             self.state.tasks.start(operation)
 
     # --- the runs of this process ----------------------------------------------------------------------
 
     def _begin(self, run: OwnedRun, state: RunState) -> None:
+        session, record = run.session, self.state.registry.record(run.session.raw_id)
         self.state.wheel.set(self, next_multiple(SWEEP_S, self.state.clock.now()))
         self._owned[run.key] = run
-        self._by_session.setdefault(run.session.id, {})[run.key] = None
+        opener = self._openers.setdefault(session.id, _Opener(session.raw_id, session.expires_at))
+        opener.runs[run.key] = run
         run.begin(state)
-        if self.state.registry.record(run.session.raw_id) is None:  # it has ended since the OPEN was read
-            run.stop("token_revoked")
+        if not run.method.may_be_called_by(session):
+            run.stop("denied")
+        elif record is not None:
+            opener.until = max(record.expires_at, record.refresh_expires_at)
+        else:  # it has ended since the OPEN was read
+            ended = self.state.registry.ended(session.raw_id)
+            if ended is None or ended.code is Code.TOKEN_REVOKED:
+                run.stop("token_revoked")
 
     def forget(self, run: OwnedRun, end: End | None) -> None:
         """Forget a run whose end is stored, or None if it was deleted."""
         self.ended["deleted" if end is None else Code(end[0]).name.lower() if end[0] else "ok"] += 1
-        if self._owned.pop(run.key, None) is not None:
-            keys = self._by_session[run.session.id]
-            del keys[run.key]
-            if not keys:
-                del self._by_session[run.session.id]
-                self._expired.discard(run.session.id)
+        if self._owned.get(run.key) is run:  # else another one has replaced it
+            del self._owned[run.key]
+        opener = self._openers.get(run.session.id)
+        if opener is not None and opener.runs.get(run.key) is run:
+            del opener.runs[run.key]
+            if not opener.runs:
+                del self._openers[run.session.id]
 
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         """Cancel the runs of a session that was revoked, or has logged out."""
         if code is Code.TOKEN_REVOKED:
             self._revoked(session_id)
-        elif code is Code.TOKEN_EXPIRED and session_id in self._by_session:
-            self._expired.add(session_id)
 
     def _revoked(self, session_id: str) -> None:
-        for key in [*self._by_session.get(session_id, ())]:
-            self._owned[key].stop("token_revoked")
+        opener = self._openers.get(session_id)
+        for run in [] if opener is None else [*opener.runs.values()]:
+            run.stop("token_revoked")
 
-    def _check_expired(self) -> None:
-        """Cancel the runs of sessions that were revoked after they had expired: observers do not learn of these.
+    async def _check_openers(self) -> None:
+        """Cancel the runs of sessions that were revoked while they were expired, or not in this process's cache.
 
-        A session without a record or a tombstone counts as revoked.
+        Observers do not learn of these.
         """
-        for session_id in [*self._expired]:
-            raw_id = id_from_text(session_id)
-            assert raw_id is not None, "it is that of a session"
-            if self.state.registry.record(raw_id) is None:
-                self._expired.discard(session_id)
-                ended = self.state.registry.ended(raw_id)
-                if ended is None or ended.code is Code.TOKEN_REVOKED:
+        if self._is_checking:
+            return
+        self._is_checking = True
+        try:
+            for number, (session_id, opener) in enumerate([*self._openers.items()], 1):
+                record = self.state.registry.record(opener.raw_id)
+                if record is not None:
+                    opener.until = max(record.expires_at, record.refresh_expires_at)
+                elif await self._is_revoked(session_id, opener):
                     self._revoked(session_id)
+                if number % CHECKED_PER_TURN == 0:
+                    await asyncio.sleep(0)
+        finally:
+            self._is_checking = False
+
+    async def _is_revoked(self, session_id: str, opener: _Opener) -> bool:
+        """Return whether a session was revoked that the registry does not have.
+
+        One that has neither a record nor a tombstone counts as revoked until it would have expired.
+        """
+        ended = self.state.registry.ended(opener.raw_id)
+        if ended is not None:
+            return ended.code is Code.TOKEN_REVOKED
+        if self.state.clock.wall() >= opener.until or not opener.runs:
+            return False
+        user = next(iter(opener.runs.values())).session.user
+        try:
+            sessions = await self.state.sessions.list(user)
+        except CallError:  # it is checked again
+            return False
+        return all(info.id != session_id for info in sessions)
+
+    def lives(self, session_id: str) -> bool:
+        """Return whether the session that opened runs has neither been revoked nor expired for good."""
+        opener = self._openers.get(session_id)
+        return opener is not None and self.state.clock.wall() < opener.until
 
     def cut_denied(self) -> None:
         """Cancel the runs whose sessions may no longer call their methods."""
@@ -285,8 +352,8 @@ class DurableRuns:
                 return await self.store.cancel(key, "caller")
         raise NotFound("there is no run with this id; call stream.list for those that are kept")
 
-    async def describe(self, user: str) -> list[dict[str, Any]]:
-        """Return the runs of a user."""
+    async def describe(self, session: Session) -> list[dict[str, Any]]:
+        """Return the runs that a session may read."""
         return [
             {
                 "id": key.id,
@@ -299,7 +366,8 @@ class DurableRuns:
                 "session": state.info.session,
                 "address": state.info.peer,
             }
-            for key, state in await self.store.runs(user)
+            for key, state in await self.store.runs(session.user)
+            if session.bound or not state.info.is_bound
         ]
 
     def close(self) -> None:
@@ -312,7 +380,7 @@ class DurableRuns:
 
     def handle_deadline(self, now: float) -> None:
         self.store.sweep()
-        self._check_expired()
+        self._do(self._check_openers())
         self.state.wheel.set(self, next_multiple(SWEEP_S, now))
 
 
@@ -332,6 +400,7 @@ class OwnedRun:
         "_runs",
         "_state",
         "_task",
+        "_waiting",
         "deadline_tick",
         "end",
         "key",
@@ -361,6 +430,7 @@ class OwnedRun:
         self._state: RunState
         self.end: End | None = None
         self.deadline_tick = 0
+        self._waiting = 0  # pending calls whose answers the method awaits
         self._deadline = NEVER
         self._abandoned_at = NEVER
         self._next = 0  # the position of the first pending item
@@ -505,7 +575,26 @@ class OwnedRun:
         if now >= self._deadline:
             self.stop("deadline")
         elif now >= self._abandoned_at:
-            self.stop("abandoned")
+            if self._waiting and self._runs.lives(self.session.id):
+                self._await_reader()
+            else:
+                self.stop("abandoned")
+
+    def _await_reader(self) -> None:
+        """Let the run go on for `abandon_after` from now without an attachment."""
+        self._abandoned_at = self._runs.state.clock.now() + self._runs.abandon_after
+        self._runs.state.wheel.set(self, min(self._deadline, self._abandoned_at))
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Do not count the body's time as abandoned: it waits for a person, whose client may not be connected."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting and self.end is None and self._abandoned_at != NEVER:
+                self._await_reader()
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         """Store the answer of the method, unless the run has ended before."""
@@ -543,6 +632,8 @@ class RunContext(Context[Any]):
     """A call of a durable method. It continues without its connection."""
 
     __slots__ = ()
+
+    outlives_connection = True
 
 
 class RunCaller:
@@ -602,6 +693,26 @@ class RunCaller:
             self._state.clients.count("unavailable")
             raise Unavailable("the client handles no such method, or is not connected")
         return await connection.call_here(session_id, method, params, timeout, traceparent)
+
+    async def ask(
+        self,
+        user: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+        *,
+        caller: Session | None = None,
+        bound: bool = False,
+    ) -> Any:
+        """Make a pending call, which ends with the run."""
+        with self._run.asking():
+            return await self._state.ask(
+                user, method, params, timeout, traceparent, caller=caller, peer=self.peer, bound=bound
+            )
+
+    async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]:
+        return await self._state.find_clients(user, handles)
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
         """Send an event to the connections of the session. Return whether there was one."""

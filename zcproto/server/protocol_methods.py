@@ -277,8 +277,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             raise InvalidArgument("give either id, or all = true")
         with cut_afterwards(context) as quiet:
             if id is None:
-                revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quiet)
-                await state.forget_runs(session.user)
+                revoked = await state.revoke_all(session.user, EndReason.BY_USER, quiet)
             else:
                 revoked = await state.sessions.revoke(
                     id, user=session.user, reason=EndReason.BY_USER, suppress_event=quiet
@@ -387,18 +386,15 @@ async def revoke_sessions(
         raise InvalidArgument("give ids, or user, or all = true")
     if ids is not None and len(ids) > REVOKED_AT_ONCE:
         raise InvalidArgument(f"at most {REVOKED_AT_ONCE} ids")
-    sessions, reason = state.sessions, EndReason.BY_OPERATOR
-    if user is not None:
-        revoked = await sessions.revoke_user(user, reason, suppress_event())
-        await state.forget_runs(user)
-    elif ids is not None:
+    reason = EndReason.BY_OPERATOR
+    if ids is None:
+        revoked = await state.revoke_all(user, reason, suppress_event())
+    else:
         revoked = 0
         for session_id in dict.fromkeys(ids):
-            revoked += await sessions.revoke(
+            revoked += await state.sessions.revoke(
                 session_id, user=None, reason=reason, suppress_event=suppress_event()
             )
-    else:
-        revoked = await sessions.revoke_all(reason)
     state.on_revoked(by, revoked, False)
     return revoked
 

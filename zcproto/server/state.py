@@ -16,7 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nlargest
@@ -377,10 +377,23 @@ class ServerState:
         async for connection in self.each_connection():
             connection.cut_denied_streams()
 
-    async def forget_runs(self, user: str) -> None:
-        """End and delete the durable runs of a user whose sessions were all revoked."""
-        if self.runs is not None:
-            await self.runs.store.forget(user)
+    async def revoke_all(
+        self,
+        user: str | None,
+        reason: EndReason,
+        suppress_event: AbstractContextManager[None] = nullcontext(),  # noqa: B008  it can be used again
+    ) -> int:
+        """End all sessions of a user, or of all users, and delete the durable runs. Return how many sessions ended.
+
+        Raises Unavailable if the store did not take it in time: what is here has ended nevertheless.
+        """
+        try:
+            if user is None:
+                return await self.sessions.revoke_all(reason)
+            return await self.sessions.revoke_user(user, reason, suppress_event)
+        finally:
+            if self.runs is not None:
+                await self.runs.store.forget(user)
 
     def prepare_schemas(self) -> None:
         """Make the schemas of all methods, which takes milliseconds for some, before `server.info` needs them."""

@@ -165,10 +165,11 @@ class RunHub:
     # --- operations ------------------------------------------------------------------------------------
 
     async def _perform(
-        self, name: str, operation: Callable[..., Any], link: Link, user: str, *arguments: Any
+        self, name: str, operation: Callable[..., Any], link: Link, user: str | None, *arguments: Any
     ) -> Any:
         if name in ("runs", "forget"):
             return operation(user)
+        assert user is not None, "the operation concerns a run"
         key = RunKey(user, arguments[0])
         is_complete = len(self._restored) >= self._workers or self._now() >= self._complete_at
         if name in _UNKNOWN_IS_AWAITED and not is_complete and not self.table.knows(key):
@@ -216,7 +217,7 @@ class RunHub:
     def _runs(self, user: str) -> Any:
         return [(key.id, state_values(state)) for key, state in self.table.runs(user)]
 
-    def _forget(self, user: str) -> int:
+    def _forget(self, user: str | None) -> int:
         return self.table.forget(user, self._now())
 
 
@@ -260,7 +261,7 @@ class WorkerRuns:
         assert self._runs is not None, "it was started"
         self._runs.woken(RunKey(user, id_))
 
-    async def _call(self, name: str, user: str, *arguments: Any) -> Any:
+    async def _call(self, name: str, user: str | None, *arguments: Any) -> Any:
         try:
             return await self._client.call(f"runs.{name}", user, *arguments, is_lasting=True)
         except LinkLost as error:
@@ -311,7 +312,7 @@ class WorkerRuns:
     async def runs(self, user: str) -> list[tuple[RunKey, RunState]]:
         return [(RunKey(user, id_), state_of(values)) for id_, values in await self._call("runs", user)]
 
-    async def forget(self, user: str) -> int:
+    async def forget(self, user: str | None) -> int:
         return int(await self._call("forget", user))
 
     async def missing(self, processes: Collection[str]) -> set[str]:
