@@ -21,6 +21,7 @@ from zcproto.connection.client import ClientConnection
 from zcproto.errors import Code, TlsError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
+    ACCEPTED,
     CALL,
     CANCEL,
     CREDIT,
@@ -44,8 +45,10 @@ from zcproto.wire.frame import (
     encode_frame,
 )
 from zcproto.wire.message import (
+    Resume,
     decode_body,
     decode_error,
+    decode_open,
     decode_request,
     encode_body,
     encode_error,
@@ -64,6 +67,7 @@ GREETING: dict[str, Any] = {
     "sts": {"max_age": 0, "include_subdomains": False},
 }
 STREAMS: dict[str, Any] = {"streams": {"max_open": 4, "max_item": 65_536}}
+DURABLE: dict[str, Any] = {"streams": {**STREAMS["streams"], "durable": True}}
 MAX_ITEM = 65_536
 DAY_MS = 86_400_000
 
@@ -151,6 +155,14 @@ class ReceivedRequest(NamedTuple):
     params: dict[str, Any]
     meta: Any
     at: float
+    resume: Resume | None = None
+
+    def accept(self, first: int = 0, following: int = 1_000, **fields: Any) -> None:
+        """Send ACCEPTED, with the position of the first item that is kept and that after the last one."""
+        assert self.resume is not None
+        run = {"id": self.resume.id, "attachment": "a", "from": self.resume.position, "state": "running"}
+        body = encode_body({**run, "first": first, "next": following, **fields})
+        self.link.send(ACCEPTED, self.stream, body, token=self.token)
 
     def respond(self, value: Any = None) -> None:
         self.link.send(RESPONSE, self.stream, encode_body(value), token=self.token)
@@ -315,8 +327,9 @@ class ServerLink(asyncio.Transport):
             if head in (CREDIT, END, ITEM):
                 self.on_streams.append((head, stream, token, decode_body(body) if body else None))
             elif head in (REQUEST, OPEN):
-                method, params, meta = decode_request(body)
-                request = ReceivedRequest(self, stream, token, method, params, meta, now())
+                resume = decode_open(body)[-1] if head == OPEN else None
+                method, params, meta = decode_request(body, may_resume=head == OPEN)
+                request = ReceivedRequest(self, stream, token, method, params, meta, now(), resume)
                 self.requests.append(request)
                 self.server.requests.append(request)
                 if abs(timestamp - self.server.wall()) > 30_000:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.client.conftest import Blocking, ConnectTo
+from tests.server.conftest import Serve
 from zcproto.app.app import App
 from zcproto.client.client import Client
 from zcproto.common.parameters import Ended
@@ -254,3 +256,37 @@ async def test_damaged_positions_count_as_none(server: MemoryServer, tmp_path: P
             await stream.finished()
         assert stream.id is not None
     assert json.loads(file.read_text())["streams"][stream.id] == 3
+
+
+async def test_cut_tls_connections_leave_no_gap_and_no_repeat(
+    serve: Serve, methods: Methods, connect_to: ConnectTo, tmp_path: Path
+) -> None:
+    server, cuts, got = serve(methods.app), 0, []
+    async with (
+        connect_to(server, session_file=tmp_path / "session.json") as client,
+        client.stream("count", n=120, durable=True, window=(4, 262_144)) as stream,
+    ):
+        async for number in stream:
+            got.append(number)
+            connection = client._connections.current
+            if number % 20 == 10 and connection is not None:
+                connection.abort()
+                cuts += 1
+    assert got == [*range(120)]
+    assert (stream.result, methods.started, cuts) == ("done", 1, 6)
+
+
+def test_blocking_client_resumes_and_cancels(serve: Serve, methods: Methods, blocking: Blocking) -> None:
+    server = serve(methods.app)
+    with blocking(server) as client:
+        with client.stream("count", n=10, hold_at=4, durable=True) as stream:
+            assert [stream.receive() for _ in range(3)] == [0, 1, 2]
+        assert stream.id is not None
+        assert [run["id"] for run in client.durable_streams()] == [stream.id]
+        with client.resume(stream.id, after=stream.position) as again:
+            assert (again.receive(), again.position) == (3, 4)
+            assert again.cancel()
+            with pytest.raises(Cancelled):
+                again.receive()
+        assert not again.cancel()
+    server.until(lambda: methods.closed == 1)

@@ -28,7 +28,7 @@ from tests.client.helpers import (
 )
 from tests.helpers import WALL
 from tests.server.helpers import KEY, ServerThread
-from zcproto.client import credentials, session
+from zcproto.client import credentials
 from zcproto.client.client import Client, connect
 from zcproto.client.credentials import SchemeLogin, SessionFile, identity_of
 from zcproto.errors import Code, ConfigError, ResourceExhausted
@@ -311,16 +311,6 @@ def test_logins_of_a_scheme_have_different_identities() -> None:
 
 
 # --- the conversation -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use files in the loop, whose time does not wait for threads."""
-
-    async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
-
-    monkeypatch.setattr(session.asyncio, "to_thread", at_once)
 
 
 def kept(path: Path, **session: Any) -> None:

@@ -409,10 +409,17 @@ class PositionFile:
             if self._is_changed and self._session_file.is_held:
                 self._is_changed = False
                 content = json.dumps({"version": FILE_VERSION, "streams": positions}).encode()
+                writing = asyncio.ensure_future(
+                    asyncio.to_thread(replace_file, self._session_file.positions_path, content)
+                )
                 try:
-                    await asyncio.to_thread(replace_file, self._session_file.positions_path, content)
+                    await asyncio.shield(writing)
                 except OSError:
                     self._is_changed = True
+                except asyncio.CancelledError:
+                    await asyncio.wait([writing])  # the next write must not overtake it
+                    self._is_changed = True
+                    raise
         return not (self._is_changed and self._session_file.is_held)
 
     def _loaded(self) -> dict[str, int]:

@@ -507,6 +507,11 @@ class ClientProtocol(asyncio.Protocol):
         self._flush_soon()
         return True
 
+    def cancel_stream(self, stream: ClientStream) -> None:
+        """Cancel a stream on the server, and go on waiting for its answer."""
+        self.conversation.cancel(stream.number, self._clock.wall())
+        self._flush_soon()
+
     # --- calls of the server ------------------------------------------------------------------------
 
     def answer_call(self, call: ClientCall, result: Any) -> None:

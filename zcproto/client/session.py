@@ -60,7 +60,7 @@ REFRESH_GRACE: Final = 5.0
 server's default grace."""
 
 STABLE_AFTER: Final = 5.0
-"""Seconds after which the delays of sessions that the server loses start again."""
+"""Seconds after which the delays of sessions that the server loses, or of attachments that it ends, start again."""
 
 MIN_REFRESH_INTERVAL: Final = 1.0
 """Minimum of seconds between attempts to refresh before the expiry, and from a session that is valid for less than

@@ -32,8 +32,9 @@ from zcproto.client.credentials import PositionFile
 from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt
+from zcproto.client.session import ANSWER_TIMEOUT, STABLE_AFTER
 from zcproto.common.middleware import Middleware, around
-from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded
+from zcproto.errors import CallError, Cancelled, ConnectionClosed, DeadlineExceeded
 from zcproto.wire.message import Credit, Resume
 
 
@@ -134,13 +135,14 @@ RUN_ID_SIZE: Final = 16
 """Random bytes of the id of a run."""
 
 REPORT_S: Final = 1.0
-"""At the latest so long after the application has taken an item the server learns it (zcp1.md, section 20)."""
+"""Seconds after which an item that was taken is reported at the latest (zcp1.md, section 20.3)."""
 
 KEEP_S: Final = 0.05
 """The same with a session file, to which the position is written first."""
 
 REPEATED_S: Final = 300.0
-"""How long the first OPEN of a run is repeated: half of the time for which a server knows the id of an old one."""
+"""Seconds in which the first OPEN of a run is repeated: half of the time for which a server knows the id of an old
+run."""
 
 
 @dataclass(slots=True)
@@ -148,15 +150,18 @@ class RunPosition:
     """Where a durable stream is. `position` counts the items that the application has received.
 
     `is_known`: the run has begun, and is only attached to. Before that `opened_at` is when it was first opened.
+    `accepted_at`: when the present attachment was accepted.
     """
 
     id: str
     position: int = 0
     is_known: bool = False
     opened_at: float | None = None
+    accepted_at: float | None = None
 
     def resume(self, now: float) -> Resume:
         """Return what OPEN asks for at a time."""
+        self.accepted_at = None
         if self.opened_at is None:
             self.opened_at = now
         return Resume(self.id, self.position, self.is_known)
@@ -303,7 +308,14 @@ class Stream:
         """Cancel the method of a durable stream. Return whether it was running. Raises like `client.call`."""
         if self._run is None:
             raise RuntimeError("leave a stream that is not durable to cancel it")
-        return await self._client._cancel_run(self._run.id)
+        pending = self._pending
+        if pending is not None and not pending.done():
+            pending.connection.cancel_stream(pending.stream)
+            await asyncio.wait([pending], timeout=ANSWER_TIMEOUT)
+            error = pending.exception() if pending.done() and not pending.cancelled() else None
+            if isinstance(error, Cancelled) and error.details.get("reason") == "caller":
+                return True
+        return await self._client._cancel_run(self._run.id)  # nothing is attached, or the run has ended
 
     def close(self) -> None:
         """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""
@@ -359,8 +371,10 @@ class Stream:
         while True:
             pending = self._opened()
             if run is not None and taken is not None:
-                run.is_known |= pending.stream.is_accepted
-                self._report_soon(pending, taken)
+                self._taken = taken
+                if pending.stream.is_accepted:
+                    self._accepted(run)
+                    self._report_soon(pending, taken)
             if pending.stream.items.held:
                 item = pending.connection.take_item(pending.stream)
                 if run is not None:
@@ -379,9 +393,15 @@ class Stream:
             except TimeoutError:
                 raise DeadlineExceeded("no item within item_timeout") from None
 
+    def _accepted(self, run: RunPosition) -> None:
+        """Record that the present attachment was accepted: its session was valid, and the run has begun."""
+        if run.accepted_at is None:
+            run.accepted_at = asyncio.get_running_loop().time()
+            run.is_known = True
+            self._request.attempt.done.clear()
+
     def _report_soon(self, pending: PendingStream, taken: int) -> None:
-        """Let the server learn in time that the items before a position were processed."""
-        self._taken = taken
+        """Report in time that the items before a position were processed."""
         if taken > max(pending.stream.taken, 0):
             if self._client._positions is None:
                 pending.stream.taken = taken  # the next CREDIT reports it
@@ -389,15 +409,17 @@ class Stream:
                 self._report = asyncio.create_task(self._send_reports(), name="zcproto-position")
 
     async def _send_reports(self) -> None:
-        positions, reported = self._client._positions, 0
+        reported, delay = 0, REPORT_S if self._client._positions is None else KEEP_S
         while self._taken > reported:
-            await asyncio.sleep(REPORT_S if positions is None else KEEP_S)
+            await asyncio.sleep(delay)
             taken = self._taken
-            if await self._keep(taken):
-                reported, pending = taken, self._opened()
-                if pending.stream.is_accepted and not pending.done():
-                    pending.stream.taken = max(pending.stream.taken, taken)
-                    pending.connection.send_taken(pending.stream)
+            if not await self._keep(taken):
+                delay = REPORT_S
+                continue
+            reported, pending = taken, self._opened()
+            if pending.stream.is_accepted and not pending.done():
+                pending.stream.taken = max(pending.stream.taken, taken)
+                pending.connection.send_taken(pending.stream)
         self._report = None
 
     async def _keep(self, position: int) -> bool:
@@ -423,8 +445,8 @@ class Stream:
         Raises EOFError if the method has returned, InvalidArgument for an item that cannot be sent, and otherwise
         like `client.call`.
         """
-        if self._reopen is not None:
-            raise RuntimeError("a stream with reopen sends no items")
+        if self._reopen is not None or self._run is not None:
+            raise RuntimeError("a durable stream, or one with reopen, sends no items")
         if self._is_sending or self._items is not None:
             raise RuntimeError("another task is sending to this stream")
         self._is_sending = True
@@ -491,8 +513,12 @@ class Stream:
             run = self._run
             can_resume = self._reopen is not None or run is not None
             if run is not None:
-                run.is_known |= pending.stream.is_accepted
-                can_resume = run.may_open(asyncio.get_running_loop().time())
+                now = asyncio.get_running_loop().time()
+                if pending.stream.is_accepted:
+                    self._accepted(run)
+                if run.accepted_at is not None and now >= run.accepted_at + STABLE_AFTER:
+                    self._request.attempt.reset()
+                can_resume = run.may_open(now)
             if (pending.stream.was_answered_to or run is not None) and not can_resume:
                 self._stop_sending()
                 raise
