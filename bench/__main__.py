@@ -30,6 +30,7 @@ SCENARIOS: Final = {
     "kills": "Kill a server again and again: nothing acknowledged is lost.",
     "matrix": "Every operation of a session, under every fault, with every store.",
     "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
+    "pending": "Pending calls on workers and servers that are killed: answered once, or refused.",
     "topics": "A topic of 10,000 subscribers, in one process and on two workers: what one event costs.",
     "readers": "Topics, unread streams and rapid cancels: memory and time stay bounded.",
     "reloads": "Reload the configuration under load: no request fails.",

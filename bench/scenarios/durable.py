@@ -81,10 +81,13 @@ async def two_places(
     raise ZcprotoError("one process has served all connections")
 
 
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {name: percentile(values, share) or 0.0 for name, share in (("p50", 0.5), ("p99", 0.99))}
+
+
 async def timed(work: Callable[[], Awaitable[float]], times: int) -> dict[str, float]:
     """Return percentiles of what `work` measures, in milliseconds."""
-    found = [1_000 * await work() for _ in range(times)]
-    return {name: percentile(found, share) or 0.0 for name, share in (("p50", 0.5), ("p99", 0.99))}
+    return percentiles([1_000 * await work() for _ in range(times)])
 
 
 async def latencies(
@@ -163,16 +166,10 @@ async def measure(
     home, [timing, *users] = prepare_home(folder / "home", readers + 1, settings_for(kind, readers))
     async with fleet_of(kind, home) as fleet:
         times = await latencies(fleet, home.certs / "ca.crt", timing, TIMED)
-        seen = await conduct(
-            fleet,
-            plans_for(fleet, folder, users, runs, seed),
-            interval,
-            seed,
-            watch(kind, runs),
-        )
+        plans = plans_for(fleet, folder, users, runs, seed)
+        seen = await conduct(fleet, plans, interval, seed, watch(kind, runs))
     found = judge(seen, ITEMS)
-    rows = [*rows_of(seen, found, runs), *latency_rows(times)]
-    return rows, notes_of(kind, found)
+    return [*rows_of(seen, found, runs), *latency_rows(times)], notes_of(kind, found)
 
 
 def rows_of(seen: Seen, found: Judgement, runs: int) -> list[Row]:
