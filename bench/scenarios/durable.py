@@ -169,7 +169,7 @@ async def measure(
         plans = plans_for(fleet, folder, users, runs, seed)
         seen = await conduct(fleet, plans, interval, seed, watch(kind, runs))
     found = judge(seen, ITEMS)
-    return [*rows_of(seen, found, runs), *latency_rows(times)], notes_of(kind, found)
+    return [*rows_of(seen, found, runs), *latency_rows(times)], notes_of(kind, seen, found)
 
 
 def rows_of(seen: Seen, found: Judgement, runs: int) -> list[Row]:
@@ -207,13 +207,17 @@ def latency_rows(times: dict[str, dict[str, float]]) -> list[Row]:
     ]  # fmt: skip
 
 
-def notes_of(kind: str, found: Judgement) -> list[str]:
-    """Return the first of each thing that went wrong."""
-    return [
+def notes_of(kind: str, seen: Seen, found: Judgement) -> list[str]:
+    """Return the first of each thing that went wrong, the longest gaps, and when what was done to the fleet."""
+    wrong = [
         f"{kind}, {name}: {each}"
         for name in ("unexplained", "wrong", "twice")
         for each in getattr(found, name)[:MAX_SHOWN]
     ]
+    gaps = sorted(seen.outcomes, key=lambda each: -each.gap)[:MAX_SHOWN]
+    slow = [f"{each.gap:.1f} s until {each.gap_at - seen.began:.1f} s ({each.run})" for each in gaps]
+    faults = [f"{each.at - seen.began:.1f} s {each.victim} {each.pid}" for each in seen.faults]
+    return [*wrong, f"{kind}, longest gaps: {', '.join(slow)}", f"{kind}, faults: {', '.join(faults)}"]
 
 
 async def measure_all(

@@ -102,7 +102,7 @@ async def measure(
         Row("decided_twice", "calls decided twice", sum(each > 1 for each in decided.values()), equals=0),
         *latency_rows({"answer": times}),
     ]
-    return rows, notes_of(kind, found)
+    return rows, notes_of(kind, seen, found)
 
 
 @measurement

@@ -263,12 +263,15 @@ class Seen:
     ticks: list[dict[str, Any]] = field(default_factory=list)
     """What one process of clients has received so far, by the moment."""
     outcomes: list[Outcome] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    """The longest gap between two items of each run, in seconds."""
     offers: int = 0
     faults: list[Fault] = field(default_factory=list)
     started: list[tuple[str, int]] = field(default_factory=list)
     """The runs whose methods were started, and where."""
+
+    @property
+    def gaps(self) -> list[float]:
+        """The longest gap between two items of each run, in seconds."""
+        return [each.gap for each in self.outcomes]
 
 
 async def conduct(
@@ -346,7 +349,6 @@ async def _clients(plan: ClientsPlan, seen: Seen, on_tick: Callable[[Seen], None
         if last is None or "outcomes" not in last:
             raise ZcprotoError("the process of the clients has failed; its error is above")
         seen.outcomes += [Outcome(**each) for each in last["outcomes"]]
-        seen.gaps += last["gaps"]
         seen.offers += last["offers"]
     finally:
         with suppress(ProcessLookupError):
@@ -377,7 +379,7 @@ def judge(seen: Seen, items: int) -> Judgement:
     """Hold what the clients have seen against the rules."""
     made = Judgement()
     starts = Counter(run for run, _ in seen.started)
-    made.twice = [run for run, count in starts.items() if count > 1]
+    made.twice = [each.run for each in seen.outcomes if starts[each.run] > 1]
     owners = dict(seen.started)
     killed = {fault.pid: fault.at for fault in seen.faults if fault.victim in ("worker", "server")}
     coordinators = [fault.at for fault in seen.faults if fault.victim in ("coordinator", "upgrade")]
@@ -386,7 +388,9 @@ def judge(seen: Seen, items: int) -> Judgement:
         lost_at = killed.get(owners.get(each.run, 0))
         if each.run not in owners:  # killed between the opening and the start of the method
             lost_at = next((at for at in killed.values() if each.began <= at <= each.ended), None)
-        end = f"{each.run}: {each.end} {each.reason} after {each.items} items"
+        owner = owners.get(each.run, "no process")
+        moment = each.ended - seen.began
+        end = f"{each.run} of {owner}: {each.end} {each.reason} after {each.items} items at {moment:.1f} s"
         if each.end == "result":
             made.complete += 1
             if each.items != items:

@@ -72,6 +72,9 @@ class Outcome:
     reason: str = ""
     end_items: int | None = None
     """The number of items that the error tells."""
+    gap: float = 0.0
+    """The longest time without an item, in seconds."""
+    gap_at: float = 0.0
     faults: list[str] = field(default_factory=list)
     cuts: list[float] = field(default_factory=list)
     restarts: list[float] = field(default_factory=list)
@@ -116,8 +119,6 @@ class Readers:
         self.items = 0
         self.longest = 0.0
         """The longest gap of an item since the last tick."""
-        self.gaps: list[float] = []
-        """Of each run the longest."""
         self.offers = 0
         self.waiting = len(plan.users)
         """Readers that have no connection yet; the first run begins when all have one."""
@@ -242,13 +243,15 @@ class Readers:
             asks=asks,
             expires=expires,
         )
-        longest, last = 0.0, outcome.began
+        last = outcome.began
         try:
             while True:
                 async with stream:
                     async for item in stream:
                         now = time.monotonic()
-                        longest, self.longest = max(longest, now - last), max(self.longest, now - last)
+                        self.longest = max(self.longest, now - last)
+                        if now - last > outcome.gap:
+                            outcome.gap, outcome.gap_at = now - last, now
                         last = now
                         if is_pictured:
                             outcome.times.append(now)
@@ -275,7 +278,6 @@ class Readers:
             outcome.end = f"{type(error).__name__}: {error}"
         finally:
             cutting.cancel()
-            self.gaps.append(longest)
         return current
 
     def _check(self, outcome: Outcome, item: Any, asks: list[int], expires: list[int]) -> None:
@@ -309,7 +311,7 @@ class Readers:
         }
 
     def _write(self) -> None:
-        self._write_line({"at": time.monotonic(), **self._counts(), "offers": self.offers, "gaps": self.gaps,
+        self._write_line({"at": time.monotonic(), **self._counts(), "offers": self.offers,
                           "outcomes": [asdict(each) for each in self.outcomes]})  # fmt: skip
 
     def _write_line(self, value: dict[str, Any]) -> None:
