@@ -477,6 +477,14 @@ def test_run_of_an_open_whose_session_was_revoked_meanwhile_ends(client: Peer, w
     assert len(runs_of(client.harness)) == 0
 
 
+def test_run_of_an_open_whose_session_has_left_the_cache_goes_on(client: Peer, work: Work) -> None:
+    """The connection was lost meanwhile. Whether the session was revoked is looked up in the store later."""
+    client.send(client.open("work", {}, resume={"id": ID, "from": 0}))
+    client.harness.in_loop(lambda: client.harness.registry.forget(client.opened.session.raw_id))
+    client.settle()
+    assert (work.started, work.closed) == (1, 0)
+
+
 @pytest.mark.parametrize("who", ["user", "operator", "operator, all"])
 def test_revocation_of_a_user_deletes_running_and_ended_runs(client: Peer, work: Work, who: str) -> None:
     harness = client.harness

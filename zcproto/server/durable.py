@@ -269,9 +269,9 @@ class DurableRuns:
             run.stop("denied")
         elif record is not None:
             opener.until = max(record.expires_at, record.refresh_expires_at)
-        else:  # it has ended since the OPEN was read
+        else:  # it has ended since the OPEN was read, or has left the cache with its connection
             ended = self.state.registry.ended(session.raw_id)
-            if ended is None or ended.code is Code.TOKEN_REVOKED:
+            if ended is not None and ended.code is Code.TOKEN_REVOKED:
                 run.stop("token_revoked")
 
     def forget(self, run: OwnedRun, end: End | None) -> None:
