@@ -47,6 +47,8 @@ WORKERS: Final = 4
 SERVERS: Final = 3
 STORES: Final = ("valkey-server", "redis-server")
 SETTLE_S: Final = 60.0
+UPGRADE_S: Final = 300.0
+"""An upgrade drains one worker after the other, each for as long as `server.drain_timeout`."""
 POLL_S: Final = 0.05
 LINE_BYTES: Final = 1 << 26
 """The last line of the clients has all outcomes."""
@@ -139,7 +141,7 @@ class WorkerFleet(Fleet):
             old = self._supervisor()
             self.killed.append(Fault(time.monotonic(), victim, old))
             os.kill(old, signal.SIGUSR2)
-            await _until(lambda: not _runs(old), SETTLE_S)
+            await _until(lambda: not _runs(old), UPGRADE_S)
             return
         pid = coordinator if victim == "coordinator" else chance.choice([*processes.values()])
         with suppress(ProcessLookupError):

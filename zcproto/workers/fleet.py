@@ -148,9 +148,15 @@ class Membership:
 
 @asynccontextmanager
 async def coordinator(
-    member: Member, workers: int, listening: socket.socket, config: Config, home: Home
+    member: Member,
+    workers: int,
+    listening: socket.socket,
+    config: Config,
+    home: Home,
+    *,
+    has_predecessor: bool = False,
 ) -> AsyncIterator[Membership]:
-    """Serve what exists once to so many workers while the body runs."""
+    """Serve what exists once to so many workers while the body runs, and to those of a predecessor."""
     alerts = await build_alerts(config, system_clock, system_entropy)
     reports = WorkerReports(alerts)
     throttle = Throttle(config.limits.login_failures)
@@ -180,7 +186,8 @@ async def coordinator(
     serve_connections(server)
     topic_hub = TopicHub(system_entropy)
     topic_hub.serve(server)
-    run_hub = RunHub(run_limits(config), workers, system_clock.now)
+    writers = workers * (1 + has_predecessor)  # of runs, to this table
+    run_hub = RunHub(run_limits(config), writers, system_clock.now)
     run_hub.serve(server)
     await server.start()
     if hub is not None:

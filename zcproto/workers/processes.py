@@ -153,6 +153,7 @@ class ForkedService:
         self._certificate_names: list[str] = []
         self._ready = workers
         self._is_refused = False
+        self._has_predecessor = False
         self._ended: Counter[int] = Counter()
         self._started_at = system_clock.wall()
         connections = self._config.limits.max_connections
@@ -212,6 +213,7 @@ class ForkedService:
             self._control_file.adopt(lock)
         self._link, lock = inheritance.link
         self._link_file.adopt(lock)
+        self._has_predecessor = True
 
     def close(self) -> None:
         for each in (*self._sockets, *self._redirect_sockets):
@@ -233,6 +235,7 @@ class ForkedService:
         listen([*self._sockets, *self._redirect_sockets])
 
     def serving(self) -> None:
+        self._has_predecessor = False
         self._control_file.take_over()
         self._link_file.take_over()
         self._first.ready(self._certificate_names, self.addresses[0][1])
@@ -375,7 +378,14 @@ class ForkedService:
             own = {"control": self._control or False, "addresses": self.addresses}
             for each in (*self._sockets, *self._redirect_sockets):
                 each.close()
-            joining = fleet.coordinator(member, self._workers, self._link, config, self._home)
+            joining = fleet.coordinator(
+                member,
+                self._workers,
+                self._link,
+                config,
+                self._home,
+                has_predecessor=self._has_predecessor,
+            )
         else:
             own = {"control": False, "sockets": self._sockets, "redirect_sockets": self._redirect_sockets}
             self._link.close()
