@@ -362,7 +362,10 @@ class Operations:
         return {"calls": calls, "more": not is_complete}
 
     async def answer_call(self, id: str, result: Any = None) -> dict[str, Any]:
-        return await self._parts.state.decide_call(id, result, None, OPERATOR)
+        try:
+            return await self._parts.state.decide_call(id, result, None, OPERATOR)
+        except MessageError as error:  # too deep for another process
+            raise InvalidArgument(str(error)) from None
 
     async def refuse_call(self, id: str, reason: str = "refused by an operator") -> dict[str, Any]:
         error = PermissionDenied(escape_text(reason, MAX_REASON))
