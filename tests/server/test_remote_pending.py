@@ -110,7 +110,7 @@ async def test_error_of_a_handler_elsewhere_is_the_answer(fleet: Fleet, error: C
 
 
 @pytest.mark.parametrize("error", [Unavailable("not now"), Unimplemented("no")])
-async def test_failure_that_is_no_answer_stays_in_its_process(fleet: Fleet, error: CallError) -> None:
+async def test_failure_without_a_decision_stays_in_its_process(fleet: Fleet, error: CallError) -> None:
     client, other = fleet.second.register(), fleet.third.register()
     task = fleet.owner.ask()
     call_id = await offered(client, other)
