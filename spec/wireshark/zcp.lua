@@ -115,6 +115,7 @@ local f = {
     deadline_ms = ProtoField.int64("zcp.meta.deadline_ms", "deadline_ms"),
     idempotency_key = ProtoField.string("zcp.meta.idempotency_key", "idempotency_key"),
     traceparent = ProtoField.string("zcp.meta.traceparent", "traceparent"),
+    pending = ProtoField.string("zcp.meta.pending", "pending"),
     credit = ProtoField.none("zcp.meta.credit", "credit"),
     credit_items = ProtoField.int64("zcp.credit.items", "Items"),
     resume = ProtoField.none("zcp.meta.resume", "resume"),
@@ -182,6 +183,7 @@ local KEYS = {
         deadline_ms = { field = f.deadline_ms, type = "int" },
         idempotency_key = { field = f.idempotency_key, type = "str", most = 64 },
         traceparent = { field = f.traceparent, type = "str", any = true }, -- one of another type is ignored
+        pending = { field = f.pending, type = "str", any = true }, -- a client may ignore it
         credit = { field = f.credit, type = "array", any = true }, -- checked with its OPEN
         resume = { field = f.resume, type = "map" },
     },

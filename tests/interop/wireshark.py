@@ -37,6 +37,7 @@ NAMED_FIELDS = {
     ("meta.deadline_ms", int): "zcp.meta.deadline_ms",
     ("meta.idempotency_key", str): "zcp.meta.idempotency_key",
     ("meta.traceparent", str): "zcp.meta.traceparent",
+    ("meta.pending", str): "zcp.meta.pending",
     ("method", str): "zcp.method",
     ("code", int): "zcp.error.code",
     ("message", str): "zcp.error.message",

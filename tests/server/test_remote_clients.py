@@ -36,7 +36,7 @@ async def two(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Two]:
 
 async def test_client_of_another_process_is_found_and_called(two: Two) -> None:
     (client,) = await two.here.find()
-    assert (client.user, client.session_id) == ("ada", "session of ada")
+    assert (client.user, client.session_id) == ("ada", two.connection.session.id)
     assert await two.here.find("bob") == await two.there.find("ada") == []
     two.connection.answer.set_result({"ok": True})
     assert await client.call("approve", tool="ls") == {"ok": True}
@@ -222,6 +222,6 @@ async def test_stop_fails_own_calls_and_withdraws_those_of_others(two: Two) -> N
 
 async def test_message_of_another_version_is_ignored(two: Two) -> None:
     await two.here.find()
-    two.here.remote._send(two.there.remote.process, 99)  # only a newer version sends it
-    two.here.remote._send(two.there.remote.process, remote_clients.FIND, 1)
+    two.here.remote.send(two.there.remote.process, 99)  # only a newer version sends it
+    two.here.remote.send(two.there.remote.process, remote_clients.FIND, 1)
     assert len(await two.here.find()) == 1

@@ -18,7 +18,7 @@ from tests.workers.hub_harness import until
 from zcproto.common.unix_socket import listen_unix
 from zcproto.errors import Unavailable
 from zcproto.workers import figures
-from zcproto.workers.figures import FRESH_S, Collector, Member, RemoteFigures, Reporter
+from zcproto.workers.figures import FRESH_S, SUBSCRIBERS, Collector, Member, RemoteFigures, Reporter
 from zcproto.workers.link import LinkClient, LinkServer, Topics
 from zcproto.workers.merge import Depth, Report
 
@@ -31,6 +31,7 @@ class Process:
     def __init__(self, number: int, pid: int) -> None:
         self.member = Member(number, pid, restarts=3)
         self.requests = 0
+        self.subscribers: dict[tuple[str, ...], float] = {}
         self.reads: list[Depth] = []
         self.reporter = Reporter()
         self.reporter.read = self.read
@@ -54,6 +55,7 @@ class Process:
             readiness,
             {
                 REQUESTS: {(): self.requests},
+                SUBSCRIBERS: self.subscribers,
                 "zcproto_worker_requests_total": {(self.member.name,): self.requests},
             },
             [line],
@@ -202,6 +204,24 @@ async def test_worker_that_does_not_answer_is_listed_as_silent_and_its_counters_
     assert logged == [("worker.silent", "2")]  # once
     group.collector.joined(worker.member, worker.ask)
     assert await group.total() == 210
+
+
+async def test_topic_of_a_process_with_subscribers_in_several_workers_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logged = []
+    monkeypatch.setattr(figures.log, "warning", lambda event, **fields: logged.append((event, fields)))
+    group = Group()
+    first, second = await group.ask_once(1), group.add(2)
+    group.collector.local_topics = {"prices", "jobs", "quiet"}
+    first.subscribers = {("prices",): 2, ("jobs",): 1, ("news",): 1}
+    second.subscribers = {("prices",): 1, ("jobs",): 0, ("news",): 1}
+    for _ in range(2):
+        await group.report()
+    assert logged == [("topics.split", {"topic": "prices", "workers": 2})]
+    second.subscribers["jobs",] = 1
+    await group.report()
+    assert [fields["topic"] for _, fields in logged] == ["prices", "jobs"]
 
 
 async def test_readiness_alone_names_a_silent_worker_too() -> None:

@@ -126,7 +126,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         "calls.per_user": state.clients.most_in_flight,
         "calls.total": state.clients.in_flight,
         "calls.pending_per_user": state.pending.most,
-        "calls.pending_total": len(state.pending),
+        "calls.pending_total": state.pending.held,
         "tls.max_handshakes": parts.acceptor.handshakes_in_progress,
         "tls.max_pending": parts.acceptor.pending.places,
         "sessions": state.registry.kept,

@@ -52,8 +52,6 @@ from zcproto.errors import (
 )
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level as current_level
-from zcproto.observe.values import loggable
-from zcproto.server.pending import PendingCalls
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log
 from zcproto.sessions.token import token_from_text
@@ -360,30 +358,18 @@ class Operations:
     # --- pending calls ---------------------------------------------------------------------------------
 
     async def list_calls(self, user: str | None = None) -> dict[str, Any]:
-        rows = (
-            {
-                **call.as_dict(),
-                "params": {name: loggable(name, value) for name, value in call.params().items()},
-            }
-            for call in self._pending.of(user)
-        )
-        return _bounded("calls", rows, LISTED)
+        calls, is_complete = await self._parts.state.list_calls(user)
+        return {"calls": calls, "more": not is_complete}
 
     async def answer_call(self, id: str, result: Any = None) -> dict[str, Any]:
-        return self._pending.answer(id, result, None, OPERATOR).as_dict()
+        try:
+            return await self._parts.state.decide_call(id, result, None, OPERATOR)
+        except MessageError as error:  # too deep for another process
+            raise InvalidArgument(str(error)) from None
 
     async def refuse_call(self, id: str, reason: str = "refused by an operator") -> dict[str, Any]:
-        return self._pending.answer(
-            id, None, PermissionDenied(escape_text(reason, MAX_REASON)), OPERATOR
-        ).as_dict()
-
-    @property
-    def _pending(self) -> PendingCalls:
-        if self._parts.fleet is not None:
-            raise FailedPrecondition(
-                "each worker has pending calls of its own; run the server without workers"
-            )
-        return self._parts.state.pending
+        error = PermissionDenied(escape_text(reason, MAX_REASON))
+        return await self._parts.state.decide_call(id, None, error, OPERATOR)
 
 
 def _bounded(name: str, rows: Iterable[dict[str, Any]], limit: int) -> dict[str, Any]:

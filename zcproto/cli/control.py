@@ -283,7 +283,10 @@ def list_calls(instance: Instance, user: str | None, as_json: bool) -> None:
     head = ("ID", "USER", "METHOD", "ASKED", "EXPIRES", "FOR SESSION", "FROM", "OFFERED TO")
     print_report(as_json, found, table(head, [_call_row(each) for each in found]))
     if result["more"] and not as_json:
-        click.echo(f"the list ends after {len(found)} calls; --user NAME lists those to one user", err=True)
+        click.echo(
+            f"more than these {len(found)} calls may wait; --user NAME lists those to one user",
+            err=True,
+        )
 
 
 def _call_row(found: dict[str, Any]) -> tuple[str, ...]:

@@ -140,6 +140,7 @@ FIELDS: Final[dict[str, str]] = {
     "wanted": "required value",
     "what": "name of a method, operation, worker or internal step",
     "worker": "process of a server with several workers: its number, or coordinator; in every line that it writes",
+    "workers": "number of workers",
     "which": "id of the session that was meant, or all",
 }
 """Meaning of each field, in every event."""
@@ -422,6 +423,8 @@ topics.back info (), limit per event
     Events reach all processes again. Subscribers of others have missed those published meanwhile.
 topics.refused warning (topic reason), limit per event
     The store has refused events of a topic; subscribers of other processes have missed them.
+topics.split warning (topic workers)
+    A topic with the scope "process" has subscribers in several workers: each gets the events of its own worker.
 
 # Durable runs of all processes
 runs.away warning (reason), limit per event

@@ -88,7 +88,13 @@ from zcproto.server.protocol import ServerProtocol, TracedProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.remote_clients import RemoteClients
 from zcproto.server.request_limits import RequestLimits, RequestSettings
-from zcproto.server.state import ConnectionsElsewhere, ServerState, SessionConnections, log
+from zcproto.server.state import (
+    ConnectionsElsewhere,
+    PendingElsewhere,
+    ServerState,
+    SessionConnections,
+    log,
+)
 from zcproto.server.threads import ThreadLimits, ThreadPool
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
@@ -144,6 +150,8 @@ class WorkerRole:
     """Takes events to the topics of the other processes."""
     runs: RunStore | None = None
     """The durable runs that the processes share."""
+    calls: PendingElsewhere | None = None
+    """The pending calls of the processes that serve clients."""
     connections: Callable[[ServerState], ConnectionsElsewhere] | None = None
     """Makes the lookup of connections in other processes from the state of this one."""
 
@@ -215,11 +223,15 @@ async def build(
     await asyncio.sleep(0)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment, app), *app])
     topics = [method.topic for method in app if method.topic is not None and method.topic.scope == "server"]
+    if role.calls is not None:
+        state.pending_elsewhere = role.calls
     if topics or role.has_lifespans:
         carrier = role.topics or await asyncio.to_thread(build_carrier, store, config, home, entropy)
         if carrier is not None:
             state.topics = share_topics(topics, carrier, clock)
-            state.remote_clients = RemoteClients(state, state.topics)
+            if role.has_lifespans:
+                state.remote_clients = remote = RemoteClients(state, state.topics)
+                state.pending_elsewhere = remote.pending
     if any(method.is_durable for method in app):
         limits = run_limits(config)
         runs = role.runs or await asyncio.to_thread(build_runs, store, config, home, entropy, limits)

@@ -242,6 +242,15 @@ class RegisteredClients:
         found = self._find(connection, session_id)
         return found is not None and not found.is_suspended and method in found.methods
 
+    @property
+    def users(self) -> list[str]:
+        """The users who have clients that handle calls, now or again after a refresh."""
+        return [*self._by_user]
+
+    def has(self, user: str) -> bool:
+        """Return whether a user is one of `users`."""
+        return user in self._by_user
+
     def registrations(self, user: str) -> list[Key]:
         """Return the registrations of a user, the newest first."""
         return [*reversed(self._by_user.get(user, {}))]

@@ -9,12 +9,15 @@
     OFFERED   RESULT, or FAILURE of a handler   none      the call ends
     OFFERED   UNIMPLEMENTED                     DECLINED
     OFFERED   another code, or an old token     DELAYED
+    OFFERED   an answer to another process      ANSWERED
+    ANSWERED  it does not count there           DELAYED
     DELAYED   its time                          OFFERED   CALL
     DECLINED  registered again                  OFFERED   CALL
     any       the client has gone               none      WITHDRAW, if OFFERED
     any       the call ends                     none      WITHDRAW, if OFFERED
 
-A CALL that cannot be sent is DELAYED, too.
+A CALL that cannot be sent is DELAYED, too. A client that has ANSWERED may go. The calls of other processes to users
+who have clients here are kept as copies (remote_pending.py): offered like the own ones, but decided there.
 
 Decides: which clients get a call, which answers count, and when it is offered again.
 
@@ -23,7 +26,7 @@ Rules:
 - A client with several connections gets one offer.
 - A call ends with its deadline, with the method that asked, and with the session of that method's caller if that is
   revoked: nothing that a thief has asked for stays when the thief has gone.
-- The calls of each user and of all users are limited, in number and in size.
+- The calls of each user and of all users are limited, in number and in size, copies included.
 
 It must not know: sockets, what the answer means.
 """
@@ -32,11 +35,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import partial
 from math import isfinite
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -51,6 +54,7 @@ from zcproto.errors import (
     ResourceExhausted,
 )
 from zcproto.observe.log import get_logger
+from zcproto.observe.values import loggable
 from zcproto.server.clients import Key, RegisteredClients, Registering
 from zcproto.sessions import Session
 from zcproto.sessions.token import FAMILY_SIZE, id_of
@@ -81,6 +85,7 @@ class OfferState(Enum):
     OFFERED = "offered"
     DELAYED = "delayed"
     DECLINED = "declined"
+    ANSWERED = "answered"
 
 
 class Offer:
@@ -103,7 +108,8 @@ ClientKey = tuple[str, str]
 class PendingCall:
     """One call that waits. `deadline` is monotonic seconds, `asked_at` and `expires_at` are wall time.
 
-    `session` and `peer` are those of the caller of the method that asked; empty if the application asked.
+    `session` and `peer` are those of the caller of the method that asked; empty if the application asked. `owner`
+    is the process that decides the call; empty for this one.
     """
 
     __slots__ = (
@@ -117,6 +123,7 @@ class PendingCall:
         "id",
         "method",
         "offers",
+        "owner",
         "peer",
         "request",
         "session",
@@ -124,7 +131,10 @@ class PendingCall:
         "user",
     )
 
-    def __init__(self, user: str, method: str, *, bound: bool, session: str, peer: str) -> None:
+    def __init__(
+        self, user: str, method: str, *, bound: bool, session: str = "", peer: str = "", owner: str = ""
+    ) -> None:
+        self.owner = owner
         self.user = user
         self.method = method
         self.bound = bound
@@ -141,12 +151,13 @@ class PendingCall:
         self.handle_deadline: Callable[[float], None] = _ignore_time
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what operators see of it, without parameters."""
+        """Return what operators see of it. `offered` counts the clients of this process."""
         offered = sum(offer.state is OfferState.OFFERED for offer in self.offers.values())
         return {
             "id": self.id,
             "user": self.user,
             "method": self.method,
+            "params": {name: loggable(name, value) for name, value in self.params().items()},
             "asked_at": self.asked_at,
             "expires_at": self.expires_at,
             "session": self.session,
@@ -158,8 +169,23 @@ class PendingCall:
         return dict(decode_body(self.request)[1] or {})
 
 
+class CallsElsewhere(Protocol):
+    """The other processes, as the pending calls of this one use them."""
+
+    def changed(self, call: PendingCall) -> None:
+        """Offer a call of this process elsewhere, or withdraw it there if it has ended."""
+
+    def answered(
+        self, call: PendingCall, client: ClientKey, session: Session, value: Any, error: CallError | None
+    ) -> bool:
+        """Pass an answer to the owner of a copy. False: not now."""
+
+    def registered(self, user: str) -> None:
+        """Get copies of the calls to a user who has a client here."""
+
+
 class PendingCalls:
-    """The calls of one process that wait for an answer."""
+    """The calls of one process that wait for an answer, and its copies of those of others."""
 
     def __init__(
         self,
@@ -174,7 +200,9 @@ class PendingCalls:
         self._clock = clock
         self._entropy = entropy
         self._call_soon = call_soon
+        self.elsewhere: CallsElsewhere | None = None
         self._calls: dict[str, PendingCall] = {}
+        self._copies = 0
         self._by_user: dict[str, dict[PendingCall, None]] = {}
         self._by_session: dict[str, dict[PendingCall, None]] = {}  # of the caller
         self._sizes: Counter[str] = Counter()  # by user
@@ -184,6 +212,12 @@ class PendingCalls:
         clients.on_ready, clients.on_gone = self._client_ready, self._client_gone
 
     def __len__(self) -> int:
+        """Return the number of own calls."""
+        return len(self._calls) - self._copies
+
+    @property
+    def held(self) -> int:
+        """The number of calls, copies included."""
         return len(self._calls)
 
     @property
@@ -191,9 +225,14 @@ class PendingCalls:
         """The calls to the user who has most of them."""
         return max(map(len, self._by_user.values()), default=0)
 
-    def of(self, user: str | None) -> Iterator[PendingCall]:
-        """Yield the calls to a user, or to all users, the oldest first."""
-        return iter([*(self._calls.values() if user is None else self._by_user.get(user, ()))])
+    def of(self, user: str | None) -> list[PendingCall]:
+        """Return the own calls to a user, or to all users, the oldest first."""
+        calls = self._calls.values() if user is None else self._by_user.get(user, ())
+        return [call for call in calls if not call.owner]
+
+    def _to(self, user: str) -> list[PendingCall]:
+        """Return the calls to a user, copies included."""
+        return [*self._by_user.get(user, ())]
 
     # --- asking ----------------------------------------------------------------------------------------
 
@@ -252,26 +291,14 @@ class PendingCalls:
         size = len(encode_offer(call.request, call.id, timeout, call.traceparent))
         if size > max_body:
             raise InvalidArgument(f"the call has {size} bytes; at most {max_body} fit")
-        limits, size = self._clients.limits, len(call.request)
-        for limit, used in (
-            (limits.pending_per_user, len(self._by_user.get(call.user, ())) + 1),
-            (limits.pending_total, len(self._calls) + 1),
-            (BYTES_PER_USER, self._sizes[call.user] + size),
-            (BYTES_IN_ALL, self._size + size),
-        ):
-            if used > limit:
-                self.ended["refused"] += 1
-                raise ResourceExhausted("too many calls wait for an answer; wait for some", {"limit": limit})
-        now, wall = self._clock.now(), self._clock.wall()
-        call.deadline = now + timeout
+        limit = self._limit_reached(call)
+        if limit is not None:
+            self.ended["refused"] += 1
+            raise ResourceExhausted("too many calls wait for an answer; wait for some", {"limit": limit})
+        wall = self._clock.wall()
         call.asked_at, call.expires_at = wall, wall + int(timeout * 1000)
-        call.handle_deadline = partial(self._handle_deadline, call)
-        self._calls[call.id] = call
-        self._by_user.setdefault(call.user, {})[call] = None
         if call.session:
             self._by_session.setdefault(call.session, {})[call] = None
-        self._sizes[call.user] += size
-        self._size += size
         log.info(
             "call.asked",
             call=call.id,
@@ -280,20 +307,81 @@ class PendingCalls:
             session=call.session or None,
             peer=call.peer or None,
         )
+        self._keep(call, timeout)
+        self._tell(call)
+
+    def _limit_reached(self, call: PendingCall) -> int | None:
+        limits, size = self._clients.limits, len(call.request)
+        for limit, used in (
+            (limits.pending_per_user, len(self._by_user.get(call.user, ())) + 1),
+            (limits.pending_total, len(self._calls) + 1),
+            (BYTES_PER_USER, self._sizes[call.user] + size),
+            (BYTES_IN_ALL, self._size + size),
+        ):
+            if used > limit:
+                return limit
+        return None
+
+    def _keep(self, call: PendingCall, timeout: float) -> None:
+        """Offer a call to the clients here, and to those that come."""
+        now = self._clock.now()
+        call.deadline = now + timeout
+        call.handle_deadline = partial(self._handle_deadline, call)
+        self._calls[call.id] = call
+        self._by_user.setdefault(call.user, {})[call] = None
+        self._sizes[call.user] += len(call.request)
+        self._size += len(call.request)
         for key in self._clients.registrations(call.user):
             self._offer(call, key, now)
         self._schedule(call)
 
+    def _tell(self, call: PendingCall) -> None:
+        if self.elsewhere is not None and not call.owner:
+            self.elsewhere.changed(call)
+
+    # --- copies ----------------------------------------------------------------------------------------
+
+    def copy(self, call: PendingCall, timeout: float) -> bool:
+        """Offer a call of another process to the clients here. False: there is no room now."""
+        if self._limit_reached(call) is not None:
+            return False
+        self._copies += 1
+        self._keep(call, timeout)
+        return True
+
+    def drop(self, call: PendingCall) -> None:
+        """Withdraw the offers of a copy, if it is still kept."""
+        if call.id in self._calls:
+            self._copies -= 1
+            self._end(call, None, None)
+
+    def ask_again(self, call: PendingCall, client: ClientKey) -> None:
+        """Offer a copy again, later, to a client whose answer did not count."""
+        offer = call.offers.pop(client, None)
+        if offer is not None and call.id in self._calls:
+            now = self._clock.now()
+            for key in self._clients.registrations(call.user):
+                if (key[1], key[0].peer) == client and self._clients.takes(
+                    key, call.method, bound=call.bound
+                ):
+                    offer.connection = key[0]
+                    call.offers[client] = offer
+                    self._delay(offer, now)
+                    self._schedule(call)
+                    break
+
     # --- clients ---------------------------------------------------------------------------------------
 
     def _client_ready(self, user: str, key: Key) -> None:
+        if self.elsewhere is not None:
+            self.elsewhere.registered(user)
         if user in self._by_user:  # later, when the connection has the registration and has answered it
             self._call_soon(partial(self._offer_all, user, key))
 
     def _offer_all(self, user: str, key: Key) -> None:
         """Offer a client the calls that it handles."""
         now = self._clock.now()
-        for call in self.of(user):
+        for call in self._to(user):
             self._offer(call, key, now)
             self._schedule(call)
 
@@ -305,7 +393,7 @@ class PendingCalls:
         offer = call.offers.get(client)
         if offer is None:
             offer = call.offers[client] = Offer(connection)
-        elif offer.state is OfferState.DELAYED:
+        elif offer.state in (OfferState.DELAYED, OfferState.ANSWERED):
             offer.connection = connection
             return
         elif offer.state is OfferState.OFFERED:
@@ -334,9 +422,13 @@ class PendingCalls:
     def _client_gone(self, user: str, key: Key) -> None:
         connection, session_id = key
         client, had_offers = (session_id, connection.peer), False
-        for call in self.of(user):
+        for call in self._to(user):
             offer = call.offers.get(client)
-            if offer is not None and offer.connection is connection:
+            if (
+                offer is not None
+                and offer.connection is connection
+                and offer.state is not OfferState.ANSWERED
+            ):
                 del call.offers[client]
                 offer.withdraw()
                 had_offers = True
@@ -346,7 +438,7 @@ class PendingCalls:
     def _move_offers(self, user: str, client: ClientKey) -> None:
         now = self._clock.now()
         keys = [key for key in self._clients.registrations(user) if (key[1], key[0].peer) == client]
-        for call in self.of(user):
+        for call in self._to(user):
             for key in keys:
                 self._offer(call, key, now)
             self._schedule(call)
@@ -366,18 +458,34 @@ class PendingCalls:
         offer.withdraw = _nothing
         if now >= call.deadline:  # the wheel is coarse
             self._handle_deadline(call, now)
-        elif session is not None and (error is None or error.code not in NO_ANSWERS):
-            self._answer(call, value, error, session=session.id, peer=client[1])
         elif session is not None and error is not None and error.code is Code.UNIMPLEMENTED:
             offer.state = OfferState.DECLINED
+        elif session is None or (error is not None and error.code in NO_ANSWERS):
+            self._delay(offer, now)
+            self._schedule(call)
+        elif not call.owner:
+            self._answer(call, value, error, session=session.id, peer=client[1])
+        elif self.elsewhere is not None and self.elsewhere.answered(call, client, session, value, error):
+            offer.state = OfferState.ANSWERED
         else:
             self._delay(offer, now)
             self._schedule(call)
 
+    def own(self, call_id: str) -> PendingCall | None:
+        """Return a call of this process that waits."""
+        call = self._calls.get(call_id)
+        return None if call is None or call.owner or self._clock.now() >= call.deadline else call
+
+    def answer_from(
+        self, call: PendingCall, session_id: str, peer: str, value: Any, error: CallError | None
+    ) -> None:
+        """End a call that waits with the answer of a session at another process."""
+        self._answer(call, value, error, session=session_id, peer=peer)
+
     def answer(self, call_id: str, value: Any, error: CallError | None, operator: str) -> PendingCall:
         """Answer a call for an operator. Raises NotFound."""
-        call = self._calls.get(call_id)
-        if call is None or self._clock.now() >= call.deadline:
+        call = self.own(call_id)
+        if call is None:
             raise NotFound("no pending call has this id; it was answered, or has ended")
         self._answer(call, value, error, operator=operator)
         return call
@@ -392,7 +500,8 @@ class PendingCalls:
         peer: str | None = None,
         operator: str | None = None,
     ) -> None:
-        self._end(call, "answered" if error is None else "failed", value, error)
+        self.ended["answered" if error is None else "failed"] += 1
+        self._end(call, value, error)
         log.info(
             "call.answered",
             call=call.id,
@@ -407,7 +516,11 @@ class PendingCalls:
     def _handle_deadline(self, call: PendingCall, now: float) -> None:
         """End a call whose time is over, or send the offers that are due."""
         if now >= call.deadline:
-            self._end(call, "expired", None, DeadlineExceeded("no client has answered in time"))
+            if call.owner:
+                self.drop(call)
+                return
+            self.ended["expired"] += 1
+            self._end(call, None, DeadlineExceeded("no client has answered in time"))
             log.info("call.expired", call=call.id, user=call.user, what=call.method)
             return
         for client, offer in [*call.offers.items()]:
@@ -427,15 +540,19 @@ class PendingCalls:
     def close(self) -> None:
         """End all calls: the server stops."""
         for call in [*self._calls.values()]:
-            self._withdraw(call, "the server has stopped")
+            if call.owner:
+                self.drop(call)
+            else:
+                self._withdraw(call, "the server has stopped")
 
     def _withdraw(self, call: PendingCall, reason: str) -> None:
         if call.id in self._calls:
-            self._end(call, "withdrawn", None, Cancelled(reason))
+            self.ended["withdrawn"] += 1
+            self._end(call, None, Cancelled(reason))
             log.info("call.withdrawn", call=call.id, user=call.user, what=call.method, reason=reason)
 
-    def _end(self, call: PendingCall, result: str, value: Any, error: CallError | None) -> None:
-        """End a call that waits."""
+    def _end(self, call: PendingCall, value: Any, error: CallError | None) -> None:
+        """End a call that waits, or a copy."""
         del self._calls[call.id]
         _discard(self._by_user, call.user, call)
         if call.session:
@@ -445,10 +562,10 @@ class PendingCalls:
         if not self._sizes[call.user]:
             del self._sizes[call.user]
         self._wheel.discard(call)
-        self.ended[result] += 1
         for offer in call.offers.values():
             offer.withdraw()
         call.offers.clear()
+        self._tell(call)
         call.done(value, error)
         call.done, call.handle_deadline = _ignore, _ignore_time
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -41,6 +41,7 @@ from zcproto.errors import (
     Unavailable,
 )
 from zcproto.server.calls import REFUSED
+from zcproto.server.remote_pending import RemotePending
 from zcproto.server.state import ServerState
 from zcproto.wire.message import decode_body, decode_error, encode_body, encode_error
 
@@ -116,13 +117,18 @@ class RemoteClient:
 
 @dataclass(slots=True)
 class _Search:
+    """What the processes have answered to one message, each once."""
+
     done: asyncio.Future[None]
-    found: list[ConnectedClient] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
     expected: int | None = None
-    answers: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.expected is not None and len(self.found) >= self.expected
 
     def check(self) -> None:
-        if self.expected is not None and self.answers >= self.expected and not self.done.done():
+        if self.is_complete and not self.done.done():
             self.done.set_result(None)
 
 
@@ -168,7 +174,7 @@ class RemoteClients:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._is_begun = self._has_joined = False
-        self._handlers: dict[int, Callable[..., None]] = {
+        self.handlers: dict[int, Callable[..., None]] = {
             FIND: self._asked,
             FOUND: self._found,
             CALL: self._called,
@@ -177,6 +183,7 @@ class RemoteClients:
             CHECK: self._checked,
             ALIVE: self._heard,
         }
+        self.pending = RemotePending(self)
         topics.on_followed, topics.on_down = self._followed, self._cut_off
         state.clients.on_registered = self.begin
 
@@ -189,11 +196,12 @@ class RemoteClients:
             for name in (ALL, self._inbox):
                 self._topics.add(Inbox(name, self._receive))
                 self._topics.follow(name)
-            self._spawn(self._topics.start())
+            self.spawn(self._topics.start())
 
     async def stop(self) -> None:
         """Withdraw the calls of others, and fail the own ones."""
         self._is_begun = True
+        self.pending.stop()
         for process in [*self._hosts]:
             self._lose(process, ConnectionClosed("the server has stopped; the call may have run"))
         tasks = [*self._tasks]
@@ -201,7 +209,8 @@ class RemoteClients:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
+    def spawn(self, work: Any) -> asyncio.Task[None]:
+        """Run a coroutine until `stop`."""
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name="zcproto-clients")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -215,13 +224,14 @@ class RemoteClients:
             host.heard, host.absent = now, None
         for guest in self._guests.values():
             guest.heard = now
+        self.pending.cut_off()
 
     def _followed(self, name: str) -> None:
         if name == self._inbox:
             self._has_joined = True
             self._ready.set()
 
-    def _send(self, process: str, *message: Any, on_sent: OnSent | None = None) -> None:
+    def send(self, process: str, *message: Any, on_sent: OnSent | None = None) -> None:
         """Send a message to a process. Raises ResourceExhausted at a limit of the carrier."""
         name = INBOX + process
         if name in self._inboxes:
@@ -233,13 +243,17 @@ class RemoteClients:
                 self._topics.remove(self._inboxes.popitem(last=False)[0])
         self._publish(name, *message, on_sent=on_sent)
 
+    def publish(self, *message: Any, on_sent: OnSent | None = None) -> None:
+        """Send a message to all processes. Raises like `send`."""
+        self._publish(ALL, *message, on_sent=on_sent)
+
     def _publish(self, name: str, kind: int, *values: Any, on_sent: OnSent | None = None) -> None:
         if self._topics.is_up:
             self._topics.publish(name, msgpack.packb((kind, self.process, *values)), on_sent)
 
     def _receive(self, body: bytes) -> None:
         kind, sender, *values = msgpack.unpackb(body)
-        handler = self._handlers.get(kind)
+        handler = self.handlers.get(kind)
         if handler is not None:  # else it is of a newer version
             with suppress(TypeError, ValueError):  # likewise
                 handler(sender, *values)
@@ -248,9 +262,18 @@ class RemoteClients:
 
     async def find(self, user: str | None, handles: str | None, most: int) -> list[ConnectedClient]:
         """Return clients of the other processes. Those of a process that cannot be reached are left out."""
+        found, _ = await self.search(FIND, user, handles, most)
+        return [
+            ConnectedClient(RemoteClient(self, process, connection_id, peer), session_id, user)
+            for process, clients in found
+            for user, session_id, connection_id, peer in clients
+        ][:most]
+
+    async def search(self, kind: int, *values: Any) -> tuple[Iterable[tuple[str, Any]], bool]:
+        """Return what each of the other processes answers to a message, and whether all have answered."""
         self.begin()
         if self._has_joined and not self._topics.is_up:
-            return []
+            return (), False
         if len(self._searches) >= MOST_FINDS:
             raise ResourceExhausted(
                 "too many searches for clients at once; retry later", {"retry_after_ms": _RETRY_MS}
@@ -267,28 +290,28 @@ class RemoteClients:
                 async with asyncio.timeout(JOIN_S):
                     await self._ready.wait()
                 async with asyncio.timeout(FIND_S):
-                    self._publish(ALL, FIND, number, user, handles, most, on_sent=sent)
+                    self.publish(kind, number, *values, on_sent=sent)
                     await search.done
         finally:
             del self._searches[number]
-        return search.found[:most]
+        return search.found.items(), search.is_complete
 
     def _next_number(self) -> int:
         self._number += 1
         return self._number
 
     def _asked(self, sender: str, number: int, user: str | None, handles: str | None, most: int) -> None:
-        with suppress(ResourceExhausted):  # then this process is left out
-            self._send(sender, FOUND, number, self.state.clients.describe(user, handles, most))
+        self.reply(sender, number, self.state.clients.describe(user, handles, most))
 
-    def _found(self, sender: str, number: int, described: list[list[str]]) -> None:
+    def reply(self, process: str, number: int, found: Any) -> None:
+        """Answer a search."""
+        with suppress(ResourceExhausted):  # then this process is left out
+            self.send(process, FOUND, number, found)
+
+    def _found(self, sender: str, number: int, found: Any) -> None:
         search = self._searches.get(number)
         if search is not None:
-            search.answers += 1
-            search.found += [
-                ConnectedClient(RemoteClient(self, sender, connection_id, peer), session_id, user)
-                for user, session_id, connection_id, peer in described
-            ]
+            search.found[sender] = found
             search.check()
 
     # --- calls of this process -------------------------------------------------------------------------
@@ -327,12 +350,12 @@ class RemoteClients:
                             {"retry_after_ms": _RETRY_MS},
                         )
                     who = user, session_id, client.connection_id
-                    self._send(process, CALL, number, *who, method, body, timeout, traceparent, on_sent=sent)
+                    self.send(process, CALL, number, *who, method, body, timeout, traceparent, on_sent=sent)
                 except CallError as error:
                     self.state.clients.count(REFUSED[error.code])
                     raise
                 host.calls[number] = waiter
-                self._watch()
+                self.watch()
                 try:
                     async with asyncio.timeout(timeout):
                         return await waiter
@@ -348,7 +371,7 @@ class RemoteClients:
 
     def _withdraw(self, process: str, number: int) -> None:
         with suppress(ResourceExhausted):  # then the next CHECK does it
-            self._send(process, WITHDRAW, number)
+            self.send(process, WITHDRAW, number)
 
     def _body(
         self, method: str, params: Mapping[str, Any], timeout_s: float, traceparent: str | None
@@ -396,6 +419,7 @@ class RemoteClients:
                 self._fail(host, number, ConnectionClosed("the call or its answer was lost; it may have run"))
 
     def _lose(self, process: str, error: ConnectionClosed) -> None:
+        self.pending.lose(process)
         host = self._hosts.pop(process)
         for number in [*host.calls]:
             self._fail(host, number, error)
@@ -414,8 +438,8 @@ class RemoteClients:
             guest = self._guests[sender] = _Guest(self.state.clock.now())
         if number > guest.last:  # else it has come before
             guest.last = number
-            guest.running[number] = self._spawn(self._run(sender, guest, number, *call))
-            self._watch()
+            guest.running[number] = self.spawn(self._run(sender, guest, number, *call))
+            self.watch()
 
     async def _run(
         self,
@@ -457,7 +481,7 @@ class RemoteClients:
 
     def _send_answer(self, sender: str, number: int, kind: int, answer: bytes) -> None:
         with suppress(ResourceExhausted):  # then it is sent after the next CHECK
-            self._send(sender, ANSWER, number, kind, answer)
+            self.send(sender, ANSWER, number, kind, answer)
 
     def _drop_answer(self, guest: _Guest, number: int) -> None:
         kept = guest.answers.pop(number, None)
@@ -489,17 +513,18 @@ class RemoteClients:
                 number for number in numbers if number not in guest.running and number not in guest.answers
             ]
         with suppress(ResourceExhausted):
-            self._send(sender, ALIVE, unknown)
+            self.send(sender, ALIVE, unknown)
 
     # --- signs of life ---------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Call `check` each CHECK_S while it has something to do."""
         if self._watching is None or self._watching.done():
-            self._watching = self._spawn(self._check_each())
+            self._watching = self.spawn(self._check_each())
 
     async def _check_each(self) -> None:
         """Check the other processes while there are calls to them, or of them, and once more."""
-        while self._hosts or self._guests:
+        while self._hosts or self._guests or self.pending.is_active:
             await asyncio.sleep(CHECK_S)
             self.check(self.state.clock.now())
         self._watching = None
@@ -509,6 +534,10 @@ class RemoteClients:
         if not self._topics.is_up:
             self._cut_off()
             return
+        self.pending.check(now)
+        owners = self.pending.owners
+        for process in owners:
+            self._hosts.setdefault(process, _Host(now))
         for process, host in [*self._hosts.items()]:
             absent_s = 0.0 if host.absent is None else now - host.absent
             if now - host.heard > LOST_S or absent_s > self._topics.absence_s:
@@ -517,8 +546,8 @@ class RemoteClients:
                 )
                 continue
             with suppress(ResourceExhausted):
-                self._send(process, CHECK, [*host.calls], on_sent=self._sent_to(host))
-            if not host.calls:  # it has dropped the last answers now
+                self.send(process, CHECK, [*host.calls], on_sent=self._sent_to(host))
+            if not host.calls and process not in owners:  # it has dropped the last answers now
                 del self._hosts[process]
         for process, guest in [*self._guests.items()]:
             if now - guest.heard > LOST_S:

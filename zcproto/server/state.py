@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nlargest
 from itertools import count
+from operator import itemgetter
 from typing import Any, Final, Protocol
 
 from zcproto.app.app import Access, App, Method
@@ -54,6 +55,9 @@ CONNECTIONS_PER_TURN: Final = 100
 
 DETACHED: Final = "detached"
 """The key in the details of an ERROR that has ended an attachment and not its run (zcp1.md, section 20)."""
+
+LISTED_CALLS: Final = 1_000
+"""Pending calls in one list."""
 
 ABANDONED_S: Final = 2.0
 """How long a drain waits for requests with an idempotency key after their callers have gone."""
@@ -137,6 +141,18 @@ class ClientsElsewhere(Protocol):
 
     async def find(self, user: str | None, handles: str | None, most: int) -> list[ConnectedClient]: ...
     async def stop(self) -> None: ...
+
+
+class PendingElsewhere(Protocol):
+    """The pending calls of the other processes, for operators."""
+
+    async def list(self, user: str | None) -> tuple[list[dict[str, Any]], bool]:
+        """Return them, and whether these are all."""
+
+    async def decide(
+        self, call_id: str, value: Any, error: CallError | None, operator: str
+    ) -> dict[str, Any]:
+        """Answer one, and return it. Raises NotFound, Unavailable."""
 
 
 class Runs(Protocol):
@@ -279,6 +295,7 @@ class ServerState:
     """The clients that handle calls."""
     remote_clients: ClientsElsewhere | None = None
     """Those of the other processes of the server, if there are some."""
+    pending_elsewhere: PendingElsewhere | None = None
     on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
     on_incident: Callable[[str, str, BaseException], None] = lambda what, incident, error: None
@@ -319,6 +336,24 @@ class ServerState:
         if self.remote_clients is not None and len(found) < MOST_FOUND:
             found += await self.remote_clients.find(user, handles, MOST_FOUND - len(found))
         return found
+
+    async def list_calls(self, user: str | None) -> tuple[list[dict[str, Any]], bool]:
+        """Return the pending calls of all processes, the oldest first, and whether these are all."""
+        calls = self.pending.of(user)
+        rows, is_complete = [call.as_dict() for call in calls[:LISTED_CALLS]], len(calls) <= LISTED_CALLS
+        if self.pending_elsewhere is not None:
+            others, has_others = await self.pending_elsewhere.list(user)
+            rows = sorted([*rows, *others], key=itemgetter("asked_at"))
+            is_complete = is_complete and has_others and len(rows) <= LISTED_CALLS
+        return rows[:LISTED_CALLS], is_complete
+
+    async def decide_call(
+        self, call_id: str, value: Any, error: CallError | None, operator: str
+    ) -> dict[str, Any]:
+        """Answer a pending call for an operator, and return it. Raises NotFound, Unavailable."""
+        if self.pending_elsewhere is None or self.pending.own(call_id) is not None:
+            return self.pending.answer(call_id, value, error, operator).as_dict()
+        return await self.pending_elsewhere.decide(call_id, value, error, operator)
 
     async def announce(self, body: bytes | None) -> None:
         """Send an event to every connection, some in each turn of the loop. None ends the announcement."""

@@ -178,6 +178,20 @@ class SessionService:
         """Return the oldest `limit` sessions of a user or of all users, also lapsed ones. Raises Unavailable."""
         return self._registry.records(user, limit)
 
+    async def holder(self, token_digest: bytes) -> SessionRecord | None:
+        """Return the live session whose newest token has this digest, in all processes. Raises Unavailable."""
+        return self._live(self._registry.record_of(token_digest))
+
+    def _live(self, found: SessionRecord | EndedRecord | None) -> SessionRecord | None:
+        """Return a session that has not ended here and has not reached the absolute end of its token."""
+        if (
+            isinstance(found, SessionRecord)
+            and self._clock.wall() < found.expires_at
+            and self._registry.ended(found.id) is None
+        ):
+            return found
+        return None
+
     async def look_up(self, token: bytes, address: str, code: Code) -> None:
         """Look up a token that was refused here with `code`, and update the registry.
 
@@ -510,6 +524,11 @@ class StoredSessionService(SessionService):
             return await operation
         except StoreUnavailable as error:
             raise self.sync.breaker.unavailable(error) from error
+
+    async def holder(self, token_digest: bytes) -> SessionRecord | None:
+        if not self.looks_up:
+            return await super().holder(token_digest)
+        return self._live(await self._ask(self.sync.changes.fetch(self._store.find, token_digest)))
 
     def _info(self, record: SessionRecord, wall: int) -> SessionInfo | None:
         """Describe a session to its user. Return None if it has expired."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,6 +75,8 @@ LAST: Final = "figures.last"
 """Call to the coordinator: the figures of a worker that ends."""
 
 COORDINATOR: Final = "coordinator"
+
+SUBSCRIBERS: Final = "zcproto_topic_subscribers"
 
 Ask = Callable[[bytes], Awaitable[bytes]]
 """Sends a question to a process and returns its answer. May raise OSError, LinkLost or a CallError."""
@@ -334,6 +337,8 @@ class Collector(FleetReports):
         join_s: float = JOIN_S,
     ) -> None:
         self.read: Read = _read_nothing
+        self.local_topics: set[str] = set()
+        """Topics of each process whose subscribers were not yet seen in several."""
         self._epoch, self._serial = pid, 0
         self._clock = clock
         self._answer_s, self._join_s = answer_s, join_s
@@ -439,6 +444,8 @@ class Collector(FleetReports):
             return replace(report, status=status, stats={**report.stats, "sessions": count}, series=series)
 
         self.read = read
+        topics = (method.topic for method in parts.state.methods.values())
+        self.local_topics = {topic.name for topic in topics if topic is not None and topic.scope == "process"}
         return self
 
     # --- collecting ----------------------------------------------------------------------------------
@@ -485,6 +492,8 @@ class Collector(FleetReports):
         for worker, answer in answered:
             total = self._add(total, worker, answer, depth)
             await asyncio.sleep(0)  # with a thousand methods each takes milliseconds
+        if self.local_topics:
+            self._warn_of_split_topics(answer for _, answer in answered if answer is not None)
         built = {worker.member.number for worker, answer in answered if answer is None or answer.workers}
         total = self._add_absent(
             total, [each for each in self._expected.values() if each.number not in built]
@@ -492,6 +501,18 @@ class Collector(FleetReports):
         total = replace(total, series=total.series | series_of(_line_readings(total.workers)))
         self._collected[depth] = self._clock.now(), total
         return total
+
+    def _warn_of_split_topics(self, reports: Iterable[Report]) -> None:
+        """Warn once of each topic whose subscribers are in several processes, but get the events of one."""
+        found = Counter(
+            name
+            for report in reports
+            for (name,), count in report.series.get(SUBSCRIBERS, {}).items()
+            if count
+        )
+        for name in self.local_topics & {name for name, processes in found.items() if processes > 1}:
+            self.local_topics.discard(name)
+            log.warning("topics.split", topic=name, workers=found[name])
 
     async def _inherit(self) -> None:
         """Wait for the workers, and ask them for what an earlier coordinator has left with them."""

@@ -29,7 +29,7 @@ from functools import partial
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from zcproto.admin.parts import Parts
 from zcproto.auth import DeviceFile, RegisteredDevice, Throttle, User
@@ -37,7 +37,7 @@ from zcproto.auth.users import NO_KEY
 from zcproto.common.clock import random_fraction, system_clock, system_entropy
 from zcproto.common.home import Home
 from zcproto.config import Config
-from zcproto.errors import ConfigError, ResourceExhausted, ZcprotoError
+from zcproto.errors import CallError, ConfigError, ResourceExhausted, Unavailable, ZcprotoError
 from zcproto.observe.log import level, set_level
 from zcproto.runs.shared import SharedRuns, new_process
 from zcproto.runs.store import MemoryRuns
@@ -45,6 +45,7 @@ from zcproto.runtime.alert_sources import on_store_event
 from zcproto.runtime.build import WorkerRole, build_alerts, run_limits
 from zcproto.runtime.store_setup import MEMORY, SQLITE, report_notice
 from zcproto.server.idempotency import answer_limits
+from zcproto.server.remote_pending import decode_answer, encode_answer
 from zcproto.server.state import ConnectionsElsewhere, ConnectionUses, ServerState
 from zcproto.stores.base import HEARTBEAT_S, Change, ChangeKind, StoreUnavailable
 from zcproto.stores.revoker import OnEvent
@@ -54,7 +55,7 @@ from zcproto.workers.alerts import WorkerAlerts, WorkerReports
 from zcproto.workers.figures import Collector, Member, Reporter
 from zcproto.workers.hub import StoreHub
 from zcproto.workers.limits import WorkerCounting
-from zcproto.workers.link import SILENCE_S, Link, LinkClient, LinkServer, Topics
+from zcproto.workers.link import SILENCE_S, Link, LinkClient, LinkLost, LinkServer, Topics
 from zcproto.workers.remote_store import RemoteStore, StoreServer
 from zcproto.workers.runs import RunHub, WorkerRuns
 from zcproto.workers.throttle import SharedThrottle, throttle_calls
@@ -76,6 +77,14 @@ OF: Final = "connections.of"
 
 HERE: Final = "connections.here"
 """Call to a worker: those of its own."""
+
+CALLS: Final = "calls.list"
+"""Call to a worker: the pending calls of all processes."""
+
+DECIDE: Final = "calls.decide"
+"""Call to a worker: the answer of an operator to one of them."""
+
+CALLS_S: Final = 2.0
 
 ANSWER_S: Final = 0.25
 ASK_S: Final = 0.5
@@ -205,6 +214,7 @@ async def coordinator(
             alerts=alerts,
             throttle=throttle,
             topics=None if hub is None else topic_hub,
+            calls=WorkerCalls(server),
             runs=None if hub is None else MemoryRuns(run_hub.table, system_clock.now),
             fleet=partial(
                 collector.read_parts, member, count_sessions=None if hub is None else lambda: hub.sessions
@@ -312,6 +322,37 @@ async def _end_sessions(parts: Parts, link: object, kind: str, name: str, user: 
         await parts.users.report_gone(name, User(NO_KEY))
 
 
+# --- pending calls -------------------------------------------------------------------------------------------
+
+
+class WorkerCalls:
+    """The pending calls of the workers, for the coordinator, which asks one worker: it asks all others."""
+
+    def __init__(self, server: LinkServer) -> None:
+        self._server = server
+
+    async def list(self, user: str | None) -> tuple[list[dict[str, Any]], bool]:
+        rows, is_complete = await self._ask(CALLS, user)
+        return rows, is_complete
+
+    async def decide(
+        self, call_id: str, value: Any, error: CallError | None, operator: str
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = await self._ask(DECIDE, call_id, *encode_answer(value, error), operator)
+        return row
+
+    async def _ask(self, topic: str, *arguments: Any) -> Any:
+        for link in _workers(self._server):
+            with suppress(LinkLost):
+                return await link.call(topic, *arguments, within=CALLS_S)
+        raise Unavailable("no worker has answered; retry")
+
+
+def _workers(server: LinkServer) -> list[Link]:
+    """Return the links to the workers. Each has other links, without a number: to its store, for instance."""
+    return [link for link in server.links if "number" in link.facts]
+
+
 # --- connections of sessions ---------------------------------------------------------------------------------
 
 
@@ -332,8 +373,7 @@ def serve_connections(server: LinkServer) -> None:
             raise ResourceExhausted("too many lists of sessions at once")
         running += 1
         try:
-            # A worker has another link, for its store, without a number.
-            others = [each for each in server.links if each is not link and "number" in each.facts]
+            others = [each for each in _workers(server) if each is not link]
             found = await asyncio.gather(*(ask(each, session_ids) for each in others))
         finally:
             running -= 1
@@ -347,6 +387,14 @@ def serve_connections(server: LinkServer) -> None:
 
 def connections_elsewhere(client: LinkClient, topics: Topics, state: ServerState) -> ConnectionsElsewhere:
     """Answer for a worker, and return what asks for the connections of the others."""
+
+    async def list_calls(link: Link, user: str | None) -> tuple[list[dict[str, Any]], bool]:
+        return await state.list_calls(user)
+
+    async def decide_call(link: Link, call_id: str, kind: int, body: bytes, operator: str) -> dict[str, Any]:
+        return await state.decide_call(call_id, *decode_answer(kind, body), operator)
+
+    topics.calls |= {CALLS: list_calls, DECIDE: decide_call}
 
     async def here(link: Link, session_ids: list[str]) -> ConnectionUses:
         return {session_id: state.session_connections.uses(session_id) for session_id in session_ids}

@@ -55,6 +55,8 @@ def _at_the_client() -> list[Json]:
 
     unknown, malformed = _failed("UNAUTHENTICATED", "token"), _failed("INVALID_ARGUMENT", "body")
     late = WITHDRAW.but(timestamp=STALE)
+    meta = {"deadline_ms": 120_000, "pending": "9f86d081884c7d659a2feaa0c55ad015"}
+    pending = called(["approve", {"tool": "shell"}, meta])
     return [
         _client("call", "A registered method.", CALL, accepted(CALL, CALLED)),
         _client(
@@ -64,6 +66,12 @@ def _at_the_client() -> list[Json]:
             accepted(CALL, CALLED),
             in_flight=[1],
             flags=["numbers"],
+        ),
+        _client(
+            "call-pending",
+            "The id of a pending call. A client may ignore it.",
+            pending,
+            accepted(pending, CALLED),
         ),
         _client("call-in-flight", "Its number is in use until RESULT or FAILURE.", CALL, FATAL, calls=[1]),
         _client(
