@@ -13,7 +13,11 @@ _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
 _STALE: Final = "if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
 _OPENS_AGAIN: Final = (
-    ("Stream._answered", "if (pending.stream.was_answered_to or run is not None) and not can_resume:", "if False:"),
+    (
+        "Stream._answered",
+        "if (pending.stream.was_answered_to or run is not None) and not can_resume:",
+        "if False:",
+    ),
     ("Client._after_stream_error", "elif pending.stream.was_answered_to:", "elif False:"),
 )
 
