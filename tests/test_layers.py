@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certs": {"errors", "common", "config", "tls", "observe"},
     "stores": {"errors", "common", "sessions", "observe"},
     "alerts": {"errors", "common", "config", "observe"},
-    "runs": {"errors", "common", "wire"},
+    "runs": {"errors", "common", "wire", "observe"},
     # the edge
     "bus": {"errors", "common", "stores", "observe", "runs"},
     "app": {"bus", "errors", "common", "wire", "connection", "sessions", "auth", "observe"},

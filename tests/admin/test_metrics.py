@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import secrets
@@ -18,10 +19,12 @@ from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
 from zcproto.admin.metrics import END_LABELS, server_metrics
+from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.app.app import App, Items, default_app
 from zcproto.client.blocking import connect_blocking
 from zcproto.errors import CallError
 from zcproto.observe.metrics import METRICS, TABLE
+from zcproto.runs.log import ITEM_BYTES, RUN_BYTES
 from zcproto.runtime import background
 from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_text
@@ -98,6 +101,11 @@ def test_promtool_reports_no_problem(serve: Serve, store: str) -> None:
 def test_rendered_metrics_match_the_table(serve: Serve) -> None:
     app = default_app()
     app.topic("jobs")
+
+    @app.method("work", durable=True)
+    async def work() -> AsyncIterator[int]:
+        yield 1
+
     server = serve(app, store__url="sqlite")
     with server.client("ada") as client:
         client.call("sleep", {"ms": 1})
@@ -293,6 +301,34 @@ def test_streams_and_their_items_are_counted(serve: Serve) -> None:
             stream.send(2)
             assert stream.receive() == 2
     assert value(server, "zcproto_streams_open", method="echo.items") == 0
+
+
+def test_durable_runs_and_their_items_are_counted(serve: Serve) -> None:
+    app, may_end = App(), asyncio.Event()
+
+    @app.method("work", durable=True)
+    async def work() -> AsyncIterator[int]:
+        yield 1
+        yield 2
+        await may_end.wait()
+
+    server = serve(app)
+    ca_file = server.home / "certs" / "ca.crt"
+    with (
+        grows(server, "zcproto_run_items_total", 2),
+        grows(server, "zcproto_runs_ended_total", code="ok"),
+        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+    ):
+        with client.stream("work", durable=True) as stream:
+            assert [stream.receive(), stream.receive()] == [1, 2]
+            assert value(server, "zcproto_runs_running") == value(server, "zcproto_runs_attached") == 1
+            kept = RUN_BYTES + 2 * (ITEM_BYTES + 1)
+            assert value(server, "zcproto_runs_kept_bytes") == kept
+            assert value(server, "zcproto_limit_use", limit="streams.durable_bytes") == kept
+            server.in_loop(may_end.set)
+            assert list(stream) == []
+        report = server.in_loop(lambda: status_report(take_snapshot(server.server.parts)))["runs"]
+    assert report == {"running": 0, "attached": 0, "ended": 1, "lost": 0, "kept_bytes": kept, "away": 0}
 
 
 def test_replayed_frame_is_counted_and_closes_the_connection(serve: Serve) -> None:

@@ -59,6 +59,7 @@ def readings(snapshot: Snapshot) -> Iterator[Reading]:
         _issuers,
         _requests,
         _streams,
+        _runs,
         _calls,
         _errors,
         _store,
@@ -94,7 +95,8 @@ _LIMITS: Final = (
     *("limits.running_per_user", "limits.running_per_address"),
     *("limits.threads", "limits.waiting_for_thread"),
     *("streams.max_open", "streams.max_item_bytes", "streams.window_items", "streams.window_bytes"),
-    *("streams.memory_bytes", "calls.max", "calls.per_user", "calls.total"),
+    *("streams.memory_bytes", "streams.durable_bytes", "streams.durable_per_user"),
+    *("calls.max", "calls.per_user", "calls.total"),
     *("calls.pending_per_user", "calls.pending_total"),
     *("idempotency.running_per_user", "tls.max_handshakes", "tls.max_pending", "sessions.per_user"),
     *("idempotency.per_user", "idempotency.max_bytes"),
@@ -123,6 +125,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         "limits.waiting_for_thread": state.threads.waiting,
         "streams.max_open": snapshot.most_streams_open,
         "streams.memory_bytes": state.items.held,
+        "streams.durable_bytes": 0 if state.runs is None else state.runs.store.size,
         "calls.per_user": state.clients.most_in_flight,
         "calls.total": state.clients.in_flight,
         "calls.pending_per_user": state.pending.most,
@@ -267,6 +270,21 @@ def _streams(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_stream_item_bytes_total", totals.bytes_received, "received"
     for reason in CUT_REASONS:
         yield "zcproto_streams_cut_total", counters.streams_cut[reason], reason
+
+
+def _runs(snapshot: Snapshot) -> Iterator[Reading]:
+    runs = snapshot.parts.state.runs
+    if runs is None:
+        return
+    yield "zcproto_runs_running", len(runs)
+    yield "zcproto_runs_attached", runs.attached
+    yield "zcproto_runs_kept_bytes", runs.store.size
+    yield "zcproto_run_items_total", runs.items
+    for code in ("ok", "deleted", *(code.name.lower() for code in Code)):
+        yield "zcproto_runs_ended_total", runs.ended[code], code
+    yield "zcproto_runs_away", not runs.store.is_up
+    yield "zcproto_runs_lost_total", runs.store.lost
+    yield "zcproto_runs_repaired_total", runs.store.repaired
 
 
 def _calls(snapshot: Snapshot) -> Iterator[Reading]:

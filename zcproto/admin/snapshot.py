@@ -31,7 +31,7 @@ from zcproto.common.clock import MS_PER_SECOND, used_cpu_s
 from zcproto.common.roles import OPERATORS
 from zcproto.observe.log import level
 from zcproto.observe.process import resident_bytes
-from zcproto.server.state import Counters
+from zcproto.server.state import Counters, Runs
 from zcproto.sessions.health import HealthState
 from zcproto.tls.failure import TlsFailure
 
@@ -153,6 +153,7 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
             "bytes_received": counters.streams.bytes_received,
             "waiting_bytes": state.items.held,
         },
+        "runs": run_report(state.runs),
         "calls": {
             "handlers": len(state.clients),
             "in_flight": state.clients.in_flight,
@@ -176,6 +177,20 @@ def status_figures(snapshot: Snapshot) -> dict[str, Any]:
             "rss_bytes": snapshot.rss_bytes,
             "loop_lag_s": round(parts.traffic.longest_lag(), 6),
         },
+    }
+
+
+def run_report(runs: Runs | None) -> dict[str, int]:
+    """Return the figures of durable runs; zeros without durable methods."""
+    if runs is None:
+        return dict.fromkeys(("running", "attached", "ended", "lost", "kept_bytes", "away"), 0)
+    return {
+        "running": len(runs),
+        "attached": runs.attached,
+        "ended": runs.ended.total(),
+        "lost": runs.store.lost,
+        "kept_bytes": runs.store.size,
+        "away": int(not runs.store.is_up),
     }
 
 

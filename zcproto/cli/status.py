@@ -138,6 +138,15 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
             f"{streams['open']:,} open; {streams['opened']:,} in all, {streams['cut']:,} cut;"
             f" {streams['items_sent']:,} items sent, {streams['items_received']:,} received",
         )
+    runs = report.get("runs", {})  # none of a server of an earlier version
+    if any(runs.values()):
+        yield _row(
+            "durable runs",
+            f"{runs['running']:,} running, {runs['attached']:,} read by clients;"
+            f" {runs['ended']:,} ended, {runs['lost']:,} lost; {runs['kept_bytes']:,} bytes kept"
+            + (f"; {counted(runs['away'], 'process')} without the store" if runs["away"] else ""),
+            bad=runs["away"] > 0,
+        )
     calls = report["calls"]
     if calls["handlers"] or calls["ended"]:
         ended = ", ".join(f"{count:,} {result}" for result, count in sorted(calls["ended"].items()))

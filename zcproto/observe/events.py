@@ -120,6 +120,7 @@ FIELDS: Final[dict[str, str]] = {
     "restart": "changed keys that require a restart",
     "retry_after_s": "seconds until the next attempt",
     "roles": "new roles of a user or device",
+    "run": "id of a durable run, chosen by its client",
     "scheme": "login scheme: api_key, device, certificate",
     "seconds": "duration",
     "session": "public id of a session; not a credential",
@@ -274,6 +275,10 @@ stream.cut info (peer user what reason) by peer, limit per user
     elsewhere and its new token not shown on this connection (token_rotated): an old client, or a stolen token. Or
     too many items of its user waited for their methods (memory), or a reload has denied its method to the session
     (denied).
+run.cancelled info (user run what reason session) by peer, limit per user
+    The method of a durable stream was cancelled: by its client (caller), at the deadline of its first OPEN,
+    without a reader (abandoned), with the session that opened it (token_revoked), by a reload of `auth.role`
+    (denied), or at the end of the server (draining).
 connection.certificate_revoked warning (peer connection) by peer, limit per address, audit failure
     A connection was closed because its client certificate was revoked.
 request.failed error (what incident exc_info peer connection) by peer, limit per method
@@ -431,6 +436,9 @@ runs.away warning (reason), limit per event
     The store of durable runs cannot be reached: their methods and readers wait.
 runs.back info (), limit per event
     The store of durable runs is there again. What it had lost of the runs of this process is written back.
+runs.owner_lost warning (user run count), limit per event
+    The process that ran the method of a durable stream was lost after `count` items. The run has ended with
+    UNKNOWN, and is not run again.
 runs.refused warning (reason), limit per event
     The store has refused an operation of a durable run. It is repeated.
 

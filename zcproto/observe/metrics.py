@@ -207,6 +207,26 @@ zcproto_streams_cut_total counter (reason)
     denied (a reload of `auth.role`), memory (streams.memory_bytes), slow_frame (limits.frame_timeout),
     detached (the client left its run), resumed_elsewhere (a newer attachment).
 
+# Durable streams
+zcproto_runs_running gauge
+    Methods of durable streams that run in this process, whether a client reads them or not.
+zcproto_runs_attached gauge
+    Durable streams that read a run.
+zcproto_runs_kept_bytes gauge
+    Memory of this process that counts against streams.durable_bytes: of all runs and their items, or with a shared
+    store of the copies of items that were not taken.
+zcproto_run_items_total counter
+    Items of these methods.
+zcproto_runs_ended_total counter (code)
+    Methods that ended. `code`: that of the answer, ok for a result; deleted if the sessions of the user were
+    revoked.
+zcproto_runs_away gauge
+    Processes that cannot reach the store of durable runs.
+zcproto_runs_lost_total counter
+    Runs that this process has ended with UNKNOWN, because the process that ran the method was lost.
+zcproto_runs_repaired_total counter
+    Logs of runs of which a failover of the store had lost a part, which was written back.
+
 # Topics
 zcproto_topic_subscribers gauge (topic)
     Streams that subscribe to the topic.

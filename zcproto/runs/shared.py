@@ -31,6 +31,7 @@ from typing import Any, Final, Protocol, TypeVar
 from zcproto.common.backoff import backoff_s
 from zcproto.common.clock import Entropy
 from zcproto.errors import Code, NotFound, ResourceExhausted, Unavailable
+from zcproto.observe.log import get_logger
 from zcproto.runs.log import ITEM_BYTES, KNOWN_S, RETRY_MS, End, Gap, Opening, RunKey, RunLimits, RunState
 from zcproto.wire.message import encode_error
 
@@ -53,6 +54,8 @@ _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.5
 
 T = TypeVar("T")
+
+log = get_logger("zcproto.server")
 
 
 class RunCarrier(Protocol):
@@ -129,6 +132,11 @@ def owner_lost(items: int) -> End:
     return Code.UNKNOWN, encode_error(Code.UNKNOWN, "the process that ran the method was lost", details)
 
 
+def log_lost(key: RunKey, items: int) -> None:
+    """Log that a run has ended because its process is lost."""
+    log.warning("runs.owner_lost", user=key.user, run=key.id, count=items)
+
+
 def process_of(attachment: str) -> str:
     """Return the process of an attachment in a shared store."""
     return attachment.partition(".")[0]
@@ -163,7 +171,7 @@ class _Reader:
 class SharedRuns:
     """The store of the runs of one process, whose id `process` is random and never used again.
 
-    `size` counts the bytes of copies. `repaired` counts logs that had a gap.
+    `size` counts the bytes of copies.
     """
 
     def __init__(self, carrier: RunCarrier, limits: RunLimits, process: str) -> None:
@@ -181,7 +189,7 @@ class SharedRuns:
         self._is_stopped = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.size = 0
-        self.repaired = 0
+        self.repaired = self.lost = 0
 
     @property
     def is_up(self) -> bool:
@@ -475,9 +483,12 @@ class SharedRuns:
         while True:
             try:
                 await self._repeat(self._carrier.append, key, generation, items, [], owner_lost(items))
-                return
             except Gap as gap:
                 items = gap.next
+            else:
+                self.lost += 1
+                log_lost(key, items)
+                return
 
     async def _check(self) -> None:
         """End the runs of processes that are lost, and the attachments of those to own runs."""

@@ -18,7 +18,19 @@ from zcproto.runs.log import End, Opening, RunKey, RunLimits, RunState, RunTable
 
 
 class RunStore(Protocol):
-    """The runs that the processes of a server share. The operations are those of `RunTable`."""
+    """The runs that the processes of a server share. The operations are those of `RunTable`.
+
+    `size` counts bytes of runs and items in this process. `lost` counts runs that were ended because their owner
+    was lost, and `repaired` those of which the store had lost a part.
+    """
+
+    lost: int
+    repaired: int
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def is_up(self) -> bool: ...
 
     async def open(self, key: RunKey, opening: Opening) -> tuple[bool, RunState]: ...
 
@@ -60,9 +72,15 @@ class MemoryRuns:
 
     def __init__(self, table: RunTable, now: Callable[[], float]) -> None:
         self.table = table
+        self.lost = self.repaired = 0
+        self.is_up = True
         self._now = now
         self.watch = table.watch
         self.unwatch = table.unwatch
+
+    @property
+    def size(self) -> int:
+        return self.table.size
 
     async def start(self) -> None:
         """Do nothing."""

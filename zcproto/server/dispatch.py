@@ -32,7 +32,7 @@ from zcproto.connection.events import (
     ServerEvent,
     ServerStream,
 )
-from zcproto.connection.refusals import NEEDS_SESSION, TOO_MUCH_HELD
+from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import (
@@ -388,10 +388,10 @@ class Dispatcher:
             worker.cancel()
         # A request with an idempotency key continues, and stays here until it has ended.
 
-    def cut_stream(self, stream: ServerStream) -> None:
-        """End a stream whose user's items take too much memory."""
+    def cut_stream(self, stream: ServerStream, body: bytes) -> None:
+        """End a stream with this ERROR."""
         if self._connection.state is not State.CLOSED:
-            self.stop(self._connection.cut(stream, TOO_MUCH_HELD, self._state.clock.wall()))
+            self.stop(self._connection.cut(stream, body, self._state.clock.wall()))
 
     def cut_denied_streams(self) -> None:
         """Cut the streams whose sessions may no longer call their methods."""

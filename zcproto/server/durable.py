@@ -35,6 +35,7 @@ from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.deadlines import next_multiple
 from zcproto.common.parameters import Ended
 from zcproto.connection.events import NEVER, DurableStream, Request
+from zcproto.connection.refusals import RESUMED_ELSEWHERE
 from zcproto.connection.server import ServerConnection
 from zcproto.errors import (
     CallError,
@@ -59,7 +60,7 @@ from zcproto.runs.log import (
 from zcproto.runs.store import RunStore
 from zcproto.server.idempotency import Answer, request_digest
 from zcproto.server.protocol_methods import protocol_method
-from zcproto.server.state import DETACHED, ServerState
+from zcproto.server.state import DETACHED, ServerState, log
 from zcproto.server.streams import StreamRunner
 from zcproto.sessions import EndReason, Session
 from zcproto.wire.frame import MIN_LENGTH
@@ -126,6 +127,8 @@ class DurableRuns:
         self._is_checking = False
         self._opening: set[DurableStream] = set()
         self._readers: dict[DurableStream, tuple[RunKey, str]] = {}
+        self.items = 0
+        """Items of the methods."""
         self.ended: Counter[str] = Counter()
         """Runs that ended, by the name of their code; `ok` for a result."""
         state.registry.observers.append(self._session_ended)
@@ -190,7 +193,7 @@ class DurableRuns:
                 stream, info, self.state.clock.wall(), is_opener=state.info.session == session.id
             )
             runner.owner.flush_soon()  # the client waits for ACCEPTED, though no item may follow for long
-            items = self._items(key, attachment, resume.position)
+            items = self._items(stream, runner, key, attachment)
             return cast("Answer", await runner.produce(stream, items, _unchanged))
         finally:
             self._readers.pop(stream, None)
@@ -214,9 +217,11 @@ class DurableRuns:
             self._begin(run, state)
         return state
 
-    async def _items(self, key: RunKey, attachment: str, position: int) -> AsyncGenerator[Any, None]:
-        """Yield the items of a run from a position on, and at last its answer."""
-        changed = asyncio.Event()
+    async def _items(
+        self, stream: DurableStream, runner: StreamRunner, key: RunKey, attachment: str
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the items of a run from the position of an attachment on, and at last its answer."""
+        position, changed = stream.resume.position, asyncio.Event()
         self.store.watch(key, changed.set)
         try:
             while True:
@@ -224,10 +229,8 @@ class DurableRuns:
                 try:
                     state, bodies = await self.store.read(key, attachment, position, BATCH_ITEMS, BATCH_BYTES)
                 except Superseded:
-                    self.state.counters.streams_cut["resumed_elsewhere"] += 1
-                    raise Cancelled(
-                        "the stream was resumed elsewhere", {"reason": "resumed_elsewhere", DETACHED: True}
-                    ) from None
+                    runner.owner.cut_stream(stream, RESUMED_ELSEWHERE)
+                    return
                 for body in bodies:
                     position += 1
                     yield body
@@ -532,6 +535,7 @@ class OwnedRun:
             while True:
                 bodies, self._pending, self._pending_bytes = self._pending, [], 0
                 first, self._next, end = self._next, self._next + len(bodies), self.end
+                self._runs.items += len(bodies)
                 generation = self._state.info.generation
                 state = await self._runs.store.append(self.key, generation, first, bodies, end)
                 if state is None or end is not None:
@@ -567,6 +571,14 @@ class OwnedRun:
             elif reason == "draining":
                 error = Cancelled("the server stopped before the method returned", {"reason": reason})
             self.end = error.code, encode_error(error.code, error.message, error.details)
+            log.info(
+                "run.cancelled",
+                user=self.key.user,
+                run=self.key.id,
+                what=self.method.name,
+                reason=reason,
+                session=self.session.id,
+            )
             assert self._task is not None, "it was begun"
             self._task.cancel()
             self.look()

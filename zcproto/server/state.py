@@ -159,6 +159,7 @@ class Runs(Protocol):
     """The durable runs, as the rest of the server uses them; implemented by `DurableRuns`."""
 
     store: RunStore
+    items: int
     ended: Counter[str]
 
     @property

@@ -24,6 +24,7 @@ from zcproto.common.parameters import Ended
 from zcproto.common.value_types import Checker
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import Request, ServerStream
+from zcproto.connection.refusals import TOO_MUCH_HELD
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.server_streams import read_item
 from zcproto.errors import Cancelled, InvalidArgument
@@ -45,8 +46,8 @@ class StreamOwner(Protocol):
     def flush_soon(self) -> None:
         """Send what is queued at the end of this turn of the loop."""
 
-    def cut_stream(self, stream: ServerStream) -> None:
-        """End a stream whose user's items take too much memory."""
+    def cut_stream(self, stream: ServerStream, body: bytes) -> None:
+        """End a stream with this ERROR."""
 
     def method_ended(self, request: Request, result: Any, error: BaseException | None) -> None:
         """Answer a stream with the result of its method, or with its exception."""
@@ -247,7 +248,7 @@ class StreamRunner:
         items: StreamItems = stream.worker.items
         items.arrived()
         if items.share.is_over(self._memory):
-            self.owner.cut_stream(stream)
+            self.owner.cut_stream(stream, TOO_MUCH_HELD)
 
     # --- the items of methods ---------------------------------------------------------------------
 

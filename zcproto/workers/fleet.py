@@ -40,7 +40,6 @@ from zcproto.config import Config
 from zcproto.errors import CallError, ConfigError, ResourceExhausted, Unavailable, ZcprotoError
 from zcproto.observe.log import level, set_level
 from zcproto.runs.shared import SharedRuns, new_process
-from zcproto.runs.store import MemoryRuns
 from zcproto.runtime.alert_sources import on_store_event
 from zcproto.runtime.build import WorkerRole, build_alerts, run_limits
 from zcproto.runtime.store_setup import MEMORY, SQLITE, report_notice
@@ -215,7 +214,7 @@ async def coordinator(
             throttle=throttle,
             topics=None if hub is None else topic_hub,
             calls=WorkerCalls(server),
-            runs=None if hub is None else MemoryRuns(run_hub.table, system_clock.now),
+            runs=None if hub is None else run_hub.store,
             fleet=partial(
                 collector.read_parts, member, count_sessions=None if hub is None else lambda: hub.sessions
             ),

@@ -55,6 +55,9 @@ requests.* total
 streams.open sum
 streams.waiting_bytes sum
 streams.* total
+runs.ended total
+runs.lost total
+runs.* sum
 calls.ended.* total
 calls.* sum
 traffic.rate_window_s max

@@ -35,7 +35,8 @@ from zcproto.runs.log import (
     RunTable,
     Superseded,
 )
-from zcproto.runs.shared import LOST_S, Absences, SharedRuns, owner_lost, process_of
+from zcproto.runs.shared import LOST_S, Absences, SharedRuns, log_lost, owner_lost, process_of
+from zcproto.runs.store import MemoryRuns
 from zcproto.workers.link import NOTICE, Link, LinkClient, LinkLost, LinkServer, Topics, pack
 
 WATCH: Final = "runs.watch"
@@ -88,10 +89,11 @@ class _Watched:
 
 
 class RunHub:
-    """The runs of so many workers, in the coordinator. `now` returns monotonic seconds."""
+    """The runs of so many workers, in the coordinator, whose store is `store`. `now` is in monotonic seconds."""
 
     def __init__(self, limits: RunLimits, workers: int, now: Callable[[], float]) -> None:
         self.table = RunTable(limits, may_lag=True)
+        self.store = MemoryRuns(self.table, now)
         self._workers = workers
         self._now = now
         self._complete_at = now() + LOST_S
@@ -126,6 +128,8 @@ class RunHub:
         for key, state in runs:
             if state.end is None and state.info.owner in lost:
                 self.table.append(key, state.info.generation, state.next, [], owner_lost(state.next), now)
+                self.store.lost += 1
+                log_lost(key, state.next)
             if state.is_attached and process_of(state.attachment) in lost:
                 self.table.detach(key, state.attachment, now)
 

@@ -452,6 +452,9 @@ def starting(checked: StartCheck, config: Config, known: Sequence[Finding]) -> I
     for note in checked.notes:
         yield Finding("server", WARNING, *from_message(note)[1:])
     yield Finding("file limit", *_file_limit(config, checked.status))
+    if away := ({} if checked.status is None else checked.status.get("runs", {})).get("away"):
+        cure = "see runs.away and runs.refused in its log"
+        yield Finding("durable runs", WARNING, f"{counted(away, 'process')} cannot reach the store", cure)
     if any("server.port = " in fault.message for fault in checked.faults):
         return
     where = f"{', '.join(config.server.host)} port {config.server.port}"

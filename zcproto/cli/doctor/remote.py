@@ -198,6 +198,7 @@ def _features(welcome: Mapping[str, Any]) -> Finding:
     """Report what the server has beside calls."""
     streams, calls = welcome.get("streams"), welcome.get("calls")
     found = "no streams" if streams is None else counted(streams["max_open"], "stream")
+    found += ", also durable ones," if (streams or {}).get("durable") else ""
     more = "no calls of clients" if calls is None else f"{counted(calls['max'], 'call')} of clients"
     return Finding("streams", OK, f"{found} and {more} on a connection")
 
