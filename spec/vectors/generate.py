@@ -20,6 +20,7 @@ from makers import (
     bodies_invalid,
     calls,
     conversation,
+    durable,
     frames,
     freshness,
     headers,
@@ -74,6 +75,7 @@ def streaming_documents() -> dict[str, dict[str, Any]]:
     return {
         "streaming/items": _document("frames", items.SUBJECT, items.NOTES, items.vectors(), above),
         "streaming/calls": _document("frames", calls.SUBJECT, calls.NOTES, calls.vectors(), above),
+        "streaming/durable": _document("frames", durable.SUBJECT, durable.NOTES, durable.vectors(), above),
         "streaming/conversation": _document(
             "conversation", conversation.STREAMING_SUBJECT, {}, as_json(streaming_steps()), above
         ),

@@ -23,6 +23,7 @@ from zcproto_conformance.run import (
     EXCEPTED,
     FAILED,
     PASSED,
+    SKIPPED,
     Result,
     apply_exceptions,
     load_exceptions,
@@ -254,6 +255,16 @@ def test_failing_run_exits_with_1_unless_excepted(tmp_path: Path) -> None:
     assert "being built" in excepted.output
     exceptions.write_text('[{"check": "vectors/tables", "reason": "x"}, {"check": "y", "reason": "x"}]')
     assert invoke(*arguments, "--exceptions", str(exceptions), *faulty).exit_code == 1
+
+
+def test_checks_of_a_feature_that_is_not_announced_are_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    ran = invoke("--only", "*/durable*", "--json", str(file), *program())
+    assert ran.exit_code == 0, ran.output
+    written = json.loads(file.read_text())
+    assert {check["result"] for check in written["checks"]} == {SKIPPED}
+    header, *rows = [line.split() for line in ran.output.splitlines()]
+    assert [row[header.index("skipped")] for row in rows] == [row[1] for row in rows]
 
 
 async def test_connection_to_a_stopping_server_is_aborted() -> None:

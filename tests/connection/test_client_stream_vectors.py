@@ -1,7 +1,7 @@
 """Test a whole ClientConnection with every vector of streams that concerns a client.
 
-A vector of spec/vectors/streaming/items.json is a conversation that has already begun, the bytes that the client
-receives next, and what must come of each frame in them:
+A vector of spec/vectors/streaming/items.json or durable.json is a conversation that has already begun, the bytes
+that the client receives next, and what must come of each frame in them:
 
     {"name": "client-item-longer-than-max-item",
      "context": {"announced": {"streams": {...}}, "open": [{"stream": 1, "credit": [4, 1000], ...}], ...},
@@ -24,10 +24,17 @@ from tests.wire.vectors import Vector, document, typed
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.credit import SendCredit
-from zcproto.connection.events import ConnectionEnded, ErrorReceived, ItemReceived, ResponseReceived, Welcomed
+from zcproto.connection.events import (
+    Accepted,
+    ConnectionEnded,
+    ErrorReceived,
+    ItemReceived,
+    ResponseReceived,
+    Welcomed,
+)
 from zcproto.errors import Code, InternalError
-from zcproto.wire.frame import CANCEL, HEADER, NO_TOKEN, WELCOME, encode_frame
-from zcproto.wire.message import encode_body
+from zcproto.wire.frame import CANCEL, END, HEADER, NO_TOKEN, WELCOME, encode_frame
+from zcproto.wire.message import Resume, encode_body
 
 TOKEN = bytes(range(1, 33))
 WELCOME_MAP = {
@@ -41,7 +48,8 @@ WELCOME_MAP = {
 }
 VECTORS = {
     vector["name"]: vector
-    for vector in document("streaming/items")["vectors"]
+    for name in ("items", "durable")
+    for vector in document(f"streaming/{name}")["vectors"]
     if vector["receiver"] == "client"
 }
 
@@ -66,7 +74,16 @@ class ClientStreamHarness:
             assert client.request("sleep", {}, token=TOKEN, wall=self.wall) == number
         for each in context["open"]:
             window = each["granted"][0], each["granted"][1]
-            stream = client.open_stream("m", {}, token=TOKEN, window=window, wall=self.wall)
+            resume = each.get("resume")
+            stream = client.open_stream(
+                "m",
+                {},
+                token=TOKEN,
+                window=window,
+                wall=self.wall,
+                resume=None if resume is None else Resume(resume["id"], resume["from"], attaches=True),
+            )
+            stream.is_accepted = each.get("accepted", False)
             assert stream.number == each["stream"]
             stream.credit = SendCredit((each["credit"][0], each["credit"][1]))
             # No sequence of frames leads to totals like these in the time of a test.
@@ -83,6 +100,11 @@ class ClientStreamHarness:
                     self._take(self.streams[number])
                 case ResponseReceived(number, value):
                     self.outcomes.append({"result": "frame", "kind": "RESPONSE", "value": typed(value)})
+                case Accepted(_, run):
+                    self.outcomes.append({"result": "frame", "kind": "ACCEPTED", "map": typed(run)})
+                case ErrorReceived(_, code, message, details) if details:
+                    error = {"code": code, "message": message, "details": typed(details)}
+                    self.outcomes.append({"result": "frame", "kind": "ERROR", **error})
                 case ErrorReceived(number, code):
                     self.outcomes.append({"result": "error", "code": code, "fatal": False})
                 case ConnectionEnded(code):
@@ -92,7 +114,10 @@ class ClientStreamHarness:
         try:
             value = stream.read_item(32)
         except InternalError as error:
-            self.client.cancel(stream.number, self.wall)
+            if stream.resume is None:
+                self.client.cancel(stream.number, self.wall)
+            else:
+                self.client.detach(stream, self.wall)
             self.outcomes.append({"result": "error", "code": error.code, "fatal": False})
         else:
             self.outcomes.append({"result": "frame", "kind": "ITEM", "value": typed(value)})
@@ -122,5 +147,6 @@ def test_client_produces_expected_outcome_of_stream_vector(name: str) -> None:
         assert harness.client.dropped_unknown == dropped
         if any(outcome.get("code") in (Code.DATA_LOSS, Code.INTERNAL) for outcome in expected):
             sent = harness.client.data_to_send()
-            is_answered = name == "client-stream-stale-response"
-            assert [HEADER.unpack_from(sent)[1]] == [CANCEL] if not is_answered else sent == b""
+            leaves = END if any("resume" in each for each in vector["context"]["open"]) else CANCEL
+            is_answered = name in ("client-stream-stale-response", "client-answer-of-a-run-stale")
+            assert [HEADER.unpack_from(sent)[1]] == [leaves] if not is_answered else sent == b""

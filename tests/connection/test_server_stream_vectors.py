@@ -13,6 +13,7 @@ from zcproto.connection.credit import ItemQueue, SendCredit
 from zcproto.connection.events import (
     ConnectionEnded,
     CreditReceived,
+    DurableStream,
     ItemsReceived,
     Request,
     RequestEnded,
@@ -21,17 +22,28 @@ from zcproto.connection.events import (
 from zcproto.connection.server_streams import read_item
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import InvalidArgument
+from zcproto.sessions import Session
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import Kind, Side
-from zcproto.wire.message import NO_META, decode_error, encode_error
+from zcproto.wire.message import NO_META, Resume, decode_error, encode_error
 
 VECTORS = {
     vector["name"]: vector
-    for vector in document("streaming/items")["vectors"]
+    for name in ("items", "durable")
+    for vector in document(f"streaming/{name}")["vectors"]
     if vector["receiver"] == "server"
 }
 TOKEN = bytes(range(1, 33))
 """Of every OPEN that came before a vector."""
+
+
+def opened(each: Vector, session: Session) -> ServerStream:
+    """Return a stream in the state that a vector describes, without its credit."""
+    about = each["stream"], TOKEN, session, "upload", {}, NO_META
+    if "resume" not in each:
+        return ServerStream(*about)
+    resume = Resume(each["resume"]["id"], each["resume"]["from"], attaches=True)
+    return DurableStream(*about, resume=resume, is_accepted=each["accepted"], taken=each.get("taken", -1))
 
 
 class StreamHarness(Harness):
@@ -49,8 +61,9 @@ class StreamHarness(Harness):
         server, sessions = server_in(context, settings)
         self.server, session = server, sessions[0].session
         for each in context["open"]:
-            stream = ServerStream(each["stream"], TOKEN, session, "upload", {}, NO_META)
+            stream = opened(each, session)
             stream.credit = SendCredit((each["credit"][0], each["credit"][1]))
+            stream.credit.sent_items = each.get("sent", 0)
             if each["takes_items"]:
                 stream.items = ItemQueue((0, 0), (each["granted"][0], each["granted"][1]))
                 stream.items._received = stream.items._taken = (each["received"][0], each["received"][1])
@@ -71,7 +84,8 @@ class StreamHarness(Harness):
             self._collect_all()
             match event:
                 case ServerStream():
-                    self.server.streams(NOW).take_items(event)
+                    if not isinstance(event, DurableStream):
+                        self.server.streams(NOW).take_items(event)
                     self.server.hold(event, NOW)
                     self._seen("OPEN", event, event.meta._asdict())
                 case ItemsReceived(stream):
@@ -89,6 +103,9 @@ class StreamHarness(Harness):
         if isinstance(request, ServerStream) and request.credit.items:
             meta["credit"] = [request.credit.items, request.credit.bytes]
         message = {"method": request.method, "params": typed(request.params), "meta": meta}
+        if isinstance(request, DurableStream):
+            meta["resume"] = {"id": request.resume.id, "from": request.resume.position}
+            message["params"] = None if request.resume.attaches else message["params"]
         seen = {"result": "frame", "kind": kind, "stream": request.stream, "token": request.token.hex()}
         self.outcomes.append({**seen, "message": message})
 
@@ -122,6 +139,8 @@ def expected_fields(outcome: Vector) -> Vector | None:
         return {**visible_fields(outcome), "details": outcome.get("details", {"map": {}})}
     if outcome["kind"] in ("OPEN", "REQUEST"):
         message = expected_message(outcome)
+        if "resume" in message["meta"]:
+            message["params"] = outcome["message"]["params"]  # nil and an empty map differ
         if message["meta"].get("credit") == [0, 0]:  # the same as none
             del message["meta"]["credit"]
         wanted = {key: outcome[key] for key in ("result", "kind", "stream", "token")}
@@ -153,4 +172,6 @@ def test_server_produces_expected_outcome_of_stream_vector(name: str) -> None:
         for outcome in vector["expect"]:
             if outcome.get("kind") == "CREDIT":
                 (stream,) = harness.streams()
-                assert [stream.credit.items, stream.credit.bytes] == outcome["message"]["credit"]
+                items, size, *taken = outcome["message"]["credit"]
+                assert (stream.credit.items, stream.credit.bytes) == (items, size)
+                assert not taken or taken == [stream.taken]  # type: ignore[attr-defined]  # of a DurableStream

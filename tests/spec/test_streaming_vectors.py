@@ -13,7 +13,8 @@ from tests.spec.test_specification import rows_of
 from tests.wire.vectors import FOLDER, document
 from zcproto.errors import Code
 
-FILES = ("items", "calls", "conversation", "tables")
+FILES = ("items", "calls", "durable", "conversation", "tables")
+OF_FRAMES = ("items", "calls", "durable")
 CASES = {
     "server without streams receives one of their kinds": ["open-without-streams", "item-without-streams"],
     "OPEN without a session": ["open-without-a-token"],
@@ -41,6 +42,11 @@ CASES = {
     "flags": [
         f"{kind}-with-flags" for kind in ("open", "item", "end", "credit", "call", "result", "failure")
     ],
+    "resume of a wrong form": ["resume-id-empty", "resume-id-65", "resume-from-2-53", "resume-in-a-request"],
+    "params that are nil and an empty map": ["resume-attach", "resume-start"],
+    "ACCEPTED that does not fit": ["accepted-of-another-run", "accepted-from-elsewhere", "accepted-twice"],
+    "taken out of bounds": ["taken-lower", "taken-beyond-what-was-sent", "taken-before-accepted"],
+    "errors that end the attachment": ["end-detaches", "client-detached-error"],
     "unused kinds": [f"kind-{kind:02x}-to-the-server" for kind in (*range(0x14, 0x18), *range(0x1C, 0x20))],
 }
 
@@ -51,7 +57,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def vectors() -> dict[str, dict[str, Any]]:
-    return {vector["name"]: vector for name in ("items", "calls") for vector in load(name)["vectors"]}
+    return {vector["name"]: vector for name in OF_FRAMES for vector in load(name)["vectors"]}
 
 
 def test_every_file_is_listed_in_the_readme() -> None:
@@ -65,7 +71,7 @@ def test_file_matches_the_schema(name: str) -> None:
     jsonschema.Draft202012Validator(document("schema")).validate(load(name))
 
 
-@pytest.mark.parametrize("name", ["items", "calls"])
+@pytest.mark.parametrize("name", OF_FRAMES)
 def test_file_has_the_number_of_vectors_and_explains_flags(name: str) -> None:
     file = load(name)
     assert file["count"] == len(file["vectors"])
@@ -73,7 +79,7 @@ def test_file_has_the_number_of_vectors_and_explains_flags(name: str) -> None:
 
 
 def test_vector_names_are_unique() -> None:
-    assert len(vectors()) == load("items")["count"] + load("calls")["count"]
+    assert len(vectors()) == sum(load(name)["count"] for name in OF_FRAMES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -17,7 +17,15 @@ from zcproto_conformance import report, scenarios, vectors
 from zcproto_conformance.check import PARTS, Check
 from zcproto_conformance.errors import KitError
 from zcproto_conformance.harness import PATIENCE, Fixtures
-from zcproto_conformance.run import FAILED, PASSED, Result, apply_exceptions, load_exceptions, run_checks
+from zcproto_conformance.run import (
+    FAILED,
+    PASSED,
+    SKIPPED,
+    Result,
+    apply_exceptions,
+    load_exceptions,
+    run_checks,
+)
 
 CANNOT_RUN: Final = 2
 _PACKAGE: Final = Path(__file__).resolve().parent
@@ -89,7 +97,8 @@ def main(
         allowed = load_exceptions(exceptions) if exceptions is not None else {}
         results = run(chosen, command, patience=PATIENCE * patience, jobs=jobs, verbose=verbose)
         results, faults = apply_exceptions(results, allowed, {check.name for check in known})
-        _echo(line for result in results if result.result != PASSED for line in report.lines_of(result))
+        noted = [result for result in results if result.result not in (PASSED, SKIPPED)]
+        _echo(line for result in noted for line in report.lines_of(result))
         _echo(report.table(results))
         _echo(faults)
         if json_file is not None:

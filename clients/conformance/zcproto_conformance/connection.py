@@ -48,6 +48,7 @@ KINDS: Final = {
     "ITEM": 0x11,
     "END": 0x12,
     "CREDIT": 0x13,
+    "ACCEPTED": 0x14,
     "CALL": 0x18,
     "RESULT": 0x19,
     "FAILURE": 0x1A,
@@ -55,6 +56,7 @@ KINDS: Final = {
 }
 STREAMS: Final = {"max_open": 64, "max_item": 65_536}
 """`streams` of WELCOME."""
+DURABLE_STREAMS: Final = {**STREAMS, "durable": True}
 
 _NAMES: Final = {number: name for name, number in KINDS.items()}
 _OF_STREAMS: Final = {"OPEN", "ITEM", "END", "CREDIT"}
@@ -501,6 +503,13 @@ class Connection:
     def item(self, opened: Frame, value: Any, **fields: Any) -> None:
         """Send an ITEM on the stream of an OPEN."""
         self.send("ITEM", opened.stream, pack(value), **{"token": opened.token, **fields})
+
+    def accept(self, opened: Frame, **fields: Any) -> None:
+        """Send the ACCEPTED that fits a durable OPEN, with other `fields`."""
+        resume = opened.meta["resume"]
+        run = {"id": resume["id"], "attachment": "a", "from": resume["from"], "state": "running"}
+        body = pack({**run, "first": 0, "next": resume["from"] + 100, **fields})
+        self.send("ACCEPTED", opened.stream, body, token=opened.token)
 
     def credit(self, opened: Frame, items: int, size: int, **fields: Any) -> None:
         """Send a CREDIT on the stream of an OPEN."""

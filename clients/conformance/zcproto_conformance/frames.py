@@ -8,6 +8,7 @@ from zcproto.wire.frame import WITHOUT_BODY, Kind, RawFrame
 from zcproto.wire.message import (
     MessageError,
     RequestMeta,
+    decode_accepted,
     decode_body,
     decode_credit,
     decode_error,
@@ -76,5 +77,7 @@ def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
             return {"name": name, "data": typed(data)}
         case Kind.WELCOME | Kind.GOAWAY:
             return {"map": typed(decode_map(body, max_depth))}
+        case Kind.ACCEPTED:
+            return {"map": typed(decode_accepted(body, max_depth))}
         case _:
             return {"value": typed(decode_body(body, max_depth))}

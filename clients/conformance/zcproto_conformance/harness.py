@@ -163,6 +163,15 @@ class Stream:
         """Send no more items."""
         await self._harness.step("finish", stream=self.name)
 
+    async def cancel_run(self) -> None:
+        """Cancel the run of a durable stream, and wait until that was answered."""
+        await self._harness.step("cancel_run", stream=self.name)
+
+    async def position(self) -> dict[str, Any]:
+        """Return the `id` and the `position` of a durable stream."""
+        position: dict[str, Any] = await self._harness.step("position", stream=self.name)
+        return position
+
     async def leave(self) -> None:
         """Give the stream up."""
         await self._harness.step("leave", stream=self.name)
@@ -212,6 +221,13 @@ class Client:
         stream = Stream(self._harness, f"stream-{next(self._harness.fixtures.numbers)}")
         fields = {"params": None if params is None else typed(params), **options}
         await self._harness.step("open", client=self.name, stream=stream.name, method=method, **fields)
+        return stream
+
+    async def resume(self, run: str, method: str, after: int) -> Stream:
+        """Start to go on with a durable stream."""
+        stream = Stream(self._harness, f"stream-{next(self._harness.fixtures.numbers)}")
+        fields = {"run": run, "method": method, "after": after}
+        await self._harness.step("resume", client=self.name, stream=stream.name, **fields)
         return stream
 
     async def begin_handle(self, method: str) -> asyncio.Future[Any]:

@@ -114,7 +114,7 @@ class Conform:
         self.held: dict[str, HeldCalls] = {}
 
     async def hello(self, step: Mapping[str, Any]) -> Any:
-        return {"kit": KIT, "client": default_client()}
+        return {"kit": KIT, "client": default_client(), "features": ["durable"]}
 
     async def connect(self, step: Mapping[str, Any]) -> Any:
         key = step.get("device_key")
@@ -176,10 +176,25 @@ class Conform:
             options["window"] = tuple(step["credit"])
         if "timeout_ms" in step:
             options["timeout"] = step["timeout_ms"] / _MS
+        if "durable" in step:
+            options["durable"] = step["durable"]
         client = self.clients[step["client"]]
         stream = client.stream(step["method"], untyped(step.get("params")), **options)
         self.streams[step["stream"]] = OpenStream(stream)
         await asyncio.sleep(0)  # let it start
+
+    async def resume(self, step: Mapping[str, Any]) -> Any:
+        client = self.clients[step["client"]]
+        stream = client.resume(step["run"], method=step["method"], after=step["after"])
+        self.streams[step["stream"]] = OpenStream(stream)
+        await asyncio.sleep(0)  # let it start
+
+    async def position(self, step: Mapping[str, Any]) -> Any:
+        stream = self.streams[step["stream"]].stream
+        return {"id": stream.id, "position": stream.position}
+
+    async def cancel_run(self, step: Mapping[str, Any]) -> Any:
+        await (await self.streams[step["stream"]].opened()).cancel()
 
     async def next(self, step: Mapping[str, Any]) -> Any:
         stream = await self.streams[step["stream"]].opened()
@@ -298,6 +313,7 @@ STEPS: Final = frozenset(
         "cut",
         "close",
     }
+    | {"resume", "position", "cancel_run"}
     | {"open", "next", "send", "finish", "leave", "handle", "called", "answer"}
 )
 KNOWN: Final = (

@@ -31,12 +31,14 @@ from zcproto.wire.frame import (
     RawFrame,
     Side,
     accepted_with_calls,
+    accepted_with_durable,
     accepted_with_streams,
     encode_frame,
     head_of,
 )
 from zcproto.wire.message import (
     MessageError,
+    Resume,
     attach_message,
     decode_error,
     encode_request,
@@ -160,6 +162,8 @@ def _accepted(side: Side, context: Mapping[str, Any]) -> Accepted:
     announced = context.get("announced") or {}
     streams, calls = announced.get("streams"), announced.get("calls")
     accepted = ALLOWED[side] if streams is None else accepted_with_streams(side, streams["max_item"])
+    if side is Side.CLIENT and streams is not None and streams.get("durable"):
+        accepted = accepted_with_durable(accepted)
     return accepted if calls is None else accepted_with_calls(side, accepted)
 
 
@@ -234,7 +238,10 @@ def _open_streams(connection: ClientConnection, context: Mapping[str, Any]) -> d
     streams = ClientStreams()
     for opened in context["open"]:
         granted, received = (opened["granted"][0], opened["granted"][1]), opened["received"]
-        stream = streams[opened["stream"]] = ClientStream(opened["stream"], token, granted)
+        about = opened.get("resume")
+        resume = None if about is None else Resume(about["id"], about["from"], attaches=True)
+        stream = streams[opened["stream"]] = ClientStream(opened["stream"], token, granted, resume)
+        stream.is_accepted = opened.get("accepted", False)
         stream.credit = SendCredit((opened["credit"][0], opened["credit"][1]))
         stream.items._received = stream.items._taken = received[0], received[1]
         connection.in_flight[stream.number] = token

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zcproto.common.text import escape_text
 from zcproto_conformance.check import PARTS, Check
-from zcproto_conformance.run import EXCEPTED, FAILED, PASSED, Result
+from zcproto_conformance.run import EXCEPTED, FAILED, PASSED, SKIPPED, Result
 
 WHY_SHOWN = 2_000
 
@@ -24,7 +24,7 @@ def lines_of(result: Result) -> Iterator[str]:
 
 def table(results: Sequence[Result]) -> Iterator[str]:
     """Yield a table of the number of results by part."""
-    yield f"{'part':10}{'checks':>8}{'passed':>8}{'excepted':>10}{'failed':>8}{'seconds':>9}"
+    yield f"{'part':10}{'checks':>8}{'passed':>8}{'skipped':>9}{'excepted':>10}{'failed':>8}{'seconds':>9}"
     for part in PARTS:
         of_part = [result for result in results if part_of(result.check) == part]
         if of_part:
@@ -35,7 +35,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 def _row(name: str, results: Sequence[Result]) -> str:
     count = Counter(result.result for result in results)
     seconds = sum(result.seconds for result in results)
-    cells = f"{count[PASSED]:>8}{count[EXCEPTED]:>10}{count[FAILED]:>8}{seconds:>9.1f}"
+    cells = f"{count[PASSED]:>8}{count[SKIPPED]:>9}{count[EXCEPTED]:>10}{count[FAILED]:>8}{seconds:>9.1f}"
     return f"{name:10}{len(results):>8}{cells}"
 
 

@@ -24,6 +24,7 @@ START_SECONDS: Final = 60.0
 PASSED: Final = "passed"
 FAILED: Final = "failed"
 EXCEPTED: Final = "excepted"
+SKIPPED: Final = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,13 @@ async def run_checks(
     async def work() -> None:
         program = Program(command, stop_seconds=min(patience, STOP_SECONDS), on_line=on_line)
         try:
-            await _hello(program, patience)
+            features = await _hello(program, patience)
             for number, check in left:
+                if check.needs and check.needs not in features:
+                    why = f"the client has no {check.needs} streams"
+                    results[number] = Result(check, SKIPPED, 0.0, why)
+                    on_result(results[number])
+                    continue
                 if prepare is not None:
                     await prepare(program, check)
                 results[number] = await run_check(check, program, fixtures, patience=patience)
@@ -118,8 +124,8 @@ async def run_checks(
     return [results[number] for number in range(len(checks))]
 
 
-async def _hello(program: Program, patience: float) -> None:
-    """Check that the program implements this version of the kit."""
+async def _hello(program: Program, patience: float) -> list[Any]:
+    """Check that the program implements this version of the kit. Return the features of its client."""
     try:
         async with asyncio.timeout(max(patience, START_SECONDS)):
             hello = await (await program.begin("hello", {}))
@@ -128,6 +134,8 @@ async def _hello(program: Program, patience: float) -> None:
         raise KitError(f"the program did not answer hello: {error or 'timeout'}{shown}") from error
     if not isinstance(hello, dict) or hello.get("kit") != 1:
         raise KitError(f"the program implements another version of the kit: {str(hello)[:200]}")
+    features = hello.get("features", [])
+    return features if isinstance(features, list) else []
 
 
 # --- exceptions -------------------------------------------------------------------------------------
@@ -165,9 +173,10 @@ def apply_exceptions(
         reason = exceptions.get(result.check.name)
         if reason is None:
             judged.append(result)
-        elif result.result == PASSED:
+        elif result.result in (PASSED, SKIPPED):
             judged.append(result)
-            faults.append(f"{result.check.name} passes: remove it from the exceptions")
+            how = "passes" if result.result == PASSED else "is skipped"
+            faults.append(f"{result.check.name} {how}: remove it from the exceptions")
         else:
             judged.append(Result(result.check, EXCEPTED, result.seconds, f"{reason}\n{result.why}"))
     return judged, faults

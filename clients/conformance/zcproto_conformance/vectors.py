@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from zcproto_conformance.check import VECTORS, Check, Scenario
+from zcproto_conformance.check import DURABLE, VECTORS, Check, Scenario
 from zcproto_conformance.codes import INVALID_ARGUMENT, PROTOCOL_ERROR
 from zcproto_conformance.connection import HEADER, KINDS, MAX_FRAME, MIN_LENGTH, TOLERANCE_MS
 from zcproto_conformance.errors import CheckFailed, KitError, expect
@@ -23,7 +23,11 @@ Vector = dict[str, Any]
 
 FRAME_FILES: Final = ("frames", "headers", "freshness", "streams", "bodies", "bodies-invalid", "segments")
 STREAMING: Final = ("streaming/items", "streaming/calls", "streaming/conversation", "streaming/tables")
-FILES: Final = (*FRAME_FILES, "arrival", "text", "signatures", "conversation", "tables", *STREAMING)
+DURABLE_FILE: Final = "streaming/durable"
+FILES: Final = (
+    *(*FRAME_FILES, "arrival", "text", "signatures", "conversation", "tables"),
+    *(*STREAMING, DURABLE_FILE),
+)
 RESERVED: Final = frozenset({"ACCEPTED"})
 """Kinds of durable streams, which not every client has."""
 
@@ -59,8 +63,9 @@ def _of_file(name: str, document: dict[str, Any]) -> Iterator[Check]:
         return
     makers = {"arrival": _arrival, "text": _text, "signatures": _signature}
     make = makers.get(name, _frames)
+    needs = DURABLE if name == DURABLE_FILE else ""
     for vector in document["vectors"]:
-        yield Check(f"{VECTORS}/{name}/{vector['name']}", vector["summary"], make(vector))
+        yield Check(f"{VECTORS}/{name}/{vector['name']}", vector["summary"], make(vector), needs)
 
 
 def _tables(document: dict[str, Any]) -> Scenario:
@@ -221,14 +226,12 @@ def _judge_frame(actual: Vector, outcome: Vector) -> None:
 
 
 def _normalized(message: Any) -> Any:
-    """Return a message in which nil params are an empty map and absent meta is empty."""
+    """Return a message in which absent meta is empty, and nil params are an empty map unless they attach."""
     if not isinstance(message, dict) or "method" not in message:
         return message
-    return {
-        "method": message["method"],
-        "params": message.get("params") or {"map": {}},
-        "meta": message.get("meta") or {},
-    }
+    meta = message.get("meta") or {}
+    params = message.get("params") or (None if "resume" in meta else {"map": {}})
+    return {"method": message["method"], "params": params, "meta": meta}
 
 
 async def _check_encoding(harness: Harness, outcome: Vector, vector: Vector) -> None:
@@ -243,8 +246,9 @@ async def _check_encoding(harness: Harness, outcome: Vector, vector: Vector) -> 
     if "method" not in message:
         return
     fields = {key: message[key] for key in ("method", "params") if key in message}
-    if message.get("meta"):
-        fields["meta"] = {"map": message["meta"]}
+    if meta := message.get("meta"):
+        resume = {"resume": {"map": meta["resume"]}} if "resume" in meta else {}
+        fields["meta"] = {"map": {**meta, **resume}}
     body = bytes.fromhex(str((await harness.step("encode_request", **fields))["body"]))
     kind = KINDS["OPEN" if outcome["kind"] == "OPEN" else "REQUEST"]
     again = HEADER.pack(MIN_LENGTH + len(body), 1, kind, 0, 1, 0, bytes(8), 1, bytes(32)) + body

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.conformance.faults import calls, connections, server_calls, streams
+from tests.conformance.faults import calls, connections, durable, server_calls, streams
 from tests.conformance.faults.mutation import Fault
 
 _TABLES: Final = (
@@ -23,6 +23,7 @@ _TABLES: Final = (
     calls.SESSIONS,
     calls.DEVICES,
     streams.STREAMS,
+    durable.DURABLE,
     server_calls.SERVER_CALLS,
 )
 

@@ -6,6 +6,7 @@ from zcproto_conformance.check import Check
 from zcproto_conformance.scenarios import (
     calls,
     devices,
+    durable,
     framing,
     freshness,
     goaway,
@@ -29,6 +30,7 @@ _SUBJECTS = (
     devices,
     streams,
     stream_ends,
+    durable,
     server_calls,
 )
 
