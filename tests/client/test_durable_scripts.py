@@ -190,6 +190,18 @@ async def test_end_of_the_run_is_raised(code: Code, details: dict[str, Any]) -> 
 
 
 @scripted
+async def test_stream_resumed_by_an_open_that_was_lost_goes_on_once(server: ScriptedServer) -> None:
+    """The server may carry out that OPEN, of a lost connection, after the one that followed it."""
+    elsewhere = detached("resumed_elsewhere")
+    server.script("chat", cut, run(1, elsewhere), run(2, elsewhere))
+    async with client_of(server) as client, client.stream("chat", durable=True) as stream:
+        assert [await stream.receive(), await stream.receive()] == [0, 1]
+        with pytest.raises(Cancelled):
+            await stream.receive()
+    assert resumes(server) == [(0, False), (0, False), (1, True)]
+
+
+@scripted
 async def test_draining_server_is_left_for_another_address() -> None:
     first, second = (ScriptedServer(**DURABLE) for _ in range(2))
 

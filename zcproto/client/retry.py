@@ -99,12 +99,17 @@ def is_interruption(error: CallError | ConnectionClosed, was_lost: bool) -> bool
     `was_lost`: the client itself found a frame of the stream stale. A method may answer with DATA_LOSS, too.
     """
     if isinstance(error, CallError) and error.details.get("detached") is True:
-        return error.details.get("reason") != "resumed_elsewhere"
+        return not is_resumed_elsewhere(error)
     return (
         isinstance(error, ConnectionClosed)
         or (error.code is Code.DATA_LOSS and was_lost)
         or (error.code is Code.CANCELLED and error.details.get("reason") in _INTERRUPTED)
     )
+
+
+def is_resumed_elsewhere(error: CallError) -> bool:
+    """Return whether a newer attachment has taken over a durable stream."""
+    return error.details.get("detached") is True and error.details.get("reason") == "resumed_elsewhere"
 
 
 def is_transient(failure: str) -> bool:

@@ -31,7 +31,7 @@ from typing import Any, Final, Protocol, Self
 from zcproto.client.credentials import PositionFile
 from zcproto.client.endpoints import Endpoint
 from zcproto.client.protocol import PendingStream
-from zcproto.client.retry import Attempt
+from zcproto.client.retry import Attempt, is_resumed_elsewhere
 from zcproto.client.session import ANSWER_TIMEOUT, STABLE_AFTER
 from zcproto.common.middleware import Middleware, around
 from zcproto.errors import CallError, Cancelled, ConnectionClosed, DeadlineExceeded
@@ -150,7 +150,8 @@ class RunPosition:
     """Where a durable stream is. `position` counts the items that the application has received.
 
     `is_known`: the run has begun, and is only attached to. Before that `opened_at` is when it was first opened.
-    `accepted_at`: when the present attachment was accepted.
+    `accepted_at`: when the present attachment was accepted. `unanswered`: OPENs that were lost with their
+    connections, each of which the server may still take for the newest attachment.
     """
 
     id: str
@@ -158,6 +159,7 @@ class RunPosition:
     is_known: bool = False
     opened_at: float | None = None
     accepted_at: float | None = None
+    unanswered: int = 0
 
     def resume(self, now: float) -> Resume:
         """Return what OPEN asks for at a time."""
@@ -516,6 +518,11 @@ class Stream:
                 now = asyncio.get_running_loop().time()
                 if pending.stream.is_accepted:
                     self._accepted(run)
+                elif isinstance(error, ConnectionClosed):
+                    run.unanswered += 1
+                if run.unanswered and not isinstance(error, ConnectionClosed) and is_resumed_elsewhere(error):
+                    run.unanswered -= 1
+                    error = ConnectionClosed("an earlier OPEN of this client has resumed the stream")
                 if run.accepted_at is not None and now >= run.accepted_at + STABLE_AFTER:
                     self._request.attempt.reset()
                 can_resume = run.may_open(now)
