@@ -92,6 +92,9 @@ PANELS: dict[str, list[Panel]] = {
             "Handshakes", "ops", {rate("zcproto_tls_handshakes_completed_total", "instance"): "{{instance}}"}
         ),
         Panel(
+            "Handshakes by key exchange", "ops", {rate("zcproto_tls_handshakes_total", "group"): "{{group}}"}
+        ),
+        Panel(
             "TLS failures by cause",
             "ops",
             {rate("zcproto_tls_failures_total", "cause") + " > 0": "{{cause}}"},
@@ -127,6 +130,8 @@ PANELS: dict[str, list[Panel]] = {
             {
                 now("zcproto_client_handlers"): "registered {{instance}}",
                 now("zcproto_client_calls_in_flight"): "calls in flight {{instance}}",
+                now("zcproto_client_calls_elsewhere"): "calls to clients elsewhere {{instance}}",
+                now("zcproto_pending_calls_waiting"): "pending calls {{instance}}",
             },
         ),
         Panel(
@@ -136,6 +141,7 @@ PANELS: dict[str, list[Panel]] = {
                 rate("zcproto_topic_events_total", "topic"): "{{topic}} published",
                 rate("zcproto_topic_dropped_total", "topic"): "{{topic}} dropped for slow subscribers",
                 rate("zcproto_topic_ended_total", "topic"): "{{topic}} subscribers ended, too slow",
+                rate("zcproto_topic_undelivered_total", "reason"): "{{reason}} on the way to other processes",
             },
         ),
         Panel(

@@ -132,7 +132,7 @@ def test_status_report_of_a_running_server(serve: Serve) -> None:
         **dict.fromkeys(("bytes_sent", "bytes_received"), 0),
     }
     assert [*report["handshakes"].pop("groups").values()] == [1]
-    assert report["calls"] == {"handlers": 0, "in_flight": 0, "elsewhere": 0, "ended": {}}
+    assert report["calls"] == {"handlers": 0, "in_flight": 0, "elsewhere": 0, "ended": {}, "pending": 0}
     assert report["handshakes"] == {"completed": 1, "in_progress": 0, "pending": 0, "failed": {}}
     assert report["store"]["url"] == "memory"
     assert report["store"]["state"] == "healthy"

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -324,7 +324,7 @@ class Reader:
         """Do what a page says. Raises PageError where it fails, or prints something else than the page."""
         blocks = list(blocks_of(page))
         is_skipped = False
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        for block, following in zip_longest(blocks, blocks[1:]):
             if block.file is not None:
                 self._write(block, block.file)
             elif block.language == "sh":

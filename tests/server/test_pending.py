@@ -89,7 +89,8 @@ offered: dict[Peer, tuple[int, bytes]] = {}
 
 
 @pytest.fixture(autouse=True)
-def forget_offers() -> None:
+def forget_offers() -> Iterator[None]:
+    yield
     offered.clear()
 
 

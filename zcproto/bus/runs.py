@@ -241,7 +241,7 @@ class ValkeyRuns:
             case [b"range", first, next_]:
                 raise out_of_range(first, next_)
             case [b"superseded"]:
-                raise Superseded("another attachment reads this run")
+                raise Superseded
             case _:
                 raise NotFound("the run has gone")
         bodies = []

@@ -258,7 +258,7 @@ class RunTable:
         run = self._find(key)
         state = run.state
         if not run.is_read_by(attachment, order):
-            raise Superseded("another attachment reads this run")
+            raise Superseded
         if position < state.first or (position > state.next and state.end is not None):
             raise out_of_range(state.first, state.next)
         found: list[bytes] = []

@@ -46,7 +46,7 @@ FLUSH_S: Final = 2.0
 
 REPAIRS_AT_ONCE: Final = 64
 MAX_KNOWN: Final = 65_536
-"""Ids of own runs that have ended, which a new store is told."""
+"""Ids of own runs that have ended, which are written to a new store."""
 
 _PROCESS_SIZE: Final = 8
 _FIRST_PAUSE_S: Final = 0.02

@@ -4,7 +4,7 @@
     reader -> open, read, take, detach, and `watch`: is there more?
 
 Rules:
-- What is said in a store is state. A wake-up of `watch` may be lost or come too often: whoever waits reads again.
+- A store holds state. A wake-up of `watch` may be lost or come too often: a waiting reader reads again.
 - Operations of a store that is away raise Unavailable, without knowing whether they had an effect. All can be
   repeated: an append names its position, an opening its attachment.
 """

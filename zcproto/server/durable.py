@@ -221,7 +221,7 @@ class DurableRuns:
             self._do(self.cancel(stream.session, stream.resume.id))
 
     def _do(self, operation: Coroutine[Any, Any, object]) -> None:
-        """Run an operation of the store whose result nobody needs."""
+        """Run an operation of the store without waiting for it."""
         with suppress(CallError):  # it has gone, or is repeated by the next attachment
             self.state.tasks.start(operation)
 

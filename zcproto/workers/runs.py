@@ -296,7 +296,7 @@ class WorkerRuns:
     ) -> tuple[RunState, Sequence[bytes]]:
         answer = await self._call("read", *key, attachment, position, items, size, order)
         if answer == _SUPERSEDED:
-            raise Superseded("another attachment reads this run")
+            raise Superseded
         return state_of(answer[0]), answer[1]
 
     async def take(self, key: RunKey, attachment: str, position: int, order: int) -> None:

@@ -13,7 +13,11 @@ _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
 _STALE: Final = "if head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
 _OPENS_AGAIN: Final = (
-    ("Stream._answered", "if pending.stream.was_answered_to and not can_resume:", "if False:"),
+    (
+        "Stream._answered",
+        "if (pending.stream.was_answered_to or run is not None) and not can_resume:",
+        "if False:",
+    ),
     ("Client._after_stream_error", "elif pending.stream.was_answered_to:", "elif False:"),
 )
 
@@ -92,7 +96,7 @@ STREAMS: Final[dict[str, Fault]] = {
     "credit-lower": fault(
         "accepts lower totals",
         (
-            "SendCredit.read",
+            "SendCredit.grow",
             "if items < self.items or size < self.bytes:",
             "if False:",
         ),
@@ -198,7 +202,7 @@ STREAMS: Final[dict[str, Fault]] = {
     ),
     "stream-outlives-a-refresh": fault(
         "sends CREDIT with the newest token",
-        ("ClientConnection.take_item", "stream.token, encode_body", "[*self._tokens][-1], encode_body"),
+        ("ClientConnection.send_credit", "stream.token, encode_body", "[*self._tokens][-1], encode_body"),
     ),
     "stream-of-a-replaced-session": fault(
         "goes on with a replaced session",

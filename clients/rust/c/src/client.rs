@@ -17,7 +17,8 @@ use tokio::task::JoinSet;
 use zcproto_client::codec;
 
 /// A connection to a server, with a session. It reconnects, and any number of threads can use it at the same time. One of them can
-/// close it while others wait: their functions return ZCP_CLOSED, and zcp_event ZCP_END.
+/// close it while others wait: their functions return ZCP_CLOSED, and zcp_event ZCP_END. A function must have begun to wait
+/// before another thread closes the client; one that begins afterwards uses freed memory.
 #[derive(Clone)]
 pub struct Client {
     pub(crate) runtime: Arc<Shared>,

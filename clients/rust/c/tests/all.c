@@ -455,6 +455,41 @@ static void check_threads(zcp_client *client) {
         CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
+/* A thread in zcp_call, whose method waits for a handler of the same client. */
+struct waiting {
+    zcp_client *client;
+    zcp_server_call *call;
+    struct outcome asked, ended;
+};
+
+static void on_asked(void *data, zcp_server_call *call) {
+    struct waiting *waiting = data;
+    waiting->call = call;
+    record(&waiting->asked, ZCP_OK, NULL);
+}
+
+static void *call_and_wait(void *data) {
+    struct waiting *waiting = data;
+    zcp_value *params = json("{\"method\":\"hold\",\"text\":\"x\"}"), *result = NULL;
+    record(&waiting->ended, zcp_call(waiting->client, "ask", params, NULL, &result, NULL), NULL);
+    CHECK(result == NULL);
+    zcp_value_free(params);
+    return NULL;
+}
+
+static void check_close_while_a_thread_waits(const char *key) {
+    struct waiting waiting = {.client = connected(options_for("ada", key))};
+    zcp_error *error = NULL;
+    pthread_t thread;
+    EXPECT(zcp_handle(waiting.client, "hold", on_asked, &waiting, &error), ZCP_OK);
+    CHECK(pthread_create(&thread, NULL, call_and_wait, &waiting) == 0);
+    await_done(&waiting.asked); /* so the thread is in zcp_call */
+    CHECK(zcp_close(waiting.client) == ZCP_OK);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(waiting.ended.code == ZCP_CLOSED);
+    zcp_server_call_reply(waiting.call, NULL);
+}
+
 static void check_users(zcp_client *client, const char *key) {
     zcp_error *error = NULL;
     zcp_client *session = NULL;
@@ -544,6 +579,7 @@ int main(int count, char **arguments) {
     check_streams(client);
     check_server_calls(client);
     check_threads(client);
+    check_close_while_a_thread_waits(arguments[3]);
     check_users(client, arguments[4]);
     check_callbacks(client, arguments[3]);
     CHECK(zcp_close(client) == ZCP_OK);
