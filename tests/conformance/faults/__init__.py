@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.conformance.faults import calls, connections, server_calls, streams
+from tests.conformance.faults import calls, connections, pending, server_calls, streams
 from tests.conformance.faults.mutation import Fault
 
 _TABLES: Final = (
@@ -24,6 +24,7 @@ _TABLES: Final = (
     calls.DEVICES,
     streams.STREAMS,
     server_calls.SERVER_CALLS,
+    pending.PENDING,
 )
 
 FAULTS: Final[dict[str, Fault]] = {

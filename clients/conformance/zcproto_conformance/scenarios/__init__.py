@@ -9,6 +9,7 @@ from zcproto_conformance.scenarios import (
     framing,
     freshness,
     goaway,
+    pending,
     real_server,
     server_calls,
     sessions,
@@ -30,6 +31,7 @@ _SUBJECTS = (
     streams,
     stream_ends,
     server_calls,
+    pending,
 )
 
 
