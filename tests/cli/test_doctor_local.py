@@ -15,6 +15,7 @@ from tests.capabilities import obeying_file_modes
 from tests.certs.support import constrain
 from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
 from tests.cli.helpers import fill, new_session
+from tests.stores.valkey.server_process import PROGRAMS, running
 from zcproto import accelerator
 from zcproto.auth import UserFile
 from zcproto.bus.sealing import fingerprint, load_keys
@@ -317,6 +318,31 @@ def test_unreachable_store_is_a_fault(folder: Path, doctor: Doctor) -> None:
     assert f"store.key {fingerprint(key)}: " in report.one("store", "ok")
     (folder / "store.key").write_text("not a key")
     assert doctor().faults == ["store", "store"]
+
+
+@pytest.mark.parametrize(
+    ("permitted", "state", "found"),
+    [
+        (["allchannels"], "ok", "it carries topics and calls to the other servers"),
+        (["resetchannels"], "fault", "does not permit this user a command that zcproto needs"),
+        (["allchannels", "-publish"], "fault", "an event cannot be published"),
+    ],
+    ids=["all", "no channels", "no command"],
+)
+def test_user_of_the_store_without_channels_is_a_fault(
+    folder: Path, doctor: Doctor, tmp_path: Path, permitted: list[str], state: str, found: str
+) -> None:
+    pytest.importorskip("redis")
+    with running(PROGRAMS[0], tmp_path / "valkey") as server:
+        server.command("ACL", "SETUSER", "zc", "on", ">secret", "~*", "+@all", *permitted)
+        with (folder / "config.toml").open("a") as config:
+            config.write(f"[store]\nurl = 'valkey://zc@{server.address}'\n")
+            config.write(f"password_file = '{folder / 'store.password'}'\n")
+        (folder / "store.password").write_text("secret")
+        (folder / "store.password").chmod(0o600)
+        load_keys(folder / "store.key", system_entropy)
+        report = doctor()
+    assert any(found in each["found"] and each["state"] == state for each in report.of("store")), report
 
 
 def test_store_lock_that_may_not_be_opened_is_a_fault(folder: Path, doctor: Doctor) -> None:

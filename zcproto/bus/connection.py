@@ -90,6 +90,18 @@ class BusConnection:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._servers.close()
 
+    async def check(self) -> None:
+        """Connect, publish to the own channel, and disconnect. Raises StoreUnavailable, ConfigError."""
+        try:
+            await self._servers.open()
+            await self.call(self._channel, self.command("PUBLISH"), self._channel, b"")
+        except (ResponseError, TimeoutError) as error:
+            raise ConfigError(
+                [f"store.url: an event cannot be published: {str(error) or 'no answer'}"]
+            ) from None
+        finally:
+            await self._servers.close()
+
     def begin(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine until `stop`."""
         task = asyncio.get_running_loop().create_task(work, name=f"zcproto-{self._name}")

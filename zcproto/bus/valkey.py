@@ -100,6 +100,10 @@ class ValkeyTopics:
         self._topics = None
         await self._connection.stop()
 
+    async def check(self) -> None:
+        """Connect as `start` does, send an event that no process reads, and disconnect. Raises ZcprotoError."""
+        await self._connection.check()
+
     async def _send(self) -> None:
         """Send what is published."""
         while True:

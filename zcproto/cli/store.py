@@ -23,13 +23,13 @@ from pydantic import ValidationError
 from zcproto.auth import UserFile
 from zcproto.cli import EXIT_FAILED, Instance, command_group, instance_options
 from zcproto.common import files
-from zcproto.common.clock import system_clock
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import Config
 from zcproto.config.model import StoreConfig
 from zcproto.errors import Code, ConfigError, ZcprotoError
-from zcproto.runtime.store_setup import MEMORY, SQLITE, build_store
+from zcproto.runtime.store_setup import MEMORY, SQLITE, build_carrier, build_store
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore, StoreUnavailable
 
@@ -145,6 +145,17 @@ def examine_store(config: Config, home: Home) -> tuple[int, Sequence[str]]:
         return await store.count(), await store.examine(system_clock.wall())
 
     return run_in_store(config, home, examine)
+
+
+def examine_carrier(config: Config, home: Home) -> None:
+    """Reach the other servers of the store once, as topics and calls do. Raises ZcprotoError."""
+
+    async def examine(store: SessionStore) -> None:
+        carrier = build_carrier(store, config, home, system_entropy)
+        if carrier is not None:
+            await carrier.check()
+
+    run_in_store(config, home, examine)
 
 
 def is_in_use(path: Path) -> bool:

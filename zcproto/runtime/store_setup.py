@@ -6,10 +6,9 @@ Decides: which store a URL selects, which settings it gets, and how its notices 
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from zcproto.bus.sealing import Opener, Sealer, load_keys
-from zcproto.bus.topics import Carrier
 from zcproto.common.clock import Entropy
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
@@ -23,6 +22,9 @@ from zcproto.server.idempotency import answer_limits
 from zcproto.stores.base import SessionStore
 from zcproto.stores.revoker import OnEvent
 from zcproto.stores.sqlite.store import SqliteStore
+
+if TYPE_CHECKING:
+    from zcproto.bus.valkey import ValkeyTopics
 
 MEMORY: Final = "memory"
 SQLITE: Final = "sqlite"
@@ -76,7 +78,9 @@ def build_store(
     )
 
 
-def build_carrier(store: SessionStore | None, config: Config, home: Home, entropy: Entropy) -> Carrier | None:
+def build_carrier(
+    store: SessionStore | None, config: Config, home: Home, entropy: Entropy
+) -> ValkeyTopics | None:
     """Return what takes events to the other servers of the store; None if no other server has it.
 
     Creates the key that seals them if it is missing. Raises ConfigError.

@@ -225,10 +225,10 @@ class PendingCalls:
         """The calls to the user who has most of them."""
         return max(map(len, self._by_user.values()), default=0)
 
-    def of(self, user: str | None) -> list[PendingCall]:
-        """Return the own calls to a user, or to all users, the oldest first."""
+    def of(self, user: str | None, owner: str = "") -> list[PendingCall]:
+        """Return the calls of a process, of this one by default, to a user or to all users, the oldest first."""
         calls = self._calls.values() if user is None else self._by_user.get(user, ())
-        return [call for call in calls if not call.owner]
+        return [call for call in calls if call.owner == owner]
 
     def _to(self, user: str) -> list[PendingCall]:
         """Return the calls to a user, copies included."""

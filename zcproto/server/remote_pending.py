@@ -245,10 +245,10 @@ class RemotePending:
 
     def _want(self, process: str, owner: _Owner) -> None:
         if owner.wanted and not owner.asked:
-            known: dict[str, list[str]] = {user: [] for user in islice(owner.wanted, WANTED_AT_ONCE)}
-            for call in owner.copies.values():
-                if call.user in known:
-                    known[call.user].append(call.id)
+            known = {
+                user: [call.id for call in self._calls.of(user, process)]
+                for user in islice(owner.wanted, WANTED_AT_ONCE)
+            }
             with suppress(ResourceExhausted):  # the next check asks
                 self._wants += 1
                 self._remote.send(process, WANT, self._wants, known)

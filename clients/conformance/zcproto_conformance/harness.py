@@ -187,6 +187,8 @@ class Called:
     method: str
     params: Any
     user: str
+    pending: str | None
+    """The id of a pending call; None of another one, and if the client does not read it."""
 
     async def answer(self, value: Any) -> None:
         await self.harness.step_result(await self.begin_answer(value), "answer")
@@ -238,7 +240,8 @@ class Client:
         """Wait for the next call that the application holds."""
         called = await self._harness.step("called", client=self.name)
         params = untyped(called["params"])
-        return Called(self._harness, self.name, called["call"], called["method"], params, called["user"])
+        fields = called["call"], called["method"], params, called["user"], called.get("pending")
+        return Called(self._harness, self.name, *fields)
 
     async def event(self) -> tuple[str, Any]:
         """Wait for the next event that the client delivers to the application."""

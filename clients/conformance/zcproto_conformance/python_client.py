@@ -82,6 +82,7 @@ class HeldCalls:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers.append(answer)
         seen = {"call": number, "method": call.method, "user": call.user, "params": typed(dict(params))}
+        seen["pending"] = call.id
         self._seen.put_nowait(seen)
         return await answer
 

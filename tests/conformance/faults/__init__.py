@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.conformance.faults import calls, connections, durable, server_calls, streams
+from tests.conformance.faults import calls, connections, durable, pending, server_calls, streams
 from tests.conformance.faults.mutation import Fault
 
 _TABLES: Final = (
@@ -25,6 +25,7 @@ _TABLES: Final = (
     streams.STREAMS,
     durable.DURABLE,
     server_calls.SERVER_CALLS,
+    pending.PENDING,
 )
 
 FAULTS: Final[dict[str, Fault]] = {

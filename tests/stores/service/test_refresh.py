@@ -202,6 +202,31 @@ async def test_session_is_found_by_its_refresh_token(start_process: StartProcess
         await refused(other.sessions.find_by_refresh_token(opened.refresh_token))
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("end", ["revoke", "expire", "refresh"])
+async def test_only_a_live_session_is_found_by_its_newest_token(
+    start_process: StartProcess, is_shared: bool, end: str
+) -> None:
+    one = await start_process(shared=is_shared)
+    other = await start_process(FaultyStoreView(one.store)) if is_shared else one
+    opened = await one.open()
+    found = await other.sessions.holder(opened.session.token_digest)
+    assert found is not None
+    assert (found.id, found.user) == (raw(opened), "ada")
+    if end == "revoke":
+        await one.revoke(opened)
+    elif end == "expire":
+        one.clock.advance(one.registry.settings.lifetime_ms / 1000 + 1)
+    else:
+        newer = await one.refresh(opened)
+        assert await other.sessions.holder(newer.session.token_digest) is not None
+    assert await other.sessions.holder(opened.session.token_digest) is None
+    assert await other.sessions.holder(bytes(32)) is None
+    if is_shared:
+        await other.outage()
+        await refused(other.sessions.holder(opened.session.token_digest))
+
+
 async def test_session_revoked_while_it_is_refreshed_stays_ended(process: SessionProcess) -> None:
     opened = await process.open()
     process.sync.breaker.timeout = TIMEOUT

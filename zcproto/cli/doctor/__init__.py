@@ -33,7 +33,7 @@ from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options
 from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.remote import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
-from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
+from zcproto.cli.store import CONFIGURED, damage_of, examine_carrier, examine_store, is_in_use, with_store
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.files import user_name
 from zcproto.common.home import Home
@@ -347,6 +347,17 @@ def _store(config: Config, home: Home) -> Iterator[Result]:
         return
     yield OK, f"it answers; sessions: {count}"
     yield from ((WARNING, escape_text(note, 500)) for note in notes)
+    if url != SQLITE and home.store_key.exists():
+        yield _carrier(config, home)
+
+
+def _carrier(config: Config, home: Home) -> Result:
+    try:
+        examine_carrier(with_store(config, CONFIGURED), home)
+    except ZcprotoError as error:
+        found = f"topics and calls do not reach other servers: {escape_text(str(error), 500)}"
+        return FAULT, found, "let the user of the store use its channels: in an ACL, &zcp:* and +@pubsub"
+    return OK, "it carries topics and calls to the other servers"
 
 
 def _webhook(config: Config, home: Home) -> Iterator[Result]:

@@ -10,6 +10,7 @@ from zcproto_conformance.scenarios import (
     framing,
     freshness,
     goaway,
+    pending,
     real_server,
     server_calls,
     sessions,
@@ -32,6 +33,7 @@ _SUBJECTS = (
     stream_ends,
     durable,
     server_calls,
+    pending,
 )
 
 
