@@ -25,6 +25,7 @@ from bench.__main__ import main
 from bench.report import Report
 from bench.scenarios import (
     attacks,
+    durable,
     failover,
     frozen_server,
     half_rate,
@@ -198,6 +199,22 @@ def test_acknowledged_sessions_survive_the_death_of_each_process(scenario: Scena
     _, written = scenario("worker_kills", "--kills", "8")
     assert values(written)["kills"] == 8
     assert at_zero(written, "lost", "revived", "reused", "half_done", "left"), written
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [("durable", "servers"), ("pending", "workers")])
+def test_runs_and_calls_survive_kills(scenario: Scenario, monkeypatch: Patch, name: str, kind: str) -> None:
+    if kind == "servers":
+        needs("valkey-server")
+    monkeypatch.setattr(durable, "MAX_MS", TIMEOUT * 1000)
+    monkeypatch.setattr(durable, "TIMED", 3)
+    words = ["--runs", "20", "--readers", "5", "--interval", "2", "--only", kind]
+    _, written = scenario(name, *words)
+    found = values(written, kind)
+    assert [found[key] for key in ("unexplained", "wrong", "twice")] == [0, 0, 0], written
+    assert found["runs"] == 20
+    assert found["cuts"] > 0
 
 
 @pytest.mark.timeout(240)

@@ -9,7 +9,9 @@ import pytest
 from tests.load.helpers import plan, verified_result
 from zcproto.cli import main
 from zcproto.load import demo as demonstration
+from zcproto.load import fleet_demo
 from zcproto.load.demo import Demo
+from zcproto.load.fleet_demo import FleetDemo
 from zcproto.load.result import Result
 
 Capture = pytest.CaptureFixture[str]
@@ -50,6 +52,14 @@ def test_each_option_is_passed_on(demos: list[Demo]) -> None:
     (demo,) = demos
     assert (demo.connections, demo.rate, demo.seconds) == (50, 100.0, 2.0)
     assert (str(demo.json), str(demo.plot)) == ("a.json", "a.png")
+
+
+def test_options_of_the_fleet_are_passed_on(demos: list[Demo], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[FleetDemo] = []
+    monkeypatch.setattr(fleet_demo, "run_fleet_demo", lambda demo, console: seen.append(demo) or 1)
+    assert main(["demo", "fleet", "--clients", "5", "--seconds", "2", "--kind", "workers"]) == 1
+    assert seen == [FleetDemo(5, 2.0, "workers")]
+    assert demos == []
 
 
 def test_exit_code_is_1_if_not_everything_is_verified(demos: list[Demo]) -> None:

@@ -96,7 +96,7 @@ _META = "zcproto."
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _Group(click.Group):
+class Group(click.Group):
     """A group whose commands have an example, and whose help shows what they do in full."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -119,7 +119,7 @@ class _Group(click.Group):
         return [(name, command.get_short_help_str(MAX_MESSAGE)) for name, command in self.commands.items()]
 
 
-class _LazyGroup(_Group):
+class _LazyGroup(Group):
     """A group that imports its commands from `COMMANDS` on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -230,7 +230,7 @@ def instance_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def command_group(name: str, text: str) -> click.Group:
     """Return a group of commands. `text` is its help."""
-    return click.group(name, cls=_Group, help=text)(instance_options(lambda instance: None))
+    return click.group(name, cls=Group, help=text)(instance_options(lambda instance: None))
 
 
 def number_option(

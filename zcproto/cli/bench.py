@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from zcproto.cli import EXIT_INTERRUPTED, Instance, file_option, instance_options, number_option
+from zcproto.cli import EXIT_INTERRUPTED, Group, Instance, file_option, instance_options, number_option
 from zcproto.cli.connect import (
     TrustChoice,
     ca_option,
@@ -238,7 +238,7 @@ def _how_to_make_keys(address: str, sessions: int) -> str:
     )
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @number_option("--connections", COUNT, 10_000, "N", "TLS connections, all open at once.")
 @number_option("--rate", RATE, 5_000.0, "R", "Maximum of requests per second over all connections.")
 @number_option("--seconds", click.FloatRange(0.1, 3_600), 6.0, "S", "The duration of the load.")

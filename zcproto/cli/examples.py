@@ -53,5 +53,6 @@ EXAMPLES: Final = {
     "config check": "zcproto config check --config new.toml",
     "config show": "zcproto config show",
     "demo": "zcproto demo --connections 1000",
+    "demo fleet": "zcproto demo fleet --kind workers",
     "bench": "zcproto bench localhost:7443 --keys load.keys --rate 5000 --html report.html",
 }
