@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"app", "client", "connection", "wire", "observe", "config", "errors", "common"},
     # on top
     "testing": {"client", "runtime", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
-    "load": {"client", "auth", "tls", "connection", "wire", "errors", "common"},
+    "load": {"app", "client", "auth", "tls", "connection", "wire", "errors", "common"},
     "zcproto_conformance": {"client", "connection", "wire", "tls", "errors", "common"},
     "cli": {"load", "client", "telemetry", "runtime", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
     "bench": {

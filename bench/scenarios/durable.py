@@ -179,7 +179,7 @@ def rows_of(seen: Seen, found: Judgement, runs: int) -> list[Row]:
     return [
         Row("runs", "runs with an end", len(seen.outcomes), equals=runs),
         Row("complete", "of these with every item and the result", found.complete),
-        Row("owner_lost", "of these told that their process was lost", found.owner_lost),
+        Row("owner_lost", "of these ended as their process was lost", found.owner_lost),
         Row("both_lost", "of these lost with process and coordinator", found.both_lost),
         Row("unexplained", "with another end", len(found.unexplained), equals=0),
         Row("wrong", "with an item missing, repeated or different", len(found.wrong), equals=0),

@@ -83,7 +83,7 @@ def test_properties_hold_with_all_rules(
         pytest.param("calls", "ONE_STEP", [], id="token replaced after its check"),
         pytest.param("calls", "NEWEST", [], id="old token"),
         pytest.param("calls", "DEADLINE", [], id="late answer"),
-        pytest.param("calls", "WITH_OWNER", [], id="answer for nobody"),
+        pytest.param("calls", "WITH_OWNER", [], id="answer without a method"),
         pytest.param("calls", "AGAIN", ["LIVES"], id="client that connects later"),
     ],
 )

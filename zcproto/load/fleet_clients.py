@@ -71,7 +71,7 @@ class Outcome:
     """`result`, or the name of the error's code."""
     reason: str = ""
     end_items: int | None = None
-    """The number of items that the error tells."""
+    """The number of items in the details of the error."""
     gap: float = 0.0
     """The longest time without an item, in seconds."""
     gap_at: float = 0.0

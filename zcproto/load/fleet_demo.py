@@ -223,9 +223,9 @@ def show(seen: Seen, found: Judgement, console: Console) -> None:
 def conclusion(found: Judgement) -> str:
     if has_loss(found):
         return "Lost: " + "; ".join(f"{words}: {count:,}" for words, count in losses(found).items() if count)
-    told = found.owner_lost + found.both_lost
+    ended = found.owner_lost + found.both_lost
     return (
-        f"Lost: nothing. {found.complete:,} runs gave each item once and in order, and {told:,} ended with the"
+        f"Lost: nothing. {found.complete:,} runs gave each item once and in order, and {ended:,} ended with the"
         " error that says that their process was killed, after the items that were stored."
     )
 
