@@ -371,7 +371,7 @@ async def test_copies_without_room_for_their_bytes_do_not_hold_up_other_users(
     ada, bob = fleet.second.register(), fleet.second.register("bob")
     await fleet.settle()
     assert (len(ada.offers), len(bob.offers)) == (2, 1)
-    monkeypatch.undo()
+    monkeypatch.setattr(pending, "BYTES_PER_USER", 3 * size)
     await fleet.settle()
     assert len(ada.offers) == 3
     for task in tasks:
