@@ -22,7 +22,7 @@ from zcproto.errors import (
     Unavailable,
     Unimplemented,
 )
-from zcproto.server import remote_clients, remote_pending
+from zcproto.server import pending, remote_clients, remote_pending
 from zcproto.server.clients import CallLimits
 from zcproto.server.remote_pending import LOST_S
 
@@ -270,6 +270,9 @@ async def test_copy_ends_at_its_deadline_without_its_owner(fleet: Fleet) -> None
     fleet.second.wheel.advance(fleet.clock.now())
     assert gone(client)
     assert fleet.second.pending.ended == {}
+    assert fleet.second.remote.pending.owners
+    fleet.check()
+    assert fleet.second.remote.pending.owners == []
     task.cancel()
 
 
@@ -343,12 +346,34 @@ async def test_copies_that_have_no_room_come_when_there_is_some(fleet: Fleet) ->
     client = fleet.second.register()
     tasks = [fleet.owner.ask() for _ in range(3)]
     await until(lambda: len(client.offers) == 2)
+    fleet.bus.delivered.clear()
+    fleet.check()
+    await asyncio.sleep(0)
+    assert remote_pending.WANT not in fleet.bus.delivered  # not for what has no room
     with pytest.raises(ResourceExhausted):
         await fleet.second.ask()
     client.decide(next(iter(client.offers)), 1)
     await fleet.settle()
     assert len(client.offered) == 3
     assert [task.done() for task in tasks].count(True) == 1
+    for task in tasks:
+        task.cancel()
+
+
+async def test_copies_without_room_for_their_bytes_do_not_hold_up_other_users(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_pending, "WANTED_AT_ONCE", 1)
+    tasks = [fleet.owner.ask(user) for user in ("ada", "ada", "ada", "bob")]
+    await fleet.settle()
+    size = len(fleet.owner.pending.of("ada")[0].request)
+    monkeypatch.setattr(pending, "BYTES_PER_USER", 2 * size)
+    ada, bob = fleet.second.register(), fleet.second.register("bob")
+    await fleet.settle()
+    assert (len(ada.offers), len(bob.offers)) == (2, 1)
+    monkeypatch.setattr(pending, "BYTES_PER_USER", 3 * size)
+    await fleet.settle()
+    assert len(ada.offers) == 3
     for task in tasks:
         task.cancel()
 

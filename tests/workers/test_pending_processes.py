@@ -40,7 +40,9 @@ def connect(server: ServerProcess, key: str) -> Iterator[Connect]:
                 for index, (found, client) in enumerate(spare):
                     if found == pid or (pid <= 0 and found != -pid):
                         del spare[index]
-                        return client
+                        if client.is_open():  # its worker may have been killed
+                            return client
+                        break
                 client = stack.enter_context(server.client("ada", key))
                 spare.append((client.call("pid"), client))
 

@@ -310,6 +310,12 @@ class PendingCalls:
         self._keep(call, timeout)
         self._tell(call)
 
+    def has_room(self, user: str) -> bool:
+        """Return whether one more call to a user may fit."""
+        limits = self._clients.limits
+        calls = len(self._by_user.get(user, ()))
+        return calls < limits.pending_per_user and len(self._calls) < limits.pending_total
+
     def _limit_reached(self, call: PendingCall) -> int | None:
         limits, size = self._clients.limits, len(call.request)
         for limit, used in (

@@ -244,11 +244,10 @@ class RemotePending:
         self._want(sender, owner)
 
     def _want(self, process: str, owner: _Owner) -> None:
-        if owner.wanted and not owner.asked:
-            known = {
-                user: [call.id for call in self._calls.of(user, process)]
-                for user in islice(owner.wanted, WANTED_AT_ONCE)
-            }
+        with_room = (user for user in owner.wanted if self._calls.has_room(user))
+        users = [] if owner.asked else [*islice(with_room, WANTED_AT_ONCE)]
+        if users:
+            known = {user: [call.id for call in self._calls.of(user, process)] for user in users}
             with suppress(ResourceExhausted):  # the next check asks
                 self._wants += 1
                 self._remote.send(process, WANT, self._wants, known)
@@ -272,11 +271,13 @@ class RemotePending:
         owner.asked = 0
         if number >= owner.number:
             without_room = {call[1] for call in given if not self._copy(sender, owner, *call)}
-            for user in complete:
-                if user not in without_room:
-                    owner.wanted.pop(user, None)
+            for user in without_room.union(complete):
+                owner.wanted.pop(user, None)
             if without_room:
-                return  # until the next check
+                owner.wanted |= dict.fromkeys(
+                    without_room
+                )  # behind the others, and not before the next check
+                return
         self._want(sender, owner)
 
     def _copy(
@@ -362,7 +363,7 @@ class RemotePending:
             unused = [
                 call.id
                 for call in owner.copies.values()
-                if not owner.answers.get(call.id) and not clients.has(call.user)
+                if call.deadline <= now or not (owner.answers.get(call.id) or clients.has(call.user))
             ]
             self._drop(owner, unused)
             owner.wanted = {user: None for user in owner.wanted if clients.has(user)}
