@@ -57,6 +57,7 @@ from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.config.changes import TAKES_EFFECT, Effect
 from zcproto.errors import ConfigError
+from zcproto.load import fleet
 
 Written = dict[str, Any]
 Scenario = Callable[..., tuple[int, Written]]
@@ -209,6 +210,7 @@ def test_runs_and_calls_survive_kills(scenario: Scenario, monkeypatch: Patch, na
         needs("valkey-server")
     monkeypatch.setattr(durable, "MAX_MS", TIMEOUT * 1000)
     monkeypatch.setattr(durable, "TIMED", 3)
+    monkeypatch.setattr(fleet.WorkerFleet, "victims", ("worker", "coordinator"))
     words = ["--runs", "20", "--readers", "5", "--interval", "2", "--only", kind]
     _, written = scenario(name, *words)
     found = values(written, kind)
