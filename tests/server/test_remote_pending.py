@@ -97,6 +97,7 @@ async def test_call_is_offered_in_all_processes_and_answered_once(fleet: Fleet) 
     assert without.offered == of_bob.offered == []
     assert fleet.owner.pending.ended == {"answered": 1}
     assert [process.pending.held for process in fleet.processes] == [0, 0, 0]
+    assert [process.wheel.due for process in fleet.processes] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("error", [PermissionDenied("no", {"by": "ada"}), NotFound("no such tool")])
@@ -177,8 +178,9 @@ def revoke(fleet: Fleet, connection: Connection) -> None:
 @pytest.mark.parametrize("happens", [rotate, revoke])
 async def test_session_whose_end_is_not_known_yet_gives_no_answer(fleet: Fleet, happens: Any) -> None:
     thief, user = fleet.second.register(), fleet.third.register()
+    beside = fleet.second.register()
     task = fleet.owner.ask()
-    call_id = await offered(thief, user)
+    call_id = await offered(thief, user, beside)
     happens(fleet, thief)
     thief.decide(call_id, "stolen")
     await until(lambda: remote_pending.REFUSED in fleet.bus.delivered)
@@ -187,6 +189,7 @@ async def test_session_whose_end_is_not_known_yet_gives_no_answer(fleet: Fleet, 
     assert not thief.offers
     fleet.check(1.0)
     assert thief.offers  # until its process learns it
+    assert len(beside.offered) == 1
     user.decide(call_id, "mine")
     assert await task == "mine"
 

@@ -18,7 +18,7 @@ from zcproto.auth import UserFile
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.common.unix_socket import listen_unix
-from zcproto.errors import Unavailable, ZcprotoError
+from zcproto.errors import NotFound, Unavailable, ZcprotoError
 from zcproto.runtime.server import Server
 from zcproto.workers import fleet
 from zcproto.workers.figures import FRESH_S, Member
@@ -193,3 +193,15 @@ async def test_workers_serve_on_and_join_again_when_the_coordinator_is_replaced(
         await until(lambda: len(server.parts[0].server.links) == 2 * WORKERS)  # type: ignore[union-attr]
         await asyncio.sleep(FRESH_S)
         assert {line["state"] for line in (await server.lines(1)).values()} == {"serving"}
+
+
+async def test_coordinator_lists_and_decides_calls_by_any_worker(server: Fleet) -> None:
+    calls = server.parts[0].role.calls
+    assert calls is not None
+    assert await calls.list(None) == ([], True)
+    with pytest.raises(NotFound):
+        await calls.decide("unknown", True, None, "root")
+    for number in range(1, WORKERS + 1):
+        await server.stop(number)
+    with pytest.raises(Unavailable, match="no worker has answered"):
+        await calls.list(None)
