@@ -88,10 +88,13 @@ class Connection:
     def __init__(self, addresses: list[str], options: ConnectOptions) -> None:
         self._dialer = Dialer(options, MonotonicClock(system_clock), system_clock)
         self._last: ClientProtocol | None = None
+        self._has_vanished = False
         self.client = Client(addresses, options, dial=self._dial)
 
     async def _dial(self, *attempt: Any) -> ClientProtocol:
         self._last = await self._dialer(*attempt)
+        if self._has_vanished:  # else the client would log out on it
+            self._last.abort()
         return self._last
 
     def cut(self) -> bool:
@@ -103,6 +106,7 @@ class Connection:
 
     async def vanish(self) -> None:
         """End as a process that is killed: the session stays open."""
+        self._has_vanished = True
         if self.cut() and self._last is not None:
             await self._last.closed
         await self.client.close()
