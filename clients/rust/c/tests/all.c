@@ -455,7 +455,7 @@ static void check_threads(zcp_client *client) {
         CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
-/* A thread in zcp_call, whose method waits for a handler of the same client. */
+/* A thread in zcp_call, whose method calls a handler of the same client. */
 struct waiting {
     zcp_client *client;
     zcp_server_call *call;
@@ -470,10 +470,8 @@ static void on_asked(void *data, zcp_server_call *call) {
 
 static void *call_and_wait(void *data) {
     struct waiting *waiting = data;
-    zcp_value *params = json("{\"method\":\"hold\",\"text\":\"x\"}"), *result = NULL;
-    record(&waiting->ended, zcp_call(waiting->client, "ask", params, NULL, &result, NULL), NULL);
-    CHECK(result == NULL);
-    zcp_value_free(params);
+    zcp_value *result = NULL;
+    record(&waiting->ended, zcp_call(waiting->client, "hold", NULL, NULL, &result, NULL), NULL);
     return NULL;
 }
 

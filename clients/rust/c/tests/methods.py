@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import zcproto
 from zcproto import App, Context, Ended, Items
@@ -52,3 +53,11 @@ async def ask(context: Context, method: str, text: str) -> object:
         return await context.client.call(method, {"text": text})
     except zcproto.CallError as error:
         return error.code.name
+
+
+@app.method("hold")
+async def hold(context: Context) -> None:
+    """Call the caller's method `hold`, and do not return, whatever its answer is."""
+    with suppress(zcproto.CallError):
+        await context.client.call("hold")
+    await asyncio.sleep(3600)
