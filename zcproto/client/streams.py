@@ -522,7 +522,9 @@ class Stream:
                     run.unanswered += 1
                 if run.unanswered and not isinstance(error, ConnectionClosed) and is_resumed_elsewhere(error):
                     run.unanswered -= 1
-                    error = ConnectionClosed("an earlier OPEN of this client resumed the stream, which goes on")
+                    error = ConnectionClosed(
+                        "an earlier OPEN of this client resumed the stream, which goes on"
+                    )
                 if run.accepted_at is not None and now >= run.accepted_at + STABLE_AFTER:
                     self._request.attempt.reset()
                 can_resume = run.may_open(now)

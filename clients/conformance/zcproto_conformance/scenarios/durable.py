@@ -109,7 +109,8 @@ async def _(harness: Harness) -> None:
         stream = await peer.client.open("chat", {}, durable=True)
         opened = await peer.connection.expect_open("chat")
         resume = opened.meta.get("resume")
-        expect(isinstance(resume, dict) and resume.keys() == {"id", "from"}, f"resume is {resume}")
+        if not isinstance(resume, dict) or resume.keys() != {"id", "from"}:
+            raise CheckFailed(f"resume is {resume}")
         run_id = resume["id"]
         is_id = isinstance(run_id, str) and re.fullmatch("[A-Za-z0-9_-]{16,64}", run_id)
         expect(bool(is_id), f"the id is {run_id!r}")
