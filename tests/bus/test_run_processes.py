@@ -63,6 +63,23 @@ def test_run_is_read_at_another_server_and_after_the_store_was_restarted(
     assert second.receive().kind == Kind.RESPONSE
 
 
+def test_run_of_a_server_that_ends_goes_on_and_is_read_at_another_server(
+    servers: list[tuple[ServerProcess, Client]], tmp_path: Path
+) -> None:
+    (owner, first), (_, second) = servers
+    attach(first, 0, {"total": 100, "hold": 10})
+    assert read(first, 10) == [*range(10)]
+    owner.signal(signal.SIGTERM)
+    cut = first.receive()
+    assert (cut.kind, cut.details) == (Kind.ERROR, {"reason": "draining", "detached": True})
+    attach(second, 5)
+    assert read(second, 5) == [*range(5, 10)]
+    (tmp_path / "home0" / "go").touch()
+    assert read(second, 90) == [*range(10, 100)]
+    assert second.receive().kind == Kind.RESPONSE
+    assert owner.wait() == 0
+
+
 def test_run_of_a_killed_server_ends_after_its_stored_items(
     servers: list[tuple[ServerProcess, Client]],
 ) -> None:

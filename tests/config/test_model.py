@@ -93,6 +93,7 @@ DEFAULTS = {
     "streams.durable_bytes": 268_435_456,
     "streams.durable_keep": 900.0,
     "streams.durable_abandon_after": 900.0,
+    "streams.durable_drain": 300.0,
     "calls.max": 32,
     "calls.per_user": 256,
     "calls.total": 16_384,

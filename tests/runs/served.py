@@ -40,10 +40,10 @@ async def count(total: int, hold: int) -> AsyncIterator[int]:
 """
 
 
-def attach(client: Client, position: int = 0, params: Any = None) -> int:
+def attach(client: Client, position: int = 0, params: Any = None, *, id: str = "one") -> int:
     """Open the stream, and return its number."""
     client.stream += 1
-    meta = {"credit": [1_000, 1 << 20], "resume": {"id": "one", "from": position}}
+    meta = {"credit": [1_000, 1 << 20], "resume": {"id": id, "from": position}}
     client.send(client.frame(Kind.OPEN, msgpack.packb(["count", params, meta]), stream=client.stream))
     return client.stream
 

@@ -35,6 +35,8 @@ from zcproto.workers.supervisor import (
 )
 from zcproto.workers.upgrade import Input, Step, Successor
 
+RUN_LIMIT = 300.0
+
 
 class Child:
     """A process of the supervisor, as a script sees it. `start` counts those of its number, from 1."""
@@ -125,6 +127,9 @@ class Service:
 
     def drain_limit(self) -> float:
         return float(self.options.get("drain", 5.0))
+
+    def run_limit(self, limit: float, *, is_replaced: bool) -> float:
+        return RUN_LIMIT if is_replaced else 0.0
 
     def stopping(self, limit: float) -> None:
         self.note("stopping", limit)

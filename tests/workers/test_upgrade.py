@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.helpers import PATIENT_CLIENT, ROOT, eventually
+from tests.runs.served import APP, attach, read
+from tests.server.helpers import PATIENT_CLIENT, ROOT, Client, eventually
 from tests.server.process import ServerProcess, home_with
 from zcproto import connect
 from zcproto.auth import UserFile
 from zcproto.errors import ConfigError
 from zcproto.runtime.process_setup import UPGRADE
+from zcproto.wire.frame import Kind
 from zcproto.workers.upgrade import MAX_SIZE, Inheritance
 
 CONFIG = """
@@ -170,6 +173,39 @@ async def test_upgrade_keeps_sessions_and_loses_no_request(server: ServerProcess
     assert not server.events("store.degraded", "store.recovered", "alert.began")
     os.kill(started["pid"], signal.SIGTERM)
     eventually(lambda: not (server.home / "control.sock").exists())
+
+
+def test_durable_runs_go_on_in_old_workers_and_are_read_in_new_ones(
+    placed: Path, certs: Path, key: str
+) -> None:
+    (placed / "placed.py").write_text(APP)
+    with running(placed, certs) as server, ExitStack() as stack:
+        clients: dict[int, Client] = {}
+        while len(clients) < 2:  # one in each worker
+            client = stack.enter_context(server.client("ada", key))
+            clients.setdefault(client.call("pid"), client)
+        for number, client in enumerate(clients.values()):
+            attach(client, 0, {"total": 100, "hold": 10}, id=str(number))
+            assert read(client, 10) == [*range(10)]
+        server.signal(signal.SIGUSR2)
+        for client in clients.values():
+            cut = client.receive()
+            assert (cut.kind, cut.details) == (Kind.ERROR, {"reason": "draining", "detached": True})
+        eventually(lambda: len(server.events("server.runs_go_on")) == 2)  # neither waits for the other
+        readers: list[Client] = []
+        for number, client in enumerate(clients.values()):
+            other = stack.enter_context(server.client())
+            other.token = client.token
+            attach(other, 5, id=str(number))
+            assert read(other, 5) == [*range(5, 10)]
+            assert other.call("pid") not in clients
+            readers.append(other)
+        (placed / "go").touch()
+        for reader in readers:
+            assert read(reader, 90) == [*range(10, 100)]
+            assert reader.receive().kind == Kind.RESPONSE
+        assert server.wait() == 0
+        assert len((placed / "started").read_text().split()) == 2
 
 
 def test_upgrade_is_rolled_back_if_the_new_application_fails(server: ServerProcess, key: str) -> None:

@@ -74,7 +74,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         ),
     },
     "streams": {
-        Effect.NOW: "durable_per_user durable_bytes durable_keep durable_abandon_after",
+        Effect.NOW: "durable_per_user durable_bytes durable_keep durable_abandon_after durable_drain",
         Effect.NEW_CONNECTIONS: (
             "max_open max_item_bytes window_items window_bytes memory_bytes stall_timeout"
         ),

@@ -418,6 +418,9 @@ class StreamsConfig(Settings):
     """How long a durable run is kept after its end, or after the last client has read it; at most an hour."""
     durable_abandon_after: Annotated[float, duration("1s", "30d")] = 900.0
     """How long a durable method runs without a client that reads it. Then it is cancelled."""
+    durable_drain: Annotated[float, duration("0s", "1h")] = 300.0
+    """How long durable methods may go on in a process that ends, after its connections, while clients read them at
+    another one: at an upgrade of the workers, and with a store that servers share."""
 
 
 class CallsConfig(Settings):

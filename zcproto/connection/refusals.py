@@ -57,6 +57,9 @@ DENIED: Final = encode_error(
 DETACHED: Final = encode_error(
     Code.CANCELLED, "the client has left its run, which goes on", {"reason": "detached"}
 )
+LEAVING: Final = encode_error(
+    Code.CANCELLED, "the server is going away: read the run at another one", {"reason": "draining"}
+)
 RESUMED_ELSEWHERE: Final = encode_error(
     Code.CANCELLED, "the run was resumed by another stream", {"reason": "resumed_elsewhere"}
 )

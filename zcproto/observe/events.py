@@ -207,6 +207,9 @@ lifespan.failed error (what exc_info)
     The lifespan of the application failed at its start or end, or ended while the server ran, which then drains.
 lifespan.stuck error (what seconds)
     The lifespan of the application did not start or end within server.lifespan_timeout, and was cancelled.
+server.runs_go_on info (count seconds)
+    The connections of a server that drains have ended. Methods of durable streams may go on for `seconds`
+    (`streams.durable_drain`), while their clients read them at other processes.
 server.ended info (cut_off), audit success
     The server has ended; all connections are closed.
 server.start_stopped info ()

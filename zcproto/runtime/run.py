@@ -37,6 +37,7 @@ from zcproto.runtime.process_setup import (
 )
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
+from zcproto.runtime.store_setup import run_limit
 from zcproto.server.state import log
 
 REDIRECT_SOCKET: Final = "redirect"
@@ -160,9 +161,8 @@ async def _serve(
     manager.ready(loop, server.summary)
     await stopping
     limits = server.config.server
-    manager.stopping(
-        (limits.drain_timeout if drain_timeout is None else drain_timeout) + limits.lifespan_timeout
-    )
+    limit = limits.drain_timeout if drain_timeout is None else drain_timeout
+    manager.stopping(limit + run_limit(server.config, limit) + limits.lifespan_timeout)
     draining = loop.create_task(server.drain())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():

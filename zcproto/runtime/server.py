@@ -51,6 +51,7 @@ from zcproto.runtime.background import background, background_work, roll_out_cer
 from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build, build_telemetry
 from zcproto.runtime.process_setup import worker_count
 from zcproto.runtime.reload import ReadConfig, Reloaded, preview_reload, reload_config
+from zcproto.runtime.store_setup import run_limit
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason
@@ -153,6 +154,8 @@ class Server:
         """Called with each configuration that `reload` applies."""
         self.on_drain: Callable[[float], None] = lambda limit: None
         """Called with the limit when `begin_drain` has begun to drain."""
+        self.on_connections_drained: Callable[[], object] = lambda: None
+        """Called when durable methods go on after the connections have ended."""
         self.around_reload: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Entered while a configuration is read and applied."""
 
@@ -479,18 +482,20 @@ class Server:
         state.settings = replace(state.settings, retry_draining_ms=0)
         self._parts.listener.close()
 
-    async def drain(self, limit: float | None = None) -> None:
+    async def drain(self, limit: float | None = None, runs: float | None = None) -> None:
         """Stop accepting, send GOAWAY, wait for running methods, close every connection, end.
 
-        `limit` is the seconds that running methods have; None is the configured limit, 0 cancels them at once. A
-        second call waits for the first. Raises LifespanError if the lifespan of the application has failed.
+        `limit` is the seconds that running methods have; None is the configured limit, 0 cancels them at once.
+        `runs` is how long durable ones may go on afterwards. A second call waits for the first. Raises
+        LifespanError if the lifespan of the application has failed.
         """
         async with self._ending:
             if self._parts is None:
                 return
             if not self._closed.is_set():
                 limit = self.config.server.drain_timeout if limit is None else limit
-                cut_off = await drain_connections(self._parts, limit)
+                runs = run_limit(self.config, limit) if runs is None else runs
+                cut_off = await drain_connections(self._parts, limit, runs, self.on_connections_drained)
                 await self._running.aclose()
                 self._closed.set()
                 log.info("server.ended", cut_off=cut_off)
@@ -520,8 +525,14 @@ def at_home(config: Config, home: Home) -> Config:
 # --- the end of connections ----------------------------------------------------------------------------
 
 
-async def drain_connections(parts: Parts, limit: float) -> int:
-    """Stop accepting and end every connection; return how many were cut off after `limit` seconds."""
+async def drain_connections(
+    parts: Parts, limit: float, run_limit: float = 0.0, on_drained: Callable[[], object] = lambda: None
+) -> int:
+    """Stop accepting and end every connection; return how many were cut off after `limit` seconds.
+
+    Durable methods may go on for `run_limit` seconds more, because clients read them at other processes. If there
+    are some, `on_drained` is called before.
+    """
     state, http = parts.state, parts.http
     state.draining = state.idempotency.is_draining = True
     state.stopping.set()
@@ -531,6 +542,8 @@ async def drain_connections(parts: Parts, limit: float) -> int:
     state.log_soon.write()
     log.info("server.draining", connections=len(state.connections))
     async for connection in state.each_connection():
+        if run_limit:
+            connection.leave_runs()
         connection.go_away(GoAwayReason.DRAINING)
     await _within(limit, _wait_idle(parts))
     if http is not None:
@@ -541,6 +554,12 @@ async def drain_connections(parts: Parts, limit: float) -> int:
         connection.close("drain_timeout")
     # close_notify has been sent: wait for the peers, or for the linger time that resets the rest.
     await _within(LINGER_TIME + 0.5, parts.listener.wait_empty())
+    if state.runs is not None:
+        if run_limit and len(state.runs):
+            log.info("server.runs_go_on", count=len(state.runs), seconds=run_limit)
+            on_drained()
+            await _within(run_limit, state.runs.wait_idle())
+        state.runs.close()
     stuck = await state.tasks.close(CANCELLED_TIME) + await state.threads.close(CANCELLED_TIME)
     if stuck:
         log.error("server.methods_stuck", count=stuck)
@@ -550,8 +569,6 @@ async def drain_connections(parts: Parts, limit: float) -> int:
 async def close_state(parts: Parts) -> None:
     """Abort unfinished handshakes and release what connections share."""
     state = parts.state
-    if state.runs is not None:
-        state.runs.close()
     state.log_soon.write()  # what ended during the drain: its deadline is in the wheel
     state.idempotency.stop_renewing()
     for waiting in state.wheel.close():

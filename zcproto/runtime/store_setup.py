@@ -95,6 +95,12 @@ def build_carrier(
     return ValkeyTopics(store.make_servers, PREFIX.encode(), *seals, entropy, config.store.timeout)
 
 
+def run_limit(config: Config, limit: float, *, is_replaced: bool = False) -> float:
+    """Return how long runs may go on after a drain of `limit` seconds: not if no other process can read them."""
+    is_shared = is_replaced or config.store.url not in (MEMORY, SQLITE)
+    return config.streams.durable_drain if limit and is_shared else 0.0
+
+
 def build_runs(
     store: SessionStore | None, config: Config, home: Home, entropy: Entropy, limits: RunLimits
 ) -> SharedRuns | None:

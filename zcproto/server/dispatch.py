@@ -32,7 +32,7 @@ from zcproto.connection.events import (
     ServerEvent,
     ServerStream,
 )
-from zcproto.connection.refusals import NEEDS_SESSION
+from zcproto.connection.refusals import LEAVING, NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import (
@@ -406,6 +406,12 @@ class Dispatcher:
         if reason in LOGGED_CUTS:
             user = None if stream.session is None else stream.session.user
             log.info("stream.cut", peer=self._edge.peer, user=user, what=stream.method, reason=reason)
+
+    def leave_runs(self) -> None:
+        """Answer the streams that read runs with CANCELLED: their client reads these elsewhere from now on."""
+        for stream, _ in [] if self.streams is None else self.streams.workers():
+            if isinstance(stream, DurableStream):
+                self.cut_stream(stream, LEAVING)
 
     def cancel_all(self) -> None:
         """Answer every request in flight with CANCELLED, as it may have run, and cancel its method.

@@ -131,6 +131,7 @@ class DurableRuns:
         """Items of the methods."""
         self.ended: Counter[str] = Counter()
         """Runs that ended, by the name of their code; `ok` for a result."""
+        self._idle: asyncio.Event | None = None
         state.registry.observers.append(self._session_ended)
 
     def __len__(self) -> int:
@@ -282,6 +283,8 @@ class DurableRuns:
         self.ended["deleted" if end is None else Code(end[0]).name.lower() if end[0] else "ok"] += 1
         if self._owned.get(run.key) is run:  # else another one has replaced it
             del self._owned[run.key]
+            if self._idle is not None and not self._owned:
+                self._idle.set()
         opener = self._openers.get(run.session.id)
         if opener is not None and opener.runs.get(run.key) is run:
             del opener.runs[run.key]
@@ -372,6 +375,12 @@ class DurableRuns:
             for key, state in await self.store.runs(session.user)
             if session.bound or not state.info.is_bound
         ]
+
+    async def wait_idle(self) -> None:
+        """Wait until no method runs. Called once, when the server drains."""
+        self._idle = asyncio.Event()
+        if self._owned:
+            await self._idle.wait()
 
     def close(self) -> None:
         """Cancel all methods: the server has stopped."""
@@ -531,6 +540,7 @@ class OwnedRun:
 
     async def _append(self) -> None:
         """Append until nothing is pending, and the end if there is one."""
+        is_done = False
         try:
             while True:
                 bodies, self._pending, self._pending_bytes = self._pending, [], 0
@@ -540,12 +550,16 @@ class OwnedRun:
                 state = await self._runs.store.append(self.key, generation, first, bodies, end)
                 if state is None or end is not None:
                     self._forget(None if state is None else end)
+                    is_done = True
                     return
                 self._observe(state)
                 if not self._pending and self.end is None:
+                    is_done = True
                     return
         finally:
             self._is_appending = False
+            if not is_done:  # cancelled, because the server ends
+                self.look()
 
     def _observe(self, state: RunState) -> None:
         """Do what the state of the run asks for."""

@@ -693,6 +693,11 @@ class ServerProtocol(asyncio.Protocol):
 
     # --- the end -----------------------------------------------------------------------------------------
 
+    def leave_runs(self) -> None:
+        """End the attachments to runs, which their client reads elsewhere from now on."""
+        if self._dispatcher is not None:
+            self._dispatcher.leave_runs()
+
     def go_away(self, reason: GoAwayReason) -> None:
         """Send GOAWAY and close as soon as nothing is in flight."""
         connection = self._connection

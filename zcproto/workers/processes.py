@@ -55,7 +55,7 @@ from zcproto.runtime.process_setup import (
 from zcproto.runtime.reload import ReadConfig
 from zcproto.runtime.server import Server, at_home, no_redirect
 from zcproto.runtime.service_manager import ServiceManager
-from zcproto.runtime.store_setup import MEMORY, SQLITE
+from zcproto.runtime.store_setup import MEMORY, SQLITE, run_limit
 from zcproto.server.listener import bind, listen
 from zcproto.server.state import log
 from zcproto.workers import fleet
@@ -273,7 +273,11 @@ class ForkedService:
         return self._config.server.drain_timeout
 
     def stopping(self, limit: float) -> None:
-        self._manager.stopping(limit + self._config.server.lifespan_timeout)
+        runs = self.run_limit(limit, is_replaced=False)
+        self._manager.stopping(limit + runs + self._config.server.lifespan_timeout)
+
+    def run_limit(self, limit: float, *, is_replaced: bool) -> float:
+        return run_limit(self._config, limit, is_replaced=is_replaced)
 
     def start_successor(self) -> Successor:
         ours, theirs = Channel.pair()
@@ -461,9 +465,11 @@ class Orders:
         self._hang_limit = hang_limit
         self._go, self._stop, self._applied = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._limit: float | None = None
+        self._runs = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         server.before_listening = self._before_listening
         server.on_drain = self._drain
+        server.on_connections_drained = lambda: channel.send("drained")
         if part.server is not None:
             server.on_reload_requested = self._reload_everywhere
             server.on_log_level = part.share_log_level
@@ -496,7 +502,7 @@ class Orders:
             self._part.client.on_up.append(self._check_certificates)
         ready(server)
         await stopping
-        await server.drain(self._limit)
+        await server.drain(self._limit, self._runs)
         if server.state.tasks.running or server.parts.lifespans.is_stuck:
             exit_at_once()
 
@@ -520,6 +526,7 @@ class Orders:
             elif name == "leave":
                 self._server.leave()
             elif name == "drain":
+                self._runs = values.get("runs", 0.0)
                 self._drain(values.get("limit"))
             elif name == "reload":
                 self._begin(self._reload())

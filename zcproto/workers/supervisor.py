@@ -121,6 +121,9 @@ class SupervisedService(Protocol):
     def drain_limit(self) -> float:
         """Return the seconds of a drain."""
 
+    def run_limit(self, limit: float, *, is_replaced: bool) -> float:
+        """Return the seconds that durable methods have after a drain, in workers that are replaced or end."""
+
     def stopping(self, limit: float) -> None:
         """A drain of the server has begun."""
 
@@ -326,6 +329,7 @@ class Supervisor:
         self._life, self._lifeline = os.pipe()
         self._has_served = False
         self._is_stopping = self._is_forced = False
+        self._run_limit = 0.0
         self._limit = 0.0
         self._failure: ZcprotoError | None = None
         self._last_failure: ZcprotoError | None = None
@@ -538,6 +542,9 @@ class Supervisor:
             process.failure = failure_from(process.name, values)
         elif name == "reloaded":
             self._reload.handle_reloaded(process, has_applied=values.get("applied") is True)
+        elif name == "drained":  # but for durable methods, whose clients need not wait for one another
+            process.kill_at = self._now() + self._run_limit + MARGIN
+            self._upgrade(Input.WORKER_ENDED)
         elif name == "drain" and is_coordinator and not self._is_stopping:
             limit = values.get("limit")
             self._begin_stop(float(limit) if isinstance(limit, int | float) else self._service.drain_limit())
@@ -823,12 +830,16 @@ class Supervisor:
 
     def _drain_next(self) -> None:
         self._limit = self._service.drain_limit()
+        self._run_limit = self._service.run_limit(self._limit, is_replaced=True)
         for worker in self.workers:
             worker.start_at = None
-        for worker in self.workers:
-            if worker.is_running:
+        running = [worker for worker in self.workers if worker.is_running]
+        for worker in running:
+            if worker.kill_at is None:
                 return self._drain(worker)
-        return self._begin_stop(0.0)
+        if not running:
+            self._begin_stop(0.0)
+        return None
 
     def _handle_successor(self) -> None:
         assert self._successor is not None
@@ -896,6 +907,7 @@ class Supervisor:
     def _begin_stop(self, limit: float) -> None:
         self._is_stopping = self._reload.is_stopped = True
         self._limit = limit if self._has_served else 0.0
+        self._run_limit = self._service.run_limit(self._limit, is_replaced=self._handover.is_retiring)
         if self._has_served and self._predecessor is None:
             self._service.stopping(limit)
         for worker in self.workers:
@@ -912,7 +924,7 @@ class Supervisor:
     def _drain(self, process: ChildProcess) -> None:
         if process.is_running:
             process.kill_at = self._now() + self._limit + MARGIN
-            process.is_drained |= process.send("drain", limit=self._limit)
+            process.is_drained |= process.send("drain", limit=self._limit, runs=self._run_limit)
 
     def _kill_rest(self) -> None:
         """Kill what still runs, and wait for it, so that the port and the store are free."""
