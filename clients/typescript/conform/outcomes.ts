@@ -27,7 +27,16 @@ import {
   type Side,
   tokenBytes,
 } from "../src/wire/frame.js";
-import { type Credit, decodeCredit, decodeError, isInt, isMap, isTraceparent } from "../src/wire/message.js";
+import {
+  type Credit,
+  decodeAccepted,
+  decodeCredit,
+  decodeError,
+  isInt,
+  isMap,
+  isTraceparent,
+  type Resume,
+} from "../src/wire/message.js";
 import { type Json, typed } from "./typed.js";
 
 export interface Context {
@@ -41,7 +50,7 @@ export interface Context {
   readonly in_flight: readonly number[];
   /** Streams and calls, in vectors of them. */
   readonly announced?: {
-    readonly streams: { readonly max_open: number; readonly max_item: number } | null;
+    readonly streams: { readonly max_open: number; readonly max_item: number; readonly durable?: boolean } | null;
     readonly calls: { readonly max: number } | null;
   };
   readonly open?: readonly OpenStream[];
@@ -54,6 +63,8 @@ interface OpenStream {
   readonly granted: Credit;
   readonly received: Credit;
   readonly credit: Credit;
+  readonly resume?: Resume;
+  readonly accepted?: boolean;
 }
 
 export type Outcome = { readonly [key: string]: Json };
@@ -172,6 +183,7 @@ class Receiver {
 function extensionsOf({ announced, handles }: Context): Extension[] {
   return [
     ...(announced?.streams == null ? [] : (["streams"] as const)),
+    ...(announced?.streams?.durable === true ? (["durable"] as const) : []),
     ...(announced?.calls == null || handles === null ? [] : (["calls"] as const)),
   ];
 }
@@ -214,9 +226,11 @@ function connectionIn(context: Context, streams: Map<number, ItemStream>): Clien
     connection.nextStream = stream;
     connection.request("echo", {}, token, undefined, now);
   }
-  for (const { stream: number, granted, received, credit } of open) {
+  for (const { stream: number, granted, received, credit, resume, accepted = false } of open) {
     connection.nextStream = number;
-    const stream = connection.openStream("m", {}, token, { window: granted }, now);
+    const window = { window: granted };
+    const stream = connection.openStream("m", null, token, resume === undefined ? window : { ...window, resume }, now);
+    stream.isAccepted = accepted;
     stream.credit = new SendCredit(credit);
     stream.items = new ItemQueue(granted, granted, received);
     streams.set(number, stream);
@@ -351,6 +365,8 @@ function messageOf(frame: Frame, maxDepth: number): Outcome | undefined {
       const credit = creditOf(value);
       return credit === undefined ? undefined : { credit };
     }
+    case Kind.ACCEPTED:
+      return isAccepted(frame.body, maxDepth) && isMap(value) ? { map: typed(value) } : undefined;
     case Kind.WELCOME:
     case Kind.GOAWAY:
       return isMap(value) ? { map: typed(value) } : undefined;
@@ -379,7 +395,16 @@ function errorOf(value: readonly unknown[]): Outcome | undefined {
   return { code: Number(code), message, details: typed(details ?? {}) };
 }
 
-/** Return the two totals of a credit; undefined if it is invalid. */
+function isAccepted(body: Buffer, maxDepth: number): boolean {
+  try {
+    decodeAccepted(body, maxDepth);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Return the totals of a credit; undefined if it is invalid. */
 function creditOf(value: unknown): readonly number[] | undefined {
   try {
     return decodeCredit(Buffer.from(encodeBody(value)));
@@ -406,7 +431,11 @@ function requestOf(value: readonly unknown[], kind: Kind): Outcome | undefined {
 function metaOf(meta: Record<string, unknown>, kind: Kind): Outcome | undefined {
   const { deadline_ms: deadline = null, idempotency_key: key = null, traceparent } = meta;
   const credit = kind === Kind.OPEN ? (meta["credit"] ?? null) : null;
-  if (kind === Kind.OPEN && (key !== null || (credit !== null && creditOf(credit) === undefined))) {
+  if (kind === Kind.OPEN && (key !== null || (credit !== null && creditOf(credit)?.length !== 2))) {
+    return undefined;
+  }
+  const resume = meta["resume"] ?? null;
+  if (resume !== null && !(kind === Kind.OPEN && isResume(resume))) {
     return undefined;
   }
   const isKey = typeof key === "string" && key.length >= 1 && [...key].length <= 64;
@@ -419,5 +448,15 @@ function metaOf(meta: Record<string, unknown>, kind: Kind): Outcome | undefined 
     ...(key === null ? {} : { idempotency_key: key as string }),
     ...(isTrace ? { traceparent } : {}),
     ...(credit === null ? {} : { credit: typed(credit) }),
+    ...(isResume(resume) ? { resume: { id: resume.id, from: resume.from } } : {}),
   };
+}
+
+function isResume(value: unknown): value is Resume {
+  if (!isMap(value)) {
+    return false;
+  }
+  const { id, from } = value;
+  const isPosition = Number.isSafeInteger(from) && (from as number) >= 0;
+  return typeof id === "string" && /^[A-Za-z0-9_-]{1,64}$/.test(id) && isPosition;
 }

@@ -120,7 +120,7 @@ export class Conform {
   #action(step: Step): Promise<Json | undefined> | undefined {
     switch (step.step) {
       case "hello":
-        return Promise.resolve({ kit: KIT, client: NAME });
+        return Promise.resolve({ kit: KIT, client: NAME, features: ["durable"] });
       case "connect":
         return this.#connect(step);
       case "session_for":
@@ -143,6 +143,16 @@ export class Conform {
       case "finish":
         return this.#streamOf(step)
           .end()
+          .then(() => null);
+      case "resume":
+        return this.#resume(step);
+      case "position": {
+        const { id, position } = this.#streamOf(step);
+        return Promise.resolve({ id: id ?? null, position: position ?? null });
+      }
+      case "cancel_run":
+        return this.#streamOf(step)
+          .cancel()
           .then(() => null);
       case "leave":
         this.#streamOf(step).close();
@@ -250,7 +260,18 @@ export class Conform {
     const stream = this.#clientOf(step).stream(step["method"] as string, params, {
       window: step["credit"] as Credit | undefined,
       timeoutMs: step["timeout_ms"] as number | undefined,
+      durable: step["durable"] as boolean | undefined,
     });
+    return this.#opened(step, stream);
+  }
+
+  #resume(step: Step): Promise<null> {
+    const { run, method, after } = step as Record<string, unknown>;
+    const options = { method: method as string, after: after as number };
+    return this.#opened(step, this.#clientOf(step).resume(run as string, options));
+  }
+
+  #opened(step: Step, stream: Stream): Promise<null> {
     stream.result.catch(() => undefined); // opens it; `next` reports the error
     this.#streams.set(step["stream"] as string, stream);
     return Promise.resolve(null);

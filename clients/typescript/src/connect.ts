@@ -1,5 +1,6 @@
 /** `connect` connects to a server, `enroll` enrolls a device. */
 
+import { randomBytes } from "node:crypto";
 import { homedir } from "node:os";
 import { join } from "node:path";
 import { parseAddress, parseAddresses } from "./client/address.js";
@@ -13,6 +14,7 @@ import { DEFAULT_TIMEOUT_MS } from "./client/user_client.js";
 import { Device } from "./edge/device.js";
 import { Dialer } from "./edge/dial.js";
 import { KnownHosts } from "./edge/known_hosts.js";
+import { PositionFile } from "./edge/position_file.js";
 import { type Passphrase, Trust } from "./edge/trust.js";
 import { ConfigError } from "./errors.js";
 import { VERSION } from "./version.js";
@@ -26,6 +28,7 @@ export const START_TIMEOUT_MS = 10_000;
 
 const KNOWN_HOSTS_FILE = "known_hosts.json";
 const MAX_WARNED = 64;
+const RUN_ID_SIZE = 16;
 const MAX_CONNECTIONS = 64;
 
 /** How to reach and verify a server. */
@@ -97,6 +100,11 @@ export interface ConnectOptions extends TrustedServerOptions {
    * the server's `max_streams` are in flight on all others, and closed after 30 s without a call.
    */
   readonly maxConnections?: number | undefined;
+  /**
+   * A file in which the positions of durable streams are kept, for one client at a time. After a restart `client.resume(id)` goes on
+   * where the application has stopped. A position is written before the server learns it.
+   */
+  readonly positionsFile?: string | undefined;
   /** How many calls of the server are handled at once in a session. 16 by default. */
   readonly maxCalls?: number | undefined;
   /** Follows traces through calls, streams and handlers: `openTelemetry()` of `@zcproto/client/otel`. None by default. */
@@ -201,6 +209,8 @@ async function settingsOf(address: string | readonly string[], options: ConnectO
     onWarning: warnOnce,
     clock,
     random: Math.random,
+    newRunId: () => randomBytes(RUN_ID_SIZE).toString("base64url"),
+    positions: options.positionsFile === undefined ? undefined : await PositionFile.load(options.positionsFile),
   };
 }
 

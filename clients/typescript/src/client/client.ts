@@ -70,7 +70,7 @@ export class Client extends UserClient {
    * Rejects with ConfigError without credentials, otherwise like `openSession`.
    */
   async sessionFor(options: SessionOptions): Promise<UserClient> {
-    const settings = { ...this.#settings, opensSession: true, onEvent: options.onEvent };
+    const settings = { ...this.#settings, opensSession: true, onEvent: options.onEvent, positions: undefined };
     const user = new UserClient(settings, await this.#settings.credentialsOf(options), this.#shared);
     await user.open();
     return user;

@@ -109,6 +109,11 @@ export class PendingStream extends PendingCall {
     super(connection, items.number);
   }
 
+  /** Report which items of a durable stream the application does not need any more. */
+  sendTaken(): void {
+    this.connection.withStreams((streams, wall) => streams.sendCredit(this.items, wall));
+  }
+
   /** Whether the server may have begun the stream: it must not be opened again. */
   get hasBegun(): boolean {
     return this.items.hasBegun;
@@ -311,6 +316,7 @@ export class ConnectionDriver {
           CallError.fromWire(event.code, escapeText(event.message, MAX_MESSAGE), event.details),
         );
         break;
+      case "accepted":
       case "item":
       case "credit":
         this.#changed(this.#pending.get(event.stream));
@@ -449,15 +455,25 @@ export class ConnectionDriver {
     this.#closeIfDrained();
   }
 
-  /** Cancel a call on the server and fail it. Does nothing after its response. */
+  /** Cancel a call on the server, or leave a durable stream, and fail it. Does nothing after its response. */
   abandon(call: PendingCall, error: Error): void {
     if (this.#pending.get(call.stream) !== call) {
       return;
     }
     this.#pending.delete(call.stream);
-    this.#connection.cancel(call.stream, this.#wall());
+    if (call instanceof PendingStream && call.items.resume !== undefined) {
+      this.#connection.streams.detach(call.items, this.#wall());
+    } else {
+      this.#connection.cancel(call.stream, this.#wall());
+    }
     this.#flushSoon();
     call.fail(error);
+  }
+
+  /** Cancel a stream on the server, and go on waiting for its response. */
+  cancelStream(call: PendingStream): void {
+    this.#connection.cancel(call.stream, this.#wall());
+    this.#flushSoon();
   }
 
   /**

@@ -116,6 +116,11 @@ export class Attempt {
     return this.#backoff.next(askedMs);
   }
 
+  /** Allow again what is done once, after the server has accepted a request. */
+  accepted(): void {
+    this.#done.clear();
+  }
+
   /** Start again, after progress. */
   reset(): void {
     this.#backoff.reset();
@@ -132,6 +137,9 @@ const INTERRUPTING_REASONS: ReadonlySet<unknown> = new Set(["draining", "stale"]
 export function isInterruption(error: unknown, wasLost: boolean): error is CallError | ConnectionClosed {
   if (error instanceof CallError) {
     const { code, details } = error;
+    if (details["detached"] === true) {
+      return details["reason"] !== "resumed_elsewhere"; // of a durable stream
+    }
     return (
       (code === Code.DATA_LOSS && wasLost) || (code === Code.CANCELLED && INTERRUPTING_REASONS.has(details["reason"]))
     );

@@ -6,6 +6,7 @@ import type { Clock } from "./clock.js";
 import type { Dial, Resolve } from "./connection_manager.js";
 import type { ServerEvent } from "./event_stream.js";
 import type { Credentials, LoginSource, Signer } from "./session.js";
+import type { Positions } from "./stream.js";
 
 /** A call of the server. */
 export interface ServerCall {
@@ -75,4 +76,7 @@ export interface ClientSettings {
   readonly onWarning: (message: string) => void;
   readonly clock: Clock;
   readonly random: Random;
+  /** Return the id of another run: 16 random bytes in base64url. */
+  readonly newRunId: () => string;
+  readonly positions: Positions | undefined;
 }

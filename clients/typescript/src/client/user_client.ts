@@ -6,7 +6,7 @@
  */
 
 import type { CallReceived, EventReceived } from "../connection/events.js";
-import { CallError, Code, ConnectionClosed, InvalidArgument, type ZcprotoError } from "../errors.js";
+import { CallError, Code, ConnectionClosed, InvalidArgument, NotFound, type ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Meta, Params } from "../wire/message.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
@@ -18,7 +18,15 @@ import { Attempt, isInterruption, retryAction, retryAfterMs, SESSION_ENDED_CODES
 import type { ClientSession, Credentials } from "./session.js";
 import { SessionManager } from "./session_manager.js";
 import type { ConnectedSession, SharedConnection } from "./shared_connection.js";
-import { type Resume, Stream, type StreamOptions, type StreamRequest, type StreamRunner } from "./stream.js";
+import {
+  type ResumeOptions,
+  RunPosition,
+  Stream,
+  type StreamOptions,
+  type StreamRequest,
+  type StreamRunner,
+  type WaitToReopen,
+} from "./stream.js";
 import type { ClientSettings, Handler, OutgoingCall } from "./types.js";
 
 /** Timeout of a call, including all retries. */
@@ -33,6 +41,22 @@ export interface CallOptions {
   readonly idempotencyKey?: string | undefined;
   /** The `traceparent` of W3C Trace Context. */
   readonly traceparent?: string | undefined;
+}
+
+/** A durable stream as the server describes it; there may be more keys. */
+export interface DurableStream {
+  readonly id: string;
+  readonly method: string;
+  readonly state: "running" | "ended";
+  /** The first position that is kept, and that after the last one. */
+  readonly first: number;
+  readonly next: number;
+  /** When it began, in milliseconds since the Unix epoch. */
+  readonly since: number;
+  readonly attached: boolean;
+  /** The session that has opened it, and the address of that. */
+  readonly session: string;
+  readonly address: string;
 }
 
 /**
@@ -219,9 +243,16 @@ export class UserClient implements AsyncDisposable {
   async #afterFailure(error: unknown, failed: FailedCall): Promise<void> {
     const { call, connection, attempt } = failed;
     call.deadline.signal?.throwIfAborted();
-    if (call.resume !== undefined && isInterruption(error, call.wasLost?.() === true) && this.closing === undefined) {
-      if (await call.resume()) {
+    if (
+      call.reopening !== undefined &&
+      isInterruption(error, call.wasLost?.() === true) &&
+      this.closing === undefined
+    ) {
+      const progress = await call.reopening(error);
+      if (progress === "items") {
         attempt.reset();
+      } else if (progress === "accepted") {
+        attempt.accepted();
       }
       await this.#wait(attempt.delayMs(askedBy(error, connection)), error, failed);
       return;
@@ -350,18 +381,54 @@ export class UserClient implements AsyncDisposable {
    *
    *     for await (const piece of client.stream<string>("tokens", { prompt: "hi" })) { ... }
    *     const count = await client.stream("upload", { name }, { items: chunks() }).result;
+   *
+   * With `durable` it goes on without its connection.
    */
   stream<Item = unknown, Result = unknown>(
     method: string,
     params: Params | null = {},
     options: StreamOptions<Item> = {},
   ): Stream<Item, Result> {
-    const runner: StreamRunner = {
+    const run = options.durable === true ? new RunPosition(this.#settings.newRunId()) : undefined;
+    return new Stream<Item, Result>(this.#streamRunner(), method, params, options, run);
+  }
+
+  /**
+   * Go on with a durable stream of this user by its id. `timeoutMs` limits this attachment and not the method.
+   *
+   * It rejects with NotFound for a run that is not kept any more, OutOfRange for items that are not, otherwise like `stream`.
+   */
+  resume<Item = unknown, Result = unknown>(
+    id: string,
+    { method = "", after = this.#settings.positions?.position(id) ?? 0, ...options }: ResumeOptions = {},
+  ): Stream<Item, Result> {
+    return new Stream<Item, Result>(this.#streamRunner(), method, null, options, new RunPosition(id, after, true));
+  }
+
+  /** Return the durable streams of this user that run or are kept. */
+  durableStreams(): Promise<DurableStream[]> {
+    return this.call<DurableStream[]>("stream.list");
+  }
+
+  #streamRunner(): StreamRunner {
+    return {
       clock: this.#clock,
-      run: (request, opened) => this.#runTracedStream(request, opened),
+      run: (request, opened) =>
+        request.method === "" && request.run !== undefined
+          ? this.#methodOf(request.run.id).then((method) => this.#runTracedStream({ ...request, method }, opened))
+          : this.#runTracedStream(request, opened),
       touchSession: () => this.#sessions.touch(this.#clock.now()),
+      cancelRun: async (id) => (await this.call<{ cancelled: boolean }>("stream.cancel", { id })).cancelled,
+      positions: this.#settings.positions,
     };
-    return new Stream<Item, Result>(runner, method, params, options);
+  }
+
+  async #methodOf(id: string): Promise<string> {
+    const found = (await this.durableStreams()).find((run) => run.id === id);
+    if (found === undefined) {
+      throw new NotFound("there is no durable stream with this id; call durableStreams for those that are kept");
+    }
+    return found.method;
   }
 
   #runTracedStream(request: StreamRequest, opened: (pending: PendingStream) => void): Promise<unknown> {
@@ -374,17 +441,22 @@ export class UserClient implements AsyncDisposable {
   }
 
   #runStream(request: StreamRequest, opened: (pending: PendingStream) => void): Promise<unknown> {
-    const { method, params, resume, window, deadline, signal, traceparent } = request;
+    const { method, params, reopening, run, window, deadline, signal, traceparent } = request;
     let pending: PendingStream | undefined;
     const send = (connection: ConnectionDriver, token: Token) => {
-      const meta = { ...metaOf({ traceparent }, deadline.remainingMs()), window };
+      const now = this.#clock.now();
+      if (run?.mayOpen(now) === false) {
+        throw new ConnectionClosed("the stream may have begun; call durableStreams to find it");
+      }
+      const resume = run === undefined ? {} : { resume: run.resume(now) };
+      const meta = { ...metaOf({ traceparent }, deadline.remainingMs()), window, ...resume };
       pending = connection.openStream(method, params(), token, meta, deadline.at);
       opened(pending);
       return abortable(pending, signal);
     };
     const hasBegun = () => pending?.hasBegun === true;
     const wasLost = () => pending?.items.wasLost === true;
-    return this.#run({ send, deadline, isIdempotent: false, hasBegun, wasLost, resume });
+    return this.#run({ send, deadline, isIdempotent: false, hasBegun, wasLost, reopening });
   }
 
   // --- calls of the server -----------------------------------------------------------------------
@@ -437,7 +509,7 @@ interface RetriedCall {
   /** Whether the last attempt failed because a frame of it was stale. */
   readonly wasLost?: () => boolean;
   /** Waits until it can be sent again after an interruption, even if it has begun. */
-  readonly resume?: Resume | undefined;
+  readonly reopening?: WaitToReopen | undefined;
 }
 
 interface FailedCall {

@@ -231,9 +231,13 @@ export class ClientConnection {
       this.streams.answered(stream);
       return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ANSWER, details: {} };
     }
-    if ((kind === Kind.ITEM || kind === Kind.CREDIT) && this.streams.isRead(stream)) {
-      this.streams.lost(stream);
-      this.cancel(stream, wall); // a lost item would go unnoticed, and lost credit would block the stream
+    if ((kind === Kind.ITEM || kind === Kind.CREDIT || kind === Kind.ACCEPTED) && this.streams.isRead(stream)) {
+      const lost = this.streams.lost(stream);
+      if (lost?.resume === undefined) {
+        this.cancel(stream, wall); // a lost item would go unnoticed, and lost credit would block the stream
+      } else {
+        this.streams.detach(lost, wall);
+      }
       return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ITEM, details: {} };
     }
     this.droppedStale += 1;
@@ -265,6 +269,7 @@ export class ClientConnection {
     switch (frame.kind) {
       case Kind.ERROR:
         return this.#receivedError(frame, wall);
+      case Kind.ACCEPTED:
       case Kind.ITEM:
       case Kind.CREDIT:
         if (!this.#requests.has(frame.stream)) {
@@ -364,7 +369,7 @@ export class ClientConnection {
     this.streams.maxItem = welcome.streams?.max_item ?? 0;
     this.calls.maxFrame = this.#requests.maxFrame = welcome.max_frame;
     this.#requests.maxStreams = welcome.max_streams;
-    this.#accept(welcome.streams === undefined ? [] : ["streams"]);
+    this.#accept(extensionsOf(welcome));
     this.#keepalive.start(welcome.idle_timeout_ms, now);
     this.state = nextState(this.state, "welcome");
     return { type: "welcomed", welcome };
@@ -410,8 +415,8 @@ export class ClientConnection {
   }
 
   /**
-   * Queue an OPEN that grants `window`. Throws like `request`, and also Unimplemented if the server has no streams,
-   * ResourceExhausted if its `max_open` are in flight.
+   * Queue an OPEN that grants `window`; `resume` makes it durable. Throws like `request`, and also Unimplemented if the server has
+   * no such streams, ResourceExhausted if its `max_open` are in flight.
    */
   openStream(
     method: string,
@@ -424,13 +429,16 @@ export class ClientConnection {
     if (streams === undefined) {
       throw new Unimplemented("this server has no streams");
     }
+    if (meta.resume !== undefined && streams.durable !== true) {
+      throw new Unimplemented("this server has no durable streams");
+    }
     if (this.streams.size >= streams.max_open) {
       const details = { limit: streams.max_open };
       throw new ResourceExhausted("too many streams on this connection; close some", details);
     }
     this.#requests.requireRoom();
     const number = this.#requests.send(Kind.OPEN, method, params, token, { ...meta, credit: window }, wall);
-    return this.streams.add(number, token, window);
+    return this.streams.add(number, token, window, meta.resume);
   }
 
   /**
@@ -438,13 +446,13 @@ export class ClientConnection {
    * once. Throws like `request`, and also Unimplemented if the server calls no clients.
    */
   handle(token: Token, methods: readonly string[], max: number, wall: bigint): number {
-    const { streams, calls } = this.#openWelcome();
-    if (calls === undefined) {
+    const welcome = this.#openWelcome();
+    if (welcome.calls === undefined) {
       throw new Unimplemented("this server does not call clients");
     }
     const stream = this.request("session.handle", { methods, max }, token, undefined, wall);
     this.calls.register(token, methods);
-    this.#accept(streams === undefined ? ["calls"] : ["streams", "calls"]);
+    this.#accept([...extensionsOf(welcome), "calls"]);
     return stream;
   }
 
@@ -557,6 +565,14 @@ export class ClientConnection {
   dataToSend(): Buffer | undefined {
     return this.#output.take();
   }
+}
+
+/** Return what a client accepts after WELCOME, before it handles calls. */
+function extensionsOf({ streams }: Welcome): Extension[] {
+  if (streams === undefined) {
+    return [];
+  }
+  return streams.durable === true ? ["streams", "durable"] : ["streams"];
 }
 
 function requireNoBody({ body }: Frame): void {

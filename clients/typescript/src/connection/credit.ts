@@ -40,13 +40,16 @@ export class SendCredit {
 
   /** Apply a CREDIT of the peer. Throws ProtocolError if it is malformed or lower than before. */
   read(body: Buffer): void {
-    let credit: Credit;
+    let credit: readonly number[];
     try {
       credit = decodeCredit(body);
     } catch (error) {
       throw new ProtocolError(Code.PROTOCOL_ERROR, `CREDIT is invalid: ${phraseOf(error)}`);
     }
-    const [items, bytes] = credit;
+    const [items = 0, bytes = 0, taken] = credit;
+    if (taken !== undefined) {
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "CREDIT of three numbers, which only clients send");
+    }
     if (items < this.#items || bytes < this.#bytes) {
       throw new ProtocolError(Code.PROTOCOL_ERROR, "credit is lower than before");
     }
@@ -72,6 +75,11 @@ export class ItemQueue {
     this.#granted = granted;
     this.#received = received;
     this.#taken = received;
+  }
+
+  /** What the peer may send in all. */
+  get granted(): Credit {
+    return this.#granted;
   }
 
   /** The number of items that wait. */

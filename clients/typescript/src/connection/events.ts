@@ -37,6 +37,12 @@ export interface CreditRaised {
   readonly stream: number;
 }
 
+/** The server has accepted a durable stream: its items follow. */
+export interface StreamAccepted {
+  readonly type: "accepted";
+  readonly stream: number;
+}
+
 /** The server calls a method of this client. `stream` is the number of the call; answer it once. */
 export interface CallReceived {
   readonly type: "call";
@@ -83,6 +89,7 @@ export type ClientEvent =
   | ErrorReceived
   | ItemReceived
   | CreditRaised
+  | StreamAccepted
   | CallReceived
   | CallWithdrawn
   | GoAwayReceived

@@ -2,7 +2,7 @@
  * The streams of items of one connection at the client (zcp1.md, section 18.10).
  *
  *     open, half   in flight; half: this end has ended its items
- *     leaving      CANCEL was sent; its answer is awaited, and items are dropped
+ *     leaving      CANCEL was sent, or END on a durable stream; its answer is awaited, and items are dropped
  *     none         answered
  *
  * Decides: the credit of both directions, and which frames are dropped.
@@ -12,19 +12,26 @@
 import { Code, InternalError, InvalidArgument, ProtocolError } from "../errors.js";
 import { decodeBody, encodeBody, phraseOf } from "../wire/body.js";
 import { type Frame, Kind, MIN_LENGTH, type Token } from "../wire/frame.js";
-import type { Credit } from "../wire/message.js";
+import { type AcceptedRun, type Credit, decodeAccepted, type Resume } from "../wire/message.js";
 import { ItemQueue, SendCredit } from "./credit.js";
-import type { CreditRaised, ItemReceived } from "./events.js";
+import type { CreditRaised, ItemReceived, StreamAccepted } from "./events.js";
 import type { Send } from "./output.js";
 
 const EMPTY = new Uint8Array(0);
 
 export type ItemStreamState = "none" | "open" | "half" | "leaving";
 
-/** One stream: `items` are the server's, `credit` is what the server allows to send. */
+/**
+ * One stream: `items` are the server's, `credit` is what the server allows to send. A durable one has `resume`, which is what it
+ * reads (zcp1.md, section 20).
+ */
 export class ItemStream {
   state: ItemStreamState = "open";
-  /** Whether an ITEM or CREDIT was received: the method has begun, so the stream must not be opened again. */
+  /** Whether ACCEPTED was received. */
+  isAccepted = false;
+  /** The position before which the application needs nothing, which the next CREDIT reports; -1 until it is set. */
+  taken = -1;
+  /** Whether an ITEM, CREDIT or ACCEPTED was received: the method has begun, so the stream must not be opened again. */
   hasBegun = false;
   /** Whether it failed because a frame of it was stale, and not by an ERROR of the server. */
   wasLost = false;
@@ -35,11 +42,35 @@ export class ItemStream {
     readonly number: number,
     readonly token: Token,
     window: Credit,
+    readonly resume?: Resume,
   ) {
     this.items = new ItemQueue(window, window);
   }
 
-  /** Whether an item can be sent now. */
+  /** The numbers of a CREDIT. */
+  get granted(): readonly number[] {
+    return this.isAccepted && this.taken >= 0 ? [...this.items.granted, this.taken] : this.items.granted;
+  }
+
+  /** Process ACCEPTED. Throws ProtocolError if it does not fit the OPEN. */
+  accept(body: Buffer, maxDepth: number): void {
+    const { resume } = this;
+    if (resume === undefined || this.isAccepted) {
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "ACCEPTED was not expected");
+    }
+    let run: AcceptedRun;
+    try {
+      run = decodeAccepted(body, maxDepth);
+    } catch (error) {
+      throw new ProtocolError(Code.PROTOCOL_ERROR, `ACCEPTED is invalid: ${phraseOf(error)}`);
+    }
+    if (run.id !== resume.id || run.from !== resume.from) {
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "ACCEPTED is of another run or position");
+    }
+    this.isAccepted = true;
+  }
+
+  /** Whether an item can be sent now. A durable stream takes none. */
   get maySend(): boolean {
     return this.state === "open" && this.credit.maySend;
   }
@@ -76,17 +107,17 @@ export class ItemStreams {
     return this.#streams.size;
   }
 
-  /** Add a stream whose OPEN grants `window`. */
-  add(number: number, token: Token, window: Credit): ItemStream {
-    const stream = new ItemStream(number, token, window);
+  /** Add a stream whose OPEN grants `window`; `resume` makes it durable. */
+  add(number: number, token: Token, window: Credit, resume?: Resume): ItemStream {
+    const stream = new ItemStream(number, token, window, resume);
     this.#streams.set(number, stream);
     return stream;
   }
 
   // --- receiving ---------------------------------------------------------------------------------
 
-  /** Process an ITEM or CREDIT on a stream in flight. Return undefined if it is dropped. Throws ProtocolError. */
-  receive({ kind, stream: number, body }: Frame): ItemReceived | CreditRaised | undefined {
+  /** Process an ACCEPTED, ITEM or CREDIT on a stream in flight. Return undefined if it is dropped. Throws ProtocolError. */
+  receive({ kind, stream: number, body }: Frame): StreamAccepted | ItemReceived | CreditRaised | undefined {
     const stream = this.#streams.get(number);
     if (stream === undefined) {
       throw new ProtocolError(Code.PROTOCOL_ERROR, "ITEM or CREDIT on the stream of a REQUEST");
@@ -95,6 +126,13 @@ export class ItemStreams {
       return undefined;
     }
     stream.hasBegun = true;
+    if (kind === Kind.ACCEPTED) {
+      stream.accept(body, this.#maxDepth);
+      return { type: "accepted", stream: number };
+    }
+    if (stream.resume !== undefined && !stream.isAccepted) {
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "ITEM or CREDIT before ACCEPTED");
+    }
     if (kind === Kind.ITEM) {
       stream.items.receive(body);
       return { type: "item", stream: number };
@@ -109,12 +147,13 @@ export class ItemStreams {
     return stream !== undefined && stream.state !== "leaving";
   }
 
-  /** Note that a stream fails because a frame of it was stale. */
-  lost(number: number): void {
+  /** Note that a stream fails because a frame of it was stale. Return it; undefined for a request. */
+  lost(number: number): ItemStream | undefined {
     const stream = this.#streams.get(number);
     if (stream !== undefined) {
       stream.wasLost = true;
     }
+    return stream;
   }
 
   /** Forget a stream that was answered. What it holds can still be taken. */
@@ -147,11 +186,25 @@ export class ItemStreams {
    */
   takeItem(stream: ItemStream, wall: bigint): unknown {
     const value = stream.takeItem(this.#maxDepth);
-    const granted = stream.items.nextGrant();
-    if (granted !== undefined) {
-      this.#send(Kind.CREDIT, stream.number, stream.token, encodeBody(granted), wall);
+    if (stream.items.nextGrant() !== undefined) {
+      this.sendCredit(stream, wall);
     }
     return value;
+  }
+
+  /** Send a CREDIT of what was granted, with `taken` of an accepted durable stream. */
+  sendCredit(stream: ItemStream, wall: bigint): void {
+    if (stream.state === "open" || stream.state === "half") {
+      this.#send(Kind.CREDIT, stream.number, stream.token, encodeBody(stream.granted), wall);
+    }
+  }
+
+  /** Leave a durable stream, whose run goes on. It is in flight until its response. */
+  detach(stream: ItemStream, wall: bigint): void {
+    if (stream.state === "open") {
+      this.leave(stream.number);
+      this.#send(Kind.END, stream.number, stream.token, EMPTY, wall);
+    }
   }
 
   /** Send an ITEM, which needs `stream.maySend`. Throws InvalidArgument for a value that cannot be sent. */
@@ -171,9 +224,9 @@ export class ItemStreams {
     this.#send(Kind.ITEM, stream.number, stream.token, body, wall);
   }
 
-  /** Send an END: no more items follow. */
+  /** Send an END: no more items follow. A durable stream takes none, and END would leave it. */
   endItems(stream: ItemStream, wall: bigint): void {
-    if (stream.state === "open") {
+    if (stream.state === "open" && stream.resume === undefined) {
       stream.state = "half";
       this.#send(Kind.END, stream.number, stream.token, EMPTY, wall);
     }

@@ -29,6 +29,8 @@ export interface Welcome {
 export interface StreamLimits {
   readonly max_open: number;
   readonly max_item: number;
+  /** Whether streams may be durable. */
+  readonly durable?: boolean;
 }
 
 /** The limits of calls from the server, if it has them. */
@@ -60,6 +62,8 @@ export function readWelcome(body: Buffer, maxDepth: number): Welcome {
       requireLimits(fields[name] as Record<string, unknown>, minimum, `${name}.`);
     }
   }
+  const { durable = false } = (fields["streams"] ?? {}) as Record<string, unknown>;
+  requireKey("streams.durable", typeof durable === "boolean");
   const welcome = decodeMap(body, maxDepth) as unknown as Welcome;
   // Limits beyond the exact range of a number are never reached.
   const numbers = (map: object, minimum: object) =>

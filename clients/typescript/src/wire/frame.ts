@@ -34,6 +34,7 @@ export const Kind = {
   ITEM: 0x11,
   END: 0x12,
   CREDIT: 0x13,
+  ACCEPTED: 0x14,
   CALL: 0x18,
   RESULT: 0x19,
   FAILURE: 0x1a,
@@ -46,7 +47,7 @@ export type Kind = (typeof Kind)[keyof typeof Kind];
 export type Side = "client" | "server";
 
 /** What a server announces in WELCOME: some kinds exist only with it. */
-export type Extension = "streams" | "calls";
+export type Extension = "streams" | "durable" | "calls";
 
 interface KindRule {
   readonly sentTo: readonly Side[];
@@ -68,6 +69,7 @@ const RULES: Readonly<Record<Kind, KindRule>> = {
   [Kind.ITEM]: { sentTo: ["client", "server"], onStream: true, partOf: "streams" },
   [Kind.END]: { sentTo: ["server"], onStream: true, partOf: "streams" },
   [Kind.CREDIT]: { sentTo: ["client", "server"], onStream: true, partOf: "streams" },
+  [Kind.ACCEPTED]: { sentTo: ["client"], onStream: true, partOf: "durable" },
   [Kind.CALL]: { sentTo: ["client"], onStream: true, partOf: "calls" },
   [Kind.RESULT]: { sentTo: ["server"], onStream: true, partOf: "calls" },
   [Kind.FAILURE]: { sentTo: ["server"], onStream: true, partOf: "calls" },

@@ -8,9 +8,24 @@ export type Params = Readonly<Record<string, unknown>> | (object & { readonly [S
 /** How many items and bytes a peer is allowed to send: totals since OPEN. */
 export type Credit = readonly [items: number, bytes: number];
 
+/** Which run a durable stream reads, and from which position (zcp1.md, section 20.1). */
+export interface Resume {
+  readonly id: string;
+  readonly from: number;
+}
+
+/** The map of ACCEPTED; there may be more keys. */
+export interface AcceptedRun extends Resume {
+  readonly attachment: string;
+  readonly state: string;
+  readonly first: number;
+  readonly next: number;
+}
+
 /** The metadata of a request. */
 export interface Meta {
   credit?: Credit;
+  resume?: Resume;
   deadline_ms?: number;
   idempotency_key?: string;
   traceparent?: string;
@@ -94,17 +109,30 @@ export function decodeRequest(body: Buffer, maxDepth = MAX_DEPTH): RequestMessag
   };
 }
 
-/** Decode `[items, bytes]`. */
-export function decodeCredit(body: Buffer): Credit {
+/** Decode `[items, bytes]` or, of a durable stream, `[items, bytes, taken]`. */
+export function decodeCredit(body: Buffer): readonly number[] {
   const value = decodeBody(body, { float: Float.of });
-  if (
-    !Array.isArray(value) ||
-    value.length !== 2 ||
-    !value.every((total) => Number.isSafeInteger(total) && total >= 0)
-  ) {
-    throw new MessageError("credit must be [items, bytes]");
+  if (!Array.isArray(value) || value.length < 2 || value.length > 3 || !value.every(isPosition)) {
+    throw new MessageError("credit must be [items, bytes] or [items, bytes, taken]");
   }
-  return value as unknown as Credit;
+  return value;
+}
+
+/** Decode the map of ACCEPTED. */
+export function decodeAccepted(body: Buffer, maxDepth = MAX_DEPTH): AcceptedRun {
+  const run = decodeMap(body, maxDepth, "apart");
+  const { id, attachment, state, first, from, next } = run;
+  if (![id, attachment, state].every((text) => typeof text === "string")) {
+    throw new MessageError("id, attachment and state must be str");
+  }
+  if (!(isPosition(first) && isPosition(from) && isPosition(next) && first <= from && from <= next)) {
+    throw new MessageError("first, from and next must be positions in this order");
+  }
+  return run as unknown as AcceptedRun;
+}
+
+function isPosition(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) >= 0;
 }
 
 /** Decode `[code, message]` or `[code, message, details]`. */

@@ -276,6 +276,7 @@ export class FakeServer {
   readonly connections: FakeConnection[] = [];
   /** Warnings of clients. */
   readonly warnings: string[] = [];
+  nextRun = 1;
   /** How far the server's clock is ahead of the client's. */
   clockAheadMs = 0;
   /** Errors of the next connect attempts. */
@@ -362,6 +363,8 @@ export class FakeServer {
       onWarning: (message) => this.warnings.push(message),
       clock: this.clock,
       random: () => 0.5,
+      newRunId: () => `run-${this.nextRun++}`,
+      positions: undefined,
       ...more,
     };
     return new Client(settings, onConnected);
