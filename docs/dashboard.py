@@ -123,6 +123,15 @@ PANELS: dict[str, list[Panel]] = {
         Panel(
             "Bytes of items", "Bps", {rate("zcproto_stream_item_bytes_total", "direction"): "{{direction}}"}
         ),
+        Panel(
+            "Durable runs",
+            "short",
+            {
+                now("zcproto_runs_running"): "methods {{instance}}",
+                now("zcproto_runs_attached"): "readers {{instance}}",
+            },
+        ),
+        Panel("Durable runs: ends", "ops", {rate("zcproto_runs_ended_total", "code"): "{{code}}"}),
         Panel("Calls to clients", "ops", {rate("zcproto_client_calls_total", "result"): "{{result}}"}),
         Panel(
             "Clients that handle calls",

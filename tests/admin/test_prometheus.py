@@ -153,6 +153,10 @@ def test_prometheus_scrapes_with_a_token_and_evaluates_all_expressions(serve: Se
             "Topics: events A",  # present only for applications with topics
             "Topics: events B",
             "Topics: events C",
+            "Topics: events D",
+            "Durable runs A",  # present only with durable methods
+            "Durable runs B",
+            "Durable runs: ends A",
             "Topics: subscribers A",
         }
         rules = [rule for group in witness.get("rules")["groups"] for rule in group["rules"]]

@@ -166,7 +166,9 @@ def test_python_client_has_strict_types(
     (tmp_path / "right.py").write_text(without_await(right) if blocking else right)
     (tmp_path / "wrong.py").write_text(without_await(wrong) if blocking else wrong)
     checked = run_mypy(tmp_path, "--no-error-summary", "right.py", "wrong.py")
-    found = {tuple(line.split(":")[:2]) for line in checked.stdout.splitlines() if " error: " in line}
+    lines = [line for line in checked.stdout.splitlines() if " error: " in line]
+    # Another run's cache can repeat what it found in the package with other options.
+    found = {tuple(line.split(":")[:2]) for line in lines if line.startswith(("right.py", "wrong.py"))}
     assert found == {("wrong.py", str(number)) for number in lines_of_main(wrong)}, checked.stdout
     if application == "tutorial":  # which annotates everything
         checked = run_mypy(tmp_path, "--disallow-any-expr", "right.py")

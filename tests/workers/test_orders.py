@@ -88,10 +88,10 @@ async def test_drain_ends_the_process_within_its_limit(make: Make, is_coordinato
     process = make(is_coordinator=is_coordinator)
     await process.start()
     process.server.drain.assert_not_awaited()
-    process.supervisor.send("drain", limit=3.0)
+    process.supervisor.send("drain", limit=3.0, runs=60.0)
     assert process.running is not None
     await process.running
-    process.server.drain.assert_awaited_once_with(3.0)
+    process.server.drain.assert_awaited_once_with(3.0, 60.0)
     process.part.announce_end.assert_called_once_with()
 
 
@@ -101,7 +101,7 @@ async def test_lost_supervisor_drains_the_process_at_once(make: Make) -> None:
     process.supervisor.close()
     assert process.running is not None
     await process.running
-    process.server.drain.assert_awaited_once_with(0.0)
+    process.server.drain.assert_awaited_once_with(0.0, 0.0)
 
 
 async def test_sigterm_drains_a_worker_and_not_the_coordinator(make: Make) -> None:
@@ -112,7 +112,7 @@ async def test_sigterm_drains_a_worker_and_not_the_coordinator(make: Make) -> No
     os.kill(os.getpid(), signal.SIGTERM)
     assert worker.running is not None
     await worker.running
-    worker.server.drain.assert_awaited_once_with(None)
+    worker.server.drain.assert_awaited_once_with(None, 0.0)
 
 
 @pytest.mark.parametrize("is_coordinator", [False, True])

@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.conformance.faults.mutation import Fault, fault
 
-_IS_ELSEWHERE: Final = 'return error.details.get("reason") != "resumed_elsewhere"'
+_IS_ELSEWHERE: Final = "return not is_resumed_elsewhere(error)"
 _PARAMS: Final = "params = None if resume.attaches else params or {}"
 _ENDS: Final = "return isinstance(error, ConnectionClosed)"
 _RECEIVED: Final = "run.position += 1"
