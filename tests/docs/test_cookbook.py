@@ -27,7 +27,7 @@ BUILT: Final = {
 ARGUMENTS: Final = {"device": '"$(zcproto pair --user ada 2>/dev/null)"', "pin": "2>/dev/null"}
 """Of programs. The one with pins warns that the server has no next pin."""
 
-TASKS: Final = 10
+TASKS: Final = 11
 
 CLONE: Final = re.compile(r"(?:~|\$HOME|\.\.)/zcproto\b")
 """The clone of the repository on the page. Compilers use what they have built for this one."""
