@@ -61,6 +61,8 @@ def remove_posix() -> None:
     for name in CALLS:
         if hasattr(os, name):
             delattr(os, name)
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on; that of POSIX calls sched_getaffinity
+        os.process_cpu_count = os.cpu_count
     for name in MODULES:
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, _Missing())
