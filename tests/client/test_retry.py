@@ -220,3 +220,10 @@ def test_deadline_vectors(name: str) -> None:
         for at in vector["attempts_at_ms"]
     ]
     assert sent == vector["expect"]["deadline_ms"]
+
+
+def test_deadline_is_not_longer_than_the_timeout_by_rounding() -> None:
+    now = 1449.6199313028235
+    assert now + 900.0 - now > 900.0
+    assert deadline_ms(now + 900.0 - now) == 900_000
+    assert deadline_ms(0.0001) == 1

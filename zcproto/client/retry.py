@@ -274,4 +274,5 @@ _CONCERNS_TOKEN: Final = frozenset({Then.RENEW, Then.REPLACE})
 
 def deadline_ms(left: float) -> int:
     """Return the `deadline_ms` of a request with so many seconds until its call's timeout."""
-    return min(math.ceil(left * _MS), MAX_DEADLINE_MS)
+    # A difference of times can be slightly more than the timeout.
+    return min(math.ceil(round(left * _MS, 3)), MAX_DEADLINE_MS)
