@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from random import Random
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, cast
 
 from tests.helpers import FakeClock, until
@@ -162,6 +162,7 @@ class Process:
             pending=self.pending,
             sessions=self.sessions,
         )
+        state.trace_call = MethodType(ServerState.trace_call, state)
         self.topics = SharedTopics(carrier, clock.now)
         self.remote = RemoteClients(cast("ServerState", state), self.topics)
 

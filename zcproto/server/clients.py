@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Final, Protocol
@@ -97,6 +97,35 @@ Key = tuple[Registering, str]
 """A connection and the id of a session."""
 
 
+class CallsInFlight:
+    """Counts calls to clients, in all and by user."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._by_user: Counter[str] = Counter()
+
+    @property
+    def most(self) -> int:
+        """The calls to the user who has most of them."""
+        return max(self._by_user.values(), default=0)
+
+    @contextmanager
+    def one_for(self, user: str, limits: CallLimits) -> Iterator[None]:
+        """Count a call. Raises ResourceExhausted at a limit."""
+        for limit, calls in ((limits.per_user, self._by_user[user]), (limits.total, self.total)):
+            if calls >= limit:
+                raise ResourceExhausted("too many calls to clients; wait for some", {"limit": limit})
+        self._by_user[user] += 1
+        self.total += 1
+        try:
+            yield
+        finally:
+            self.total -= 1
+            self._by_user[user] -= 1
+            if not self._by_user[user]:
+                del self._by_user[user]
+
+
 class RegisteredClients:
     """The clients that handle calls, and the calls to them that are in flight."""
 
@@ -114,16 +143,19 @@ class RegisteredClients:
         self._suspended: dict[str, OrderedDict[Key, None]] = {}  # by user, the first to be suspended first
         self._suspensions = 0
         self._names: Counter[str] = Counter()  # registered by user
-        self._in_flight: Counter[str] = Counter()  # calls by user
-        self.in_flight = 0
+        self._calls = CallsInFlight()
 
     def __len__(self) -> int:
         return len(self._users) - self._suspensions
 
     @property
+    def in_flight(self) -> int:
+        return self._calls.total
+
+    @property
     def most_in_flight(self) -> int:
         """The calls in flight to the user who has most of them."""
-        return max(self._in_flight.values(), default=0)
+        return self._calls.most
 
     # --- registration ----------------------------------------------------------------------------------
 
@@ -294,19 +326,6 @@ class RegisteredClients:
     def count(self, result: str) -> None:
         self.ended[result] += 1
 
-    @contextmanager
-    def in_flight_for(self, user: str) -> Iterator[None]:
+    def in_flight_for(self, user: str) -> AbstractContextManager[None]:
         """Count a call to a client of this user. Raises ResourceExhausted at a limit."""
-        limits = self.limits
-        for limit, calls in ((limits.per_user, self._in_flight[user]), (limits.total, self.in_flight)):
-            if calls >= limit:
-                raise ResourceExhausted("too many calls to clients; wait for some", {"limit": limit})
-        self._in_flight[user] += 1
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self._in_flight[user] -= 1
-            if not self._in_flight[user]:
-                del self._in_flight[user]
+        return self._calls.one_for(user, self.limits)

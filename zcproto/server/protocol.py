@@ -528,10 +528,7 @@ class ServerProtocol(asyncio.Protocol):
         connection: Registering = self
         if not clients.handles(self, session_id, method):
             connection = clients.handling(user, session_id, method) or self
-        tracing = self._state.tracing
-        if tracing is None:
-            return await connection.call_here(session_id, method, params, timeout, traceparent)
-        return await tracing.call_client(
+        return await self._state.trace_call(
             method,
             connection.peer,
             traceparent,

@@ -22,9 +22,9 @@ It must not know: how messages get to other processes.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ from zcproto.errors import (
     Unavailable,
 )
 from zcproto.server.calls import REFUSED
+from zcproto.server.clients import CallsInFlight
 from zcproto.server.remote_pending import RemotePending
 from zcproto.server.state import ServerState
 from zcproto.wire.message import decode_body, decode_error, encode_body, encode_error
@@ -109,10 +110,7 @@ class RemoteClient:
         async def call(header: str | None) -> Any:
             return await self._clients.call(self, user, session_id, method, params, timeout, header)
 
-        tracing = self._clients.state.tracing
-        if tracing is None:
-            return await call(traceparent)
-        return await tracing.call_client(method, self.peer, traceparent, call)
+        return await self._clients.state.trace_call(method, self.peer, traceparent, call)
 
 
 @dataclass(slots=True)
@@ -152,10 +150,7 @@ class _Guest:
 
 
 class RemoteClients:
-    """The clients of the other processes, for this one, whose own it offers to them.
-
-    `in_flight` counts the calls of this process that clients of others have not answered.
-    """
+    """The clients of the other processes, for this one, whose own it offers to them."""
 
     def __init__(self, state: ServerState, topics: SharedTopics) -> None:
         self.state = state
@@ -167,8 +162,7 @@ class RemoteClients:
         self._hosts: dict[str, _Host] = {}
         self._guests: dict[str, _Guest] = {}
         self._kept = 0
-        self._by_user: Counter[str] = Counter()
-        self.in_flight = 0
+        self._calls = CallsInFlight()
         self._inboxes: OrderedDict[str, None] = OrderedDict()
         self._ready = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -188,6 +182,11 @@ class RemoteClients:
         state.clients.on_registered = self.begin
 
     # --- the carrier -----------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """The calls of this process that clients of others have not answered."""
+        return self._calls.total
 
     def begin(self) -> None:
         """Connect to the other processes. Idempotent."""
@@ -340,9 +339,10 @@ class RemoteClients:
                 )
 
         try:
-            with self._in_flight_for(user):
-                number = self._next_number()
+            with ExitStack() as counted:
                 try:
+                    counted.enter_context(self._calls.one_for(user, self.state.clients.limits))
+                    number = self._next_number()
                     body = self._body(method, params, timeout, traceparent)
                     if not self._topics.is_up:
                         raise Unavailable(
@@ -381,23 +381,6 @@ class RemoteClients:
         limit = min(self.state.settings.max_body, MAX_BODY)
         encode_call(method, params, timeout_s, traceparent, limit)  # raises what a local call does
         return encode_body(params)
-
-    @contextmanager
-    def _in_flight_for(self, user: str) -> Iterator[None]:
-        limits = self.state.clients.limits
-        for limit, calls in ((limits.per_user, self._by_user[user]), (limits.total, self.in_flight)):
-            if calls >= limit:
-                self.state.clients.count("limited")
-                raise ResourceExhausted("too many calls to clients; wait for some", {"limit": limit})
-        self._by_user[user] += 1
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self._by_user[user] -= 1
-            if not self._by_user[user]:
-                del self._by_user[user]
 
     def _answered(self, sender: str, number: int, kind: int, body: bytes) -> None:
         host = self._hosts.get(sender)

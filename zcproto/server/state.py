@@ -138,8 +138,8 @@ class Connection(CallConnection, Protocol):
 class ClientsElsewhere(Protocol):
     """The clients of the other processes of this server, and the calls to them that are `in_flight`."""
 
-    in_flight: int
-
+    @property
+    def in_flight(self) -> int: ...
     async def find(self, user: str | None, handles: str | None, most: int) -> list[ConnectedClient]: ...
     async def stop(self) -> None: ...
 
@@ -485,9 +485,15 @@ class ServerState:
                 user, method, params, timeout, most, traceparent, caller=caller, peer=peer, bound=bound
             )
 
+        return await self.trace_call(method, peer, traceparent, ask)
+
+    async def trace_call(
+        self, method: str, peer: str, traceparent: str | None, call: Callable[[str | None], Awaitable[Any]]
+    ) -> Any:
+        """Make a call to a client, which gets the traceparent to send, in a span if there is tracing."""
         if self.tracing is None:
-            return await ask(traceparent)
-        return await self.tracing.call_client(method, peer, traceparent, ask)
+            return await call(traceparent)
+        return await self.tracing.call_client(method, peer, traceparent, call)
 
     def lifespan_value(self, method: str) -> Any:
         """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""
