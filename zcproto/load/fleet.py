@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -68,7 +69,7 @@ class Fault:
     pid: int
 
 
-class Fleet:
+class Fleet(ABC):
     """Processes that serve one application with one state: an async context manager."""
 
     victims: Sequence[str]
@@ -77,19 +78,19 @@ class Fleet:
         self._home = home
         self.killed: list[Fault] = []
 
-    async def __aenter__(self) -> Self:
-        raise NotImplementedError
+    @abstractmethod
+    async def __aenter__(self) -> Self: ...
 
-    async def __aexit__(self, *error: object) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def __aexit__(self, *error: object) -> None: ...
 
     @property
-    def addresses(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def addresses(self) -> list[str]: ...
 
+    @abstractmethod
     async def hurt(self, victim: str, chance: random.Random) -> None:
         """Kill or replace a process; return when it was done."""
-        raise NotImplementedError
 
 
 class WorkerFleet(Fleet):
