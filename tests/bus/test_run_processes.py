@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.bus.conftest import StartServers
 from tests.runs.served import APP, attach, read
 from tests.runtime.conftest import patience
 from tests.server.helpers import Client
 from tests.server.process import ServerProcess
-from tests.stores.valkey.server_process import PROGRAMS, running
 from tests.stores.valkey.server_process import ServerProcess as Valkey
-from zcproto.auth import UserFile
 from zcproto.errors import Code
 from zcproto.wire.frame import Kind
 
@@ -23,29 +22,10 @@ __all__ = ["patience"]
 
 
 @pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[Valkey]:
-    with running(PROGRAMS[0], tmp_path / "valkey", "--appendonly", "yes") as server:
-        yield server
-
-
-@pytest.fixture
-def servers(valkey: Valkey, tmp_path: Path, certs: Path) -> Iterator[list[tuple[ServerProcess, Client]]]:
+def servers(start_servers: StartServers) -> Iterator[list[tuple[ServerProcess, Client]]]:
     """Yield two servers with one store, and a connection to each."""
     with ExitStack() as stack:
-        found = []
-        for number in range(2):
-            home = tmp_path / f"home{number}"
-            home.mkdir(0o700)
-            (home / "durable.py").write_text(APP)
-            (home / "config.toml").write_text(f'[store]\nurl = "{valkey.url}"\ntimeout = 2\n')
-            if found:
-                (home / "store.key").write_bytes((tmp_path / "home0" / "store.key").read_bytes())
-                (home / "store.key").chmod(0o600)
-            user_key = UserFile(home / "users.toml").add("ada").reveal()
-            server = stack.enter_context(ServerProcess(home, certs, app="durable:app"))
-            client = stack.enter_context(server.client("ada", user_key))
-            found.append((server, client))
-        yield found
+        yield [(server, stack.enter_context(server.client("ada", key))) for server, key in start_servers(APP)]
 
 
 def test_run_is_read_at_another_server_and_after_the_store_was_restarted(
