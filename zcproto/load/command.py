@@ -141,16 +141,16 @@ _TEMPLATE: Final = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>zcproto bench</title>
+<title>zcproto: measured</title>
 <style>
 body {{ margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font-family: system-ui, sans-serif; color: #1f2933 }}
-pre {{ overflow-x: auto; font: 0.9rem/1.4 ui-monospace, monospace }}
+pre {{ overflow-x: auto; font: clamp(0.5rem, 2vw, 0.9rem)/1.4 ui-monospace, monospace }}
 figure {{ margin: 0; overflow-x: auto }}
 svg {{ width: 100%; min-width: 34rem }}
-@media (max-width: 40rem) {{ body {{ margin-top: 1rem }} pre {{ font-size: 0.7rem }} }}
+@media (max-width: 40rem) {{ body {{ margin-top: 1rem }} }}
 </style>
 <body>
-<h1>zcproto bench</h1>
+<h1>zcproto</h1>
 <p>ABOUT</p>
 <figure>PLOT</figure>
 <pre>{code}</pre>

@@ -105,6 +105,9 @@ def run_fleet_demo(demo: FleetDemo, console: Console) -> int:
     with temporary_home() as home, asyncio.Runner(loop_factory=new_event_loop) as runner:
         seen = runner.run(_hurt(demo, kind, home.path, console))
     found = judge(seen, ITEMS)
+    console.print()
+    for line in picture(seen, is_ascii=console.options.ascii_only):
+        console.print(Text(line), soft_wrap=True)
     show(seen, found, console)
     value = {"started": report.moment(began), "machine": report.machine(), **as_json(seen, found)}
     write_outputs(
@@ -197,10 +200,7 @@ def _faults(faults: Iterable[Fault]) -> list[tuple[str, int]]:
 
 
 def show(seen: Seen, found: Judgement, console: Console) -> None:
-    """Print the picture, the tables and the verdict."""
-    console.print()
-    for line in picture(seen, is_ascii=console.options.ascii_only):
-        console.print(Text(line), soft_wrap=True)
+    """Print the tables and the verdict."""
     console.print()
     table = report.new_table("What happened", "", "")
     table.show_header = False
