@@ -36,6 +36,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def free_default_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port of a configuration that names none counts as free, whatever this machine runs there."""
+    monkeypatch.setattr("zcproto.runtime.preflight.bind", lambda *_, **__: [])
+
+
+@pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     """A private file with the key of ada."""
     path = tmp_path / "key"

@@ -21,6 +21,7 @@ def test_init_writes_a_private_file(home: Path, capsys: Capture) -> None:
     assert home.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.usefixtures("free_default_port")
 def test_file_of_init_is_valid(home: Path, capsys: Capture) -> None:
     main(["config", "init"])
     capsys.readouterr()
@@ -82,6 +83,7 @@ def test_check_includes_the_home_folder(home: Path, capsys: Capture, monkeypatch
     assert second.startswith("zcproto: server.port = -1")
 
 
+@pytest.mark.usefixtures("free_default_port")
 @pytest.mark.requirement("configuration")
 def test_check_creates_nothing(home: Path, capsys: Capture) -> None:
     home.mkdir(0o700)
@@ -90,6 +92,7 @@ def test_check_creates_nothing(home: Path, capsys: Capture) -> None:
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.usefixtures("free_default_port")
 def test_check_prints_the_given_file(tmp_path: Path, home: Path, capsys: Capture) -> None:
     (tmp_path / "zc.toml").write_text("")
     assert main(["config", "check", "--config", str(tmp_path / "zc.toml")]) == 0

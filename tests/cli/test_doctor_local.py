@@ -40,6 +40,7 @@ def folder(home: Path, certs: Path) -> Path:
     return home
 
 
+@pytest.mark.usefixtures("free_default_port")
 def test_missing_home_is_a_warning(home: Path, doctor: Doctor) -> None:
     report = doctor()
     assert report.faults == []

@@ -207,7 +207,8 @@ def test_serve_reports_all_faults_at_once(home: Path, certs: Path) -> None:
 
 def test_roles_are_not_checked_without_the_application(home: Path, capsys: Capture, doctor: Doctor) -> None:
     home.mkdir(0o700)
-    (home / "config.toml").write_text('[[auth.role]]\nname = "a"\nallow = ["shop.*", "server.stats"]\n')
+    role = '[[auth.role]]\nname = "a"\nallow = ["shop.*", "server.stats"]\n'
+    (home / "config.toml").write_text(f"[server]\nport = {free_port()}\n{role}")
     assert main(["config", "check"]) == 0
     note = "auth.role is not checked; give the application with --app MODULE:APP"
     assert capsys.readouterr().err == f"zcproto: {note}\n"
