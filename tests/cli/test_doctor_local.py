@@ -40,9 +40,10 @@ def folder(home: Path, certs: Path) -> Path:
     return home
 
 
-@pytest.mark.usefixtures("free_default_port")
-def test_missing_home_is_a_warning(home: Path, doctor: Doctor) -> None:
-    report = doctor()
+def test_missing_home_is_a_warning(home: Path, tmp_path: Path, doctor: Doctor) -> None:
+    config = tmp_path / "zc.toml"
+    config.write_text(f"[server]\nport = {free_port()}\n")
+    report = doctor("--config", str(config))
     assert report.faults == []
     assert report.one("home", "warning").startswith(f"{home}: does not exist | a server creates it")
     assert not home.exists(), "nothing is made by looking"
