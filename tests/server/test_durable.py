@@ -530,19 +530,21 @@ def test_run_ends_when_the_role_is_gone_that_its_method_needs(client: Peer, work
     assert (work.closed, runs_of(harness).ended) == (1, {"cancelled": 1})
 
 
+def login(harness: Harness, key: str = "") -> Peer:
+    """Return a client of `ada` whose session is bound to a key."""
+    peer = harness.connect()
+    if key:
+        harness.in_loop(lambda: peer.protocol.prove(key))
+    peer.use(harness.registry.open("ada", client="", address="", wall=harness.clock.wall(), key=key))
+    return peer
+
+
 @pytest.mark.parametrize("is_bound", [True, False])
 def test_run_of_a_bound_session_is_for_bound_sessions_alone(
     harness: Harness, store: MemoryRuns, work: Work, is_bound: bool
 ) -> None:
-    def login(key: str) -> Peer:
-        peer = harness.connect()
-        if key:
-            harness.in_loop(lambda: peer.protocol.prove(key))
-        peer.use(harness.registry.open("ada", client="", address="", wall=harness.clock.wall(), key=key))
-        return peer
-
-    begin(login("device:phone"))
-    other = login("device:tablet" if is_bound else "")
+    begin(login(harness, "device:phone"))
+    other = login(harness, "device:tablet" if is_bound else "")
     answers = attach(other)
     other.send(other.request(7, "stream.list"), other.request(8, "stream.cancel", {"id": ID}))
     listed, cancelled = [answer for answer in other.settle() if answer.stream > 1]
@@ -730,6 +732,26 @@ def test_connection_that_is_cut_while_the_store_opens_leaves_no_run_that_nothing
     assert work.closed == is_cancelled
     for key, state in slow.table.runs():
         assert (key.id, state.is_attached, state.end is not None) == (ID, False, is_cancelled)
+
+
+@pytest.mark.parametrize(
+    ("key", "params", "is_cancelled"),
+    [("device:tablet", None, True), ("", None, False), ("", {"n": 9}, False)],
+    ids=["as bound", "unbound", "unbound, other params"],
+)
+def test_cancel_while_the_store_opens_needs_an_attachment_that_is_accepted(
+    harness: Harness, slow: SlowRuns, work: Work, key: str, params: Any, is_cancelled: bool
+) -> None:
+    slow.may_open.set()
+    begin(login(harness, "device:phone"))
+    harness.in_loop(slow.may_open.clear)
+    other = login(harness, key)
+    attach(other, 0, params)
+    other.send(other.frame(CANCEL, 1))
+    other.settle()
+    harness.in_loop(slow.may_open.set)
+    other.settle()
+    assert work.closed == is_cancelled
 
 
 def test_server_without_durable_methods_or_streams_announces_none(harness: Harness) -> None:

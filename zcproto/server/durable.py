@@ -176,7 +176,7 @@ class DurableRuns:
             state = await asyncio.shield(opened)  # a cut must not leave a run that no process runs
         except asyncio.CancelledError:
             is_cancelled = stream not in self._opening  # by its client
-            opened.add_done_callback(lambda _: self._leave(key, attachment, is_cancelled=is_cancelled))
+            opened.add_done_callback(partial(self._leave, key, attachment, is_cancelled))
             raise
         finally:
             self._opening.discard(stream)
@@ -205,9 +205,12 @@ class DurableRuns:
         if not task.cancelled():
             task.exception()  # it is raised in `serve`, unless that was cut
 
-    def _leave(self, key: RunKey, attachment: str, *, is_cancelled: bool) -> None:
-        """End an attachment that was cut before it could read."""
-        if is_cancelled:
+    def _leave(
+        self, key: RunKey, attachment: str, is_cancelled: bool, opened: asyncio.Task[RunState]
+    ) -> None:
+        """End an attachment that was cut before it could read. One that was refused does not cancel the run."""
+        is_accepted = not opened.cancelled() and opened.exception() is None
+        if is_cancelled and is_accepted:
             self._do(self.store.cancel(key, "caller"))
         self._do(self.store.detach(key, attachment))
 
