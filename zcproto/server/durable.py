@@ -23,8 +23,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any, Final, cast
 
 from zcproto.app.app import Method
@@ -58,7 +59,7 @@ from zcproto.runs.log import (
     check_binding,
 )
 from zcproto.runs.store import RunStore
-from zcproto.server.idempotency import Answer, request_digest
+from zcproto.server.idempotency import Answer, canonical_request
 from zcproto.server.protocol_methods import protocol_method
 from zcproto.server.state import DETACHED, ServerState, log
 from zcproto.server.streams import StreamRunner
@@ -162,14 +163,8 @@ class DurableRuns:
         opening, run = Opening(method.name, None, resume.position, attachment, session.bound), None
         if not resume.attaches:
             run = OwnedRun(self, key, method, stream, runner.owner.peer)
-            opening = Opening(
-                method.name,
-                digest := request_digest(method.name, stream.params),
-                resume.position,
-                attachment,
-                session.bound,
-                run.describe(digest),
-            )
+            info = run.describe(canonical_request(method.name, stream.params))
+            opening = replace(opening, digest=info.digest, info=info)
         opened = self.state.tasks.start_task(self._open(key, opening, run), self._opened)
         self._opening.add(stream)
         try:
@@ -180,7 +175,7 @@ class DurableRuns:
             raise
         finally:
             self._opening.discard(stream)
-        info = {
+        accepted = {
             "id": resume.id,
             "attachment": attachment,
             "from": resume.position,
@@ -191,7 +186,7 @@ class DurableRuns:
         self._readers[stream] = key, attachment
         try:
             connection.accept(
-                stream, info, self.state.clock.wall(), is_opener=state.info.session == session.id
+                stream, accepted, self.state.clock.wall(), is_opener=state.info.session == session.id
             )
             runner.owner.flush_soon()  # the client waits for ACCEPTED, though no item may follow for long
             items = self._items(stream, runner, key, attachment)
@@ -455,8 +450,8 @@ class OwnedRun:
         self._room: asyncio.Future[None] | None = None
         self._task: asyncio.Task[Any] | None = None
 
-    def describe(self, digest: bytes) -> RunInfo:
-        """Return what the store keeps of the run."""
+    def describe(self, request: bytes) -> RunInfo:
+        """Return what the store keeps of the run, whose canonical request is given."""
         state, deadline_ms = self._runs.state, self.request.meta.deadline_ms
         wall = state.clock.wall()
         if deadline_ms is not None:
@@ -464,7 +459,7 @@ class OwnedRun:
             self.request.deadline = self._deadline
         return RunInfo(
             method=self.method.name,
-            digest=digest,
+            digest=sha256(request).digest(),
             session=self.session.id,
             peer=self.peer,
             is_bound=self.session.bound,
@@ -472,6 +467,7 @@ class OwnedRun:
             deadline=None if deadline_ms is None else wall + deadline_ms,
             owner=state.run,
             generation=state.entropy(_ID_SIZE),
+            size=len(request),
         )
 
     def begin(self, state: RunState) -> None:
