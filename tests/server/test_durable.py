@@ -18,7 +18,7 @@ from zcproto.connection.events import GoAwayReason
 from zcproto.errors import Code, NotFound, Unavailable
 from zcproto.runs.log import KNOWN_S, Opening, RunKey, RunLimits, RunState, RunTable
 from zcproto.runs.store import MemoryRuns
-from zcproto.server.durable import BATCH_ITEMS, SWEEP_S, DurableRuns, serve_runs
+from zcproto.server.durable import BATCH_ITEMS, MAX_STOPPING, SWEEP_S, DurableRuns, serve_runs
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import CANCEL, CREDIT, Kind
 from zcproto.wire.message import decode_body, encode_body
@@ -55,6 +55,11 @@ class Work:
             yield Ended(object() if last == "result" else bytes(10**7) if last == "large result" else "done")
         finally:
             self.closed += 1
+
+    async def large(self) -> AsyncIterator[Any]:
+        yield 0
+        yield bytes(900)
+        yield 2
 
 
 @pytest.fixture
@@ -225,6 +230,18 @@ def test_newest_of_two_attachments_reads_and_the_older_one_is_cut(client: Peer, 
     assert client.harness.state.counters.streams_cut == {"resumed_elsewhere": 2}
 
 
+def test_attachment_that_waits_for_credit_is_cut_by_a_newer_one(client: Peer, work: Work) -> None:
+    client.send(client.open("work", {}, credit=(1, 1_000), resume={"id": ID, "from": 0}))
+    assert items(client.settle()) == [0]
+    for _ in range(2):
+        other = again(client)
+        assert items(attach(other, 0)) == [0, 1, 2]
+        assert refusal(client.settle())[1] == {"reason": "resumed_elsewhere", "detached": True}
+        assert runs_of(client.harness).attached == 1
+        client = other
+    assert finish(client, work)[-1].value == "done"
+
+
 def test_end_leaves_the_run_and_cancel_ends_it(client: Peer, work: Work) -> None:
     begin(client)
     client.send(client.end())
@@ -333,6 +350,21 @@ def test_bound_that_a_reload_has_lowered_holds_for_the_next_item(client: Peer, w
     assert refusal(attach(again(client), 0, {}, id="new"))[0] == Code.RESOURCE_EXHAUSTED
 
 
+def test_item_that_a_reload_has_made_too_large_ends_the_attachment_and_is_skipped(
+    client: Peer, work: Work
+) -> None:
+    harness = client.harness
+    work.may_end.set()
+    harness.add_method(work.large, "large", durable=True)
+    assert items(attach(client, 0, {}, method="large")) == [0, bytes(900), 2]
+    settings = harness.state.settings
+    harness.state.reconfigure(replace(settings, streams=replace(settings.streams, max_item=500)))
+    *answers, error = attach(again(client), 0, method="large")
+    assert (items(answers), error.code, error.error.details) == ([0], Code.FAILED_PRECONDITION, {})
+    assert "streams.max_item_bytes" in error.error.message
+    assert items(attach(again(client), 2, method="large")) == [2]
+
+
 def test_runs_of_a_user_are_limited_and_the_oldest_that_has_ended_makes_room(
     client: Peer, work: Work
 ) -> None:
@@ -343,6 +375,31 @@ def test_runs_of_a_user_are_limited_and_the_oldest_that_has_ended_makes_room(
     client.settle()
     assert accepted(attach(client, 0, {}, id="run-4", stream=4))
     assert refusal(attach(again(client), id="run-2"))[0] == Code.NOT_FOUND
+
+
+def test_methods_that_ignore_their_cancellation_are_limited(harness: Harness) -> None:
+    may_end = asyncio.Event()
+
+    async def stubborn() -> AsyncIterator[int]:
+        try:
+            yield 0
+            await may_end.wait()
+        finally:
+            await may_end.wait()
+
+    harness.add_method(stubborn, "work", durable=True)
+    harness.allow_durable(runs_per_user=2)
+    client = harness.connect("ada")
+    for number in range(1, MAX_STOPPING + 1):
+        assert items(attach(client, 0, {}, id=f"{number}", stream=1)) == [0]
+        client.send(client.frame(CANCEL, 1))
+        client.settle()
+    code, details = refusal(attach(client, 0, {}, id="more"))
+    assert (code, details) == (Code.RESOURCE_EXHAUSTED, {"retry_after_ms": 1_000})
+    assert items(begin(harness.connect("bob"))) == [0]
+    harness.in_loop(may_end.set)
+    client.settle()
+    assert items(attach(client, 0, {}, id="more")) == [0]
 
 
 def test_bound_of_all_users_refuses_new_runs(harness: Harness, work: Work) -> None:
@@ -752,6 +809,19 @@ def test_cancel_while_the_store_opens_needs_an_attachment_that_is_accepted(
     harness.in_loop(slow.may_open.set)
     other.settle()
     assert work.closed == is_cancelled
+
+
+def test_accepted_of_a_reader_ahead_of_its_log_fits_its_open(
+    harness: Harness, slow: SlowRuns, work: Work
+) -> None:
+    """A failover has lost items that the client has, and the owner has not written them back yet."""
+    slow.table = RunTable(RunLimits(), may_lag=True)
+    slow.watch, slow.unwatch = slow.table.watch, slow.table.unwatch
+    slow.may_open.set()
+    client = harness.connect("ada")
+    begin(client)
+    info = accepted(attach(again(client), 5))
+    assert (info["first"], info["from"], info["next"]) == (0, 5, 5)
 
 
 def test_server_without_durable_methods_or_streams_announces_none(harness: Harness) -> None:

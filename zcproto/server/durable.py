@@ -45,10 +45,12 @@ from zcproto.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     NotFound,
+    ResourceExhausted,
     Unavailable,
 )
 from zcproto.runs.log import (
     ITEM_BYTES,
+    RETRY_MS,
     End,
     Opening,
     RunInfo,
@@ -74,6 +76,9 @@ CHECKED_PER_TURN: Final = 100
 BATCH_ITEMS: Final = 64
 BATCH_BYTES: Final = 65_536
 """What is read, or appended, at once."""
+
+MAX_STOPPING: Final = 16
+"""Methods of one user that were cancelled and have not ended. With more no run starts."""
 
 _ID_SIZE: Final = 16
 
@@ -128,10 +133,13 @@ class DurableRuns:
         self._is_checking = False
         self._opening: set[DurableStream] = set()
         self._readers: dict[DurableStream, tuple[RunKey, str]] = {}
+        self._newest: dict[RunKey, tuple[DurableStream, StreamRunner, int]] = {}  # and its order
         self.items = 0
         """Items of the methods."""
         self.ended: Counter[str] = Counter()
         """Runs that ended, by the name of their code; `ok` for a result."""
+        self.stopping: Counter[str] = Counter()
+        """Methods that were cancelled and have not ended, by user."""
         self._idle: asyncio.Event | None = None
         state.registry.observers.append(self._session_ended)
 
@@ -162,6 +170,11 @@ class DurableRuns:
         attachment = self.state.entropy(_ID_SIZE).hex()
         opening, run = Opening(method.name, None, resume.position, attachment, session.bound), None
         if not resume.attaches:
+            if self.stopping[session.user] >= MAX_STOPPING:
+                raise ResourceExhausted(
+                    "too many durable methods of this user were cancelled and have not ended; try again",
+                    {"retry_after_ms": RETRY_MS},
+                )
             run = OwnedRun(self, key, method, stream, runner.owner.peer)
             info = run.describe(canonical_request(method.name, stream.params))
             opening = replace(opening, digest=info.digest, info=info)
@@ -181,9 +194,9 @@ class DurableRuns:
             "from": resume.position,
             "state": "running" if state.end is None else "ended",
             "first": state.first,
-            "next": state.next,
+            "next": max(state.next, resume.position),  # its log may lag behind the items that a client has
         }
-        self._readers[stream] = key, attachment
+        self._begin_reading(stream, runner, key, attachment, state.order)
         try:
             connection.accept(
                 stream, accepted, self.state.clock.wall(), is_opener=state.info.session == session.id
@@ -191,9 +204,24 @@ class DurableRuns:
             runner.owner.flush_soon()  # the client waits for ACCEPTED, though no item may follow for long
             items = self._items(stream, runner, key, attachment)
             return cast("Answer", await runner.produce(stream, items, _unchanged))
+        except MessageError as error:  # it was stored under a larger limit
+            raise FailedPrecondition(f"{error}; resume behind it") from None
         finally:
             self._readers.pop(stream, None)
+            if self._newest.get(key, (None,))[0] is stream:
+                del self._newest[key]
             self._do(self.store.detach(key, attachment))
+
+    def _begin_reading(
+        self, stream: DurableStream, runner: StreamRunner, key: RunKey, attachment: str, order: int
+    ) -> None:
+        """Cut the attachment of this process that a newer one has replaced, though it may wait for credit."""
+        self._readers[stream] = key, attachment
+        older = self._newest.get(key)
+        if older is None or older[2] <= order:
+            self._newest[key] = stream, runner, order
+            if older is not None and not older[0].is_answered:
+                older[1].owner.cut_stream(older[0], RESUMED_ELSEWHERE)
 
     def _opened(self, task: asyncio.Task[RunState]) -> None:
         self.state.tasks.forget_task(task)
@@ -288,6 +316,12 @@ class DurableRuns:
             del opener.runs[run.key]
             if not opener.runs:
                 del self._openers[run.session.id]
+
+    def stopped(self, user: str) -> None:
+        """Note that a method has ended which was cancelled."""
+        self.stopping[user] -= 1
+        if not self.stopping[user]:
+            del self.stopping[user]
 
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         """Cancel the runs of a session that was revoked, or has logged out."""
@@ -592,9 +626,13 @@ class OwnedRun:
                 reason=reason,
                 session=self.session.id,
             )
-            assert self._task is not None, "it was begun"
-            self._task.cancel()
+            self._cancel()
             self.look()
+
+    def _cancel(self) -> None:
+        assert self._task is not None, "it was begun"
+        self._task.cancel()
+        self._runs.stopping[self.key.user] += 1
 
     def handle_deadline(self, now: float) -> None:
         if now >= self._deadline:
@@ -626,7 +664,8 @@ class OwnedRun:
         state = self._runs.state
         state.tasks.forget_task(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if self.end is not None:
+        if self.end is not None:  # it was cancelled
+            self._runs.stopped(self.key.user)
             return
         try:
             if error is not None:
@@ -648,8 +687,7 @@ class OwnedRun:
         runs.state.wheel.discard(self)
         if self.end is None:
             self.end = Code.CANCELLED, b""
-            assert self._task is not None, "it was begun"
-            self._task.cancel()
+            self._cancel()
         runs.forget(self, end)
 
 
