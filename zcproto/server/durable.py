@@ -12,7 +12,8 @@ Rules:
 - A run ends with CANCEL, its deadline, the revocation of the session that opened it, the end of its user or of the
   role that its method needs, and after `abandon_after` seconds without an attachment. While it waits for the answer
   to a pending call it is not abandoned, unless the session that opened it has expired.
-- A session that is less bound than the one that has opened a run neither lists nor cancels it.
+- A session that may not attach to a run neither lists nor cancels it: one that is less bound than the one that has
+  opened it, or whose roles do not allow its method.
 
 It must not know: where runs are stored, what is on the wire.
 """
@@ -45,6 +46,7 @@ from zcproto.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unavailable,
 )
@@ -387,6 +389,8 @@ class DurableRuns:
         for found, state in await self.store.runs(session.user):
             if found == key:
                 check_binding(state.info, session.bound)
+                if not self._may_call(session, state):
+                    raise PermissionDenied("the roles of this session do not allow the method of this run")
                 return await self.store.cancel(key, "caller")
         raise NotFound("there is no run with this id; call stream.list for those that are kept")
 
@@ -405,8 +409,13 @@ class DurableRuns:
                 "address": state.info.peer,
             }
             for key, state in await self.store.runs(session.user)
-            if session.bound or not state.info.is_bound
+            if (session.bound or not state.info.is_bound) and self._may_call(session, state)
         ]
+
+    def _may_call(self, session: Session, state: RunState) -> bool:
+        """Return whether the roles of a session allow the method of a run, which must be known here."""
+        method = self.state.methods.get(state.info.method)
+        return method is not None and method.may_be_called_by(session)
 
     async def wait_idle(self) -> None:
         """Wait until no method runs. Called once, when the server drains."""
