@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from zcproto.app.app import Access
 from zcproto.app.context import Context
 from zcproto.connection.server import ROTATION_GRACE_S
 from zcproto.errors import Code
-from zcproto.runs.log import RunKey
+from zcproto.runs.log import GONE_BYTES, KNOWN_PER_USER, KNOWN_S, LONGEST_KEEP_S, RUN_BYTES, RunKey
 from zcproto.runs.store import MemoryRuns
 from zcproto.wire.frame import CANCEL, END, Kind
 
@@ -229,3 +230,31 @@ def test_other_user_gains_nothing_in_ten_thousand_tries(target: Target) -> None:
     assert target.states() == before
     assert target.closed == 0
     target.finish(victim)
+
+
+def test_runs_and_attachments_without_number_leave_only_ids_and_these_for_ten_minutes(target: Target) -> None:
+    harness, store = target.harness, target.store
+    store.reconfigure(replace(store.table.limits, runs_per_user=BATCH))
+    thief, codes, runs = target.login("eve"), Counter[int](), harness.state.runs
+    assert runs is not None
+    for opened in range(0, KNOWN_PER_USER + 3 * BATCH, BATCH):
+        numbers = range(opened + 1, opened + BATCH + 1)
+        other = harness.connect()
+        other.use(thief.opened)
+        for peer, params in ((thief, {}), (other, None)):  # to start, and to attach
+            opens = [
+                peer.open("work", params, stream=number, resume={"id": f"{number}", "from": 0})
+                for number in numbers
+            ]
+            answers = deliver(peer, *opens)
+            codes.update(answer.code for answer in answers if answer.kind is Kind.ERROR)
+        deliver(other, *(other.frame(CANCEL, number) for number in numbers))
+        other.lose()
+        deliver(thief)
+        assert len(runs) == runs.attached == len(runs.stopping) == 0
+        assert store.size <= (opened + BATCH) * GONE_BYTES + BATCH * (RUN_BYTES + 1_000)
+    assert codes[Code.RESOURCE_EXHAUSTED]
+    thief.lose()
+    harness.advance(LONGEST_KEEP_S + 2 * KNOWN_S)
+    store.sweep()
+    assert store.size == len(store.table) == harness.state.tasks.running == 0
