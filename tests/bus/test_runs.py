@@ -95,6 +95,11 @@ async def test_item_of_another_key_ends_the_attachment(server: ServerProcess) ->
             await stranger.open(KEY, opening("second", starts=False))
             with pytest.raises(DataLoss):
                 await stranger.read(KEY, "second", 0, *MANY)
+            await first.append(KEY, INFO.generation, 1, [], (0, b"done"))
+            with pytest.raises(DataLoss):
+                await stranger.read(KEY, "second", 1, *MANY)
+            ((key, state),) = await stranger.runs("ada")
+            assert (key, state.end) == (KEY, (0, b"")), "it can be listed and forgotten"
         finally:
             await stranger.stop()
 
