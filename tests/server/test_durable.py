@@ -17,6 +17,7 @@ from zcproto.common.parameters import Ended
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import Code, NotFound, Unavailable
 from zcproto.runs.log import KNOWN_S, Opening, RunKey, RunLimits, RunState, RunTable
+from zcproto.runs.shared import owner_lost
 from zcproto.runs.store import MemoryRuns
 from zcproto.server.durable import BATCH_ITEMS, MAX_STOPPING, SWEEP_S, DurableRuns, serve_runs
 from zcproto.sessions import EndReason
@@ -291,6 +292,20 @@ def test_deadline_of_the_first_open_ends_the_run_though_it_is_not_read(client: P
     pass_time(client.harness, 6.0)
     assert (work.closed, runs_of(client.harness).ended) == (1, {"deadline_exceeded": 1})
     assert attach(again(client))[-1].code == Code.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_wall_clock_that_jumps_neither_ends_nor_prolongs_a_run(client: Peer, work: Work, hours: int) -> None:
+    harness = client.harness
+    client.send(client.open("work", {}, resume={"id": ID, "from": 0}, deadline_ms=60_000))
+    client.settle()
+    client.lose()
+    harness.clock.wall_ms += hours * 3_600_000
+    pass_time(harness, 59.0)
+    assert work.closed == 0
+    assert items(attach(harness.connect("ada"), 1)) == [1, 2]
+    pass_time(harness, 2.0)
+    assert runs_of(harness).ended == {"deadline_exceeded": 1}
 
 
 def test_deadline_of_a_later_open_ends_its_attachment(client: Peer, work: Work) -> None:
@@ -686,6 +701,30 @@ def test_list_and_cancel_of_runs(client: Peer, work: Work) -> None:
     assert work.closed == 1
 
 
+def test_run_of_a_method_that_this_server_does_not_have_is_neither_listed_nor_cancelled(
+    client: Peer, work: Work
+) -> None:
+    """Servers that share a store may serve different versions of an application."""
+    begin(client)
+    other = again(client)
+    del client.harness.state.methods["work"]
+    other.send(other.request(7, "stream.list"), other.request(8, "stream.cancel", {"id": ID}))
+    listed, cancelled = other.settle()
+    assert (listed.value, cancelled.code, work.closed) == ([], Code.PERMISSION_DENIED, 0)
+
+
+def test_run_whose_end_another_process_has_written_stops(client: Peer, work: Work, store: MemoryRuns) -> None:
+    """The owner stood still for so long that others took it for lost."""
+    begin(client)
+    ((key, state),) = store.table.runs("ada")
+    harness = client.harness
+    harness.in_loop(lambda: store.table.append(key, state.info.generation, 3, [], owner_lost(3), 0))
+    *_, end = client.settle()
+    assert (end.code, end.error.details) == (Code.UNKNOWN, {"reason": "owner_lost", "items": 3})
+    assert (work.closed, len(runs_of(harness))) == (1, 0)
+    assert attach(again(client), 3)[-1].body == end.body
+
+
 def test_runs_end_with_the_server(client: Peer, work: Work) -> None:
     begin(client)
     client.harness.in_loop(client.harness.state.runs.close)
@@ -766,6 +805,22 @@ def test_open_while_the_store_is_away_is_refused(harness: Harness, slow: SlowRun
     client = harness.connect("ada")
     assert refusal(begin(client)) == (Code.UNAVAILABLE, {"retry_after_ms": 5})
     assert work.started == 0
+
+
+def test_two_first_opens_while_the_store_opens_start_one_run(
+    harness: Harness, slow: SlowRuns, work: Work
+) -> None:
+    first = harness.connect("ada")
+    second = again(first)
+    for peer in (first, second):
+        begin(peer)
+    attach(third := again(first))  # and one that attaches while the run starts
+    harness.in_loop(slow.may_open.set)
+    older, newer, newest = [peer.settle() for peer in (first, second, third)]
+    assert work.started == 1
+    assert items(newest) == [0, 1, 2]
+    for answers in (older, newer):
+        assert answers[-1].error.details == {"reason": "resumed_elsewhere", "detached": True}
 
 
 @pytest.mark.parametrize("how", ["lost", "end", "cancel"])
