@@ -132,7 +132,9 @@ def read_in(language: str, page: str, arguments: Mapping[str, str]) -> str:
 
     sections = page.split("\n## ")
     languages = [{tab[1] for tab in TAB.finditer(section)} for section in sections]
-    read = [section for section, found in zip(sections, languages, strict=True) if not found or language in found]
+    read = [
+        section for section, found in zip(sections, languages, strict=True) if not found or language in found
+    ]
     return TAB.sub(with_command, "\n## ".join(read))
 
 
