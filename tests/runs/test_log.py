@@ -269,8 +269,11 @@ def test_operations_on_a_run_that_is_gone() -> None:
 
 @pytest.mark.parametrize(
     ("count", "size", "taken", "is_full"),
-    [(3, 1, 0, False), (4, 1, 0, True), (4, 1, 1, False), (1, 2_000, 0, True), (1, 2_000, 1, False)],
-    ids=["below", "items", "some taken", "bytes", "large one taken"],
+    [
+        *((3, 1, 0, False), (4, 1, 0, True), (4, 1, 1, False), (1, 1_000 - ITEM_BYTES - 1, 0, False)),
+        *((1, 1_000 - ITEM_BYTES, 0, True), (1, 2_000, 0, True), (1, 2_000, 1, False)),
+    ],
+    ids=["below", "items", "some taken", "below bytes", "bytes", "more bytes", "large one taken"],
 )
 def test_run_is_full_at_a_bound_of_items_that_were_not_taken(
     count: int, size: int, taken: int, is_full: bool

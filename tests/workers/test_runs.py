@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from tests.limits import TIMEOUT
 from tests.runs.contract import LIMITS, agree, info_of
 from tests.stores.valkey.server_process import until
 from zcproto.common.unix_socket import listen_unix
-from zcproto.errors import Code, NotFound, ResourceExhausted, Unavailable
+from zcproto.errors import Code, NotFound, Unavailable
 from zcproto.runs import shared
 from zcproto.runs.log import Opening, RunKey, RunState, Superseded
 from zcproto.runs.shared import LOST_S, SharedRuns
@@ -267,20 +266,3 @@ async def test_copies_are_dropped_once_they_were_taken(fleet: Fleet) -> None:
     await first.take(KEY, "first", 1)
     await put(first, 2)
     assert first.size == empty + 164
-
-
-async def test_runs_and_their_params_count_in_the_bound_of_their_process(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, _ = fleet.workers
-    first.reconfigure(replace(LIMITS, total_bytes=10_000))
-    large = replace(opening(), info=replace(INFO, size=10_000))
-    await first.open(KEY, large)
-    other = RunKey("bob", "one")
-    with pytest.raises(ResourceExhausted):
-        await first.open(other, opening())
-    monkeypatch.setattr(shared, "COPY_S", 0.0)
-    await put(first, 0, end=(0, b"done"))
-    first.sweep()
-    assert first.size == 0
-    await first.open(other, opening())
