@@ -31,6 +31,7 @@ from zcproto.sessions.token import token_text
 from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.service import StoredSessionService
 from zcproto.tls.failure import TlsFailure
+from zcproto.wire.message import encode_body
 
 SHARED_ONLY = {
     "zcproto_certificate_last_renewal_timestamp_seconds",
@@ -322,12 +323,13 @@ def test_durable_runs_and_their_items_are_counted(serve: Serve) -> None:
         with client.stream("work", durable=True) as stream:
             assert [stream.receive(), stream.receive()] == [1, 2]
             assert value(server, "zcproto_runs_running") == value(server, "zcproto_runs_attached") == 1
-            kept = RUN_BYTES + 2 * (ITEM_BYTES + 1)
+            kept = RUN_BYTES + len(encode_body(["work", {}])) + 2 * (ITEM_BYTES + 1)
             assert value(server, "zcproto_runs_kept_bytes") == kept
             assert value(server, "zcproto_limit_use", limit="streams.durable_bytes") == kept
             server.in_loop(may_end.set)
             assert list(stream) == []
         report = server.in_loop(lambda: status_report(take_snapshot(server.server.parts)))["runs"]
+    kept = RUN_BYTES + 3 * (ITEM_BYTES + 1)  # with its result, and without its params
     assert report == {"running": 0, "attached": 0, "ended": 1, "lost": 0, "kept_bytes": kept, "away": 0}
 
 

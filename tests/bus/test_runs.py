@@ -12,10 +12,11 @@ from tests.limits import TIMEOUT
 from tests.runs.contract import LIMITS, agree, info_of
 from tests.stores.valkey.helpers import url_of
 from tests.stores.valkey.server_process import ServerProcess, until
+from zcproto.bus import runs as bus_runs
 from zcproto.bus.runs import ValkeyRuns
 from zcproto.bus.sealing import Opener, Sealer
 from zcproto.common.clock import system_entropy
-from zcproto.errors import DataLoss
+from zcproto.errors import DataLoss, Unavailable
 from zcproto.runs import shared
 from zcproto.runs.log import Opening, RunKey, Superseded
 from zcproto.runs.shared import SharedRuns
@@ -95,6 +96,11 @@ async def test_item_of_another_key_ends_the_attachment(server: ServerProcess) ->
             await stranger.open(KEY, opening("second", starts=False))
             with pytest.raises(DataLoss):
                 await stranger.read(KEY, "second", 0, *MANY)
+            await first.append(KEY, INFO.generation, 1, [], (0, b"done"))
+            with pytest.raises(DataLoss):
+                await stranger.read(KEY, "second", 1, *MANY)
+            ((key, state),) = await stranger.runs("ada")
+            assert (key, state.end) == (KEY, (0, b"")), "it can be listed and forgotten"
         finally:
             await stranger.stop()
 
@@ -144,20 +150,43 @@ async def test_killed_server_is_awaited(server: ServerProcess) -> None:
         assert state.next == 1
 
 
-async def test_owner_without_a_sign_of_life_is_lost(
+async def test_owner_without_a_sign_of_life_is_lost_and_finds_its_run_ended(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared, "CHECK_S", 0.01)
+    monkeypatch.setattr(bus_runs, "RENEW_S", 1_000.0)
     async with nodes(url_of(server)) as (first, second):
         await first.open(KEY, opening())
         await first.append(KEY, INFO.generation, 0, [b"a"], None)
         await second.open(KEY, opening("second", starts=False))
-        await first._carrier.stop()  # it is killed: the sign ends
+        server.command("DEL", "zcp:y:node0")
         monkeypatch.setattr(shared, "LOST_S", 0.0)
 
         async def has_ended() -> bool:
             return (await second.read(KEY, "second", 0, *MANY))[0].end is not None
 
         await until(has_ended)
+        assert await first.append(KEY, INFO.generation, 1, [b"b"], None) is None
+        assert first.size == 0
         state, bodies = await second.read(KEY, "second", 0, *MANY)
         assert (state.end, bodies) == (shared.owner_lost(1), [b"a"])
+
+
+async def test_full_store_starts_no_run_and_those_that_run_wait(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with nodes(url_of(server), 1) as (first,):
+        await first.open(KEY, opening())
+        await first.append(KEY, INFO.generation, 0, [b"a"], None)
+        server.command("CONFIG", "SET", "maxmemory", 1)
+        monkeypatch.setattr(shared, "OPEN_WITHIN_S", 0.05)
+        with pytest.raises(Unavailable):
+            await first.open(RunKey("ada", "two"), opening())
+        appending = asyncio.create_task(first.append(KEY, INFO.generation, 1, [b"b"], None))
+        assert (await first.read(KEY, "first", 0, *MANY))[1] == [b"a"]
+        await first.take(KEY, "first", 1)
+        assert not appending.done()
+        server.command("CONFIG", "SET", "maxmemory", 0)
+        state = await appending
+        assert state is not None
+        assert (state.next, state.taken) == (2, 1)

@@ -79,7 +79,7 @@ def further(**counts: int) -> dict[str, Any]:
     return dict(counts)
 
 
-@app.method("count.lines")
+@app.method("count.lines", durable=True)
 async def count_lines(item: str, n: int = 2) -> AsyncIterator[Line]:
     for number in range(n):
         yield Line(item, number + 1)

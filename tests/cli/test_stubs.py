@@ -64,6 +64,7 @@ from stub_client import Api, LineInput, OrderInput
 
 
 async def main(api: Api) -> str:
+    run: str | None = api.count_lines(item="tea", durable=True).id
     line = LineInput(item="tea")
     order = OrderInput(id=UUID(int=1), lines=[line, {"item": "cup", "count": 2}], placed=datetime.datetime.now())
     found = await api.order_place(order=order, urgent=True, timeout=2.0, call_timeout=5)
@@ -78,7 +79,7 @@ async def main(api: Api) -> str:
             return sent["item"]
     async for each in api.orders(items=[line, *found["lines"]]):
         print(each["id"].hex, size, price)
-    return str(pets)
+    return f"{pets} {run}"
 """
 
 WRONG = """
@@ -205,6 +206,12 @@ def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
             async with api.count_lines(item="tea", n=3) as stream:
                 assert [line["count"] async for line in stream] == [1, 2, 3]
                 assert stream.result is None
+            async with api.count_lines(item="tea", n=3, durable=True) as stream:
+                async for _ in stream:
+                    break
+            assert stream.position == 1
+            assert [line["count"] async for line in client.resume(stream.id, after=1)] == [2, 3]
+            assert not await stream.cancel()
             assert [each["id"] async for each in api.orders(items=[{"item": "tea"}])] == [UUID(int=1)]
             stream = api.count_lines(item="tea")
             stream.close()
@@ -228,6 +235,10 @@ def test_blocking_python_client_works(serve: Serve, tmp_path: Path) -> None:
         with api.count_lines(item="tea", n=3) as stream:
             assert [line["count"] for line in stream] == [1, 2, 3]
             assert stream.result is None
+        with api.count_lines(item="tea", n=3, durable=True) as stream:
+            assert next(iter(stream))["count"] == 1
+        assert [line["count"] for line in client.resume(stream.id, after=stream.position)] == [2, 3]
+        assert not stream.cancel()
         stream = api.orders(items=[{"item": "tea"}])
         stream.close()
     assert main(["stubs", SOURCE, "--language", "typescript", "--blocking"]) == 2
@@ -247,7 +258,7 @@ export async function main(api: Api): Promise<string> {
   await api.list();
   await api.further({ a: 1 });
   const size: number = await api.upload([new Uint8Array(1)], { name: "a" });
-  for await (const each of api.countLines({ item: "tea" })) {
+  for await (const each of api.countLines({ item: "tea" }, { durable: true })) {
     const count: number = each.count;
     return `${count} ${size} ${found.lines[0]?.item} ${Object.keys(pets)}`;
   }

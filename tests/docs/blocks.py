@@ -114,7 +114,8 @@ def problem_of(block: Block, before: str, *, is_indented: bool = False) -> str |
 def read_in(language: str, page: str, arguments: Mapping[str, str]) -> str:
     """Return a page as readers of one language follow it: their tabs alone, and commands that run each program.
 
-    One of their tabs has the command, for `connect`. `arguments` are those of programs, by name.
+    One of their tabs has the command, for `connect`. `arguments` are those of programs, by name. A section that has
+    tabs, but none of theirs, is left out.
     """
     command = next(
         run[1] for tab in TAB.finditer(page) if tab[1] == language and (run := RUN.search(tab[2])) is not None
@@ -129,7 +130,12 @@ def read_in(language: str, page: str, arguments: Mapping[str, str]) -> str:
         run = f"{command.replace('connect', names[-1])} {arguments.get(names[-1], '')}".rstrip()
         return f"{tab[2]}```sh\n{run}\n```\n"
 
-    return TAB.sub(with_command, page)
+    sections = page.split("\n## ")
+    languages = [{tab[1] for tab in TAB.finditer(section)} for section in sections]
+    read = [
+        section for section, found in zip(sections, languages, strict=True) if not found or language in found
+    ]
+    return TAB.sub(with_command, "\n## ".join(read))
 
 
 # --- changes of a file ---------------------------------------------------------------------------------------

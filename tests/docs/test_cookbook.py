@@ -28,6 +28,8 @@ ARGUMENTS: Final = {"device": '"$(zcproto pair --user ada 2>/dev/null)"', "pin":
 """Of programs. The one with pins warns that the server has no next pin."""
 
 TASKS: Final = 11
+DURABLE: Final = ["Python", "TypeScript"]
+"""Languages whose clients have durable streams."""
 
 CLONE: Final = re.compile(r"(?:~|\$HOME|\.\.)/zcproto\b")
 """The clone of the repository on the page. Compilers use what they have built for this one."""
@@ -71,4 +73,4 @@ def keep_caches(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_task_is_shown_in_every_language() -> None:
     sections = PAGE.read_text(encoding="utf-8").split("\n## ")
     shown = [tabs for section in sections if (tabs := [tab[1] for tab in TAB.finditer(section)])]
-    assert shown == [list(BUILT)] * (1 + TASKS)
+    assert shown == [*[list(BUILT)] * (1 + TASKS), DURABLE]

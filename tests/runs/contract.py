@@ -16,8 +16,9 @@ KEYS = [RunKey(user, id_) for user in ("ada", "bob") for id_ in "abcdefghijkl"]
 
 def info_of(number: int) -> RunInfo:
     """Return what is fixed of a run, with a generation of this number."""
+    is_bound = number % 5 == 4
     return RunInfo(
-        "chat", b"digest", "session", "192.0.2.1", number % 5 == 4, 1, None, "owner", b"%d" % number
+        *("chat", b"digest", "session", "192.0.2.1", is_bound, 1, None, "owner", b"%d" % number, number)
     )
 
 

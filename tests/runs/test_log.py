@@ -12,6 +12,7 @@ import pytest
 from zcproto.errors import FailedPrecondition, NotFound, OutOfRange, PermissionDenied, ResourceExhausted
 from zcproto.runs import log
 from zcproto.runs.log import (
+    GONE_BYTES,
     ITEM_BYTES,
     KNOWN_PER_USER,
     KNOWN_S,
@@ -35,7 +36,7 @@ LIMITS = RunLimits(
 OK = 0, b"end"
 MANY = 100, 1 << 20
 
-INFO = RunInfo("chat", b"digest", "s1", "192.0.2.1", False, 1_000, None, "p1", b"generation")
+INFO = RunInfo("chat", b"digest", "s1", "192.0.2.1", False, 1_000, None, "p1", b"generation", size=10)
 OPENING = Opening("chat", b"digest", 0, "first", False, INFO)
 ATTACHING = Opening("chat", None, 0, "second", False)
 
@@ -268,8 +269,11 @@ def test_operations_on_a_run_that_is_gone() -> None:
 
 @pytest.mark.parametrize(
     ("count", "size", "taken", "is_full"),
-    [(3, 1, 0, False), (4, 1, 0, True), (4, 1, 1, False), (1, 2_000, 0, True), (1, 2_000, 1, False)],
-    ids=["below", "items", "some taken", "bytes", "large one taken"],
+    [
+        *((3, 1, 0, False), (4, 1, 0, True), (4, 1, 1, False), (1, 1_000 - ITEM_BYTES - 1, 0, False)),
+        *((1, 1_000 - ITEM_BYTES, 0, True), (1, 2_000, 0, True), (1, 2_000, 1, False)),
+    ],
+    ids=["below", "items", "some taken", "below bytes", "bytes", "more bytes", "large one taken"],
 )
 def test_run_is_full_at_a_bound_of_items_that_were_not_taken(
     count: int, size: int, taken: int, is_full: bool
@@ -329,7 +333,7 @@ def test_user_at_the_bound_of_runs_loses_the_oldest_ended_one_first() -> None:
 
 
 def test_bound_of_all_users_refuses_new_runs_only() -> None:
-    table = make(replace(LIMITS, total_bytes=RUN_BYTES + 2 * ITEM_BYTES))
+    table = make(replace(LIMITS, total_bytes=RUN_BYTES + INFO.size + 2 * ITEM_BYTES))
     table.open(ADA, OPENING, 0)
     append(table, 0, 2)
     with pytest.raises(ResourceExhausted):
@@ -339,12 +343,44 @@ def test_bound_of_all_users_refuses_new_runs_only() -> None:
     assert state is not None
     assert not state.is_full
     table.forget("ada", 0)
-    assert table.size == 0
+    assert table.size == GONE_BYTES
     assert table.open(BOB, OPENING, 0)[0]
 
 
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda table: [table.open(RunKey(f"user{each}", "a"), OPENING, 0) for each in range(8)],
+        lambda table: table.open(ADA, replace(OPENING, info=replace(INFO, size=50_000)), 0),
+        lambda table: (table.open(ADA, OPENING, 0), append(table, 0, 0, (0, bytes(50_000)))),
+        lambda table: table.known([RunKey("ada", str(each)) for each in range(200)], 0),
+    ],
+    ids=["runs", "params", "end", "ids that are gone"],
+)
+def test_all_that_users_can_make_grow_counts_in_the_bound_of_all(fill: Callable[[RunTable], Any]) -> None:
+    table = make(replace(LIMITS, total_bytes=32_000))
+    fill(table)
+    with pytest.raises(ResourceExhausted):
+        table.open(BOB, OPENING, 0)
+    append(table, 0, 0, OK)
+    table.sweep(LONGEST_KEEP_S)
+    table.sweep(LONGEST_KEEP_S + KNOWN_S)
+    for key, state in table.runs():
+        table.append(key, INFO.generation, state.next, [], OK, 0)
+    table.sweep(3 * LONGEST_KEEP_S)
+    table.sweep(4 * LONGEST_KEEP_S)
+    assert table.size == 0
+
+
+def test_large_end_counts_in_the_bound_of_its_user() -> None:
+    table, two = started(1, end=(0, bytes(2_000))), RunKey("ada", "two")
+    table.open(two, OPENING, 0)
+    append(table, 0, 1, key=two)
+    assert [key for key, _ in table.runs()] == [two]
+
+
 def test_ids_that_are_gone_are_bounded_for_each_user() -> None:
-    table = make()
+    table = make(replace(LIMITS, total_bytes=2 * KNOWN_PER_USER * GONE_BYTES))
     for number in range(KNOWN_PER_USER):
         key = RunKey("ada", str(number))
         table.open(key, OPENING, 0)
@@ -373,7 +409,7 @@ def test_ended_run_is_kept(steps: Callable[[RunTable], Any], kept_until: float) 
     steps(table)
     assert table.sweep(kept_until - 0.1) == 0
     assert table.sweep(kept_until) == 1
-    assert (len(table), table.size) == (0, 0)
+    assert (len(table), table.size) == (0, GONE_BYTES)
 
 
 def test_running_run_is_kept_though_nothing_reads_it() -> None:
@@ -456,6 +492,7 @@ def test_random_operations_keep_positions_bounds_and_sizes(seed: int) -> None:
     limits = replace(LIMITS, runs_per_user=3)
     table, keys = make(limits), [RunKey(user, id_) for user in ("ada", "bob") for id_ in "abcd"]
     written: dict[RunKey, list[bytes]] = {}
+    gone_at: dict[RunKey, float] = {}
     for step in range(600):
         now += rand.choice([0, 0, 1, 90])
         key, states = rand.choice(keys), dict(table.runs())
@@ -477,12 +514,16 @@ def test_random_operations_keep_positions_bounds_and_sizes(seed: int) -> None:
                 table.sweep(now)
         except (NotFound, OutOfRange, ResourceExhausted):
             pass
-        states, total = dict(table.runs()), 0
+        table.sweep(now)
+        gone_at |= dict.fromkeys(states.keys() - dict(table.runs()).keys(), now)
+        states = dict(table.runs())
+        total = GONE_BYTES * sum(key not in states and now < at + KNOWN_S for key, at in gone_at.items())
         for key, state in states.items():
             kept = table.read(key, state.attachment, state.first, *MANY)[1]
             assert kept == written[key][state.first :]
             assert state.first <= state.taken <= state.next == len(written[key])
             total += RUN_BYTES + sum(ITEM_BYTES + len(body) for body in kept)
+            total += INFO.size if state.end is None else ITEM_BYTES + len(state.end[1])
             room = limits.bytes + 3 * (ITEM_BYTES + 700)
             assert sum(ITEM_BYTES + len(body) for body in kept) <= room
         assert table.size == total

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Collection, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.helpers import until
 from tests.runs.contract import LIMITS, info_of
 from zcproto.errors import NotFound, OutOfRange, ResourceExhausted, Unavailable
 from zcproto.runs import shared
-from zcproto.runs.log import Opening, RunKey, RunLimits, RunTable, Superseded
+from zcproto.runs.log import KNOWN_S, RUN_BYTES, Opening, RunKey, RunLimits, RunTable, Superseded
 from zcproto.runs.shared import SharedRuns
 
 KEY = RunKey("ada", "one")
@@ -220,17 +221,43 @@ async def test_lost_owner_and_lost_reader_are_found_after_the_grace(monkeypatch:
 async def test_copies_are_bounded_and_refuse_new_runs_alone() -> None:
     store = Store(random.Random(0))
     store.faults = 0.0
-    runs = await process_of(store, "p0", RunLimits(total_bytes=100))
+    runs = await process_of(store, "p0", RunLimits(total_bytes=RUN_BYTES + 100))
     await runs.open(KEY, opening("a", starts=True))
     await runs.append(KEY, INFO.generation, 0, [b"x" * 100], None)
     with pytest.raises(ResourceExhausted):
         await runs.open(RunKey("bob", "one"), opening("b", starts=True))
+    runs.reconfigure(RunLimits(total_bytes=RUN_BYTES + 200))
+    await runs.open(RunKey("bob", "one"), opening("b", starts=True))
     state = await runs.append(KEY, INFO.generation, 1, [b"y"], None)
     assert state is not None
     assert state.next == 2
     await runs.stop()
     with pytest.raises(Unavailable):
         await runs.read(KEY, "a", 0, 1, 1)
+
+
+async def test_run_and_its_params_count_until_the_copy_of_its_end_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, other = Store(random.Random(0)), RunKey("bob", "one")
+    store.faults = 0.0
+    runs = await process_of(store, "p0", RunLimits(total_bytes=RUN_BYTES + 1_000))
+    await runs.open(KEY, replace(opening("a"), info=replace(INFO, size=1_000)))
+    with pytest.raises(ResourceExhausted):
+        await runs.open(other, opening("b", starts=True))
+    await runs.append(KEY, INFO.generation, 0, [], (0, b"done"))
+    runs.sweep()
+    assert runs.size == RUN_BYTES + 1_000
+    monkeypatch.setattr(shared, "COPY_S", 0.0)
+    runs.reconfigure(LIMITS)
+    store.table.forget(None, 0.0)
+    store.table.sweep(KNOWN_S)
+    assert (await runs.open(KEY, opening("a", starts=True)))[0], "the store has lost it"
+    assert runs.size == RUN_BYTES
+    await runs.append(KEY, INFO.generation, 0, [], (0, b"done"))
+    runs.sweep()
+    assert runs.size == 0
+    await runs.stop()
 
 
 async def test_deleted_run_of_an_outage_is_deleted_when_the_store_is_back() -> None:

@@ -17,8 +17,9 @@ from zcproto.common.parameters import Ended
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import Code, NotFound, Unavailable
 from zcproto.runs.log import KNOWN_S, Opening, RunKey, RunLimits, RunState, RunTable
+from zcproto.runs.shared import owner_lost
 from zcproto.runs.store import MemoryRuns
-from zcproto.server.durable import BATCH_ITEMS, SWEEP_S, DurableRuns, serve_runs
+from zcproto.server.durable import BATCH_ITEMS, MAX_STOPPING, SWEEP_S, DurableRuns, serve_runs
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import CANCEL, CREDIT, Kind
 from zcproto.wire.message import decode_body, encode_body
@@ -55,6 +56,11 @@ class Work:
             yield Ended(object() if last == "result" else bytes(10**7) if last == "large result" else "done")
         finally:
             self.closed += 1
+
+    async def large(self) -> AsyncIterator[Any]:
+        yield 0
+        yield bytes(900)
+        yield 2
 
 
 @pytest.fixture
@@ -225,6 +231,18 @@ def test_newest_of_two_attachments_reads_and_the_older_one_is_cut(client: Peer, 
     assert client.harness.state.counters.streams_cut == {"resumed_elsewhere": 2}
 
 
+def test_attachment_that_waits_for_credit_is_cut_by_a_newer_one(client: Peer, work: Work) -> None:
+    client.send(client.open("work", {}, credit=(1, 1_000), resume={"id": ID, "from": 0}))
+    assert items(client.settle()) == [0]
+    for _ in range(2):
+        other = again(client)
+        assert items(attach(other, 0)) == [0, 1, 2]
+        assert refusal(client.settle())[1] == {"reason": "resumed_elsewhere", "detached": True}
+        assert runs_of(client.harness).attached == 1
+        client = other
+    assert finish(client, work)[-1].value == "done"
+
+
 def test_end_leaves_the_run_and_cancel_ends_it(client: Peer, work: Work) -> None:
     begin(client)
     client.send(client.end())
@@ -274,6 +292,20 @@ def test_deadline_of_the_first_open_ends_the_run_though_it_is_not_read(client: P
     pass_time(client.harness, 6.0)
     assert (work.closed, runs_of(client.harness).ended) == (1, {"deadline_exceeded": 1})
     assert attach(again(client))[-1].code == Code.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_wall_clock_that_jumps_neither_ends_nor_prolongs_a_run(client: Peer, work: Work, hours: int) -> None:
+    harness = client.harness
+    client.send(client.open("work", {}, resume={"id": ID, "from": 0}, deadline_ms=60_000))
+    client.settle()
+    client.lose()
+    harness.clock.wall_ms += hours * 3_600_000
+    pass_time(harness, 59.0)
+    assert work.closed == 0
+    assert items(attach(harness.connect("ada"), 1)) == [1, 2]
+    pass_time(harness, 2.0)
+    assert runs_of(harness).ended == {"deadline_exceeded": 1}
 
 
 def test_deadline_of_a_later_open_ends_its_attachment(client: Peer, work: Work) -> None:
@@ -333,6 +365,21 @@ def test_bound_that_a_reload_has_lowered_holds_for_the_next_item(client: Peer, w
     assert refusal(attach(again(client), 0, {}, id="new"))[0] == Code.RESOURCE_EXHAUSTED
 
 
+def test_item_that_a_reload_has_made_too_large_ends_the_attachment_and_is_skipped(
+    client: Peer, work: Work
+) -> None:
+    harness = client.harness
+    work.may_end.set()
+    harness.add_method(work.large, "large", durable=True)
+    assert items(attach(client, 0, {}, method="large")) == [0, bytes(900), 2]
+    settings = harness.state.settings
+    harness.state.reconfigure(replace(settings, streams=replace(settings.streams, max_item=500)))
+    *answers, error = attach(again(client), 0, method="large")
+    assert (items(answers), error.code, error.error.details) == ([0], Code.FAILED_PRECONDITION, {})
+    assert "streams.max_item_bytes" in error.error.message
+    assert items(attach(again(client), 2, method="large")) == [2]
+
+
 def test_runs_of_a_user_are_limited_and_the_oldest_that_has_ended_makes_room(
     client: Peer, work: Work
 ) -> None:
@@ -343,6 +390,31 @@ def test_runs_of_a_user_are_limited_and_the_oldest_that_has_ended_makes_room(
     client.settle()
     assert accepted(attach(client, 0, {}, id="run-4", stream=4))
     assert refusal(attach(again(client), id="run-2"))[0] == Code.NOT_FOUND
+
+
+def test_methods_that_ignore_their_cancellation_are_limited(harness: Harness) -> None:
+    may_end = asyncio.Event()
+
+    async def stubborn() -> AsyncIterator[int]:
+        try:
+            yield 0
+            await may_end.wait()
+        finally:
+            await may_end.wait()
+
+    harness.add_method(stubborn, "work", durable=True)
+    harness.allow_durable(runs_per_user=2)
+    client = harness.connect("ada")
+    for number in range(1, MAX_STOPPING + 1):
+        assert items(attach(client, 0, {}, id=f"{number}", stream=1)) == [0]
+        client.send(client.frame(CANCEL, 1))
+        client.settle()
+    code, details = refusal(attach(client, 0, {}, id="more"))
+    assert (code, details) == (Code.RESOURCE_EXHAUSTED, {"retry_after_ms": 1_000})
+    assert items(begin(harness.connect("bob"))) == [0]
+    harness.in_loop(may_end.set)
+    client.settle()
+    assert items(attach(client, 0, {}, id="more")) == [0]
 
 
 def test_bound_of_all_users_refuses_new_runs(harness: Harness, work: Work) -> None:
@@ -530,19 +602,21 @@ def test_run_ends_when_the_role_is_gone_that_its_method_needs(client: Peer, work
     assert (work.closed, runs_of(harness).ended) == (1, {"cancelled": 1})
 
 
+def login(harness: Harness, key: str = "") -> Peer:
+    """Return a client of `ada` whose session is bound to a key."""
+    peer = harness.connect()
+    if key:
+        harness.in_loop(lambda: peer.protocol.prove(key))
+    peer.use(harness.registry.open("ada", client="", address="", wall=harness.clock.wall(), key=key))
+    return peer
+
+
 @pytest.mark.parametrize("is_bound", [True, False])
 def test_run_of_a_bound_session_is_for_bound_sessions_alone(
     harness: Harness, store: MemoryRuns, work: Work, is_bound: bool
 ) -> None:
-    def login(key: str) -> Peer:
-        peer = harness.connect()
-        if key:
-            harness.in_loop(lambda: peer.protocol.prove(key))
-        peer.use(harness.registry.open("ada", client="", address="", wall=harness.clock.wall(), key=key))
-        return peer
-
-    begin(login("device:phone"))
-    other = login("device:tablet" if is_bound else "")
+    begin(login(harness, "device:phone"))
+    other = login(harness, "device:tablet" if is_bound else "")
     answers = attach(other)
     other.send(other.request(7, "stream.list"), other.request(8, "stream.cancel", {"id": ID}))
     listed, cancelled = [answer for answer in other.settle() if answer.stream > 1]
@@ -627,6 +701,30 @@ def test_list_and_cancel_of_runs(client: Peer, work: Work) -> None:
     assert work.closed == 1
 
 
+def test_run_of_a_method_that_this_server_does_not_have_is_neither_listed_nor_cancelled(
+    client: Peer, work: Work
+) -> None:
+    """Servers that share a store may serve different versions of an application."""
+    begin(client)
+    other = again(client)
+    del client.harness.state.methods["work"]
+    other.send(other.request(7, "stream.list"), other.request(8, "stream.cancel", {"id": ID}))
+    listed, cancelled = other.settle()
+    assert (listed.value, cancelled.code, work.closed) == ([], Code.PERMISSION_DENIED, 0)
+
+
+def test_run_whose_end_another_process_has_written_stops(client: Peer, work: Work, store: MemoryRuns) -> None:
+    """The owner stood still for so long that others took it for lost."""
+    begin(client)
+    ((key, state),) = store.table.runs("ada")
+    harness = client.harness
+    harness.in_loop(lambda: store.table.append(key, state.info.generation, 3, [], owner_lost(3), 0))
+    *_, end = client.settle()
+    assert (end.code, end.error.details) == (Code.UNKNOWN, {"reason": "owner_lost", "items": 3})
+    assert (work.closed, len(runs_of(harness))) == (1, 0)
+    assert attach(again(client), 3)[-1].body == end.body
+
+
 def test_runs_end_with_the_server(client: Peer, work: Work) -> None:
     begin(client)
     client.harness.in_loop(client.harness.state.runs.close)
@@ -709,6 +807,22 @@ def test_open_while_the_store_is_away_is_refused(harness: Harness, slow: SlowRun
     assert work.started == 0
 
 
+def test_two_first_opens_while_the_store_opens_start_one_run(
+    harness: Harness, slow: SlowRuns, work: Work
+) -> None:
+    first = harness.connect("ada")
+    second = again(first)
+    for peer in (first, second):
+        begin(peer)
+    attach(third := again(first))  # and one that attaches while the run starts
+    harness.in_loop(slow.may_open.set)
+    older, newer, newest = [peer.settle() for peer in (first, second, third)]
+    assert work.started == 1
+    assert items(newest) == [0, 1, 2]
+    for answers in (older, newer):
+        assert answers[-1].error.details == {"reason": "resumed_elsewhere", "detached": True}
+
+
 @pytest.mark.parametrize("how", ["lost", "end", "cancel"])
 @pytest.mark.parametrize("is_away", [False, True])
 def test_connection_that_is_cut_while_the_store_opens_leaves_no_run_that_nothing_runs(
@@ -730,6 +844,39 @@ def test_connection_that_is_cut_while_the_store_opens_leaves_no_run_that_nothing
     assert work.closed == is_cancelled
     for key, state in slow.table.runs():
         assert (key.id, state.is_attached, state.end is not None) == (ID, False, is_cancelled)
+
+
+@pytest.mark.parametrize(
+    ("key", "params", "is_cancelled"),
+    [("device:tablet", None, True), ("", None, False), ("", {"n": 9}, False)],
+    ids=["as bound", "unbound", "unbound, other params"],
+)
+def test_cancel_while_the_store_opens_needs_an_attachment_that_is_accepted(
+    harness: Harness, slow: SlowRuns, work: Work, key: str, params: Any, is_cancelled: bool
+) -> None:
+    slow.may_open.set()
+    begin(login(harness, "device:phone"))
+    harness.in_loop(slow.may_open.clear)
+    other = login(harness, key)
+    attach(other, 0, params)
+    other.send(other.frame(CANCEL, 1))
+    other.settle()
+    harness.in_loop(slow.may_open.set)
+    other.settle()
+    assert work.closed == is_cancelled
+
+
+def test_accepted_of_a_reader_ahead_of_its_log_fits_its_open(
+    harness: Harness, slow: SlowRuns, work: Work
+) -> None:
+    """A failover has lost items that the client has, and the owner has not written them back yet."""
+    slow.table = RunTable(RunLimits(), may_lag=True)
+    slow.watch, slow.unwatch = slow.table.watch, slow.table.unwatch
+    slow.may_open.set()
+    client = harness.connect("ada")
+    begin(client)
+    info = accepted(attach(again(client), 5))
+    assert (info["first"], info["from"], info["next"]) == (0, 5, 5)
 
 
 def test_server_without_durable_methods_or_streams_announces_none(harness: Harness) -> None:

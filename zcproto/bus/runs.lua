@@ -11,7 +11,7 @@
 --   k:{TAG}ID  its items: a list
 --
 -- A run is an array of its FIELDS, which takes a third of a hash: i info, g generation, m method, q digest, b bound; f first, n next, t taken, a attachment, o order, d attached,
--- c cancel, z full, ec and eb the end; s bytes of items, u of those that were not taken, k kept until, x dropped at.
+-- c cancel, z full, ec and eb the end; s bytes of items and the end, u of those that were not taken, k kept until, x dropped at.
 
 local given = cmsgpack.unpack(ARGV[1])
 local OPERATION, P, TAG, ID, PUBLISH, now, limits, arguments = unpack(given)
@@ -66,7 +66,7 @@ local function drop(id)
   redis.call('DEL', run_key(id), items_key(id))
   redis.call('HDEL', USER, id)
   redis.call('ZADD', GONE, string.format('%.0f', now + KNOWN), id)
-  redis.call('PEXPIRE', GONE, TTL)
+  redis.call('PEXPIRE', GONE, KNOWN)
   wake(id)
 end
 
@@ -231,6 +231,7 @@ function operations.append(generation, first, bodies, code, body)
   end
   if code then
     run.ec, run.eb, run.k, run.x = code, body, now + KEEP, now + LONGEST_KEEP
+    run.s = run.s + size_of(body)
   end
   while run.f < run.t and (run.n - run.f > ITEMS or run.s > BYTES) do
     drop_item(run)

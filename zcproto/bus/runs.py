@@ -165,15 +165,16 @@ class ValkeyRuns:
             reason = str(error)
         raise Unavailable(f"the store of durable runs: {reason}", {"retry_after_ms": RETRY_MS}) from None
 
-    def _state(self, key: RunKey, values: Sequence[Any]) -> RunState:
+    def _state(self, key: RunKey, values: Sequence[Any], *, is_listed: bool = False) -> RunState:
+        """Return a run. One that is listed may have an end that cannot be opened: its body is empty then."""
         packed, first, next_, taken, attachment, order, is_attached, cancel, end, is_full = values
         info = RunInfo(*msgpack.unpackb(packed, unicode_errors="surrogatepass"))
         opened: End | None = None
         if end:
             body = self._opener.open(self._about(key, info.generation, _END), end[1])
-            if body is None:
+            if body is None and not is_listed:
                 raise DataLoss("the end of the run cannot be opened; the servers have different keys")
-            opened = end[0], body
+            opened = end[0], body or b""
         return RunState(
             *(info, first, next_, taken, attachment.decode(), order, is_attached, cancel.decode()),
             *(opened, is_full),
@@ -264,7 +265,10 @@ class ValkeyRuns:
     async def runs(self, user: str) -> list[tuple[RunKey, RunState]]:
         found = await self._run("runs", user, "") or ()
         keys = (RunKey(user, id_.decode()) for id_, _ in found)
-        return [(key, self._state(key, values)) for key, (_, values) in zip(keys, found, strict=True)]
+        return [
+            (key, self._state(key, values, is_listed=True))
+            for key, (_, values) in zip(keys, found, strict=True)
+        ]
 
     async def forget(self, user: str | None) -> int:
         """Delete the runs of a user. Of all users those that this process runs or reads: no script sees all."""

@@ -171,9 +171,9 @@ def _class(each: Class) -> str:
 def _method(method: StubMethod, name: str, *, is_blocking: bool) -> tuple[str, str]:
     """Return the adapters of the types that a method returns, and the method of the class."""
     names = {each.name for each in method.params}
-    items, timeout, key = (
+    items, timeout, key, durable = (
         unique(f"call_{each}", names) if each in names else each
-        for each in ("items", "timeout", "idempotency_key")
+        for each in ("items", "timeout", "idempotency_key", "durable")
     )
     others = unique("others", names)
     arguments, sent = _arguments(method, others)
@@ -192,6 +192,9 @@ def _method(method: StubMethod, name: str, *, is_blocking: bool) -> tuple[str, s
     if method.sends or method.takes:
         arguments.append(f"{timeout}: float | None = None")
         values.append(f"timeout={timeout}")
+        if not method.takes:
+            arguments.append(f"{durable}: bool = False")
+            values.append(f"durable={durable}")
     else:
         arguments += [f"{timeout}: float | None = UNSET", f"{key}: str | None = None"]
         values += [f"timeout={timeout}", f"idempotency_key={key}"]

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
+from zcproto.app.app import RESERVED_PREFIXES
+
 _REFERENCE: Final = "#/$defs/"
-_PROTOCOL: Final = ("session.", "server.", "device.")
 _MOST_TEXT: Final = 2_000
 _MAX_NAME: Final = 80
 _DEEPEST: Final = 64
@@ -117,7 +118,7 @@ class Stubs:
         self._depth = 0
         for method in listed:
             name = method.get("name")
-            if not isinstance(name, str) or name.startswith(_PROTOCOL):
+            if not isinstance(name, str) or name.startswith(RESERVED_PREFIXES):
                 continue
             schema = method.get("schema")
             if isinstance(schema, dict):

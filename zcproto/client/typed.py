@@ -46,8 +46,22 @@ class TypedStream(Generic[SentItem, Result]):
         """The result of the method. Raises RuntimeError before the items have ended."""
         return self._result.validate_python(self._stream.result)
 
+    @property
+    def id(self) -> str | None:
+        """The id of a durable stream, for `client.resume`; None of another one."""
+        return self._stream.id
+
+    @property
+    def position(self) -> int | None:
+        """How many items of a durable stream were received, for `client.resume`; None of another one."""
+        return self._stream.position
+
+    async def cancel(self) -> bool:
+        """Cancel the method of a durable stream. Return whether it was running."""
+        return await self._stream.cancel()
+
     def close(self) -> None:
-        """Cancel the stream unless it has ended. Idempotent."""
+        """Cancel the stream, or leave a durable one, unless it has ended. Idempotent."""
         self._stream.close()
 
 
@@ -96,8 +110,9 @@ class TypedClient:
         items: SentItems | None = None,
         *,
         timeout: float | None,
+        durable: bool = False,
     ) -> TypedStream[SentItem, Result]:
-        stream = self._client.stream(method, _given(params), items=items, timeout=timeout)
+        stream = self._client.stream(method, _given(params), items=items, timeout=timeout, durable=durable)
         return TypedStream(stream, item, result)
 
 
@@ -126,8 +141,22 @@ class BlockingTypedStream(Generic[SentItem, Result]):
         """The result of the method. Raises RuntimeError before the items have ended."""
         return self._result.validate_python(self._stream.result)
 
+    @property
+    def id(self) -> str | None:
+        """The id of a durable stream, for `client.resume`; None of another one."""
+        return self._stream.id
+
+    @property
+    def position(self) -> int | None:
+        """How many items of a durable stream were received, for `client.resume`; None of another one."""
+        return self._stream.position
+
+    def cancel(self) -> bool:
+        """Cancel the method of a durable stream. Return whether it was running."""
+        return self._stream.cancel()
+
     def close(self) -> None:
-        """Cancel the stream unless it has ended. Idempotent."""
+        """Cancel the stream, or leave a durable one, unless it has ended. Idempotent."""
         self._stream.close()
 
 
@@ -171,8 +200,9 @@ class BlockingTypedClient:
         items: Iterable[Any] | None = None,
         *,
         timeout: float | None,
+        durable: bool = False,
     ) -> BlockingTypedStream[SentItem, Result]:
-        stream = self._client.stream(method, _given(params), items=items, timeout=timeout)
+        stream = self._client.stream(method, _given(params), items=items, timeout=timeout, durable=durable)
         return BlockingTypedStream(stream, item, result)
 
 

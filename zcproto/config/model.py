@@ -412,8 +412,8 @@ class StreamsConfig(Settings):
     durable_per_user: Annotated[int, whole(1, 1_000)] = 16
     """Durable runs of one user that run or are kept. The oldest that has ended makes room for a new one."""
     durable_bytes: Annotated[int, whole(1_048_576, 1_099_511_627_776)] = 268_435_456
-    """Bytes of items that durable runs keep for all users; beyond it no run starts. One run may keep 1 MiB, one
-    user 8 MiB."""
+    """Bytes of all durable runs: their items and results, 4 KiB and the params of each, and 256 for each id that a
+    user cannot use again yet. Beyond it no run starts. One run may keep 1 MiB of items, one user 8 MiB."""
     durable_keep: Annotated[float, duration("1s", "1h")] = 900.0
     """How long a durable run is kept after its end, or after the last client has read it; at most an hour."""
     durable_abandon_after: Annotated[float, duration("1s", "30d")] = 900.0

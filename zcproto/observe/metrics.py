@@ -214,7 +214,7 @@ zcproto_runs_attached gauge
     Durable streams that read a run.
 zcproto_runs_kept_bytes gauge
     Memory of this process that counts against streams.durable_bytes: of all runs and their items, or with a shared
-    store of the copies of items that were not taken.
+    store of its own runs, with copies of the items that were not taken.
 zcproto_run_items_total counter
     Items of these methods.
 zcproto_runs_ended_total counter (code)

@@ -39,7 +39,10 @@ ITEM_BYTES: Final = 64
 """Counted for each item beside its body."""
 
 RUN_BYTES: Final = 4_096
-"""Counted for each run against the bound of all users."""
+"""Counted for each run, beside its params while it runs, against the bound of all users."""
+
+GONE_BYTES: Final = 256
+"""Counted for each id of a run that has gone, against the bound of all users."""
 
 KNOWN_S: Final = 600.0
 """How long the id of a run that has gone stays known; a client repeats an OPEN for half of that time."""
@@ -90,9 +93,9 @@ class RunLimits:
 class RunInfo:
     """What is fixed when a run starts.
 
-    `digest` is that of method and params, `session` the id of the opener's, and `is_bound` whether that is bound
-    to a key. Times are in milliseconds of wall time; `deadline` is None without one. `owner` is the process that
-    runs the method, `generation` is random.
+    `digest` is that of method and params, `size` how many bytes the owner holds of these, `session` the id of the
+    opener's, and `is_bound` whether that is bound to a key. Times are in milliseconds of wall time; `deadline` is
+    None without one. `owner` is the process that runs the method, `generation` is random.
     """
 
     method: str
@@ -104,6 +107,7 @@ class RunInfo:
     deadline: int | None
     owner: str
     generation: bytes
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,7 @@ class RunState:
 class _Run:
     state: RunState
     items: deque[bytes] = field(default_factory=deque)
-    size: int = 0  # of the items that are kept
+    size: int = 0  # of the items that are kept, and of the end
     untaken: int = 0  # of those that were not taken
     keep_until: float = 0.0  # after the end
     drop_at: float = 0.0  # after the end, at the latest
@@ -189,7 +193,7 @@ class RunTable:
         self._may_lag = may_lag
         self._users: dict[str, _User] = {}
         self.size = 0
-        """Bytes of all runs and items."""
+        """Bytes of all runs and items, and of ids that are still known."""
 
     def __len__(self) -> int:
         return sum(len(user.runs) for user in self._users.values())
@@ -243,7 +247,7 @@ class RunTable:
 
     def _add(self, key: RunKey, info: RunInfo) -> _Run:
         run = self._users.setdefault(key.user, _User()).runs[key.id] = _Run(RunState(info))
-        self.size += RUN_BYTES
+        self.size += RUN_BYTES + info.size
         return run
 
     def read(
@@ -345,17 +349,20 @@ class RunTable:
             return state if state.end == end and first + len(bodies) == state.next else None
         if first > state.next or (end is not None and first + len(bodies) < state.next):
             raise Gap(state.next)
+        size = 0
         for body in bodies[state.next - first :]:
-            size = ITEM_BYTES + len(body)
             run.items.append(body)
-            run.size += size
-            run.untaken += size
-            self._users[key.user].size += size
-            self.size += size
+            size += ITEM_BYTES + len(body)
             state.next += 1
+        run.untaken += size
         if end is not None:
             state.end = end
+            size += ITEM_BYTES + len(end[1])
+            self.size -= state.info.size  # its method holds no params any more
             run.keep_until, run.drop_at = now + self.limits.keep_s, now + LONGEST_KEEP_S
+        run.size += size
+        self._users[key.user].size += size
+        self.size += size
         self._make_room(key, run, now)
         was_full, state.is_full = state.is_full, self._is_full(key.user, run)
         if bodies or end is not None or was_full is not state.is_full:
@@ -390,7 +397,7 @@ class RunTable:
         for key in keys:
             user = self._users.setdefault(key.user, _User())
             if key.id not in user.runs:
-                user.gone[key.id] = now + KNOWN_S
+                self._remember(user, key.id, now)
 
     def _is_full(self, user: str, run: _Run) -> bool:
         state, limits = run.state, self.limits
@@ -468,6 +475,12 @@ class RunTable:
     def _forget_gone(self, user: _User, now: float) -> None:
         while user.gone and next(iter(user.gone.values())) <= now:
             user.gone.popitem(last=False)
+            self.size -= GONE_BYTES
+
+    def _remember(self, user: _User, id_: str, now: float) -> None:
+        self.size += 0 if id_ in user.gone else GONE_BYTES
+        user.gone[id_] = now + KNOWN_S
+        user.gone.move_to_end(id_)  # the oldest is first
 
     def _drop_ended(self, name: str, now: float, but: str = "") -> bool:
         """Drop the run of a user that ended first. Return whether there was one."""
@@ -486,8 +499,8 @@ class RunTable:
         user = self._users[key.user]
         run = user.runs.pop(key.id)
         user.size -= run.size
-        self.size -= run.size + RUN_BYTES
-        user.gone[key.id] = now + KNOWN_S
+        self.size -= run.size + RUN_BYTES + (run.state.info.size if run.state.end is None else 0)
+        self._remember(user, key.id, now)
         self._wake(run)
 
     def _wake(self, run: _Run) -> None:

@@ -32,7 +32,18 @@ from zcproto.common.backoff import backoff_s
 from zcproto.common.clock import Entropy
 from zcproto.errors import Code, NotFound, ResourceExhausted, Unavailable
 from zcproto.observe.log import get_logger
-from zcproto.runs.log import ITEM_BYTES, KNOWN_S, RETRY_MS, End, Gap, Opening, RunKey, RunLimits, RunState
+from zcproto.runs.log import (
+    ITEM_BYTES,
+    KNOWN_S,
+    RETRY_MS,
+    RUN_BYTES,
+    End,
+    Gap,
+    Opening,
+    RunKey,
+    RunLimits,
+    RunState,
+)
 from zcproto.wire.message import encode_error
 
 COPY_S: Final = 30.0
@@ -171,7 +182,7 @@ class _Reader:
 class SharedRuns:
     """The store of the runs of one process, whose id `process` is random and never used again.
 
-    `size` counts the bytes of copies.
+    `size` counts the bytes of its runs: as in a table, but items are copies.
     """
 
     def __init__(self, carrier: RunCarrier, limits: RunLimits, process: str) -> None:
@@ -273,7 +284,10 @@ class SharedRuns:
             raise
         self._readers[key, attachment] = _Reader(state.order)
         if is_new:
+            if key in self._owned:  # the store has lost that one, and its end
+                self._release(key, self._owned[key])
             self._owned[key] = _Owned(state)
+            self.size += RUN_BYTES + state.info.size
         if info is not None:
             self._starting.discard(info.generation)
         return is_new, state
@@ -332,6 +346,7 @@ class SharedRuns:
     def _release(self, key: RunKey, run: _Owned) -> None:
         if self._owned.get(key) is run:
             del self._owned[key]
+            self.size -= RUN_BYTES + run.state.info.size
             self._drop_copies(run, run.next)
             self._known[key] = self._now() + KNOWN_S
             while len(self._known) > MAX_KNOWN:

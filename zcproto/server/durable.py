@@ -12,7 +12,8 @@ Rules:
 - A run ends with CANCEL, its deadline, the revocation of the session that opened it, the end of its user or of the
   role that its method needs, and after `abandon_after` seconds without an attachment. While it waits for the answer
   to a pending call it is not abandoned, unless the session that opened it has expired.
-- A session that is less bound than the one that has opened a run neither lists nor cancels it.
+- A session that may not attach to a run neither lists nor cancels it: one that is less bound than the one that has
+  opened it, or whose roles do not allow its method.
 
 It must not know: where runs are stored, what is on the wire.
 """
@@ -23,8 +24,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any, Final, cast
 
 from zcproto.app.app import Method
@@ -44,10 +46,13 @@ from zcproto.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     NotFound,
+    PermissionDenied,
+    ResourceExhausted,
     Unavailable,
 )
 from zcproto.runs.log import (
     ITEM_BYTES,
+    RETRY_MS,
     End,
     Opening,
     RunInfo,
@@ -58,7 +63,7 @@ from zcproto.runs.log import (
     check_binding,
 )
 from zcproto.runs.store import RunStore
-from zcproto.server.idempotency import Answer, request_digest
+from zcproto.server.idempotency import Answer, canonical_request
 from zcproto.server.protocol_methods import protocol_method
 from zcproto.server.state import DETACHED, ServerState, log
 from zcproto.server.streams import StreamRunner
@@ -73,6 +78,9 @@ CHECKED_PER_TURN: Final = 100
 BATCH_ITEMS: Final = 64
 BATCH_BYTES: Final = 65_536
 """What is read, or appended, at once."""
+
+MAX_STOPPING: Final = 16
+"""Methods of one user that were cancelled and have not ended. With more no run starts."""
 
 _ID_SIZE: Final = 16
 
@@ -127,10 +135,13 @@ class DurableRuns:
         self._is_checking = False
         self._opening: set[DurableStream] = set()
         self._readers: dict[DurableStream, tuple[RunKey, str]] = {}
+        self._newest: dict[RunKey, tuple[DurableStream, StreamRunner, int]] = {}  # and its order
         self.items = 0
         """Items of the methods."""
         self.ended: Counter[str] = Counter()
         """Runs that ended, by the name of their code; `ok` for a result."""
+        self.stopping: Counter[str] = Counter()
+        """Methods that were cancelled and have not ended, by user."""
         self._idle: asyncio.Event | None = None
         state.registry.observers.append(self._session_ended)
 
@@ -161,53 +172,70 @@ class DurableRuns:
         attachment = self.state.entropy(_ID_SIZE).hex()
         opening, run = Opening(method.name, None, resume.position, attachment, session.bound), None
         if not resume.attaches:
+            if self.stopping[session.user] >= MAX_STOPPING:
+                raise ResourceExhausted(
+                    "too many durable methods of this user were cancelled and have not ended; try again",
+                    {"retry_after_ms": RETRY_MS},
+                )
             run = OwnedRun(self, key, method, stream, runner.owner.peer)
-            opening = Opening(
-                method.name,
-                digest := request_digest(method.name, stream.params),
-                resume.position,
-                attachment,
-                session.bound,
-                run.describe(digest),
-            )
+            info = run.describe(canonical_request(method.name, stream.params))
+            opening = replace(opening, digest=info.digest, info=info)
         opened = self.state.tasks.start_task(self._open(key, opening, run), self._opened)
         self._opening.add(stream)
         try:
             state = await asyncio.shield(opened)  # a cut must not leave a run that no process runs
         except asyncio.CancelledError:
             is_cancelled = stream not in self._opening  # by its client
-            opened.add_done_callback(lambda _: self._leave(key, attachment, is_cancelled=is_cancelled))
+            opened.add_done_callback(partial(self._leave, key, attachment, is_cancelled))
             raise
         finally:
             self._opening.discard(stream)
-        info = {
+        accepted = {
             "id": resume.id,
             "attachment": attachment,
             "from": resume.position,
             "state": "running" if state.end is None else "ended",
             "first": state.first,
-            "next": state.next,
+            "next": max(state.next, resume.position),  # its log may lag behind the items that a client has
         }
-        self._readers[stream] = key, attachment
+        self._begin_reading(stream, runner, key, attachment, state.order)
         try:
             connection.accept(
-                stream, info, self.state.clock.wall(), is_opener=state.info.session == session.id
+                stream, accepted, self.state.clock.wall(), is_opener=state.info.session == session.id
             )
             runner.owner.flush_soon()  # the client waits for ACCEPTED, though no item may follow for long
             items = self._items(stream, runner, key, attachment)
             return cast("Answer", await runner.produce(stream, items, _unchanged))
+        except MessageError as error:  # it was stored under a larger limit
+            raise FailedPrecondition(f"{error}; resume behind it") from None
         finally:
             self._readers.pop(stream, None)
+            if self._newest.get(key, (None,))[0] is stream:
+                del self._newest[key]
             self._do(self.store.detach(key, attachment))
+
+    def _begin_reading(
+        self, stream: DurableStream, runner: StreamRunner, key: RunKey, attachment: str, order: int
+    ) -> None:
+        """Cut the attachment of this process that a newer one has replaced, though it may wait for credit."""
+        self._readers[stream] = key, attachment
+        older = self._newest.get(key)
+        if older is None or older[2] <= order:
+            self._newest[key] = stream, runner, order
+            if older is not None and not older[0].is_answered:
+                older[1].owner.cut_stream(older[0], RESUMED_ELSEWHERE)
 
     def _opened(self, task: asyncio.Task[RunState]) -> None:
         self.state.tasks.forget_task(task)
         if not task.cancelled():
             task.exception()  # it is raised in `serve`, unless that was cut
 
-    def _leave(self, key: RunKey, attachment: str, *, is_cancelled: bool) -> None:
-        """End an attachment that was cut before it could read."""
-        if is_cancelled:
+    def _leave(
+        self, key: RunKey, attachment: str, is_cancelled: bool, opened: asyncio.Task[RunState]
+    ) -> None:
+        """End an attachment that was cut before it could read. One that was refused does not cancel the run."""
+        is_accepted = not opened.cancelled() and opened.exception() is None
+        if is_cancelled and is_accepted:
             self._do(self.store.cancel(key, "caller"))
         self._do(self.store.detach(key, attachment))
 
@@ -291,6 +319,12 @@ class DurableRuns:
             if not opener.runs:
                 del self._openers[run.session.id]
 
+    def stopped(self, user: str) -> None:
+        """Note that a method has ended which was cancelled."""
+        self.stopping[user] -= 1
+        if not self.stopping[user]:
+            del self.stopping[user]
+
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         """Cancel the runs of a session that was revoked, or has logged out."""
         if code is Code.TOKEN_REVOKED:
@@ -355,6 +389,8 @@ class DurableRuns:
         for found, state in await self.store.runs(session.user):
             if found == key:
                 check_binding(state.info, session.bound)
+                if not self._may_call(session, state):
+                    raise PermissionDenied("the roles of this session do not allow the method of this run")
                 return await self.store.cancel(key, "caller")
         raise NotFound("there is no run with this id; call stream.list for those that are kept")
 
@@ -373,8 +409,13 @@ class DurableRuns:
                 "address": state.info.peer,
             }
             for key, state in await self.store.runs(session.user)
-            if session.bound or not state.info.is_bound
+            if (session.bound or not state.info.is_bound) and self._may_call(session, state)
         ]
+
+    def _may_call(self, session: Session, state: RunState) -> bool:
+        """Return whether the roles of a session allow the method of a run, which must be known here."""
+        method = self.state.methods.get(state.info.method)
+        return method is not None and method.may_be_called_by(session)
 
     async def wait_idle(self) -> None:
         """Wait until no method runs. Called once, when the server drains."""
@@ -452,8 +493,8 @@ class OwnedRun:
         self._room: asyncio.Future[None] | None = None
         self._task: asyncio.Task[Any] | None = None
 
-    def describe(self, digest: bytes) -> RunInfo:
-        """Return what the store keeps of the run."""
+    def describe(self, request: bytes) -> RunInfo:
+        """Return what the store keeps of the run, whose canonical request is given."""
         state, deadline_ms = self._runs.state, self.request.meta.deadline_ms
         wall = state.clock.wall()
         if deadline_ms is not None:
@@ -461,7 +502,7 @@ class OwnedRun:
             self.request.deadline = self._deadline
         return RunInfo(
             method=self.method.name,
-            digest=digest,
+            digest=sha256(request).digest(),
             session=self.session.id,
             peer=self.peer,
             is_bound=self.session.bound,
@@ -469,6 +510,7 @@ class OwnedRun:
             deadline=None if deadline_ms is None else wall + deadline_ms,
             owner=state.run,
             generation=state.entropy(_ID_SIZE),
+            size=len(request),
         )
 
     def begin(self, state: RunState) -> None:
@@ -593,9 +635,13 @@ class OwnedRun:
                 reason=reason,
                 session=self.session.id,
             )
-            assert self._task is not None, "it was begun"
-            self._task.cancel()
+            self._cancel()
             self.look()
+
+    def _cancel(self) -> None:
+        assert self._task is not None, "it was begun"
+        self._task.cancel()
+        self._runs.stopping[self.key.user] += 1
 
     def handle_deadline(self, now: float) -> None:
         if now >= self._deadline:
@@ -627,7 +673,8 @@ class OwnedRun:
         state = self._runs.state
         state.tasks.forget_task(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if self.end is not None:
+        if self.end is not None:  # it was cancelled
+            self._runs.stopped(self.key.user)
             return
         try:
             if error is not None:
@@ -649,8 +696,7 @@ class OwnedRun:
         runs.state.wheel.discard(self)
         if self.end is None:
             self.end = Code.CANCELLED, b""
-            assert self._task is not None, "it was begun"
-            self._task.cancel()
+            self._cancel()
         runs.forget(self, end)
 
 

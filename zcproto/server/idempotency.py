@@ -573,7 +573,12 @@ def request_digest(method: str, params: Mapping[str, Any]) -> bytes:
 
     It depends neither on the encoding msgpack chose for a value nor on the order of keys in a map.
     """
-    return sha256(encode_body([method, _ordered(params)])).digest()
+    return sha256(canonical_request(method, params)).digest()
+
+
+def canonical_request(method: str, params: Mapping[str, Any]) -> bytes:
+    """Return a request's method and params in a form that does not depend on how they were sent."""
+    return encode_body([method, _ordered(params)])
 
 
 def _ordered(value: Any) -> Any:
