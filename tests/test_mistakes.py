@@ -12,6 +12,7 @@ import re
 import resource
 import subprocess
 import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "Path as key": ({"user": "ada", "key": Path("ada")}, "this is the path of a file; give it as key_file"),
     "bytes as key": ({"user": "ada", "key": b"k"}, "must be a str, not bytes; give the text of the key"),
     "empty key": ({"user": "ada", "key": " "}, "key: holds no key; write the key into it"),
+    "key as key_file": (
+        {"user": "ada", "key_file": "k" * 43},
+        "key_file: this is the key itself; give the path",
+    ),
     "missing key file": ({"user": "ada", "key_file": "none.key"}, "check the path of the key file"),
     "key and its file": ({"user": "ada", "key": "k", "key_file": "k"}, "both are given; remove one of them"),
     "user without key": ({"user": "ada"}, "the key is missing; give key_file, key or certificate"),
@@ -160,6 +165,7 @@ def test_mistake_in_the_options_is_refused_with_its_cure(mistake: str) -> None:
     with pytest.raises((TypeError, ZcprotoError)) as caught:
         zcproto.connect(ADDRESS, **options)
     assert message in str(caught.value)
+    assert "k" * 43 not in "".join(traceback.format_exception(caught.value))
 
 
 ADDRESSES = {

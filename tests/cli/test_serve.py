@@ -94,7 +94,11 @@ def test_application_of_the_current_folder_is_loaded(folder: Path, name: str) ->
         ("package_of_tests..api:api", "give the application as MODULE:APP"),
         ("no_such_module:api", "no module 'no_such_module'"),
         ("package_of_tests.nothing:api", "no module 'package_of_tests.nothing'"),
-        ("shop_of_tests:nothing", "shop_of_tests has no App object named 'nothing'"),
+        ("shop_of_tests:nothing", "shop_of_tests has no App object named 'nothing'; it has: api"),
+        (
+            "shop_of_tests.py:api",
+            "no module 'shop_of_tests.py' in this folder or installed; write shop_of_tests:api",
+        ),
         ("shop_of_tests:number", "shop_of_tests has no App object named 'number'"),
         ("shop_of_tests:api.hello", "has no App object named 'api.hello'"),
     ],
@@ -134,8 +138,11 @@ BROKEN = "zcproto: 'broken_of_tests:api': broken_of_tests cannot be imported; co
         (
             "import no_such_dependency",
             [
-                "zcproto: 'broken_of_tests:api': no module 'no_such_dependency' in this folder or installed; check"
-                " the name, or install it"
+                BROKEN,
+                "Traceback (most recent call last):",
+                '  File "{file}", line 1, in <module>',
+                "    import no_such_dependency",
+                "ModuleNotFoundError: No module named 'no_such_dependency'",
             ],
         ),
     ],

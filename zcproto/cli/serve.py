@@ -148,18 +148,23 @@ def load_app(name: str) -> App:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            [f"{name!r}: no module {error.name!r} in this folder or installed; check the name, or install it"]
-        ) from error
-    except Exception as error:  # raised by the application's code
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            cure = "check the name, or install it"
+            if module_name.endswith(".py"):
+                cure = f"write {module_name.removesuffix('.py')}:{attribute}"
+            raise ConfigError(
+                [f"{name!r}: no module {error.name!r} in this folder or installed; {cure}"]
+            ) from error
         raised = "".join(f"\n{line}" for line in _own_lines(error))
         raise ConfigError(
             [f"{name!r}: {module_name} cannot be imported; correct what it raises:{raised}"]
         ) from error
     application = getattr(module, attribute, None)
     if not isinstance(application, App):
-        raise ConfigError([f"{name!r}: {module_name} has no App object named {attribute!r}"])
+        names = ", ".join(each for each, value in vars(module).items() if isinstance(value, App))
+        has = f"; it has: {names}" if names else ""
+        raise ConfigError([f"{name!r}: {module_name} has no App object named {attribute!r}{has}"])
     return application
 
 

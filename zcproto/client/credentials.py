@@ -21,6 +21,7 @@ import base64
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -147,6 +148,9 @@ class SigningChannel(Protocol):
     def leaf(self) -> bytes: ...
 
 
+_KEY: Final = re.compile("[A-Za-z0-9_-]{43}")
+
+
 def read_key_file(path: str | Path) -> str:
     """Return the API key in a file. Raises ConfigError."""
     path = Path(path)
@@ -159,6 +163,10 @@ def read_key_file(path: str | Path) -> str:
                 raise ConfigError([f"{where}: others can read this key; run: {private_command(path)}"])
             return usable_key(file.read(MAX_KEY), where)
     except OSError as error:
+        if _KEY.fullmatch(str(path)):  # a secret, which neither the message nor the cause may show
+            raise ConfigError(
+                ["key_file: this is the key itself; give the path of a file that holds it"]
+            ) from None
         raise ConfigError([f"{where}: {error.strerror}; check the path of the key file"]) from error
     except ValueError as error:
         raise ConfigError([f"{where}: not a path; give the path of the key file"]) from error

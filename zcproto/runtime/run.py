@@ -48,7 +48,7 @@ def run_server(
     app: App | None,
     config: Config | None,
     *,
-    home: Path | None,
+    home: str | Path | None,
     authenticators: Authenticators | None,
     ready: Callable[[Server], None],
     listening: Callable[[Sequence[tuple[str, int]]], None],

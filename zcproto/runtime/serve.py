@@ -19,7 +19,7 @@ def serve(
     app: App | None = None,
     config: Config | None = None,
     *,
-    home: Path | None = None,
+    home: str | Path | None = None,
     authenticators: Authenticators | None = None,
     ready: Callable[[Server], None] = lambda server: None,
     listening: Callable[[Sequence[tuple[str, int]]], None] = lambda addresses: None,

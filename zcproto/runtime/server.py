@@ -82,7 +82,7 @@ class Server:
         app: App | None = None,
         config: Config | None = None,
         *,
-        home: Path | None = None,
+        home: str | Path | None = None,
         authenticators: Authenticators | None = None,
         sockets: Sequence[socket.socket] = (),
         redirect_sockets: Sequence[socket.socket] = (),
@@ -103,7 +103,7 @@ class Server:
         `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those
         that replace `http.redirect_port`; the server closes them.
         """
-        self.home = resolve_home(None, os.environ) if home is None else Home(home)
+        self.home = resolve_home(None, os.environ) if home is None else Home(Path(home))
         if config is None:
             read_config = partial(load_config, None, home=self.home.path, environ=os.environ)
             config = read_config()
