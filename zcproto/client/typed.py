@@ -16,30 +16,16 @@ __all__ = ["UNSET", "BlockingTypedClient", "BlockingTypedStream", "TypedClient",
 
 SentItem = TypeVar("SentItem")
 Result = TypeVar("Result")
+Untyped = TypeVar("Untyped", Stream, BlockingStream)
 
 
-class TypedStream(Generic[SentItem, Result]):
-    """A stream of a method, with the types of its items and of its result.
+class _Checked(Generic[Untyped, SentItem, Result]):
+    """What typed streams of both kinds have."""
 
-    Take the items with `async for`, inside `async with` to leave early. Raises like `client.stream`, and
-    pydantic.ValidationError for an item or result of another type.
-    """
-
-    def __init__(self, stream: Stream, item: TypeAdapter[SentItem], result: TypeAdapter[Result]) -> None:
-        self._stream: Final = stream
-        self._item: Final = item
-        self._result: Final = result
-
-    async def __aenter__(self) -> Self:
-        await self._stream.__aenter__()
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self._stream.__aexit__(*exception)
-
-    async def __aiter__(self) -> AsyncIterator[SentItem]:
-        async for item in self._stream:
-            yield self._item.validate_python(item)
+    def __init__(self, stream: Untyped, item: TypeAdapter[SentItem], result: TypeAdapter[Result]) -> None:
+        self._stream: Final[Untyped] = stream
+        self._item: Final[TypeAdapter[SentItem]] = item
+        self._result: Final[TypeAdapter[Result]] = result
 
     @property
     def result(self) -> Result:
@@ -56,13 +42,32 @@ class TypedStream(Generic[SentItem, Result]):
         """How many items of a durable stream were received, for `client.resume`; None of another one."""
         return self._stream.position
 
-    async def cancel(self) -> bool:
-        """Cancel the method of a durable stream. Return whether it was running."""
-        return await self._stream.cancel()
-
     def close(self) -> None:
         """Cancel the stream, or leave a durable one, unless it has ended. Idempotent."""
         self._stream.close()
+
+
+class TypedStream(_Checked[Stream, SentItem, Result]):
+    """A stream of a method, with the types of its items and of its result.
+
+    Take the items with `async for`, inside `async with` to leave early. Raises like `client.stream`, and
+    pydantic.ValidationError for an item or result of another type.
+    """
+
+    async def __aenter__(self) -> Self:
+        await self._stream.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stream.__aexit__(*exception)
+
+    async def __aiter__(self) -> AsyncIterator[SentItem]:
+        async for item in self._stream:
+            yield self._item.validate_python(item)
+
+    async def cancel(self) -> bool:
+        """Cancel the method of a durable stream. Return whether it was running."""
+        return await self._stream.cancel()
 
 
 class TypedClient:
@@ -116,15 +121,8 @@ class TypedClient:
         return TypedStream(stream, item, result)
 
 
-class BlockingTypedStream(Generic[SentItem, Result]):
+class BlockingTypedStream(_Checked[BlockingStream, SentItem, Result]):
     """A stream for programs without an event loop; otherwise like `TypedStream`."""
-
-    def __init__(
-        self, stream: BlockingStream, item: TypeAdapter[SentItem], result: TypeAdapter[Result]
-    ) -> None:
-        self._stream: Final = stream
-        self._item: Final = item
-        self._result: Final = result
 
     def __enter__(self) -> Self:
         self._stream.__enter__()
@@ -136,28 +134,9 @@ class BlockingTypedStream(Generic[SentItem, Result]):
     def __iter__(self) -> Iterator[SentItem]:
         return map(self._item.validate_python, self._stream)
 
-    @property
-    def result(self) -> Result:
-        """The result of the method. Raises RuntimeError before the items have ended."""
-        return self._result.validate_python(self._stream.result)
-
-    @property
-    def id(self) -> str | None:
-        """The id of a durable stream, for `client.resume`; None of another one."""
-        return self._stream.id
-
-    @property
-    def position(self) -> int | None:
-        """How many items of a durable stream were received, for `client.resume`; None of another one."""
-        return self._stream.position
-
     def cancel(self) -> bool:
         """Cancel the method of a durable stream. Return whether it was running."""
         return self._stream.cancel()
-
-    def close(self) -> None:
-        """Cancel the stream, or leave a durable one, unless it has ended. Idempotent."""
-        self._stream.close()
 
 
 class BlockingTypedClient:
