@@ -187,9 +187,8 @@ def test_thief_with_the_live_token_loses_its_attachment_with_the_next_refresh(ta
     target.begin(victim)
     thief = harness.connect()
     thief.use(victim.opened)
-    assert items(deliver(thief, tries(thief, IDS[0])["attach"])) == [
-        SECRET + "ada"
-    ]  # a live token is all that a session is
+    read = items(deliver(thief, tries(thief, IDS[0])["attach"]))
+    assert read == [SECRET + "ada"], "a live token is all that a session is"
     refresh(victim)
     harness.advance(ROTATION_GRACE_S + 1)
     (cut,) = thief.settle()

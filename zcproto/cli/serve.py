@@ -148,7 +148,9 @@ def load_app(name: str) -> App:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # raised by the application's code, unless it is about the module or its package
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             cure = "check the name, or install it"
             if module_name.endswith(".py"):

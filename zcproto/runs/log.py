@@ -478,7 +478,8 @@ class RunTable:
             self.size -= GONE_BYTES
 
     def _remember(self, user: _User, id_: str, now: float) -> None:
-        self.size += 0 if id_ in user.gone else GONE_BYTES
+        if id_ not in user.gone:
+            self.size += GONE_BYTES
         user.gone[id_] = now + KNOWN_S
         user.gone.move_to_end(id_)  # the oldest is first
 
