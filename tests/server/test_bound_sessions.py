@@ -21,6 +21,7 @@ from zcproto.auth.schemes import DeviceAuthenticator
 from zcproto.config.model import LogConfig
 from zcproto.errors import Code
 from zcproto.observe.log import configure_logging
+from zcproto.sessions.registry import NEVER
 from zcproto.wire.message import attach_message, open_message
 
 KEYS = {
@@ -322,6 +323,27 @@ def test_session_revoked_during_attach_is_not_attached(harness: DeviceServer) ->
         assert frame.code == Code.UNAUTHENTICATED
         assert other.refused("echo", token=client.token).code == Code.TOKEN_REVOKED
         assert other.events == []
+
+
+def test_attach_while_no_token_can_be_checked_may_be_tried_again(harness: DeviceServer) -> None:
+    """A process that was stopped has to hear of revocations before it accepts a token."""
+    registry = harness.server.server.state.registry
+    proved = DeviceAuthenticator.attaches
+
+    async def slow(*args: Any) -> bool:
+        good = await proved(*args)
+        registry.distrust()
+        return good
+
+    with harness.open() as client, harness.client() as other:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DeviceAuthenticator, "attaches", slow)
+            frame = other.refused("session.attach", attaching(other, client.token), token=client.token)
+            assert (frame.code, frame.details) == (Code.UNAVAILABLE, {"retry_after_ms": 50})
+        registry.trusted_until = NEVER
+        assert other.refused("echo", token=client.token).details == {"attach": True}
+        other.call("session.attach", attaching(other, client.token), token=client.token)
+        other.call("echo", token=client.token)
 
 
 def test_reused_device_name_of_another_user_does_not_attach(harness: DeviceServer) -> None:

@@ -21,7 +21,7 @@ from zcproto.auth import Enrollment, Identity, Login
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.common.parameters import Signature
 from zcproto.common.roles import NO_ROLES, OPERATORS, Roles, roles_of
-from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
+from zcproto.errors import Code, FailedPrecondition, InvalidArgument, NotFound, Unauthenticated, Unavailable
 from zcproto.server.state import LISTED_CONNECTIONS, ConnectionUses, ServerState, log
 from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
@@ -182,9 +182,10 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         await login.attach(
             key, session.user, signature, context.token, context.peer, context.now(), context.caller.channel()
         )
-        if registry.key_of(session) != key or not isinstance(
-            registry.check(context.token, context.wall()), Session
-        ):
+        found = registry.check(context.token, context.wall())
+        if found is Code.UNAVAILABLE:  # this process was stopped meanwhile, or has lost its store
+            raise Unavailable("no token can be checked for a moment; try again", {"retry_after_ms": 50})
+        if registry.key_of(session) != key or not isinstance(found, Session):
             raise Unauthenticated("the session has ended, or was refreshed meanwhile; open another")
         context.caller.prove(key)
         context.caller.join(session, context.token)
