@@ -68,6 +68,9 @@ def positional(*words: str) -> None: ...
 def unresolved(order: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
+async def without_yield() -> AsyncIterator[int]: ...  # type: ignore[empty-body]
+
+
 def twice() -> None:
     app = App()
     app.method("m")(plain)
@@ -94,6 +97,7 @@ DEFINITIONS: dict[str, tuple[Callable[[], object], str]] = {
     "unannotated context": (add(without_annotation), "annotate it: context: Context"),
     "unannotated ctx": (add(short_name), "annotate it: ctx: Context"),
     "stream by a plain generator": (add(generator), "a stream must be an async generator; write async def"),
+    "stream without a yield": (add(without_yield), "has no yield; yield its items"),
     "items in a plain function": (add(blocking_items), "waits for them; write async def"),
     "thread of async def": (add(numbers, thread=True), "use asyncio.to_thread in async def"),
     "type that cannot be sent": (add(of_complex), "complex cannot be used"),
@@ -219,6 +223,13 @@ async def finish(stream: Stream) -> None:
         await stream.finished()
 
 
+async def read_twice(client: Client) -> None:
+    stream = client.stream("stream")
+    for _ in range(2):
+        async for _item in stream:
+            pass
+
+
 CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
     "call of a stream": (
         lambda client: client.call("stream"),
@@ -228,7 +239,13 @@ CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
         lambda client: finish(client.stream("keys")),
         "this method is not a stream; call it",
     ),
-    "unknown method": (lambda client: client.call("kees"), "call server.info to list methods"),
+    "unknown method": (
+        lambda client: client.call("kees"),
+        "unknown method 'kees'; call server.info to list methods",
+    ),
+    "param by position": (lambda client: client.call("wait", "x"), "by name, as in call('wait', name=...)"),
+    "param given twice": (lambda client: client.call("wait", {"ms": 1}, ms=2), "ms is given twice"),
+    "stream read twice": (read_twice, "was read to its end; open another one"),
     "unknown param": (lambda client: client.call("wait", ms=1), "ms is unknown"),
     "key of a param": (lambda client: client.call("wait", {"a": {1: 2}}), "has a key of type int, not str"),
     "param of another type": (lambda client: client.call("wait", a=object()), "is of type builtins.object"),
@@ -253,7 +270,7 @@ async def test_mistake_in_a_call_is_an_error_with_its_cure(mistake: str, server:
     call, message = CALLS[mistake]
     options = {"user": "ada", "key": f"{KEY}\n", "ca_file": server.ca_file, **PATIENT_CLIENT}
     async with zcproto.connect(f"127.0.0.1:{server.port}", **options) as client:
-        with pytest.raises((RuntimeError, ZcprotoError)) as caught:
+        with pytest.raises((RuntimeError, TypeError, ZcprotoError)) as caught:
             await call(client)
     assert message in str(caught.value)
 
@@ -262,7 +279,7 @@ async def test_private_method_without_a_session_names_the_cure(server: ServerThr
     async with zcproto.connect(
         f"127.0.0.1:{server.port}", ca_file=server.ca_file, **PATIENT_CLIENT
     ) as client:
-        with pytest.raises(zcproto.Unauthenticated, match="this needs a session: log in first"):
+        with pytest.raises(zcproto.Unauthenticated, match=r"no credentials .*; give connect\(\) a key"):
             await client.call("keys")
 
 
@@ -388,4 +405,4 @@ def test_unknown_method_is_answered_with_the_one_that_was_meant(
     key_file.write_text(KEY)
     options = ["--user", "ada", "--key-file", str(key_file), "--ca", str(server.ca_file)]
     assert main(["call", f"127.0.0.1:{server.port}", "kees", *options]) == 1
-    assert "unknown method; did you mean 'keys'?" in capsys.readouterr().err
+    assert "unknown method 'kees'; did you mean 'keys'?" in capsys.readouterr().err

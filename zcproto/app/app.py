@@ -164,6 +164,8 @@ class Method:
                 raise TypeError(f"method {name}: {error}") from error
         self.is_async = _is(inspect.iscoroutinefunction, function)
         yields = _is(inspect.isasyncgenfunction, function)
+        if signature.is_iterator and not yields:
+            raise TypeError(f"method {name}: it returns an async iterator and has no yield; yield its items")
         if public and (yields or signature.items is not None):
             raise ValueError(f"method {name}: a stream needs a session; remove public=True")
         if durable and (not yields or signature.items is not None):

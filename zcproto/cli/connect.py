@@ -325,7 +325,7 @@ def call(
                 near = get_close_matches(method, names, 1)
                 if error.details or not near:
                     raise
-                raise ZcprotoError(f"unknown method; did you mean {near[0]!r}?") from error
+                raise ZcprotoError(f"unknown method {method!r}; did you mean {near[0]!r}?") from error
             except FailedPrecondition as error:
                 if error.details.get("shape") not in STREAM_SHAPES:
                     raise

@@ -225,7 +225,7 @@ class SessionClient:
             )
             return checked_result(returns, result)
         if params is not None:
-            named = {**params, **named}
+            named = _merged(method, params, named)
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         if get_running_loop() is not self._loop:
@@ -326,7 +326,7 @@ class SessionClient:
         run = RunPosition(system_entropy(RUN_ID_SIZE).hex()) if durable else None
         return self._stream(
             method,
-            {**(params or {}), **named},
+            named if params is None else _merged(method, params, named),
             window=window,
             timeout=timeout,
             item_timeout=item_timeout,
@@ -509,6 +509,8 @@ class SessionClient:
             raise error
         elif then is Then.RAISE:
             if token == NO_TOKEN:
+                if error.code is Code.UNAUTHENTICATED and sessions.credentials is None:
+                    sessions.require()  # names what to give to connect()
                 raise error
             if isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
                 await self._present_token(error, connection, token, deadline)
@@ -631,6 +633,16 @@ class SessionClient:
             call_back("on_event", self._options.on_event, Event(event.name, event.data))
         else:
             self.events.put(event.body)
+
+
+def _merged(method: str, params: Mapping[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Return the params of a call. Raises TypeError if they are no mapping, or a name is given twice."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params are given by name, as in call({method!r}, name=...), or as a mapping")
+    twice = params.keys() & named.keys()
+    if twice:
+        raise TypeError(f"{min(twice)} is given twice, in the mapping and by name")
+    return {**params, **named}
 
 
 def _deadline_meta(left: float) -> dict[str, Any]:

@@ -244,7 +244,7 @@ class Stream:
         self._is_receiving = False
         self._is_sending = False
         self._items_ended = False
-        self._has_ended = False
+        self._has_ended = self._was_read = False
         self._result: Any = None
 
     def __repr__(self) -> str:
@@ -331,6 +331,8 @@ class Stream:
     # --- receiving --------------------------------------------------------------------------------
 
     def __aiter__(self) -> AsyncIterator[Any]:
+        if self._was_read:
+            raise RuntimeError("this stream was read to its end; open another one")
         return self._iterate()
 
     async def _iterate(self) -> AsyncGenerator[Any, None]:
@@ -357,6 +359,7 @@ class Stream:
         try:
             return await self._receive()
         except EOFError:
+            self._was_read = True
             if self._middleware is not None:
                 self._middleware.end(self._result)
             raise

@@ -64,7 +64,8 @@ class Signature:
     A parameter annotated with the `injected` type is not the caller's; the attribute is its name. The same holds
     for one annotated with the generic type `items`; the attribute is its name and the type of its argument.
     `parameters` are the others. `result` is the type of the result, `sends` that of the items of an async
-    generator, whose result is in its `Ended`. `is_unchecked` is whether the function accepts any mapping unchanged.
+    generator, whose result is in its `Ended`; `is_iterator` is whether it is annotated as one. `is_unchecked` is
+    whether the function accepts any mapping unchanged.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Signature:
             self._add(parameter, hints.get(parameter.name, parameter.annotation), injected, items)
         returns = hints.get("return", Any)
         self.result = self.sends = ValueType(Any)
-        if typing.get_origin(returns) in _SENT_ITEMS or returns in _SENT_ITEMS:
+        self.is_iterator = typing.get_origin(returns) in _SENT_ITEMS or returns in _SENT_ITEMS
+        if self.is_iterator:
             item, result = _parts((*typing.get_args(returns), Any)[0])
             self.sends = _value_type("an item", item)
             self.result = _value_type("the result", result)

@@ -46,12 +46,12 @@ from zcproto.connection.events import (
     TokenUnknown,
 )
 from zcproto.connection.outbox import Outbox
-from zcproto.connection.server_calls import ServerCall, ServerCalls, read_answer
+from zcproto.connection.server_calls import ServerCall, ServerCalls, no_handler, read_answer
 from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.silence import SentPing
 from zcproto.connection.state import Input, State, next_state
-from zcproto.errors import Code, DeadlineExceeded, ProtocolError, StaleTimestamp, Unavailable
+from zcproto.errors import Code, DeadlineExceeded, ProtocolError, StaleTimestamp
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import digest_of
@@ -935,7 +935,7 @@ class ServerConnection:
         """
         known = self.sessions.get(session_id)
         if known is None or known.cut_at != NEVER or self._calls is None or self.state is _CLOSED:
-            raise Unavailable("the client handles no methods on this connection")
+            raise no_handler(method)
         call = self._calls.begin(session_id, known.token, method, now + timeout_s)
         self.outbox.send(CALL, call.number, call.token, body, wall)
         self.deadline_moved = True

@@ -87,6 +87,12 @@ class ServerCall:
         return ServerCallState.WITHDRAWN if self.is_in_flight else ServerCallState.NONE
 
 
+def no_handler(method: str) -> Unavailable:
+    return Unavailable(
+        f"the client handles no method {method!r} on this connection; let it await client.handle before it calls"
+    )
+
+
 class ServerCalls:
     """The calls of one connection. Created with its first `session.handle`."""
 
@@ -123,7 +129,7 @@ class ServerCalls:
         """Return a new call. Raises Unavailable without a registration, ResourceExhausted at a limit."""
         registered = self._registered.get(session_id)
         if registered is None or method not in registered.methods:
-            raise Unavailable(f"the client handles no method {method!r} on this connection")
+            raise no_handler(method)
         for limit, calls in ((self._limit, self._calls), (registered.max, registered.calls)):
             if calls >= limit:
                 raise ResourceExhausted("too many calls to this client; wait for some", {"limit": limit})

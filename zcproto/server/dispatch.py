@@ -59,7 +59,6 @@ FRAMES_PER_TURN: Final = 128
 TURN_MS: Final = 1
 """A connection that has processed so many frames, or for longer, waits for its next turn of the loop."""
 
-UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method; call server.info to list methods")
 NOT_PERMITTED: Final = encode_error(
     Code.PERMISSION_DENIED,
     "the roles of this session do not allow this method; call server.info to list those that they allow",
@@ -239,7 +238,8 @@ class Dispatcher:
         if session is None and (method is None or not method.public):
             return Answer(Code.UNAUTHENTICATED, NEEDS_SESSION)
         if method is None:
-            return Answer(Code.UNIMPLEMENTED, UNIMPLEMENTED)
+            message = f"unknown method {name!r}; call server.info to list methods"
+            return Answer(Code.UNIMPLEMENTED, encode_error(Code.UNIMPLEMENTED, message))
         if not method.may_be_called_by(session):
             self._log_denied(session, method)
             return Answer(Code.PERMISSION_DENIED, NOT_PERMITTED)

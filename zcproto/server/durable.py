@@ -84,7 +84,7 @@ MAX_STOPPING: Final = 16
 
 _ID_SIZE: Final = 16
 
-NOT_DURABLE: Final = "this method is not durable; open it without resume"
+NOT_DURABLE: Final = "this method is not durable; declare it with durable=True, or open it as another stream"
 
 
 def serve_runs(state: ServerState, store: RunStore, abandon_after: float) -> None:

@@ -47,8 +47,9 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.refusals import TOKEN_ERRORS
 from zcproto.connection.server import REPORTED_STEP, ServerConnection
+from zcproto.connection.server_calls import no_handler
 from zcproto.connection.state import State
-from zcproto.errors import CallError, CertificateError, Code, TlsError, Unavailable, Unimplemented
+from zcproto.errors import CallError, CertificateError, Code, TlsError, Unimplemented
 from zcproto.observe.log import is_on
 from zcproto.server.calls import CallRunner
 from zcproto.server.clients import Answered, Registering
@@ -550,7 +551,7 @@ class ServerProtocol(asyncio.Protocol):
         """Call a method that the client has registered on this connection, and return its result."""
         if self._calls is None:
             self._state.clients.count("unavailable")
-            raise Unavailable("the client handles no methods on this connection")
+            raise no_handler(method)
         return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
 
     async def ask(
@@ -572,7 +573,7 @@ class ServerProtocol(asyncio.Protocol):
     def offer(self, session_id: str, method: str, body: bytes, answered: Answered) -> Callable[[], None]:
         """Offer a pending call on this connection. Raises Unavailable, ResourceExhausted."""
         if self._calls is None:
-            raise Unavailable("the client handles no methods on this connection")
+            raise no_handler(method)
         return self._calls.offer(session_id, method, body, answered, self._has_room)
 
     def _settle(self, ended: CallEnded) -> None:

@@ -55,6 +55,16 @@ _SENTENCES: Final = {
     ),
 }
 
+_CURES: Final = {
+    TlsFailure.CERTIFICATE_UNTRUSTED: (
+        "; get the CA of the server (zcproto cert export-ca), and give it as ca_file"
+    ),
+    TlsFailure.CERTIFICATE_EXPIRED: "; renew it on the server, or correct the clock of this machine",
+    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
+        "; connect to one of its names, or add this one to certificates.names on the server"
+    ),
+}
+
 # Alerts about the client certificate (RFC 8446 section 6.2), with their cure
 _ALERT_SENTENCES: Final = {
     "SSLV3_ALERT_CERTIFICATE_REVOKED": (
@@ -196,11 +206,12 @@ class TlsClientTransport(TlsTransport):
         self._fail(failure)
 
     def _fail_for(self, error: ssl.SSLError) -> None:
+        failure = failure_of(error)
         if isinstance(error, ssl.SSLCertVerificationError):
-            detail = error.verify_message
+            detail = error.verify_message.rstrip(".") + _CURES.get(failure, "")
         else:
             detail = _ALERT_SENTENCES.get(reason_of(error), "")
-        self._refuse(failure_of(error), detail)
+        self._refuse(failure, detail)
 
     def _note(self, failure: TlsFailure) -> None:
         if self._error is None:
