@@ -441,6 +441,7 @@ def settings_for(kind: str, connections: int) -> dict[str, dict[str, Any]]:
         "limits": {"max_connections": 2 * connections + 64, "connections_per_address": 0},
         "certificates": {"key_types": ["ecdsa-p256"]},
         "tls": {"max_pending": 2 * connections + 64},
+        "sessions": {"per_user": 1_000},  # a client that is replaced leaves its session
     }
 
 
