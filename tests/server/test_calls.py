@@ -357,7 +357,7 @@ def test_call_without_any_registration_of_the_session_is_unavailable(client: Pee
     client.handle()
     other.send(other.request(7, "call", {"method": "approve"}))
     other.harness.turn()
-    assert "no methods on this connection" in other.answers()[0].error.message
+    assert "no method 'approve' on this connection" in other.answers()[0].error.message
     assert client.heads() == []
 
 

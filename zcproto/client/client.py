@@ -509,8 +509,6 @@ class SessionClient:
             raise error
         elif then is Then.RAISE:
             if token == NO_TOKEN:
-                if error.code is Code.UNAUTHENTICATED and sessions.credentials is None:
-                    sessions.require()  # names what to give to connect()
                 raise error
             if isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
                 await self._present_token(error, connection, token, deadline)
