@@ -224,8 +224,8 @@ class SessionClient:
                 **named,
             )
             return checked_result(returns, result)
-        if params is not None:
-            named = _merged(method, params, named)
+        if params is not None:  # without a call, for speed
+            named = {**params} if params.__class__ is dict and not named else _merged(method, params, named)
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         if get_running_loop() is not self._loop:
