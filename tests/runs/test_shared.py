@@ -233,7 +233,29 @@ async def test_copies_are_bounded_and_refuse_new_runs_alone() -> None:
     assert state.next == 2
     await runs.stop()
     with pytest.raises(Unavailable):
-        await runs.read(KEY, "a", 0, 1, 1)
+        await runs.read(KEY, "b", 0, 1, 1)
+
+
+async def test_owner_reads_its_copies_until_another_process_changes_the_run() -> None:
+    store = Store(random.Random(0))
+    store.faults = 0.0
+    first, second = await process_of(store, "p0"), await process_of(store, "p1")
+    await first.open(KEY, opening("a", starts=True))
+    await first.append(KEY, INFO.generation, 0, [b"x" * 10] * 3, None)
+    store.faults = 1.0  # an operation would be repeated for ever
+    state, bodies = await first.read(KEY, "a", 1, 2, 1)
+    assert (state.next, bodies) == (3, [b"x" * 10])
+    assert await first.read(KEY, "a", 3, 2, 100) == (state, [])
+    store.faults = 0.0
+    await second.open(KEY, opening("b"))
+    first.woken(KEY)
+    with pytest.raises(Superseded):
+        await first.read(KEY, "a", 1, 2, 100)
+    await first.append(KEY, INFO.generation, 3, [b"y"], None)
+    with pytest.raises(Superseded):
+        await first.read(KEY, "a", 3, 2, 100)
+    await first.stop()
+    await second.stop()
 
 
 async def test_run_and_its_params_count_until_the_copy_of_its_end_is_dropped(

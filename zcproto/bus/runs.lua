@@ -5,7 +5,7 @@
 --
 -- Keys, after the prefix. TAG stands for a user, as in sessions.lua.
 --   d:{TAG}    the runs of a user: a hash from an id to its place in the order of starting and the bytes of its items;
---              and the channel on which the id of a run that has changed is published
+--              and the channel on which the id of a run that has changed is published: after append and take with the process
 --   g:{TAG}    ids of runs that have gone, by the time until which they are known: a sorted set
 --   j:{TAG}ID  a run, see below
 --   k:{TAG}ID  its items: a list
@@ -38,8 +38,8 @@ local function size_of(body)
   return ITEM_BYTES + #body - OVERHEAD
 end
 
-local function wake(id)
-  redis.call(PUBLISH, USER, id)
+local function wake(id, process)
+  redis.call(PUBLISH, USER, process and id .. '\0' .. process or id)
 end
 
 -- The runs of the user: places and sizes by id, and the ids in the order of starting.
@@ -211,7 +211,7 @@ function operations.open(method, digest, position, attachment, is_bound, info)
   return {'done', info and info[2] == run.g, state(run)}
 end
 
-function operations.append(generation, first, bodies, code, body)
+function operations.append(generation, first, bodies, code, body, process)
   local run = load(ID)
   if not run or run.g ~= generation then
     return {'fenced'}
@@ -261,7 +261,7 @@ function operations.append(generation, first, bodies, code, body)
   run.z = is_full(run, user_size)
   save(run)
   if #bodies > 0 or code or was_full ~= run.z then
-    wake(ID)
+    wake(ID, process)
   end
   return {'done', state(run)}
 end
@@ -307,7 +307,7 @@ function operations.read(attachment, position, items, size, order)
   return {'done', state(run), bodies}
 end
 
-function operations.take(attachment, position, order)
+function operations.take(attachment, position, order, process)
   local run = load(ID)
   if not run or not is_read_by(run, attachment, order) then
     return false
@@ -321,10 +321,13 @@ function operations.take(attachment, position, order)
   end
   local _, sizes, ids = index()
   local user_size = total(sizes)
+  local was_full = run.z
   run.t = position
   run.z = is_full(run, user_size)
   save(run)
-  wake(ID)
+  if was_full then
+    wake(ID, process)
+  end
   if user_size >= USER_BYTES then
     for _, id in ipairs(ids) do
       local other = load(id)

@@ -3,7 +3,8 @@
 Decides: the keys and the script (runs.lua), what is sealed, when a process is missing.
 
 Rules:
-- All keys of a user are in one slot. A change publishes the id of the run on the channel of its user.
+- All keys of a user are in one slot. A change publishes the id of the run on the channel of its user: after an
+  append or take with the process, which need not be woken.
 - Items and ends are sealed. An item that does not open ends its attachment with DATA_LOSS.
 - Each process renews a sign of life. It costs nothing for each run.
 - The bound of all users is that of each process: a script sees the keys of one slot alone. A store that is full
@@ -54,6 +55,7 @@ _GROW: Final = Script(f"#!lua flags=\n{_SOURCE}")
 _CHANGE: Final = Script(f"#!lua flags=allow-oom\n{_SOURCE}")
 _GROWING: Final = ("open", "append", "restore")
 _END: Final = b"end"
+_BY: Final = "\0"
 
 log = get_logger(__name__)
 
@@ -216,7 +218,7 @@ class ValkeyRuns:
         code, body = (False, b"") if end is None else end
         if end is not None:
             body = self._sealer.seal(self._about(key, generation, _END), body)
-        answer = await self._run("append", *key, generation, first, sealed, code, body)
+        answer = await self._run("append", *key, generation, first, sealed, code, body, self._process)
         match answer:
             case [b"done", state]:
                 return self._state(key, state)
@@ -254,7 +256,7 @@ class ValkeyRuns:
         return state, bodies
 
     async def take(self, key: RunKey, attachment: str, position: int, order: int) -> None:
-        await self._run("take", *key, attachment, position, order)
+        await self._run("take", *key, attachment, position, order, self._process)
 
     async def detach(self, key: RunKey, attachment: str) -> None:
         await self._run("detach", *key, attachment)
@@ -345,5 +347,7 @@ class ValkeyRuns:
             return
         if message is None:  # the slot is moved
             self._connection.begin(self._follow(channel))
-        else:
-            self._runs.woken(RunKey(user, message.decode("ascii", "replace")))
+            return
+        id_, _, appender = message.decode("ascii", "replace").partition(_BY)
+        if appender != self._process:
+            self._runs.woken(RunKey(user, id_))

@@ -146,6 +146,17 @@ class RunState:
     is_full: bool = False
 
 
+def within(bodies: Iterable[bytes], size: int) -> list[bytes]:
+    """Return the first items, at least one, that have at most so many bytes."""
+    found: list[bytes] = []
+    for body in bodies:
+        size -= ITEM_BYTES + len(body)
+        if found and size < 0:
+            break
+        found.append(body)
+    return found
+
+
 @dataclass(slots=True, eq=False)
 class _Run:
     state: RunState
@@ -265,13 +276,7 @@ class RunTable:
             raise Superseded
         if position < state.first or (position > state.next and state.end is not None):
             raise out_of_range(state.first, state.next)
-        found: list[bytes] = []
-        for body in run.bodies(position, position + items):
-            size -= ITEM_BYTES + len(body)
-            if found and size < 0:
-                break
-            found.append(body)
-        return state, found
+        return state, within(run.bodies(position, position + items), size)
 
     def take(self, key: RunKey, attachment: str, position: int, order: int = 0) -> None:
         """Record that an attachment needs no item before a position. Without an effect if it is not the newest."""
@@ -284,9 +289,10 @@ class RunTable:
             return
         for body in run.bodies(state.taken, position):
             run.untaken -= ITEM_BYTES + len(body)
-        state.taken = position
+        was_full, state.taken = state.is_full, position
         state.is_full = self._is_full(key.user, run)
-        self._wake(run)
+        if was_full:  # else its owner learns of it with the next append
+            self._wake(run)
         user = self._users[key.user]
         if user.size >= self.limits.bytes_per_user:  # its other runs may wait for this room
             for other in user.runs.values():

@@ -8,7 +8,8 @@ Decides: what a process repeats when the store was away or has lost a part, and 
 Rules:
 - The owner of a run keeps its items until they were taken, and the end for COPY_S more. A gap in the log, which a
   failover leaves, is filled from there; so is a log that is missing, unless the run was deleted.
-- An append waits while the store is away. So do readers: they get stored items alone.
+- An append waits while the store is away. So do readers: they get stored items alone. The owner's own reader gets
+  them from the copies, unless another process has changed the run since the owner has seen its state.
 - An attachment and what it has taken are repeated after the store was away. A newer attachment has a higher order.
 - After each reconnection all that wait read again, and readers every POLL_S: a wake-up may be lost. The host looks
   at its runs as often.
@@ -43,6 +44,7 @@ from zcproto.runs.log import (
     RunKey,
     RunLimits,
     RunState,
+    within,
 )
 from zcproto.wire.message import encode_error
 
@@ -155,7 +157,7 @@ def process_of(attachment: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Owned:
-    """A run of this process. `state` is the last one that the store has returned.
+    """A run of this process. `state` is the last one that an append has returned, after `seen` of the `changes`.
 
     `copies` begin at `base`. The store has had all before `stored`.
     """
@@ -166,11 +168,18 @@ class _Owned:
     copies: deque[bytes] = field(default_factory=deque)
     end: End | None = None
     forget_at: float | None = None
+    changes: int = 0
+    seen: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def next(self) -> int:
         return self.base + len(self.copies)
+
+    def serves(self, attachment: str, position: int) -> bool:
+        """Return whether the copies have what an attachment may read from a position on."""
+        is_read_by = self.seen == self.changes and self.state.attachment == attachment
+        return is_read_by and self.base <= position <= self.stored
 
 
 @dataclass(slots=True)
@@ -310,7 +319,8 @@ class SharedRuns:
         """Bring the log of a run to what its owner has. Return None if the run has ended otherwise."""
         async with run.lock:
             while self._owned.get(key) is run:
-                bodies = [*islice(run.copies, run.stored - run.base, None)]
+                bodies, changes = [*islice(reversed(run.copies), run.next - run.stored)], run.changes
+                bodies.reverse()
                 try:
                     state = await self._repeat(
                         self._carrier.append, key, run.state.info.generation, run.stored, bodies, run.end
@@ -326,10 +336,13 @@ class SharedRuns:
                         break
                     run.stored = run.base
                     continue
-                run.state, run.stored = state, state.next
+                has_more = state.next > run.stored or state.end is not None
+                run.state, run.stored, run.seen = state, state.next, changes
                 self._drop_copies(run, state.taken)
                 if state.end is not None and run.forget_at is None:
                     run.forget_at = self._now() + COPY_S
+                if has_more:
+                    self._wake(key)
                 return state
         self._release(key, run)
         return None
@@ -362,6 +375,10 @@ class SharedRuns:
     ) -> tuple[RunState, Sequence[bytes]]:
         """Return items as `RunTable.read`. Waits while the store is away."""
         attachment = self._named(attachment)
+        run = self._owned.get(key)
+        if run is not None and run.serves(attachment, position):
+            last = min(position + items, run.stored)
+            return run.state, within(islice(run.copies, position - run.base, last - run.base), size)
         reader = self._readers.get((key, attachment), _Reader(0))
         state, bodies = await self._repeat(
             self._carrier.read, key, attachment, position, items, size, reader.order
@@ -380,6 +397,9 @@ class SharedRuns:
             reader.taken = position
             with suppress(Unavailable):
                 await self._carrier.take(key, attachment, position, reader.order)
+                run = self._owned.get(key)
+                if run is not None and run.state.is_full:
+                    self._wake(key)
 
     async def detach(self, key: RunKey, attachment: str) -> None:
         attachment = self._named(attachment)
@@ -434,7 +454,13 @@ class SharedRuns:
         self._up.clear()
 
     def woken(self, key: RunKey) -> None:
-        """A run has changed."""
+        """A run has changed, but for what this process has appended or taken."""
+        run = self._owned.get(key)
+        if run is not None:
+            run.changes += 1
+        self._wake(key)
+
+    def _wake(self, key: RunKey) -> None:
         for wake in tuple(self._watchers.get(key, ())):
             wake()
 
@@ -503,6 +529,7 @@ class SharedRuns:
             else:
                 self.lost += 1
                 log_lost(key, items)
+                self.woken(key)
                 return
 
     async def _check(self) -> None:
@@ -538,7 +565,6 @@ class SharedRuns:
             if state.info.owner in lost:
                 self._suspects.pop(key, None)
                 await self._disown(key, state.info.generation, state.next)
-                self.woken(key)
         for key, attachment in attached.items():
             if process_of(attachment) in lost:
                 with suppress(NotFound):

@@ -264,10 +264,10 @@ class DurableRuns:
                 for body in bodies:
                     position += 1
                     yield body
-                if not bodies:
-                    if state.end is not None and position == state.next:
-                        yield Ended(Answer(*state.end))
-                        return
+                if state.end is not None and position == state.next:
+                    yield Ended(Answer(*state.end))
+                    return
+                if not bodies or position >= state.next:
                     await changed.wait()
         finally:
             self.store.unwatch(key, changed.set)

@@ -1,7 +1,7 @@
 """The durable runs of all workers: in the table of the coordinator, which they reach over a link.
 
     worker: open, append, read, ... -> coordinator: RunTable
-    worker: WATCH                   -> coordinator: WOKEN, when a run has changed
+    worker: WATCH                   -> coordinator: WOKEN, when a run has changed, but by its own append or take
 
 Rules:
 - The link is of its own: the calls of sessions never wait behind items.
@@ -80,11 +80,13 @@ class _Watched:
 
     key: RunKey
     links: dict[Link, None] = field(default_factory=dict)
+    changer: Link | None = None
+    """The one that appends or takes now, and need not be woken."""
 
     def wake(self) -> None:
         data = pack(NOTICE, WOKEN, self.key)
         for link in self.links:
-            if link.waiting <= MAX_WAITING:  # else it reads every POLL_S
+            if link is not self.changer and link.waiting <= MAX_WAITING:  # else it reads every POLL_S
                 link.send(data)
 
 
@@ -178,7 +180,14 @@ class RunHub:
         is_complete = len(self._restored) >= self._workers or self._now() >= self._complete_at
         if name in _UNKNOWN_IS_AWAITED and not is_complete and not self.table.knows(key):
             raise Unavailable("the coordinator was replaced; retry", {"retry_after_ms": RETRY_MS})
-        return operation(key, *arguments[1:])
+        watched = self._watched.get(key) if name in ("append", "take") else None
+        if watched is None:
+            return operation(key, *arguments[1:])
+        watched.changer = link
+        try:
+            return operation(key, *arguments[1:])
+        finally:
+            watched.changer = None
 
     def _open(self, key: RunKey, opening: list[Any], info: list[Any] | None) -> Any:
         method, digest, position, attachment, is_bound = opening
