@@ -105,18 +105,22 @@ async def item_rows(server: Server, readers: Helper, bar: float) -> list[Row]:
 
 async def idle_rows(server: Server, readers: Helper, valkey: Valkey | None, users: int) -> list[Row]:
     """Measure the memory of runs whose readers have left."""
-    pids, runs = family(server.pid), users * RUNS_PER_USER
+    (_, *processes), runs = family(server.pid), users * RUNS_PER_USER
+    coordinator, owners = (processes[:1], processes[1:]) if processes else ([], [server.pid])
     await readers.call("open")
     await asyncio.sleep(SETTLE_S)
-    before = sum(map(private_bytes, pids))
+    before, kept = (sum(map(private_bytes, pids)) for pids in (owners, coordinator))
     stored = valkey_bytes(valkey) if valkey else 0
     await readers.call("leave", RUNS_PER_USER)
     await asyncio.sleep(SETTLE_S)
-    owner = (sum(map(private_bytes, pids)) - before) / runs / KIB
+    owner = (sum(map(private_bytes, owners)) - before) / runs / KIB
     rows = [
         Row("idle", "idle runs", runs),
-        Row("idle_kib", "memory of each in the server", owner, "KiB", below=MAX_OWNER_KIB),
+        Row("idle_kib", "memory of each in its process", owner, "KiB", below=MAX_OWNER_KIB),
     ]
+    if coordinator:
+        in_coordinator = (sum(map(private_bytes, coordinator)) - kept) / runs / KIB
+        rows.append(Row("coordinator_kib", "memory of each in the coordinator", in_coordinator, "KiB"))
     if valkey:
         in_valkey = (valkey_bytes(valkey) - stored) / runs / KIB
         rows.append(Row("valkey_kib", "memory of each in Valkey", in_valkey, "KiB", below=MAX_VALKEY_KIB))

@@ -4,7 +4,7 @@ Decides: the keys and the script (runs.lua), what is sealed, when a process is m
 
 Rules:
 - All keys of a user are in one slot. A change publishes the id of the run on the channel of its user: after an
-  append or take with the process, which need not be woken.
+  append with the process, which need not be woken.
 - Items and ends are sealed. An item that does not open ends its attachment with DATA_LOSS.
 - Each process renews a sign of life. It costs nothing for each run.
 - The bound of all users is that of each process: a script sees the keys of one slot alone. A store that is full
@@ -38,6 +38,7 @@ from zcproto.runs.log import (
     RunLimits,
     RunState,
     Superseded,
+    Taken,
     not_bound,
     out_of_range,
     too_many_runs,
@@ -121,10 +122,13 @@ class ValkeyRuns:
     def _sign(self, process: str) -> bytes:
         return self._prefix + b"y:" + process.encode()
 
-    def _about(self, key: RunKey, generation: bytes, position: int | bytes) -> bytes:
-        """Return what an item or the end of a run is sealed for."""
-        place = position if isinstance(position, bytes) else b"%d" % position
-        about: bytes = msgpack.packb([b"run", utf8(key.user), key.id.encode(), generation, place])
+    def _about(self, key: RunKey, generation: bytes) -> Callable[[int | bytes], bytes]:
+        """Return what returns for what an item at a position of a run, or its end, is sealed."""
+        run: bytes = msgpack.packb([b"run", utf8(key.user), key.id.encode(), generation])
+
+        def about(position: int | bytes) -> bytes:
+            return run + (position if isinstance(position, bytes) else b"%d" % position)
+
         return about
 
     # --- commands --------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ class ValkeyRuns:
         info = RunInfo(*msgpack.unpackb(packed, unicode_errors="surrogatepass"))
         opened: End | None = None
         if end:
-            body = self._opener.open(self._about(key, info.generation, _END), end[1])
+            body = self._opener.open(self._about(key, info.generation)(_END), end[1])
             if body is None and not is_listed:
                 raise DataLoss("the end of the run cannot be opened; the servers have different keys")
             opened = end[0], body or b""
@@ -209,16 +213,22 @@ class ValkeyRuns:
         raise too_many_runs(self._limits.runs_per_user)
 
     async def append(
-        self, key: RunKey, generation: bytes, first: int, bodies: Sequence[bytes], end: End | None
+        self,
+        key: RunKey,
+        generation: bytes,
+        first: int,
+        bodies: Sequence[bytes],
+        end: End | None,
+        taken: Taken | None,
     ) -> RunState | None:
-        sealed = [
-            self._sealer.seal(self._about(key, generation, position), body)
-            for position, body in enumerate(bodies, first)
-        ]
+        about, seal = self._about(key, generation), self._sealer.seal
+        sealed = [seal(about(position), body) for position, body in enumerate(bodies, first)]
         code, body = (False, b"") if end is None else end
         if end is not None:
-            body = self._sealer.seal(self._about(key, generation, _END), body)
-        answer = await self._run("append", *key, generation, first, sealed, code, body, self._process)
+            body = seal(about(_END), body)
+        answer = await self._run(
+            "append", *key, generation, first, sealed, code, body, taken or False, self._process
+        )
         match answer:
             case [b"done", state]:
                 return self._state(key, state)
@@ -247,16 +257,16 @@ class ValkeyRuns:
                 raise Superseded
             case _:
                 raise NotFound("the run has gone")
-        bodies = []
+        bodies, about = [], self._about(key, state.info.generation)
         for place, body in enumerate(sealed or (), position):
-            opened = self._opener.open(self._about(key, state.info.generation, place), body)
+            opened = self._opener.open(about(place), body)
             if opened is None:
                 raise DataLoss("an item of the run cannot be opened; the servers have different keys")
             bodies.append(opened)
         return state, bodies
 
     async def take(self, key: RunKey, attachment: str, position: int, order: int) -> None:
-        await self._run("take", *key, attachment, position, order, self._process)
+        await self._run("take", *key, attachment, position, order)
 
     async def detach(self, key: RunKey, attachment: str) -> None:
         await self._run("detach", *key, attachment)

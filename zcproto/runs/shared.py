@@ -22,11 +22,10 @@ It must not know: links, Valkey, methods.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.common.backoff import backoff_s
@@ -44,6 +43,7 @@ from zcproto.runs.log import (
     RunKey,
     RunLimits,
     RunState,
+    Taken,
     within,
 )
 from zcproto.wire.message import encode_error
@@ -85,8 +85,15 @@ class RunCarrier(Protocol):
     async def open(self, key: RunKey, opening: Opening) -> tuple[bool, RunState]: ...
 
     async def append(
-        self, key: RunKey, generation: bytes, first: int, bodies: Sequence[bytes], end: End | None
-    ) -> RunState | None: ...
+        self,
+        key: RunKey,
+        generation: bytes,
+        first: int,
+        bodies: Sequence[bytes],
+        end: End | None,
+        taken: Taken | None,
+    ) -> RunState | None:
+        """Record what the own reader has taken, as `take`, and append."""
 
     async def restore(self, key: RunKey, lost: RunState) -> bool: ...
 
@@ -165,8 +172,9 @@ class _Owned:
     state: RunState
     base: int = 0
     stored: int = 0
-    copies: deque[bytes] = field(default_factory=deque)
+    copies: list[bytes] = field(default_factory=list)
     end: End | None = None
+    taken: Taken | None = None
     forget_at: float | None = None
     changes: int = 0
     seen: int = 0
@@ -319,11 +327,11 @@ class SharedRuns:
         """Bring the log of a run to what its owner has. Return None if the run has ended otherwise."""
         async with run.lock:
             while self._owned.get(key) is run:
-                bodies, changes = [*islice(reversed(run.copies), run.next - run.stored)], run.changes
-                bodies.reverse()
+                bodies, changes = run.copies[run.stored - run.base :], run.changes
+                end, taken = run.end, run.taken
                 try:
                     state = await self._repeat(
-                        self._carrier.append, key, run.state.info.generation, run.stored, bodies, run.end
+                        self._carrier.append, key, run.state.info.generation, run.stored, bodies, end, taken
                     )
                 except Gap as gap:  # a failover has taken a part of the log
                     self.repaired += 1
@@ -338,6 +346,8 @@ class SharedRuns:
                     continue
                 has_more = state.next > run.stored or state.end is not None
                 run.state, run.stored, run.seen = state, state.next, changes
+                if run.taken is taken:
+                    run.taken = None
                 self._drop_copies(run, state.taken)
                 if state.end is not None and run.forget_at is None:
                     run.forget_at = self._now() + COPY_S
@@ -352,9 +362,10 @@ class SharedRuns:
         return await self._repeat(self._carrier.restore, key, lost)
 
     def _drop_copies(self, run: _Owned, before: int) -> None:
-        while run.base < before and run.copies:
-            self.size -= ITEM_BYTES + len(run.copies.popleft())
-            run.base += 1
+        count = min(max(before - run.base, 0), len(run.copies))
+        self.size -= sum(ITEM_BYTES + len(body) for body in run.copies[:count])
+        del run.copies[:count]
+        run.base += count
 
     def _release(self, key: RunKey, run: _Owned) -> None:
         if self._owned.get(key) is run:
@@ -378,7 +389,7 @@ class SharedRuns:
         run = self._owned.get(key)
         if run is not None and run.serves(attachment, position):
             last = min(position + items, run.stored)
-            return run.state, within(islice(run.copies, position - run.base, last - run.base), size)
+            return run.state, within(run.copies[position - run.base : last - run.base], size)
         reader = self._readers.get((key, attachment), _Reader(0))
         state, bodies = await self._repeat(
             self._carrier.read, key, attachment, position, items, size, reader.order
@@ -395,11 +406,14 @@ class SharedRuns:
         reader = self._readers.get((key, attachment))
         if reader is not None and position > reader.taken:
             reader.taken = position
+            run = self._owned.get(key)
+            if run is not None and run.end is None:  # the next append records it
+                run.taken = attachment, position, reader.order
+                if run.state.is_full:
+                    self._wake(key)
+                return
             with suppress(Unavailable):
                 await self._carrier.take(key, attachment, position, reader.order)
-                run = self._owned.get(key)
-                if run is not None and run.state.is_full:
-                    self._wake(key)
 
     async def detach(self, key: RunKey, attachment: str) -> None:
         attachment = self._named(attachment)
@@ -454,7 +468,7 @@ class SharedRuns:
         self._up.clear()
 
     def woken(self, key: RunKey) -> None:
-        """A run has changed, but for what this process has appended or taken."""
+        """A run has changed, but by an append of this process."""
         run = self._owned.get(key)
         if run is not None:
             run.changes += 1
@@ -523,7 +537,7 @@ class SharedRuns:
         """Write the end of a run that no process runs."""
         while True:
             try:
-                await self._repeat(self._carrier.append, key, generation, items, [], owner_lost(items))
+                await self._repeat(self._carrier.append, key, generation, items, [], owner_lost(items), None)
             except Gap as gap:
                 items = gap.next
             else:

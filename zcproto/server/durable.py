@@ -473,8 +473,8 @@ class OwnedRun:
         self.method = method
         self.peer = peer
         self.session = request.session
-        self.request = Request(
-            0, request.token, request.session, request.method, request.params, request.meta, held=True
+        self.request = Request(  # its params are in the arguments
+            0, request.token, request.session, request.method, {}, request.meta, held=True
         )
         self._arguments = method.bind(request.params)
         if method.context_name is not None:
