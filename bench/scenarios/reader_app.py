@@ -47,9 +47,11 @@ async def hold(context: Context) -> AsyncIterator[int]:
 
 
 async def numbers(total: int, pause: float) -> AsyncIterator[int]:
-    """Send numbers, with a pause of so many seconds before each but the first."""
+    """Send numbers, with a pause of so many seconds before each but the first; a negative one has no end."""
     for number in range(total):
-        if number and pause:
+        if number and pause < 0:
+            await asyncio.Event().wait()
+        elif number and pause:
             await asyncio.sleep(pause)
         yield number
 

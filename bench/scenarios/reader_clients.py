@@ -34,7 +34,6 @@ AT_ONCE: Final = 32
 PAIRS: Final = 100
 """Streams that are opened in one write, and cancelled in the next: more than may be in flight."""
 
-IDLE_S: Final = 86_400.0
 FIRST: Final = 100
 """The number of the first of them."""
 
@@ -152,7 +151,7 @@ class RunReaders:
 
         async def start(client: Client) -> None:
             for _ in range(runs):
-                async with client.stream("durable", durable=True, total=2, pause=IDLE_S) as stream:
+                async with client.stream("durable", durable=True, total=2, pause=-1.0) as stream:
                     await stream.receive()
 
         await for_each(self._clients, start, AT_ONCE)

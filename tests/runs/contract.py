@@ -32,8 +32,8 @@ class Reference:
     async def call(self, name: str, *arguments: Any) -> Any:
         operation = getattr(self.table, name)
         if name == "append":
-            *arguments, taken = arguments
-            return operation(*arguments, self.now, taken)
+            key, info, *rest, taken = arguments
+            return operation(key, info.generation, *rest, self.now, taken)
         if name in ("open", "restore", "detach", "forget"):
             return operation(*arguments, self.now)
         return operation(*arguments)
@@ -84,8 +84,8 @@ async def agree(carrier: RunCarrier, seed: int, steps: int) -> int:
                 ("open", (key, Opening("chat", b"digest", 0, attachment, True, info))),
                 ("open", (key, Opening("chat", None, position, attachment, chance.random() < 0.5))),
                 ("open", (key, Opening(chance.choice(["chat", "x"]), b"other", 0, attachment, True, info))),
-                ("append", (key, info.generation, known.next if known else position, bodies, end, taken)),
-                ("append", (key, info.generation, position, bodies, end, taken)),
+                ("append", (key, info, known.next if known else position, bodies, end, taken)),
+                ("append", (key, info, position, bodies, end, taken)),
                 ("read", (key, attachment, position, chance.randrange(1, 5), chance.randrange(900), order)),
                 ("take", (key, attachment, position, order)),
                 ("detach", (key, attachment)),

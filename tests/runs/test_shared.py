@@ -69,8 +69,8 @@ class LossyCarrier:
                 self.cut()
                 raise Unavailable("the request was lost")
             if name == "append":
-                *given, taken = arguments
-                arguments = (*given, 0.0, taken)
+                key, info, *rest, taken = arguments
+                arguments = (key, info.generation, *rest, 0.0, taken)
             elif name in ("open", "restore", "detach", "forget"):
                 arguments = (*arguments, 0.0)
             result = deepcopy(getattr(store.table, name)(*arguments))

@@ -103,9 +103,10 @@ local function save(run, place)
   redis.call('PEXPIRE', USER, TTL)
 end
 
-local function state(run)
+-- What a process gets of a run, which may know what is fixed of it.
+local function state(run, knows_info)
   local ended = run.ec and {run.ec, run.eb}
-  return {run.i, run.f, run.n, run.t, run.a, run.o, run.d, run.c, ended, run.z}
+  return {not knows_info and run.i, run.f, run.n, run.t, run.a, run.o, run.d, run.c, ended, run.z}
 end
 
 local function is_known(id)
@@ -240,7 +241,7 @@ function operations.append(generation, first, bodies, code, body, taken, process
     return {'fenced'}
   elseif run.ec then
     if code == run.ec and first + #bodies == run.n then
-      return {'done', state(run)}
+      return {'done', state(run, true)}
     end
     return {'fenced'}
   elseif first > run.n or (code and first + #bodies < run.n) then
@@ -289,7 +290,7 @@ function operations.append(generation, first, bodies, code, body, taken, process
   if (#bodies > 0 or code) and run.a:match('^[^.]*') ~= process then
     wake(ID, process)
   end
-  return {'done', state(run)}
+  return {'done', state(run, true)}
 end
 
 function operations.restore(info, taken, attachment, order, is_attached, cancel)

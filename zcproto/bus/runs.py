@@ -171,10 +171,15 @@ class ValkeyRuns:
             reason = str(error)
         raise Unavailable(f"the store of durable runs: {reason}", {"retry_after_ms": RETRY_MS}) from None
 
-    def _state(self, key: RunKey, values: Sequence[Any], *, is_listed: bool = False) -> RunState:
-        """Return a run. One that is listed may have an end that cannot be opened: its body is empty then."""
+    def _state(
+        self, key: RunKey, values: Sequence[Any], info: RunInfo | None = None, *, is_listed: bool = False
+    ) -> RunState:
+        """Return a run, perhaps with an `info` that is known.
+
+        One that is listed may have an end that cannot be opened: its body is empty then.
+        """
         packed, first, next_, taken, attachment, order, is_attached, cancel, end, is_full = values
-        info = RunInfo(*msgpack.unpackb(packed, unicode_errors="surrogatepass"))
+        info = info or RunInfo(*msgpack.unpackb(packed, unicode_errors="surrogatepass"))
         opened: End | None = None
         if end:
             body = self._opener.open(self._about(key, info.generation)(_END), end[1])
@@ -215,23 +220,23 @@ class ValkeyRuns:
     async def append(
         self,
         key: RunKey,
-        generation: bytes,
+        info: RunInfo,
         first: int,
         bodies: Sequence[bytes],
         end: End | None,
         taken: Taken | None,
     ) -> RunState | None:
-        about, seal = self._about(key, generation), self._sealer.seal
+        about, seal = self._about(key, info.generation), self._sealer.seal
         sealed = [seal(about(position), body) for position, body in enumerate(bodies, first)]
         code, body = (False, b"") if end is None else end
         if end is not None:
             body = seal(about(_END), body)
         answer = await self._run(
-            "append", *key, generation, first, sealed, code, body, taken or False, self._process
+            "append", *key, info.generation, first, sealed, code, body, taken or False, self._process
         )
         match answer:
             case [b"done", state]:
-                return self._state(key, state)
+                return self._state(key, state, info)
             case [b"gap", next_]:
                 raise Gap(next_)
         return None

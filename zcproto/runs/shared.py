@@ -40,6 +40,7 @@ from zcproto.runs.log import (
     End,
     Gap,
     Opening,
+    RunInfo,
     RunKey,
     RunLimits,
     RunState,
@@ -87,13 +88,13 @@ class RunCarrier(Protocol):
     async def append(
         self,
         key: RunKey,
-        generation: bytes,
+        info: RunInfo,
         first: int,
         bodies: Sequence[bytes],
         end: End | None,
         taken: Taken | None,
     ) -> RunState | None:
-        """Record what the own reader has taken, as `take`, and append."""
+        """Record what the own reader has taken, as `take`, and append. The state has the same `info`."""
 
     async def restore(self, key: RunKey, lost: RunState) -> bool: ...
 
@@ -290,7 +291,7 @@ class SharedRuns:
         except BaseException as error:
             if info is not None:
                 if isinstance(error, Unavailable | TimeoutError | asyncio.CancelledError):
-                    self._begin(self._disown(key, info.generation))  # it may have been started
+                    self._begin(self._disown(key, info))  # it may have been started
                 elif isinstance(error, ResourceExhausted):
                     self._begin(self._suspect_all(key.user))
                 self._starting.discard(info.generation)
@@ -303,8 +304,10 @@ class SharedRuns:
         if is_new:
             if key in self._owned:  # the store has lost that one, and its end
                 self._release(key, self._owned[key])
+            assert info is not None, "it was started"
+            state = replace(state, info=info)
             self._owned[key] = _Owned(state)
-            self.size += RUN_BYTES + state.info.size
+            self.size += RUN_BYTES + info.size
         if info is not None:
             self._starting.discard(info.generation)
         return is_new, state
@@ -331,7 +334,7 @@ class SharedRuns:
                 end, taken = run.end, run.taken
                 try:
                     state = await self._repeat(
-                        self._carrier.append, key, run.state.info.generation, run.stored, bodies, end, taken
+                        self._carrier.append, key, run.state.info, run.stored, bodies, end, taken
                     )
                 except Gap as gap:  # a failover has taken a part of the log
                     self.repaired += 1
@@ -526,18 +529,18 @@ class SharedRuns:
         elif info.generation not in self._starting:
             run = self._owned.get(key)
             if run is None or run.state.info.generation != info.generation:
-                self._begin(self._disown(key, info.generation))
+                self._begin(self._disown(key, info))
 
     async def _suspect_all(self, user: str) -> None:
         """Look for runs of a user whose owners are lost: they count for its bound."""
         with suppress(Unavailable):
             await self.runs(user)
 
-    async def _disown(self, key: RunKey, generation: bytes, items: int = 0) -> None:
+    async def _disown(self, key: RunKey, info: RunInfo, items: int = 0) -> None:
         """Write the end of a run that no process runs."""
         while True:
             try:
-                await self._repeat(self._carrier.append, key, generation, items, [], owner_lost(items), None)
+                await self._repeat(self._carrier.append, key, info, items, [], owner_lost(items), None)
             except Gap as gap:
                 items = gap.next
             else:
@@ -578,7 +581,7 @@ class SharedRuns:
         for key, state in suspects.items():
             if state.info.owner in lost:
                 self._suspects.pop(key, None)
-                await self._disown(key, state.info.generation, state.next)
+                await self._disown(key, state.info, state.next)
         for key, attachment in attached.items():
             if process_of(attachment) in lost:
                 with suppress(NotFound):

@@ -63,10 +63,9 @@ def state_values(state: RunState) -> list[Any]:
     return [info_values(state.info), *values[1:]]
 
 
-def state_of(values: Sequence[Any]) -> RunState:
-    """Reverse `state_values`."""
-    info, *rest = values
-    state = RunState(RunInfo(*info), *rest)
+def state_of(values: Sequence[Any], info: RunInfo | None = None) -> RunState:
+    """Reverse `state_values`, perhaps with an `info` that is known."""
+    state = RunState(info or RunInfo(*values[0]), *values[1:])
     state.end = _end_of(state.end)
     return state
 
@@ -205,7 +204,7 @@ class RunHub:
             state = self.table.append(key, generation, first, bodies, _end_of(end), self._now(), taken)
         except Gap as gap:
             return _GAP, gap.next
-        return None if state is None else state_values(state)
+        return None if state is None else (None, *state_values(state)[1:])
 
     def _restore(self, key: RunKey, lost: list[Any]) -> bool:
         was_known = self.table.knows(key)
@@ -300,16 +299,16 @@ class WorkerRuns:
     async def append(
         self,
         key: RunKey,
-        generation: bytes,
+        info: RunInfo,
         first: int,
         bodies: Sequence[bytes],
         end: End | None,
         taken: Taken | None,
     ) -> RunState | None:
-        answer = await self._call("append", *key, generation, first, bodies, end, taken)
+        answer = await self._call("append", *key, info.generation, first, bodies, end, taken)
         if answer is not None and answer[0] == _GAP:
             raise Gap(answer[1])
-        return None if answer is None else state_of(answer)
+        return None if answer is None else state_of(answer, info)
 
     async def restore(self, key: RunKey, lost: RunState) -> bool:
         return bool(await self._call("restore", *key, state_values(lost)))
