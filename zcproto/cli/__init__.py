@@ -75,7 +75,6 @@ EXTRAS = {
     "hdrh": "hdr",
     "jwt": "oidc",
     "redis": "valkey",
-    "rich": "bench",
     "watchfiles": "reload",
 }
 """Packages of the extras of zcproto."""
