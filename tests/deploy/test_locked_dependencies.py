@@ -55,7 +55,7 @@ def wanted(extra: str) -> Iterator[Requirement]:
             yield requirement
 
 
-@pytest.mark.parametrize("name", ["build", "deploy", "dev", "image", "package", "release"])
+@pytest.mark.parametrize("name", ["build", "deploy", "dev", "image", "package", "release", "wheels"])
 def test_each_locked_version_has_hashes(name: str) -> None:
     assert entries(name)
     assert [requirement.name for requirement, hashes in entries(name) if not hashes] == []

@@ -73,6 +73,17 @@ def test_ready_lists_what_a_release_lacks(tmp_path: Path) -> None:
     assert lacks() == ["git"]
 
 
+def test_actions_of_workflows_are_pinned_to_commits() -> None:
+    used = [
+        line.partition("uses: ")[2]
+        for path in (ROOT / ".github" / "workflows").glob("*.yml")
+        for line in path.read_text().splitlines()
+        if "uses: " in line
+    ]
+    assert used
+    assert [each for each in used if not re.fullmatch(r"\S+@[0-9a-f]{40} # v\S+", each)] == []
+
+
 def test_policy_states_whether_releases_can_be_signed() -> None:
     lines = [line for line in SIGNERS.read_text().splitlines() if line and not line.startswith("#")]
     assert ("no key may sign one yet" in POLICY) == (not lines)
