@@ -30,7 +30,11 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
-        *(path for room in ("docs", "spec", "bench", "clients") for path in (ROOT / room).rglob("*.md")),
+        *(
+            path
+            for room in ("docs", "spec", "bench", "clients", "examples")
+            for path in (ROOT / room).rglob("*.md")
+        ),
     ]
 )
 PAGES = [path for path in PAGES if "node_modules" not in path.parts]
