@@ -220,6 +220,13 @@ def test_modules_and_benchmarks_that_are_run_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_package_is_installed_from_a_clone(page: Path) -> None:
+    """`zcproto` on PyPI is another project's package."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"pip install [^\n|`]*?(?<![/\w])zcproto\b", text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     files = r"(?:crt|db|json|key|toml)`"
