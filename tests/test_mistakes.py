@@ -68,7 +68,8 @@ def positional(*words: str) -> None: ...
 def unresolved(order: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
-async def without_yield() -> AsyncIterator[int]: ...  # type: ignore[empty-body]
+async def without_yield() -> AsyncIterator[int]:
+    raise NotImplementedError
 
 
 def twice() -> None:

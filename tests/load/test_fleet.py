@@ -49,6 +49,7 @@ def killed(victim: str = "worker", at: float = 5.0, pid: int = OWNER) -> Fault:
         (LOST | {"end_items": 3}, [killed()], "wrong"),
         ({"end": "NOT_FOUND"}, [killed(), killed("coordinator", 6.0, 9)], "both_lost"),
         ({"end": "NOT_FOUND"}, [killed(), killed("coordinator", 60.0, 9)], "unexplained"),
+        ({"end": "NOT_FOUND"}, [killed("coordinator", -60.0, 9), killed()], "unexplained"),
         ({"end": "NOT_FOUND"}, [killed()], "unexplained"),
         ({"end": "CANCELLED", "reason": "resumed_elsewhere"}, [killed()], "unexplained"),
     ],

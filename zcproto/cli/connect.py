@@ -41,7 +41,7 @@ from zcproto.errors import (
     Unimplemented,
     ZcprotoError,
 )
-from zcproto.tls.failure import TlsFailure
+from zcproto.tls.failure import CERTIFICATE_CURES, TlsFailure
 
 if TYPE_CHECKING:
     from zcproto.client import Client
@@ -60,6 +60,7 @@ STREAM_SHAPES = frozenset({"server", "client", "both"})
 """Methods that refuse a call with their shape, without being run, and are called again as a stream."""
 
 CURES: Final = {
+    **CERTIFICATE_CURES,
     TlsFailure.NOT_TLS: "check that this is the port of zcproto, and that no proxy terminates TLS",
     TlsFailure.UNSUPPORTED_VERSION: "this is not a zcproto server, or a proxy before it uses an old TLS version",
     TlsFailure.NO_SHARED_SUITE: "this is not a zcproto server, or a proxy before it uses other cipher suites",
@@ -67,10 +68,6 @@ CURES: Final = {
     TlsFailure.CERTIFICATE_REQUIRED: "it requires client certificates (tls.client_auth): connect with one",
     TlsFailure.DISCONNECTED: "it may be at its limit (its log has connection.refused), or a balancer has no server",
     TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try from the server itself",
-    TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
-    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
-        "connect to one of its names, or add this one to certificates.names on the server"
-    ),
     TlsFailure.CERTIFICATE_UNTRUSTED: (
         "get the CA of the server (zcproto cert export-ca) and use --ca, or use --pin"
     ),

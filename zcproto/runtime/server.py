@@ -44,6 +44,7 @@ from zcproto.common.text import counted
 from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import ConfigError, FailedPrecondition
 from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
@@ -337,9 +338,8 @@ class Server:
         `Context.ask` does the same in a method, and describes it.
         """
         named = named if params is None else {**params, **named}
-        return await result_of(
-            self.state.ask(user, method, named, timeout, traceparent, bound=bound), returns
-        )
+        call = CallToClient(method, named, timeout, traceparent)
+        return await result_of(self.state.ask(user, call, bound=bound), returns)
 
     async def find_clients(
         self, *, user: str | None = None, handles: str | None = None
