@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Instance", "command_group", "group", "instance_options", "main"]
 
 COMMANDS = {
+    "new": ("zcproto.cli.config:new", "Write a small application with a test and a configuration."),
     "serve": ("zcproto.cli.serve:serve", "Run a server for your application, or a built-in one."),
     "status": ("zcproto.cli.status:status", "Show the status of a running server, once or continuously."),
     "health": ("zcproto.cli.health:health", "Check that a running server answers, for containers."),
@@ -75,7 +76,6 @@ EXTRAS = {
     "hdrh": "hdr",
     "jwt": "oidc",
     "redis": "valkey",
-    "rich": "bench",
     "watchfiles": "reload",
 }
 """Packages of the extras of zcproto."""
