@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -41,16 +42,38 @@ config = command_group("config", "Create, check and show the configuration.")
 
 
 @config.command()
-@force_option
+@click.option(
+    "--force", is_flag=True, help="Replace an existing file, and keep it beside the new one, as FILE~."
+)
 @instance_options
 def init(instance: Instance, force: bool) -> None:
     """Write a commented file with every key and its default."""
     path = instance.config_file or instance.home.config
     if instance.config_file is None:
         instance.home.ensure()
+    copy = path.with_name(f"{path.name}~")
+    kept = _keep(path, copy, force)
     with private_file(path, replace=force) as file:
         file.write(default_config_file(instance.home.path))
-    click.echo(f"{escape_text(str(path))}: written; uncomment the keys that you want to set")
+    click.echo(f"{escape_text(str(path))}: written{kept}; uncomment the keys that you want to set")
+
+
+def _keep(path: Path, copy: Path, force: bool) -> str:
+    """Give an existing file a second name, and return a note about it. Raises ZcprotoError without `force`."""
+    file, kept = escape_text(str(path)), escape_text(str(copy))
+    if not os.path.lexists(path):
+        return ""
+    if not force:
+        raise ZcprotoError(
+            f"{file}: already exists; zcproto config check finds its faults, --force keeps it as {kept}"
+        )
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except FileExistsError:
+        raise ZcprotoError(f"{kept}: is a replaced configuration; move it away first") from None
+    except OSError as error:
+        raise ZcprotoError(f"{file}: cannot be kept: {error.strerror}; move it away instead") from error
+    return f", the old one is {kept}"
 
 
 @config.command()
@@ -79,8 +102,13 @@ def check(instance: Instance, app: str | None) -> None:
     if faults:
         raise ConfigError([*dict.fromkeys(faults)])  # the file may be in the home folder
     path = instance.config_file or instance.home.config
-    subject = escape_text(str(path)) if path.exists() else "no file, all keys have their defaults"
-    click.echo(f"{subject}: valid")
+    click.echo(f"{escape_text(str(path))}: valid" if path.exists() else f"valid: {no_file(path)}")
+
+
+def no_file(path: Path) -> str:
+    """Describe a configuration that does not exist, which is valid."""
+    name = escape_text(str(path))
+    return f"{name} does not exist, so all keys have their defaults; zcproto config init writes it"
 
 
 class StartCheck(NamedTuple):

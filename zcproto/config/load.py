@@ -54,6 +54,8 @@ _ADDRESS: Final = re.compile(r"([A-Za-z0-9+.-]{1,20})://.*", re.DOTALL)
 _MAX_BITS: Final = 256
 _MAX_NESTING: Final = 2
 
+_READABLE: Final = "run this as the user of the server, who must be able to read it"
+
 
 class _Given(NamedTuple):
     """A value as it is in its source."""
@@ -134,16 +136,16 @@ def _validated(section: str, given: Mapping[str, _Given], refused: set[str], fau
 
 def _from_file(path: Path | None, home: Path) -> _Items:
     source = path or Home(home).config
-    name = escape_text(source.name, _MAX_SHOWN)
+    where, name = escape_text(str(source)), escape_text(source.name, _MAX_SHOWN)
     try:
         # It names a program that the server runs, addresses that receive alerts, and who may log in.
         data = read_trusted_file(source, MAX_FILE_BYTES)
     except FileNotFoundError:
         if path is not None:
-            yield f"{escape_text(str(source))}: no such file; create one with `zcproto config init`"
+            yield f"{where}: no such file; correct the path, or create it: zcproto --config {where} config init"
         return
     except OSError as error:
-        yield f"{escape_text(str(source))}: cannot be read: {error.strerror}"
+        yield f"{where}: cannot be read: {error.strerror}; {_READABLE}"
         return
     except UnusableFileError as error:
         yield from error.faults
@@ -152,16 +154,16 @@ def _from_file(path: Path | None, home: Path) -> _Items:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield f"{name}: is not UTF-8 text (line {line})"
+        yield f"{where}: is not UTF-8 text (line {line}); correct this line, or save the file as UTF-8"
         return
     try:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        yield f"{name}: is not TOML: {_where(str(error), text)}"
+        yield f"{where}: is not TOML: {_where(str(error), text)}; correct this line, or the one before"
         return
     except (ValueError, RecursionError):
         # Limits of Python that tomli does not translate: numbers of thousands of digits, and deep nesting.
-        yield f"{name}: holds a number of thousands of digits, or lists nested too deeply"
+        yield f"{where}: holds a number of thousands of digits, or lists nested too deeply; remove it"
         return
     yield from _from_document(document, name)
 

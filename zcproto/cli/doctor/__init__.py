@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 import resource
 import shlex
 import stat
@@ -28,7 +29,7 @@ from zcproto.auth.oidc import KeysFailed
 from zcproto.bus.sealing import fingerprint, load_keys
 from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
-from zcproto.cli.config import StartCheck, app_option, check_start
+from zcproto.cli.config import StartCheck, app_option, check_start, no_file
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.remote import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
@@ -39,6 +40,7 @@ from zcproto.common.files import user_name
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
 from zcproto.config import Config, OidcConfig
+from zcproto.config.load import PREFIX
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.build import check_telemetry, provider_of
 from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES, usable_cores, worker_count
@@ -195,21 +197,24 @@ def _files(home: Path) -> Iterator[Path]:
 
 def configuration(instance: Instance, findings: list[Finding]) -> Config | None:
     """Check the configuration. Return it, or None if it has faults."""
+    where = instance.config_file or instance.home.config
     try:
         config = instance.read_config()
     except ConfigError as error:
-        findings += [Finding("config", *_config_fault(fault)) for fault in error.faults]
+        findings += [Finding("config", *_config_fault(fault, where)) for fault in error.faults]
         return None
-    where = instance.config_file or instance.home.config
-    found = str(where) if where.exists() else "no file: all keys have their defaults"
-    findings.append(Finding("config", OK, found))
+    findings.append(Finding("config", OK, str(where) if where.exists() else no_file(where)))
     return config
 
 
-def _config_fault(fault: str) -> Result:
-    if "; run: " in fault:  # its owner or its mode
+def _config_fault(fault: str, file: Path) -> Result:
+    """Return a fault, with the place at which to correct it."""
+    name = re.escape(escape_text(file.name))
+    sources = dict.fromkeys(re.findall(rf"\(({name}|{PREFIX}[^()]+)\)", fault))
+    if not sources:  # it is about the file, and has its own cure
         return from_message(fault)
-    return FAULT, fault, "zcproto config init writes a file with every key"
+    places = [f"the variable {each}" if each.startswith(PREFIX) else str(file) for each in sources]
+    return FAULT, fault, f"correct it in {' or '.join(places)}, then run: zcproto config check"
 
 
 def server(config: Config, home: Home) -> list[Finding]:
