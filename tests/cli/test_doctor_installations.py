@@ -19,7 +19,8 @@ from bench.server_process import free_port
 from tests.alerts.receiver import Receiver
 from tests.cli.doctor_report import NOW, Doctor, doctor
 from tests.server.conftest import Serve
-from zcproto.cli.doctor import NOT_SERVING, RESTORE, RESTORE_BY_HAND
+from zcproto.cli.doctor import RESTORE
+from zcproto.cli.doctor.remote import NOT_SERVING
 from zcproto.common.unix_socket import SocketFile
 from zcproto.runtime import service_manager
 
@@ -168,7 +169,13 @@ INSTALLATIONS: list[tuple[Callable[[Machine], None], list[str], str, str, str]] 
     ),
     (few_files_for_the_shell, [], "file limit", "ok", "65536 open files are allowed"),
     (foreign_key, ["certificate"], "certificate", "fault", f"| {RESTORE}"),
-    (foreign_key_without_repair, ["certificate"], "certificate", "fault", f"| {RESTORE_BY_HAND}"),
+    (
+        foreign_key_without_repair,
+        ["certificate"],
+        "certificate",
+        "fault",
+        "| restore the key from a backup, or set certificates.repair = true to replace it with a new one",
+    ),
     (webhook_down, [], "webhook", "warning", "cannot be reached: Connection refused | check the receiver"),
     (webhook_up, [], "webhook", "ok", ": reachable"),
     pytest.param(

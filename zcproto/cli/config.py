@@ -15,6 +15,7 @@ from zcproto.cli import Instance, command_group, force_option, instance_options,
 from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import private_file
 from zcproto.cli.serve import load_app
+from zcproto.common.files import file_errors
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import Config, config_as_toml, default_config, default_config_file
@@ -49,20 +50,26 @@ config = command_group("config", "Create, check and show the configuration.")
 def init(instance: Instance, force: bool) -> None:
     """Write a commented file with every key and its default."""
     path = instance.config_file or instance.home.config
+    copy = path.with_name(f"{path.name}~")
     if instance.config_file is None:
         instance.home.ensure()
-    copy = path.with_name(f"{path.name}~")
-    kept = _keep(path, copy, force)
-    with private_file(path, replace=force) as file:
-        file.write(default_config_file(instance.home.path))
+    is_kept = _keep(path, copy, force)
+    try:
+        with file_errors(path, "written"), private_file(path, replace=force) as file:
+            file.write(default_config_file(instance.home.path))
+    except BaseException:
+        if is_kept:
+            copy.unlink(missing_ok=True)
+        raise
+    kept = f", the old one is {escape_text(str(copy))}" if is_kept else ""
     click.echo(f"{escape_text(str(path))}: written{kept}; uncomment the keys that you want to set")
 
 
-def _keep(path: Path, copy: Path, force: bool) -> str:
-    """Give an existing file a second name, and return a note about it. Raises ZcprotoError without `force`."""
+def _keep(path: Path, copy: Path, force: bool) -> bool:
+    """Give an existing file a second name; return whether there is one. Raises ZcprotoError without `force`."""
     file, kept = escape_text(str(path)), escape_text(str(copy))
     if not os.path.lexists(path):
-        return ""
+        return False
     if not force:
         raise ZcprotoError(
             f"{file}: already exists; zcproto config check finds its faults, --force keeps it as {kept}"
@@ -73,7 +80,7 @@ def _keep(path: Path, copy: Path, force: bool) -> str:
         raise ZcprotoError(f"{kept}: is a replaced configuration; move it away first") from None
     except OSError as error:
         raise ZcprotoError(f"{file}: cannot be kept: {error.strerror}; move it away instead") from error
-    return f", the old one is {kept}"
+    return True
 
 
 @config.command()
@@ -118,6 +125,7 @@ class StartCheck(NamedTuple):
     notes: list[str]
     status: dict[str, Any] | None
     """Of the server that runs with this home folder; None if none does, or it cannot be asked."""
+    is_running: bool
 
 
 def check_start(config: Config, home: Home, app: str | None, timeout: float) -> StartCheck:
@@ -150,7 +158,7 @@ def check_start(config: Config, home: Home, app: str | None, timeout: float) -> 
     faults = preflight(config, home, application, running=config if is_running else None)
     known = {fault.message for fault in faults}
     faults += (Fault("reload", message) for message in refused if message not in known)
-    return StartCheck(faults, notes, status)
+    return StartCheck(faults, notes, status, is_running)
 
 
 @config.command()
@@ -162,6 +170,9 @@ def show(instance: Instance, changed: bool) -> None:
     Passwords in addresses are hidden, and so is the path of a webhook, which may be a secret too.
     """
     found = instance.existing_config()
+    path = instance.config_file or instance.home.config
+    if not path.exists():
+        click.echo(f"zcproto: {no_file(path)}", err=True)
     text = config_as_toml(found, default_config(instance.home.path) if changed else None)
     text = _WEBHOOK.sub(r'\1(hidden)"', text)
     click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)
