@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 import click
+from cryptography import x509
 
 from zcproto import accelerator
 from zcproto.alerts.service import webhook_of
@@ -60,10 +61,8 @@ MAX_FILES: Final = 1_000
 
 IN_USE: Final = "in use"
 
-RESTORE: Final = (
-    "the server issues another at its start, or within a minute if it runs; to keep the pin, restore the files"
-    " from a backup first"
-)
+REISSUED: Final = "the server issues another at its start, or within a minute if it runs"
+RESTORE: Final = f"{REISSUED}; to keep the pin, restore the files from a backup first"
 OLD_CERTIFICATE: Final = (
     "the server does not serve the files on the disk; if they are older than a minute, zcproto alert list has the"
     " reason"
@@ -308,12 +307,18 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
                 continue
             if row.is_managed or (row.use == "ca" and row.leaf is None):
                 cure = RESTORE  # other cures are for files of other programs
+                if row.leaf is not None and not _is_of_now(row.leaf, now):
+                    cure = f"check the clock of this machine (date -u); if it is right, {REISSUED}"
             yield state, problem, cure or "replace the file"
         elif row.leaf is not None:
             yield _good(row, now)
             if row.note:
                 problem, _, cure = row.note.partition("; ")
                 yield WARNING, problem, cure
+
+
+def _is_of_now(certificate: x509.Certificate, now: datetime) -> bool:
+    return certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
 
 
 def _good(row: SurveyedCertificate, now: datetime) -> Result:
