@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -314,6 +315,40 @@ def test_full_disk_is_reported(
 
     monkeypatch.setattr(doctor_module.os, "statvfs", statvfs)
     assert doctor().state("disk") == state
+
+
+def test_full_disk_is_no_damage_of_the_sessions(
+    folder: Path, doctor: Doctor, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+        raise error
+
+    monkeypatch.setattr("zcproto.cli.store.sqlite3.connect", fail)
+    cure = "make room on its disk, and check the owner and mode of its folder"
+    assert doctor().one("store", "fault") == f"{folder}/sessions.db: cannot be read: disk I/O error | {cure}"
+    assert main(["store", "check"]) == 1
+    assert (
+        capsys.readouterr().err == f"zcproto: {folder}/sessions.db: cannot be read: disk I/O error; {cure}\n"
+    )
+
+
+def test_damaged_certificate_that_was_set_aside_may_be_readable(folder: Path, doctor: Doctor) -> None:
+    (folder / "certs" / "server-ecdsa.crt.aside").touch(0o644)
+    assert doctor().state("permissions") == "ok"
+    (folder / "certs" / "server-ecdsa.key.aside").touch(0o644)
+    assert "server-ecdsa.key.aside: others can read or change it" in doctor().one("permissions", "fault")
+
+
+def test_fault_without_a_cure_of_its_own_is_to_be_corrected(folder: Path, doctor: Doctor) -> None:
+    (folder / "users.toml").write_text("[users.ada]\nkey_sha256 = 'short'\n")
+    cure = "correct it, then run: zcproto config check"
+    assert (
+        doctor()
+        .one("users", "fault")
+        .endswith(f'user "ada": key_sha256 must be 43 characters of base64url, a SHA-256 | {cure}')
+    )
 
 
 # certificates
