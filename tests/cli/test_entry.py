@@ -259,6 +259,7 @@ def test_exit_of_a_command_is_used(command: Callable[[Callable[[], object]], Non
 
 def test_broken_pipe_exits_with_141(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
     home.mkdir(0o700)
+    (home / "config.toml").touch()
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:

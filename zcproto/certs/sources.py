@@ -370,8 +370,12 @@ class ExternalSource(SiteSource):
         return self._files.value
 
     def overdue(self, now: datetime) -> list[CertificatePair]:
-        """Return all pairs, because it is unknown when other programs renew."""
-        return list(self.site.pairs)
+        """Return the pairs in the last third of their lives: it is unknown when other programs renew."""
+        return [
+            one
+            for one in self.site.pairs
+            if now >= lifecycle.renewal_due(one.not_before, one.not_after, timedelta.max)
+        ]
 
     def check_start(self, now: datetime) -> None:
         load_site(self._spec, now, self._environ)
