@@ -84,8 +84,8 @@ def file_errors(
     try:
         yield
     except OSError as fault:
-        if isinstance(fault, PermissionError) and HAS_MODES:
-            fix = _access_fix(Path(fault.filename) if isinstance(fault.filename, str) else path)
+        if isinstance(fault, PermissionError):
+            fix = access_fix(Path(fault.filename) if isinstance(fault.filename, str) else path)
         reason = f"cannot be {action}: {fault.strerror or fault}{fix and '; ' + fix}"
         raise error(f"{escape_text(str(path))}: {reason}") from fault
     except UnusableFileError as fault:
@@ -107,8 +107,10 @@ def owner_fix(path: Path, owner: int) -> str:
     return f"run as that user, or run: chown {os.geteuid()} {_quoted(path)}"
 
 
-def _access_fix(path: Path) -> str:
+def access_fix(path: Path) -> str:
     """Return what to do about a file or folder that this user may not use."""
+    if not HAS_MODES:
+        return "run this as the user of the server"
     try:
         status = path.stat()
     except FileNotFoundError:

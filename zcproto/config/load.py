@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import tomli
 from pydantic import BaseModel, ValidationError
 
-from zcproto.common.files import UnusableFileError, read_trusted_file
+from zcproto.common.files import UnusableFileError, access_fix, read_trusted_file
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text, toml_string
 from zcproto.config.checks import contradictions, split_key, value_of
@@ -53,8 +53,6 @@ _PEM: Final = "-----BEGIN"
 _ADDRESS: Final = re.compile(r"([A-Za-z0-9+.-]{1,20})://.*", re.DOTALL)
 _MAX_BITS: Final = 256
 _MAX_NESTING: Final = 2
-
-_READABLE: Final = "run this as the user of the server, who must be able to read it"
 
 
 class _Given(NamedTuple):
@@ -145,7 +143,8 @@ def _from_file(path: Path | None, home: Path) -> _Items:
             yield f"{where}: no such file; correct the path, or create it: zcproto --config {where} config init"
         return
     except OSError as error:
-        yield f"{where}: cannot be read: {error.strerror}; {_READABLE}"
+        fix = access_fix(source) if isinstance(error, PermissionError) else "check the path and its disk"
+        yield f"{where}: cannot be read: {error.strerror}; {fix}"
         return
     except UnusableFileError as error:
         yield from error.faults
