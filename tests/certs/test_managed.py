@@ -24,6 +24,7 @@ from tests.limits import TIMEOUT
 from zcproto.certs import managed, names
 from zcproto.certs.managed import ManagedSettings, ReplacedKey
 from zcproto.certs.pair import load_pair
+from zcproto.common.files import staging_path
 from zcproto.errors import CertificateError
 
 # --- the first run
@@ -509,6 +510,15 @@ def _write(made: Path, name: str, data: bytes) -> None:
     (made / name).write_bytes(data)
 
 
+def _stage(made: Path, key: Any) -> None:
+    """Leave what an installation leaves that is interrupted between its two renames."""
+    certificate, new_key = made / "server-ecdsa.crt", made / "server-ecdsa.key"
+    for path in (certificate, new_key):
+        path.rename(staging_path(path))
+    _remove(made, "server.crt", "server.key")
+    staging_path(new_key).rename(new_key)
+
+
 def _remove(made: Path, *names: str) -> None:
     for name in names or [path.name for path in made.iterdir()]:
         (made / name).unlink()
@@ -530,6 +540,7 @@ DAMAGES: dict[str, Callable[[Path, Any], object]] = {
     "lost key of the authority and certificate": lambda made, key: _remove(made, "ca.key", "server.crt"),
     "authority of another program": lambda made, key: _write(made, "ca.crt", pem(build(key))),
     "certificate of another program": lambda made, key: _write(made, "server.crt", pem(build(key))),
+    "interrupted installation": _stage,
     "mode of a key": lambda made, key: (made / "server.key").chmod(0o644),
     "mode of the authority's key": lambda made, key: (made / "ca.key").chmod(0o644),
     "mode of a certificate": lambda made, key: (made / "server.crt").chmod(0o666),

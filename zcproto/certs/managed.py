@@ -42,6 +42,7 @@ from zcproto.certs.names import MAX_NAMES, check_names, found_names
 from zcproto.certs.notices import day
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.rollover import STEMS, NextKey, NextPins
+from zcproto.common.files import staging_path
 from zcproto.errors import CertificateError
 from zcproto.tls.pins import key_pin
 
@@ -340,6 +341,8 @@ class RenewalRun:
             return
         files.check_folder(self._directory)
         files.check_writable(self._directory, needs_space=False)  # for the lock
+        if any(self._directory.glob(str(staging_path(Path("*"))))):
+            return  # another process is installing them, or was interrupted and `result` finishes it
         found = self._folder.load(self._settings.lifetime)
         for key_type in self._settings.key_types:
             plan = self._find(key_type, found)
