@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.reported: list[str] = []
+        self.faults: list[list[str]] = []
         self.fails = False
         self.sleep = FakeSleep()
 
@@ -150,6 +151,9 @@ class Watched:
         if self.fails:
             raise RuntimeError("the store is out")
         return 2
+
+    def on_read(self, faults: Sequence[str]) -> None:
+        self.faults.append(list(faults))
 
     async def run(self, *steps: Callable[[], object]) -> list[list[str]]:
         """Return the names reported gone after each step."""
@@ -176,7 +180,9 @@ class WatchedUsers(Watched):
     def __init__(self, home: Path) -> None:
         super().__init__()
         self.file = UserFile(home / "users.toml")
-        self.directory = Directory(UserFile(self.file.path), on_gone=self.on_gone, sleep=self.sleep)
+        self.directory = Directory(
+            UserFile(self.file.path), on_gone=self.on_gone, on_read=self.on_read, sleep=self.sleep
+        )
 
 
 class WatchedDevices(Watched):
@@ -186,7 +192,9 @@ class WatchedDevices(Watched):
         super().__init__()
         self.file = DeviceFile(home / "devices.toml")
         self.file.add("laptop", "ada", PUBLIC_KEY, datetime.now(UTC))
-        self.directory = Directory(DeviceFile(self.file.path), on_gone=self.on_gone, sleep=self.sleep)
+        self.directory = Directory(
+            DeviceFile(self.file.path), on_gone=self.on_gone, on_read=self.on_read, sleep=self.sleep
+        )
 
 
 async def test_each_gone_user_is_reported_once(users: UserFile) -> None:
@@ -321,6 +329,10 @@ async def test_unreadable_file_ends_no_session(
     assert len(watched.directory.file.entries) == 1
     names = [json.loads(line)["event"].partition(".")[2] for line in capsys.readouterr().err.splitlines()]
     assert names == ["unreadable", "unreadable"]  # the recovery is below the default level
+    damaged, missing, mended = watched.faults
+    assert "is not TOML" in damaged[0]
+    assert "is missing" in missing[0]
+    assert mended == []
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -203,3 +203,59 @@ def test_existing_client_trust_files_suffice_for_a_start_if_the_disk_fails(
     )
     with pytest.raises(CertificateError, match=r"^client-ca\.crt: was not made here$"):
         harness.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "fault"),
+    [
+        ("", 0o700, ""),
+        ("", 0o755, "others can list or change this folder (mode 0755)"),
+        ("client-ca.key", 0o644, "client-ca.key: others can read or change this file (mode 0644)"),
+        ("client-ca.crt", 0o666, "client-ca.crt: others can change this file (mode 0666)"),
+        ("client-ca.crl", 0o666, "client-ca.crl: others can change this file (mode 0666)"),
+    ],
+)
+def test_fault_of_the_client_authority_is_found_before_the_start(
+    tmp_path: Path, name: str, mode: int, fault: str
+) -> None:
+    folder = tmp_path / "certs"
+    clients = ClientTrust(*client_ca.paths(folder))
+    site = ManagedSite(folder, MANAGED)
+    harness = Harness(CertificateSettings(site, clients=clients, client_directory=folder))
+    assert harness.checker.faults(NOW) == []
+    assert not folder.exists(), "nothing is made by looking"
+    harness.check()
+    (folder / name).chmod(mode)
+    found = harness.checker.faults(harness.now)
+    assert all(fault in each for each in found)
+    assert bool(found) == bool(fault)
+    harness.restart()
+    if not fault:
+        harness.check()
+        return
+    with pytest.raises(CertificateError) as refused:
+        harness.check()
+    assert str(refused.value) in found
+
+
+def test_client_authority_on_a_bad_disk_suffices_if_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "certs"
+    clients = ClientTrust(*client_ca.paths(folder))
+    harness = Harness(
+        CertificateSettings(ManagedSite(folder, MANAGED), clients=clients, client_directory=folder)
+    )
+    harness.check()
+    monkeypatch.setattr(client_ca, "check_authority", raising(OSError(errno.EIO, "bad disk")))
+    assert harness.checker.faults(harness.now) == []
+
+
+def test_fault_of_external_client_authorities_is_found_before_the_start(tmp_path: Path, ec_key: Any) -> None:
+    harness = client_trust_harness(tmp_path, ec_key, None)
+    assert harness.checker.faults(NOW) == []
+    (tmp_path / "ca.pem").write_bytes(b"?")
+    (tmp_path / "site.key").unlink()
+    site, clients = harness.checker.faults(NOW)
+    assert "site.key: cannot be read: No such file" in site
+    assert "ca.pem: contains no PEM certificate" in clients

@@ -112,6 +112,17 @@ def test_expiry_of_external_certificates_is_reported_at_each_threshold(
     assert "is no longer about to expire" in messages(outcome)
 
 
+@pytest.mark.parametrize("life", [1, 6, 47, 90])
+def test_short_external_certificate_is_no_alert_in_the_first_two_thirds_of_its_life(
+    tmp_path: Path, ec_key: Any, life: int
+) -> None:
+    write(tmp_path, "site", ec_key, "a.example", not_before=NOW, not_after=NOW + life * DAY)
+    harness = Harness(CertificateSettings(external_site(tmp_path, "site")))
+    assert kinds(harness.check(life * DAY / 2)) == ["loaded"]
+    assert kinds(harness.check(life * DAY / 8)) == []
+    assert kinds(harness.check(life * DAY / 8)) == ["expiry"]
+
+
 def test_external_sites_are_served_beside_managed_certificates(
     tmp_path: Path, ec_key: Any, other_key: Any
 ) -> None:

@@ -500,3 +500,15 @@ def test_file_that_changes_while_it_is_loaded_is_not_served(
     assert kinds(harness.check()) == []
     assert harness.served is before
     assert kinds(harness.check()) == ["loaded"]
+
+
+def test_bad_disk_prevents_no_start_that_has_certificates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = managed_harness(tmp_path)
+    harness.check()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert harness.checker.faults(harness.now) == []
+    (tmp_path / "certs" / "server-ecdsa.key").unlink()
+    (found,) = harness.checker.faults(harness.now)
+    assert "cannot be written: Permission denied; run: chmod u+rwx" in found

@@ -4,10 +4,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.limits import TIMEOUT
 from zcproto.certs import managed, names
 from zcproto.certs.managed import ManagedSettings, ReplacedKey
 from zcproto.certs.pair import load_pair
+from zcproto.common.files import staging_path
 from zcproto.errors import CertificateError
 
 # --- the first run
@@ -498,3 +501,87 @@ def test_default_settings_use_the_host_names(tmp_path: Path) -> None:
     without_names = ManagedSettings([], ["ecdsa-p256"], 90 * DAY, 30 * DAY, renew_key=False)
     (one,) = managed.ensure(tmp_path / "certs", without_names, datetime.now(UTC)).pairs
     assert {"localhost", "127.0.0.1", "::1"} <= set(one.names)
+
+
+# --- what would happen at a start -----------------------------------------------------------------------------
+
+
+def _write(made: Path, name: str, data: bytes) -> None:
+    (made / name).write_bytes(data)
+
+
+def _stage(made: Path, key: Any) -> None:
+    """Leave what an installation leaves that is interrupted between its two renames."""
+    certificate, new_key = made / "server-ecdsa.crt", made / "server-ecdsa.key"
+    for path in (certificate, new_key):
+        path.rename(staging_path(path))
+    _remove(made, "server.crt", "server.key")
+    staging_path(new_key).rename(new_key)
+
+
+def _remove(made: Path, *names: str) -> None:
+    for name in names or [path.name for path in made.iterdir()]:
+        (made / name).unlink()
+
+
+DAMAGES: dict[str, Callable[[Path, Any], object]] = {
+    "nothing": lambda made, key: None,
+    "no folder": lambda made, key: shutil.rmtree(made),
+    "empty folder": lambda made, key: _remove(made),
+    "damaged certificate": lambda made, key: _write(made, "server.crt", b"?"),
+    "damaged key": lambda made, key: _write(made, "server-ecdsa.key", b"?"),
+    "lost key": lambda made, key: _remove(made, "server.key"),
+    "key of another certificate": lambda made, key: _write(made, "server-ecdsa.key", pem_of_key(key)),
+    "key of another type": lambda made, key: _write(made, "server.key", pem_of_key(key)),
+    "lost authority": lambda made, key: _remove(made, "ca.crt"),
+    "damaged authority": lambda made, key: _write(made, "ca.crt", b"?"),
+    "lost authority and key": lambda made, key: _remove(made, "ca.crt", "ca.key"),
+    "lost key of the authority": lambda made, key: _remove(made, "ca.key"),
+    "lost key of the authority and certificate": lambda made, key: _remove(made, "ca.key", "server.crt"),
+    "authority of another program": lambda made, key: _write(made, "ca.crt", pem(build(key))),
+    "certificate of another program": lambda made, key: _write(made, "server.crt", pem(build(key))),
+    "interrupted installation": _stage,
+    "mode of a key": lambda made, key: (made / "server.key").chmod(0o644),
+    "mode of the authority's key": lambda made, key: (made / "ca.key").chmod(0o644),
+    "mode of a certificate": lambda made, key: (made / "server.crt").chmod(0o666),
+    "mode of the folder": lambda made, key: made.chmod(0o755),
+}
+
+
+@pytest.mark.usefixtures("quick_keys")
+@pytest.mark.parametrize("later", [0 * DAY, 70 * DAY, 200 * DAY, 4000 * DAY])
+@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_check_finds_what_prevents_a_start_and_changes_nothing(
+    made: Path, ec_key: Any, damage: str, repair: bool, later: timedelta
+) -> None:
+    DAMAGES[damage](made, ec_key)
+    before = bytes_of(made) if made.exists() else None
+    found = refused = ""
+    try:
+        managed.check(made, settings(repair=repair), NOW + later)
+    except CertificateError as error:
+        found = str(error)
+    assert (bytes_of(made) if made.exists() else None) == before
+    try:
+        ensure(made, NOW + later, repair=repair)
+    except CertificateError as error:
+        refused = str(error)
+    assert found == refused
+
+
+@pytest.mark.parametrize("damage", ["no folder", "empty folder", "lost authority", "lost key"])
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ENOSPC])
+def test_check_finds_a_folder_that_cannot_be_written(
+    made: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch, damage: str, reason: int
+) -> None:
+    DAMAGES[damage](made, ec_key)
+    if reason == errno.EACCES:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    else:
+        full = os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(CertificateError, match=f"cannot be written: {os.strerror(reason)}"):
+        managed.check(made, settings(), NOW)
+    monkeypatch.undo()
+    managed.check(made, settings(), NOW)

@@ -92,7 +92,7 @@ def test_failed_sink_is_reported_and_the_other_still_tried(
 def test_alert_test_without_sinks_fails(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home.mkdir(0o700)
     assert main(["alert", "test"]) == 1
-    assert "no webhook and no command" in capsys.readouterr().out
+    assert "set alerts.webhook or alerts.command in" in capsys.readouterr().out
     assert main(["alert", "test", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == []
 

@@ -29,14 +29,24 @@ def test_file_of_init_is_valid(home: Path, capsys: Capture) -> None:
     assert capsys.readouterr() == (f"{home}/config.toml: valid\n", "")
 
 
-def test_init_keeps_an_existing_file_without_force(home: Path, capsys: Capture) -> None:
+def test_init_loses_no_configuration(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
-    (home / "config.toml").write_text("[server]\nport = 1")
-    assert main(["config", "init"]) == 1
-    assert capsys.readouterr().err == f"zcproto: {home}/config.toml: already exists; --force replaces it\n"
-    assert (home / "config.toml").read_text() == "[server]\nport = 1"
+    file, kept = home / "config.toml", home / "config.toml~"
     assert main(["config", "init", "--force"]) == 0
-    assert (home / "config.toml").read_text().startswith("# Configuration of zcproto.")
+    file.write_text("[server]\nport = 1")
+    capsys.readouterr()
+    assert main(["config", "init"]) == 1
+    assert capsys.readouterr().err == (
+        f"zcproto: {file}: already exists; zcproto config check finds its faults, --force keeps it as {kept}\n"
+    )
+    assert file.read_text() == "[server]\nport = 1"
+    assert main(["config", "init", "--force"]) == 0
+    assert f"{file}: written, the old one is {kept}; uncomment" in capsys.readouterr().out
+    assert file.read_text().startswith("# Configuration of zcproto.")
+    assert kept.read_text() == "[server]\nport = 1"
+    assert main(["config", "init", "--force"]) == 1
+    assert capsys.readouterr().err == f"zcproto: {kept}: is a replaced configuration; move it away first\n"
+    assert kept.read_text() == "[server]\nport = 1"
 
 
 def test_init_with_config_creates_no_home(home: Path, tmp_path: Path) -> None:
@@ -88,7 +98,10 @@ def test_check_includes_the_home_folder(home: Path, capsys: Capture, monkeypatch
 def test_check_creates_nothing(home: Path, capsys: Capture) -> None:
     home.mkdir(0o700)
     assert main(["config", "check"]) == 0
-    assert capsys.readouterr().out == "no file, all keys have their defaults: valid\n"
+    note = (
+        f"{home}/config.toml does not exist, so all keys have their defaults; zcproto config init writes it"
+    )
+    assert capsys.readouterr().out == f"valid: {note}\n"
     assert list(home.iterdir()) == []
 
 

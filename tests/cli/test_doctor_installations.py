@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,10 @@ from bench.server_process import free_port
 from tests.alerts.receiver import Receiver
 from tests.cli.doctor_report import NOW, Doctor, doctor
 from tests.server.conftest import Serve
-from zcproto.cli.doctor import NOT_SERVING, RESTORE, RESTORE_BY_HAND
+from zcproto.certs import managed
+from zcproto.certs.managed import ManagedSettings
+from zcproto.cli.doctor import OLD_CERTIFICATE, RESTORE
+from zcproto.cli.doctor.remote import NOT_SERVING
 from zcproto.common.unix_socket import SocketFile
 from zcproto.runtime import service_manager
 
@@ -133,6 +137,28 @@ def foreign_key_without_repair(machine: Machine) -> None:
     machine.configure(f"{OWN}repair = false\n")
 
 
+def expired(machine: Machine) -> None:
+    machine.configure(OWN)
+    day = timedelta(days=1)
+    settings = ManagedSettings((), ("ecdsa-p256",), 90 * day, 30 * day, renew_key=False)
+    managed.ensure(machine.home / "certs", settings, NOW - 200 * day)
+
+
+def certificate_of_another_name(machine: Machine) -> None:
+    machine.start(machine.external("zcp.example.com"))
+    machine.external("other.example.com")
+
+
+def certificate_not_served_yet(machine: Machine) -> None:
+    machine.start(f"{machine.external('zcp.example.com')}watch_interval = '1h'\n")
+    machine.external("zcp.example.com")
+
+
+def lost_certificate(machine: Machine) -> None:
+    machine.start(machine.external("zcp.example.com"))
+    (machine.home / "site.pem").unlink()
+
+
 def webhook_down(machine: Machine) -> None:
     machine.start(f"{OWN}[alerts]\nwebhook = 'http://127.0.0.1:{free_port()}/hook'\n")
 
@@ -168,7 +194,43 @@ INSTALLATIONS: list[tuple[Callable[[Machine], None], list[str], str, str, str]] 
     ),
     (few_files_for_the_shell, [], "file limit", "ok", "65536 open files are allowed"),
     (foreign_key, ["certificate"], "certificate", "fault", f"| {RESTORE}"),
-    (foreign_key_without_repair, ["certificate"], "certificate", "fault", f"| {RESTORE_BY_HAND}"),
+    (
+        foreign_key_without_repair,
+        ["certificate"],
+        "certificate",
+        "fault",
+        "| restore the key from a backup, or set certificates.repair = true to replace it with a new one",
+    ),
+    (
+        expired,
+        ["certificate"],
+        "certificate",
+        "fault",
+        "| check the clock of this machine (date -u); if it is right,",
+    ),
+    (
+        certificate_of_another_name,
+        ["reload"],
+        "reload",
+        "fault",
+        "site.pem: is valid for other.example.com, and not for zcp.example.com, which it replaces | put the right",
+    ),
+    (
+        certificate_of_another_name,
+        ["reload"],
+        "trust",
+        "skipped",
+        "the files of the certificates have faults",
+    ),
+    (certificate_not_served_yet, ["trust"], "trust", "fault", f"| {OLD_CERTIFICATE}"),
+    (
+        lost_certificate,
+        ["certificate"],
+        "certificate",
+        "fault",
+        "site.pem: cannot be read: No such file or directory",
+    ),
+    (lost_certificate, ["certificate"], "trust", "skipped", "the files of the certificates have faults"),
     (webhook_down, [], "webhook", "warning", "cannot be reached: Connection refused | check the receiver"),
     (webhook_up, [], "webhook", "ok", ": reachable"),
     pytest.param(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -199,12 +200,79 @@ def test_number_of_checked_files_is_bounded(
     assert "more than 3 files" in doctor().one("permissions", "warning")
 
 
-def test_invalid_configuration_skips_further_checks(folder: Path, doctor: Doctor) -> None:
-    (folder / "config.toml").write_text("[server]\nport = 70000\nprot = 1\n")
+@pytest.mark.parametrize(
+    ("text", "environ", "found", "cure"),
+    [
+        ("[server\n", {}, "is not TOML: Expected", "correct this line, or the one before"),
+        (
+            b"[server]\n# \xff",
+            {},
+            "is not UTF-8 text (line 2)",
+            "correct this line, or save the file as UTF-8",
+        ),
+        (
+            "[server]\nprot = 1",
+            {},
+            "server.prot = 1 (config.toml): unknown key; did you mean server.port?",
+            "{}",
+        ),
+        ("[sever]\nport = 1", {}, "[sever] (config.toml): unknown section; did you mean [server]?", "{}"),
+        ("[server]\nport = 'x'", {}, 'server.port = "x" (config.toml): must be a whole number', "{}"),
+        (
+            "[tls]\nclient_crl_file = '/a'",
+            {},
+            'tls.client_crl_file = "/a" (config.toml): must be empty with tls.client_auth, which is "off"'
+            ' (default); set client_auth = "optional" or "required"',
+            "{}",
+        ),
+        (
+            "",
+            {"ZCPROTO_SERVER__PORT": "x"},
+            'server.port = "x" (ZCPROTO_SERVER__PORT)',
+            "the variable ZCPROTO_SERVER__PORT",
+        ),
+        (
+            "[certificates]\nmode = 'acme'\nnames = ['a.example']",
+            {"ZCPROTO_ACME__TERMS_AGREED": "false"},
+            "acme.terms_agreed = false (ZCPROTO_ACME__TERMS_AGREED): must be true with certificates.mode",
+            "the variable ZCPROTO_ACME__TERMS_AGREED or {}",
+        ),
+    ],
+)
+def test_invalid_configuration_is_a_fault_with_the_place_to_correct(
+    folder: Path,
+    doctor: Doctor,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str | bytes,
+    environ: dict[str, str],
+    found: str,
+    cure: str,
+) -> None:
+    file = folder / "config.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     report = doctor()
-    assert report.faults == ["config", "config"]
-    assert "server.port = 70000" in str(report.of("config"))
+    assert report.faults == ["config"]
     assert report.state("server") == "skipped"
+    wanted = (
+        cure
+        if cure.startswith("correct")
+        else f"correct it in {cure.format(file)}, then run: zcproto config check"
+    )
+    shown, _, fix = report.one("config", "fault").partition(" | ")
+    assert shown.removeprefix(f"{file}: ").startswith(found)
+    assert fix == wanted
+
+
+def test_missing_configuration_is_named(folder: Path, doctor: Doctor) -> None:
+    (folder / "config.toml").unlink()
+    assert f"{folder}/config.toml does not exist, so all keys have their defaults" in doctor().one(
+        "config", "ok"
+    )
+    detail = doctor("--config", str(folder / "zc.toml")).one("config", "fault")
+    create = f"correct the path, or create it: zcproto --config {folder}/zc.toml config init"
+    assert detail == f"{folder}/zc.toml: no such file | {create}"
 
 
 def test_sslkeylogfile_is_a_warning(folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +315,40 @@ def test_full_disk_is_reported(
 
     monkeypatch.setattr(doctor_module.os, "statvfs", statvfs)
     assert doctor().state("disk") == state
+
+
+def test_full_disk_is_no_damage_of_the_sessions(
+    folder: Path, doctor: Doctor, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+        raise error
+
+    monkeypatch.setattr("zcproto.cli.store.sqlite3.connect", fail)
+    cure = "make room on its disk, and check the owner and mode of its folder"
+    assert doctor().one("store", "fault") == f"{folder}/sessions.db: cannot be read: disk I/O error | {cure}"
+    assert main(["store", "check"]) == 1
+    assert (
+        capsys.readouterr().err == f"zcproto: {folder}/sessions.db: cannot be read: disk I/O error; {cure}\n"
+    )
+
+
+def test_damaged_certificate_that_was_set_aside_may_be_readable(folder: Path, doctor: Doctor) -> None:
+    (folder / "certs" / "server-ecdsa.crt.aside").touch(0o644)
+    assert doctor().state("permissions") == "ok"
+    (folder / "certs" / "server-ecdsa.key.aside").touch(0o644)
+    assert "server-ecdsa.key.aside: others can read or change it" in doctor().one("permissions", "fault")
+
+
+def test_fault_without_a_cure_of_its_own_is_to_be_corrected(folder: Path, doctor: Doctor) -> None:
+    (folder / "users.toml").write_text("[users.ada]\nkey_sha256 = 'short'\n")
+    cure = "correct it, then run: zcproto config check"
+    assert (
+        doctor()
+        .one("users", "fault")
+        .endswith(f'user "ada": key_sha256 must be 43 characters of base64url, a SHA-256 | {cure}')
+    )
 
 
 # certificates

@@ -24,6 +24,7 @@ from tests.server.helpers import HEADER, KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.cli.doctor import MAX_TIMEOUT, remote
+from zcproto.cli.doctor.remote import NOT_SERVING
 from zcproto.tls.failure import TlsFailure
 
 __all__ = ["doctor"]
@@ -187,7 +188,8 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
 def test_silent_server_is_a_fault(home: Path, doctor: Doctor) -> None:
     with answering(lambda connection: None) as address:
-        assert "no answer in time" in doctor(address, "--timeout", "0.2").one("handshake", "fault")
+        detail = doctor(address, "--timeout", "0.2").one("handshake", "fault")
+        assert detail == f"no answer in time | {NOT_SERVING}", "no firewall is between a machine and itself"
 
 
 def test_server_without_tls_is_a_fault(home: Path, doctor: Doctor) -> None:

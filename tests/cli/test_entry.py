@@ -259,6 +259,7 @@ def test_exit_of_a_command_is_used(command: Callable[[Callable[[], object]], Non
 
 def test_broken_pipe_exits_with_141(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
     home.mkdir(0o700)
+    (home / "config.toml").touch()
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
@@ -382,3 +383,20 @@ def test_completion_of_a_command_name_imports_no_command() -> None:
 def test_short_help_option_works_everywhere(words: list[str], home: Path, capsys: Capture) -> None:
     assert main(words) == 0
     assert capsys.readouterr().out.startswith("Usage: zcproto")
+
+
+@pytest.mark.parametrize("arguments", [["config", "check"], ["serve", "--nonsense"]])
+@pytest.mark.parametrize("is_journal", [True, False])
+def test_error_of_a_service_has_the_priority_of_errors_in_the_journal(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], is_journal: bool
+) -> None:
+    home.mkdir(0o700)
+    (home / "config.toml").write_text("[server]\nport = 'x'\nprot = 1\n")
+    with (tmp_path / "journal").open("w+") as stream:
+        found = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}" if is_journal else "1:1")
+        monkeypatch.setattr("sys.stderr", stream)
+        assert main(arguments) == 2
+    lines = (tmp_path / "journal").read_text().splitlines()
+    assert lines
+    assert all(line.startswith("<3>") is is_journal for line in lines)

@@ -92,7 +92,7 @@ def test_server_with_workers_is_ready(tmp_path: Path, certs: Path, capsys: Captu
 
 
 def test_no_server_is_one_line_and_exit_code_1(home: Path, capsys: Capture) -> None:
-    expected = f"zcproto: no server runs with the home folder {home}"
+    expected = f"zcproto: no server runs with the home folder {home}; start one, or use --home"
     assert failed(capsys) == expected
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(home / "control.sock"))

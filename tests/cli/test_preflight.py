@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import trustme
 
 from bench.server_process import free_port
 from tests.cli.doctor_report import Capture, Doctor, doctor
 from tests.server.conftest import Serve
 from zcproto.alerts import AlertKind
+from zcproto.certs import client_ca
 from zcproto.cli import main
 from zcproto.config import Config, load_config
 from zcproto.errors import CertificateError, ConfigError
@@ -104,6 +107,53 @@ CASES = {
         "certificate",
         "{home}/no.pem: cannot be read: No such file or directory; check the path, and that this user may read it",
     ),
+    "mode of a key": (
+        "",
+        "certs/server-ecdsa.key 0644",
+        "certificate",
+        "{home}/certs/server-ecdsa.key: others can read or change this file (mode 0644); run: chmod 600"
+        " {home}/certs/server-ecdsa.key",
+    ),
+    "mode of the authority's key": (
+        "",
+        "certs/ca.key 0640",
+        "certificate",
+        "{home}/certs/ca.key: others can read or change this file (mode 0640); run: chmod 600 {home}/certs/ca.key",
+    ),
+    "mode of the folder of keys": (
+        "",
+        "certs 0777",
+        "certificate",
+        "{home}/certs: others can list or change this folder (mode 0777); run: chmod 700 {home}/certs",
+    ),
+    "lost key without repair": (
+        "[certificates]\nrepair = false",
+        "certs/server-ecdsa.key = missing",
+        "certificate",
+        "{home}/certs/server-ecdsa.key: is missing or does not belong to {home}/certs/server-ecdsa.crt; restore the"
+        " key from a backup, or set certificates.repair = true to replace it with a new one",
+    ),
+    "certificate of another authority": (
+        "",
+        "certs/server-ecdsa.crt = foreign",
+        "certificate",
+        "{home}/certs/server-ecdsa.crt: was not issued by {home}/certs/ca.crt and is never replaced; move it away,"
+        ' or set certificates.mode = "files" to use it',
+    ),
+    "authority of another program": (
+        "",
+        "certs/ca.crt = foreign",
+        "certificate",
+        "{home}/certs/ca.crt: was not created here and is never replaced; move it away with its key, or set"
+        ' certificates.mode = "files" to use certificates of another authority',
+    ),
+    "mode of the client authority's key": (
+        '[tls]\nclient_auth = "optional"',
+        "certs/client-ca.key 0644",
+        "certificate",
+        "{home}/certs/client-ca.key: others can read or change this file (mode 0644); run: chmod 600"
+        " {home}/certs/client-ca.key",
+    ),
     "client CA": (
         '[tls]\nclient_auth = "optional"\nclient_ca_file = "{home}/no.pem"',
         "",
@@ -132,14 +182,33 @@ def taken() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
+def damage_certificates(home: Path, change: str) -> None:
+    """Make a mistake in the folder of certificates: "FILE MODE" or "FILE = CONTENT"."""
+    client_ca.ensure_authority(home / "certs", datetime.now(UTC))
+    name, _, content = change.partition(" = ")
+    if content == "missing":
+        (home / name).unlink()
+    elif content == "foreign":
+        trustme.CA().issue_cert("localhost").cert_chain_pems[0].write_to_path(home / name)
+    else:
+        name, _, mode = change.partition(" ")
+        (home / name).chmod(int(mode, 8))
+
+
 def break_installation(home: Path, case: str, taken: int) -> tuple[str, str]:
     """Make the mistake in a home folder. Return the check that finds it, and its message."""
     section, file, check, message = CASES[case]
+    text = section.format(home=home, taken=taken)
+    own = "" if "[certificates]" in text else "[certificates]\n"
     (home / "config.toml").write_text(
-        f"[server]\nport = {free_port()}\n[certificates]\nkey_types = ['ecdsa-p256']\n"
-        + section.format(home=home, taken=taken)
+        f"[server]\nport = {free_port()}\n{own}{text}\n".replace(
+            "[certificates]\n", "[certificates]\nkey_types = ['ecdsa-p256']\n"
+        )
     )
     name, _, target = file.partition(" -> ")
+    if " = " in file or " 0" in file:
+        damage_certificates(home, file)
+        return check, message.format(home=home)
     if name:
         (home / name).unlink(missing_ok=True)
     if target:
@@ -180,7 +249,7 @@ def test_every_command_refuses_what_cannot_start(
     assert capsys.readouterr().err.splitlines() == [f"zcproto: {message}"]
     found = doctor("--app", APP)
     assert found.one(check, "fault") == message.replace("; ", " | ", 1)
-    assert found.faults == [check]
+    assert [each for each in found.faults if each != "permissions" or "mode" not in case] == [check]
     assert sorted(home.rglob("*")) == [path for path in before if path.name != "control.sock"]
 
     with pytest.raises((ConfigError, CertificateError)) as error:

@@ -226,7 +226,7 @@ def test_alerts_are_listed_and_tested_by_the_running_server(
 ) -> None:
     assert out_of(capsys, "alert", "list") == "No open alerts; none closed in the last 24 h.\n"
     assert main(["alert", "test"]) == 1
-    assert "no webhook and no command" in capsys.readouterr().out
+    assert "set alerts.webhook or alerts.command in" in capsys.readouterr().out
     running.reload(alerts__command=["/bin/sh", "-c", "cat > /dev/null; echo ok"])
     alerts = running.server.parts.alerts
 

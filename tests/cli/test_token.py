@@ -40,6 +40,12 @@ def test_scope_that_the_configuration_does_not_use_is_a_warning(
             " zcproto reload"
         )
         assert (warning in capsys.readouterr().err) is (is_warned and scope == "metrics")
+    monkeypatch.setenv("ZCPROTO_HTTP__ENABLED", "false")
+    assert main(["token", "create", "unread", "--scope", "status"]) == 0
+    warning = (
+        "zcproto: http.enabled = false: the server has nothing to read by a token; set it to true and restart"
+    )
+    assert warning in capsys.readouterr().err
 
 
 def test_token_goes_to_a_private_file(home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -237,6 +237,47 @@ def test_system_error_names_path_action_and_fix(tmp_path: Path) -> None:
     assert str(other.value) == f"{tmp_path}/a\\nb: cannot be read: No such file or directory; mend it"
 
 
+@pytest.mark.parametrize(
+    ("owner", "reader", "what", "cure"),
+    [
+        (None, 1000, "missing", "let the user of the server write to {folder}"),
+        (1000, 1000, "file", "run: chmod u+rw {path}"),
+        (1000, 1000, "folder", "run: chmod u+rwx {path}"),
+        (4711, 1000, "file", "run this as its owner: sudo -u '#4711' COMMAND"),
+        (
+            0,
+            1000,
+            "file",
+            "run this as the user of the server; if this is that user, let root run: chown 1000 {path}",
+        ),
+        (None, 1000, "hidden", "run this as the user of the server"),
+    ],
+)
+def test_denied_access_names_who_can_grant_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int | None, reader: int, what: str, cure: str
+) -> None:
+    path = tmp_path / "file"
+    if what == "folder":
+        path.mkdir()
+    elif what != "missing":
+        path.touch()
+    real = Path.stat
+
+    def stat_of(each: Path, **options: Any) -> os.stat_result:
+        if each == path and what == "hidden":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        values = list(real(each, **options))
+        values[4] = values[4] if owner is None else owner
+        return os.stat_result(values)
+
+    monkeypatch.setattr(Path, "stat", stat_of)
+    monkeypatch.setattr(os, "geteuid", lambda: reader)
+    with pytest.raises(ConfigError) as denied, file_errors(tmp_path, "used", fix="check it"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    fix = cure.format(path=path, folder=tmp_path)
+    assert denied.value.faults == [f"{tmp_path}: cannot be used: Permission denied; {fix}"]
+
+
 def test_unusable_file_becomes_the_error_of_the_caller(path: Path) -> None:
     put(path, mode=0o644)
     with (

@@ -110,10 +110,11 @@ def test_named_file_replaces_the_one_in_the_home_folder(home: Path) -> None:
 
 
 def test_missing_named_file_is_a_fault(home: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"other\.toml: no such file; create one with `zcproto config init`"
-    ):
-        load_config(home / "other.toml", home=home, environ={})
+    file = home / "other.toml"
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, home=home, environ={})
+    create = f"correct the path, or create it: zcproto --config {file} config init"
+    assert refused.value.faults == [f"{file}: no such file; {create}"]
 
 
 def test_command_line_overrides_environment_overrides_file(home: Path) -> None:
@@ -209,26 +210,26 @@ def test_a_hundred_sites_with_a_hundred_names_are_valid(home: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "fault"),
     [
-        ("[server]\nport = \n", "config.toml: is not TOML: Invalid value (at line 2, column 8)"),
+        ("[server]\nport = \n", "is not TOML: Invalid value (at line 2, column 8)"),
         (
             "[server\n",
-            "config.toml: is not TOML: Expected ']' at the end of a table declaration (at line 1, column 8)",
+            "is not TOML: Expected ']' at the end of a table declaration (at line 1, column 8)",
         ),
-        (
-            "[server]\nhost = [",
-            "config.toml: is not TOML: Invalid value (at line 2, column 9, the end of the file)",
-        ),
-        (b"[server]\n# \xff", "config.toml: is not UTF-8 text (line 2)"),
+        ("[server]\nhost = [", "is not TOML: Invalid value (at line 2, column 9, the end of the file)"),
+        (b"[server]\n# \xff", "is not UTF-8 text (line 2)"),
     ],
 )
-def test_malformed_toml_is_reported_with_line_and_column(home: Path, toml: str | bytes, fault: str) -> None:
-    assert faults(home, toml) == [fault]
+def test_malformed_toml_is_reported_with_line_column_and_cure(
+    home: Path, toml: str | bytes, fault: str
+) -> None:
+    (found,) = faults(home, toml)
+    assert found.startswith(f"{home}/config.toml: {fault}; correct this line, or ")
 
 
 @pytest.mark.parametrize("toml", ["a = " + "[" * 50_000, "a = 1" + "0" * 5_000])
 def test_extreme_toml_is_a_fault_without_a_crash(home: Path, toml: str) -> None:
     (fault,) = faults(home, toml)
-    assert fault.startswith("config.toml: ")
+    assert fault.startswith(f"{home}/config.toml: ")
 
 
 def test_too_large_file_is_not_parsed(home: Path) -> None:

@@ -15,11 +15,11 @@ MAKERS: Final = {"_fault", "_bad", "refuse", "_unusable", "_refusal"}
 """Functions that turn a text into an error, or into a fault of one."""
 
 RETURNERS: Final = {
-    "zcproto/config/load.py": {"_unknown_key", "_unknown_section", "_outside_section"},
+    "zcproto/config/load.py": {"_from_file", "_unknown_key", "_unknown_section", "_outside_section"},
     "zcproto/cli/__init__.py": {"_explain"},
     "zcproto/certs/examine.py": {"_key_problem"},
 }
-"""Functions, by file, that return a message or its beginning."""
+"""Functions, by file, that return or yield a message or its beginning."""
 
 PEERS_ALONE: Final = {"MessageError", "FrameError"}
 """Errors that only a broken peer gets, always after the code PROTOCOL_ERROR."""
@@ -113,7 +113,7 @@ class Sources:
                             yield Message(text, f"{path}:{node.lineno}")
                 elif isinstance(node, ast.FunctionDef) and node.name in RETURNERS.get(path, ()):
                     for each in ast.walk(node):
-                        if isinstance(each, ast.Return) and each.value is not None:
+                        if isinstance(each, ast.Return | ast.Yield) and each.value is not None:
                             for text in texts_in(each.value):
                                 yield Message(text, f"{path}:{each.lineno}")
 

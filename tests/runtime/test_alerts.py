@@ -58,6 +58,11 @@ class AlertingServer:
     def sent(self) -> list[tuple[str, str]]:
         return [(each["alert"]["kind"], each["phase"]) for each in self.messages()]
 
+    def exported(self) -> list[str]:
+        """Return the lines of the metrics."""
+        _, text = self.server.in_loop(lambda: server_metrics(self.server.server.parts).render(""))
+        return text.decode().splitlines()
+
     def until(self, kind: str, phase: str = "began") -> dict[str, Any]:
         """Wait for a message; return its alert."""
         try:
@@ -245,6 +250,22 @@ def test_removed_user_raises_alert(start: Start, tmp_path: Path) -> None:
         users.remove("ada")
         alert = alerting.until("session.revoked")
     assert alert["title"] == "1 session revoked: the user ada was removed or changed"
+
+
+@pytest.mark.parametrize("name", ["users.toml", "devices.toml", "tokens.toml"])
+def test_file_that_cannot_be_read_raises_alert_until_it_can(start: Start, tmp_path: Path, name: str) -> None:
+    (tmp_path / "home").mkdir(0o700)
+    path = tmp_path / "home" / name
+    path.touch(0o600)
+    alerting = start(users_file=True)
+    path.chmod(0o644)
+    alert = alerting.until("file.unreadable")
+    assert alert["about"] == str(path)
+    assert f"{path}: others can read or change this file (mode 0644); run: chmod 600" in alert["title"]
+    assert "zcproto_file_unreadable 1.0" in alerting.exported()
+    path.chmod(0o600)
+    alerting.until("file.unreadable", "ended")
+    assert "zcproto_file_unreadable 0.0" in alerting.exported()
 
 
 @pytest.mark.requirement("recovery")
@@ -454,11 +475,7 @@ def test_alerts_are_exported_as_metrics(start: Start) -> None:
     alerting = start(answer(400))
     raise_one(alerting)
     eventually(lambda: alerting.alerts.queues[0].failures == 1)
-    lines = (
-        alerting.server.in_loop(lambda: server_metrics(alerting.server.server.parts).render(""))[1]
-        .decode()
-        .splitlines()
-    )
+    lines = alerting.exported()
     for line in (
         'zcproto_alerts_open{severity="error"} 1.0',
         'zcproto_alerts_raised_total{kind="store.emptied"} 1.0',

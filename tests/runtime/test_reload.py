@@ -250,7 +250,7 @@ def test_reload_of_other_settings_does_not_check_certificates(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("certificates are checked")
 
-    monkeypatch.setattr(CertificateChecker, "__init__", refuse)
+    monkeypatch.setattr(CertificateChecker, "check", refuse)
     assert [each.key for each in server.reload(limits__max_streams=9).applied] == ["limits.max_streams"]
     with pytest.raises(AssertionError, match="certificates are checked"):
         server.reload(certificates__alert_days=[3])

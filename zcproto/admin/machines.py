@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from math import ceil
 from typing import Final
@@ -184,8 +184,9 @@ def build_tokens(
     now: Callable[[], datetime],
     *,
     reports: bool,
+    on_read: Callable[[Sequence[str]], None] = lambda faults: None,
 ) -> MachineTokens:
-    """Build the tokens in a home folder. Raises ConfigError if their file has faults."""
+    """Build the tokens in a home folder. `on_read` is that of `Directory`. Raises ConfigError."""
 
     async def ends_no_session(name: str, token: MachineToken) -> None:
         pass
@@ -194,6 +195,7 @@ def build_tokens(
         TokenFile(home.tokens),
         on_gone=ends_no_session,
         on_gone_elsewhere=None if reports else ends_no_session,  # the changes are logged once
+        on_read=on_read,
     )
     return MachineTokens(directory, login, alerts, clock, now, reports=reports)
 

@@ -350,6 +350,7 @@ def _https(snapshot: Snapshot) -> Iterator[Reading]:
 def _alerts(snapshot: Snapshot) -> Iterator[Reading]:
     kinds = {alert["kind"] for alert in snapshot.alerts["open"]}
     yield "zcproto_config_refused", AlertKind.CONFIG_REFUSED.value in kinds
+    yield "zcproto_file_unreadable", AlertKind.FILE_UNREADABLE.value in kinds
     open_alerts = Counter(alert["severity"] for alert in snapshot.alerts["open"])
     for severity in Severity:
         yield "zcproto_alerts_open", open_alerts[severity.word], severity.word

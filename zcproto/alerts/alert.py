@@ -84,6 +84,7 @@ class AlertKind(Enum):
     INTERNAL_ERRORS = "request.internal_errors"
     SERVER_FULL = "server.full"
     CONFIG_REFUSED = "config.refused"
+    FILE_UNREADABLE = "file.unreadable"
     WORKER_ENDED = "worker.ended"
     AUDIT_NOT_WRITTEN = "audit.not_written"
     UNDELIVERED = "alerts.undelivered"
@@ -215,6 +216,10 @@ config.refused: error, ends resolved
     A reload was refused: a server could not start with the configuration. The running one keeps the old settings,
     and a restart would be an outage.
     Cure: `zcproto config check` lists the faults. Correct them, then `zcproto reload`.
+file.unreadable: error, ends resolved; file
+    `users.toml`, `devices.toml` or `tokens.toml` cannot be used as it is now: it is damaged or missing, or has
+    another owner or mode. The last valid content applies, and a restart would fail.
+    Cure: The message has the fault and what corrects it.
 worker.ended: error, ends quiet; process
     A process of a server with workers crashed or was killed, and was started again. A worker has lost its
     connections.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, Generic, TypeVar
@@ -52,7 +52,8 @@ class Directory(Generic[Entry]):
 
     `on_gone` ends the sessions of an entry that is gone, by its name and the entry before, and returns how many. If
     it raises, it is called again after the next check. `watch` calls `on_gone_elsewhere` instead if it is given:
-    another process watches the file too, and ends the sessions. Raises ConfigError if the file has faults.
+    another process watches the file too, and ends the sessions. `on_read` is called with the faults for which a
+    changed file is not taken, and with none when it can be read again. Raises ConfigError if the file has faults.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Directory(Generic[Entry]):
         *,
         on_gone: Callable[[str, Entry], Awaitable[int | None]],
         on_gone_elsewhere: Callable[[str, Entry], Awaitable[int | None]] | None = None,
+        on_read: Callable[[Sequence[str]], None] = lambda faults: None,
         sleep: Callable[[float], Awaitable[None]] = sleep_together,
     ) -> None:
         file.load()
@@ -68,6 +70,7 @@ class Directory(Generic[Entry]):
         self.known = file.find
         """Returns an entry that may open sessions, as of the last reading."""
         self._on_gone = on_gone
+        self._on_read = on_read
         self._logs_changes = on_gone_elsewhere is None
         self._on_gone_elsewhere = on_gone if on_gone_elsewhere is None else on_gone_elsewhere
         self._sleep = sleep
@@ -94,10 +97,12 @@ class Directory(Generic[Entry]):
             except ConfigError as fault:
                 self._faulty = True
                 log.error(f"{self.file.kind}s.unreadable", faults=fault.faults)
+                self._on_read(fault.faults)
                 return
         if self._faulty:
             self._faulty = False
             log.info(f"{self.file.kind}s.readable")
+            self._on_read([])
         for change in self.file.take_changes():
             if self._logs_changes:
                 _, added, changed, removed = change

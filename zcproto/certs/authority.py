@@ -178,18 +178,24 @@ class AuthorityFolder:
         now: datetime,
         progress: Progress,
         names: Names | None = None,
+        *,
+        changes: bool = True,
     ) -> None:
-        """`names` are the names that a server authority has to permit; None permits all."""
+        """`names` are the names that a server authority has to permit; None permits all.
+
+        Without `changes` nothing is written: what can be repaired is returned as repaired, or counts as missing.
+        """
         self._kind = kind
         self._directory = directory
         self._certificate_path, self._key_path = kind.paths(directory)
         self._now = now
         self._progress = progress
         self._names = names
+        self._changes = changes
 
     def load(self, leaf_lifetime: timedelta = timedelta(0)) -> Authority | None:
         """Return the authority, repaired, and renewed if a leaf of `leaf_lifetime` would outlive it; or None."""
-        files.recover(self._certificate_path, self._key_path, pair.match)
+        self._recover(self._certificate_path, self._key_path, pair.match)
         certificate = self._read_certificate()
         if certificate is None and not self._key_path.exists():
             return None
@@ -249,9 +255,15 @@ class AuthorityFolder:
             raise CertificateError(
                 f"{certificate_path}: was not issued by {self._certificate_path} and is never replaced; {remedy}"
             )
-        files.recover(certificate_path, key_path, can_be_installed)
+        self._recover(certificate_path, key_path, can_be_installed)
         certificate = self._read(certificate_path, pair.read_certificate)
         return Leaf(certificate_path, key_path, certificate, self._read(key_path, pair.read_private_key))
+
+    def _recover(
+        self, certificate_path: Path, key_path: Path, matches: Callable[[bytes, bytes], bool]
+    ) -> None:
+        if self._changes:
+            files.recover(certificate_path, key_path, matches)
 
     def _read(self, path: Path, read: Callable[[Path], T]) -> T | None:
         """Return the content of the file. Return None if the file is missing or damaged; set the latter aside."""
@@ -260,7 +272,8 @@ class AuthorityFolder:
         try:
             return read(path)
         except files.DamagedFileError as error:
-            self._progress(f"{error}. It was set aside as {files.set_aside(path)}.")
+            if self._changes:
+                self._progress(f"{error}. It was set aside as {files.set_aside(path)}.")
             return None
 
     def _read_certificate(self) -> x509.Certificate | None:
@@ -290,7 +303,10 @@ class AuthorityFolder:
 
     def _issue(self, key: keys.PrivateKey, new_key: keys.PrivateKey | None) -> x509.Certificate:
         certificate = profile.authority_certificate(key, self._kind.title, self._now)
-        install(certificate, self._certificate_path, new_key, self._key_path)
+        if self._changes:
+            install(certificate, self._certificate_path, new_key, self._key_path)
+        else:
+            files.check_writable(self._certificate_path)
         return certificate
 
 

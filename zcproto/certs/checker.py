@@ -35,6 +35,7 @@ from zcproto.certs.sources import (
     SiteSource,
     Source,
 )
+from zcproto.errors import CertificateError
 from zcproto.tls.context import ServerContext, SiteContexts
 
 
@@ -152,6 +153,16 @@ class CertificateChecker:
             self._is_proven = True
         happened, self._deferred = self._deferred, ()
         return CheckResult(serving, happened, self._default.next_pins, self._default.last_renewal)
+
+    def faults(self, now: datetime) -> list[str]:
+        """Return why the first check would fail. Changes nothing."""
+        found = []
+        for source in self._sources:
+            try:
+                source.check_start(pair.utc(now))
+            except CertificateError as error:
+                found.append(str(error))
+        return found
 
     def close(self) -> None:
         """Stop work in other threads. Idempotent."""

@@ -96,6 +96,15 @@ def ensure_authority(
     return paths(directory)
 
 
+def check_authority(directory: Path, now: datetime) -> None:
+    """Raise the CertificateError with which `ensure_authority` would fail for the authority. Changes nothing."""
+    if directory.exists():
+        files.check_folder(directory)
+        AuthorityFolder(
+            authority.CLIENT, directory, pair.utc(now), lambda sentence: None, changes=False
+        ).load()
+
+
 def issue_client(
     directory: Path,
     name: str,

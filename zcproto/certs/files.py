@@ -15,6 +15,8 @@ Must not know: X.509, when something is written.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +77,18 @@ def _reading(path: Path) -> Iterator[None]:
 def _check_path(path: Path) -> None:
     if "\0" in str(path):
         raise CertificateError(f"{str(path)!r}: is not a valid path; configure the right one")
+
+
+def check_writable(path: Path, *, needs_space: bool = True) -> None:
+    """Raise CertificateError if this user cannot write a file, or in a folder."""
+    folder = path
+    while not folder.is_dir():
+        folder = folder.parent
+    with file_errors(path, "written", CertificateError):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        if needs_space and not os.statvfs(folder).f_bavail:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 # --- writing -----------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from zcproto.certs.names import MAX_NAMES, check_names, found_names
 from zcproto.certs.notices import day
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.rollover import STEMS, NextKey, NextPins
+from zcproto.common.files import staging_path
 from zcproto.errors import CertificateError
 from zcproto.tls.pins import key_pin
 
@@ -179,6 +180,11 @@ def rotate(
     return RenewalRun(directory, settings, now, progress, task).result()
 
 
+def check(directory: Path, settings: ManagedSettings, now: datetime) -> None:
+    """Raise the CertificateError with which `ensure` would fail. Changes nothing."""
+    RenewalRun(directory, settings, now, lambda sentence: None, _Task.CHECK).check()
+
+
 # --- decisions ---------------------------------------------------------------------------------------------
 
 
@@ -231,6 +237,7 @@ def _reason_to_issue(
 
 
 class _Task(enum.Enum):
+    CHECK = enum.auto()
     ENSURE = enum.auto()
     RENEW = enum.auto()
     ANNOUNCE = enum.auto()
@@ -288,7 +295,9 @@ class RenewalRun:
             )
         self._settings = settings.checked()
         names = authority.Names(tuple(self._settings.names), tuple(self._settings.host_names or ()))
-        self._folder = AuthorityFolder(authority.SERVER, directory, self._now, progress, names)
+        self._folder = AuthorityFolder(
+            authority.SERVER, directory, self._now, progress, names, changes=task is not _Task.CHECK
+        )
         self._progress = progress
         self._task = task
         self._new_pins: list[str] = []
@@ -324,6 +333,31 @@ class RenewalRun:
             replaced_keys=tuple(self._replaced_keys),
         )
 
+    def check(self) -> None:
+        """Raise CertificateError for what `result` neither repairs nor tolerates."""
+        ca, _ = authority.SERVER.paths(self._directory)
+        if not self._directory.exists():
+            files.check_writable(ca)
+            return
+        files.check_folder(self._directory)
+        files.check_writable(self._directory, needs_space=False)  # for the lock
+        if any(self._directory.glob(str(staging_path(Path("*"))))):
+            return  # another process is installing them, or was interrupted and `result` finishes it
+        found = self._folder.load(self._settings.lifetime)
+        for key_type in self._settings.key_types:
+            plan = self._find(key_type, found)
+            path = plan.leaf.certificate_path
+            if found is None:
+                files.check_writable(ca)
+                continue
+            reason = _reason_to_issue(plan, self._settings, found.certificate, self._now)
+            if reason is None or not reason.is_required:
+                load_pair(path, plan.leaf.key_path, self._now)
+            elif found.key is None:
+                raise CertificateError(f"{path} must be issued ({reason.why}): {found.problem}")
+            else:
+                files.check_writable(path)
+
     # --- what exists
 
     def _find(self, key_type: str, issuer: Authority | None) -> _Plan:
@@ -344,7 +378,8 @@ class RenewalRun:
             raise CertificateError(
                 f"{leaf.key_path}: is missing or does not belong to {leaf.certificate_path}; {_RESTORE}"
             )
-        if leaf.key is None or leaf.is_matching or keys.key_type_of(leaf.key) == key_type:
+        is_kept = leaf.key is None or leaf.is_matching or keys.key_type_of(leaf.key) == key_type
+        if is_kept or self._task is _Task.CHECK:
             return _Plan(key_type, leaf, is_key_lost)
         # The key would be overwritten, and may be needed elsewhere.
         aside = files.set_aside(leaf.key_path)

@@ -92,6 +92,10 @@ class Source(Protocol):
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]: ...
 
+    def check_start(self, now: datetime) -> None:
+        """Raise the CertificateError with which `start` would fail. Changes nothing."""
+        ...
+
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]: ...
 
 
@@ -179,6 +183,13 @@ class ManagedSource(SiteSource):
                 raise _as_certificate_error(error, self._directory) from error
             return [*self._take(on_disk), *self._failed(error, now, monotonic)]
         return self._ensured(found, known, now, monotonic)
+
+    def check_start(self, now: datetime) -> None:
+        try:
+            managed.check(self._directory, self._settings, now)
+        except _FAILURES as error:
+            if not (_is_disk_failure(error) and self._on_disk(now)):
+                raise _as_certificate_error(error, self._directory) from error
 
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
         found: list[Notice] = []
@@ -347,6 +358,7 @@ class ExternalSource(SiteSource):
     origin = Origin.FILES
 
     def __init__(self, spec: ExternalSite, environ: Mapping[str, str]) -> None:
+        self._spec, self._environ = spec, environ
         self._files = WatchedFiles(spec.paths, lambda now, before: load_site(spec, now, environ, before))
 
     @property
@@ -358,8 +370,15 @@ class ExternalSource(SiteSource):
         return self._files.value
 
     def overdue(self, now: datetime) -> list[CertificatePair]:
-        """Return all pairs, because it is unknown when other programs renew."""
-        return list(self.site.pairs)
+        """Return the pairs in the last third of their lives: it is unknown when other programs renew."""
+        return [
+            one
+            for one in self.site.pairs
+            if now >= lifecycle.renewal_due(one.not_before, one.not_after, timedelta.max)
+        ]
+
+    def check_start(self, now: datetime) -> None:
+        load_site(self._spec, now, self._environ)
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]:
         self._files.start(now, monotonic)
@@ -396,6 +415,16 @@ class ClientTrustSource(Source):
     @property
     def is_incomplete(self) -> bool:
         return self._files.is_incomplete
+
+    def check_start(self, now: datetime) -> None:
+        if self._directory is not None:
+            try:
+                client_ca.check_authority(self._directory, now)
+            except _FAILURES as error:
+                if not _is_disk_failure(error):
+                    raise _as_certificate_error(error, self._directory) from error
+        if self._directory is None or self._trust.ca.exists():
+            _load_trust(self._trust)
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]:
         happened: list[Notice] = []

@@ -285,7 +285,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last resort: show one message
         if os.environ.get("ZCPROTO_DEBUG") == "1":
             traceback.print_exception(error)
-        click.echo(_explain(error), err=True)
+        _report(_explain(error))
         return EXIT_UNUSABLE if isinstance(error, ConfigError | CertificateError) else EXIT_FAILED
     return code
 
@@ -308,8 +308,18 @@ def _show(error: click.ClickException) -> None:
         return
     if isinstance(error, click.UsageError) and error.ctx is not None:
         path = error.ctx.command_path
-        click.echo(f"{error.ctx.get_usage()}\nTry '{path} --help' for help.\n", err=True)
-    click.echo(f"zcproto: {error.format_message()}", err=True)
+        _report(f"{error.ctx.get_usage()}\nTry '{path} --help' for help.\n")
+    _report(f"zcproto: {error.format_message()}")
+
+
+def _report(text: str) -> None:
+    """Print an error. The journal of systemd gets it with the priority of errors (sd-daemon(3))."""
+    if "JOURNAL_STREAM" in os.environ:
+        from zcproto.observe.output import is_journal  # noqa: PLC0415 - services only
+
+        if is_journal(sys.stderr):
+            text = "\n".join(f"<3>{line}" for line in text.splitlines())
+    click.echo(text, err=True)
 
 
 def _explain(error: Exception) -> str:

@@ -17,6 +17,7 @@ from zcproto.cli.output import json_text, print_report, report_options, table, u
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 MAX_BODY = 1_048_576
@@ -69,7 +70,8 @@ def test(instance: Instance, as_json: bool) -> int:
         )
         for each in results
     ]
-    text = "no webhook and no command is configured in [alerts]: alerts are only logged"
+    file = escape_text(str(instance.config_file or instance.home.config))
+    text = f"alerts are only logged; to send them, set alerts.webhook or alerts.command in {file}"
     if rows:
         text = table(("SINK", "WHERE", "RESULT", "TIME", "RESPONSE"), rows)
     click.echo(json_text(results) if as_json else text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ from zcproto.cli import Instance, command_group, force_option, instance_options,
 from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import private_file
 from zcproto.cli.serve import load_app
+from zcproto.common.files import file_errors
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import Config, config_as_toml, default_config, default_config_file
@@ -41,16 +43,44 @@ config = command_group("config", "Create, check and show the configuration.")
 
 
 @config.command()
-@force_option
+@click.option(
+    "--force", is_flag=True, help="Replace an existing file, and keep it beside the new one, as FILE~."
+)
 @instance_options
 def init(instance: Instance, force: bool) -> None:
     """Write a commented file with every key and its default."""
     path = instance.config_file or instance.home.config
+    copy = path.with_name(f"{path.name}~")
     if instance.config_file is None:
         instance.home.ensure()
-    with private_file(path, replace=force) as file:
-        file.write(default_config_file(instance.home.path))
-    click.echo(f"{escape_text(str(path))}: written; uncomment the keys that you want to set")
+    is_kept = _keep(path, copy, force)
+    try:
+        with file_errors(path, "written"), private_file(path, replace=force) as file:
+            file.write(default_config_file(instance.home.path))
+    except BaseException:
+        if is_kept:
+            copy.unlink(missing_ok=True)
+        raise
+    kept = f", the old one is {escape_text(str(copy))}" if is_kept else ""
+    click.echo(f"{escape_text(str(path))}: written{kept}; uncomment the keys that you want to set")
+
+
+def _keep(path: Path, copy: Path, force: bool) -> bool:
+    """Give an existing file a second name; return whether there is one. Raises ZcprotoError without `force`."""
+    file, kept = escape_text(str(path)), escape_text(str(copy))
+    if not os.path.lexists(path):
+        return False
+    if not force:
+        raise ZcprotoError(
+            f"{file}: already exists; zcproto config check finds its faults, --force keeps it as {kept}"
+        )
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except FileExistsError:
+        raise ZcprotoError(f"{kept}: is a replaced configuration; move it away first") from None
+    except OSError as error:
+        raise ZcprotoError(f"{file}: cannot be kept: {error.strerror}; move it away instead") from error
+    return True
 
 
 @config.command()
@@ -79,8 +109,13 @@ def check(instance: Instance, app: str | None) -> None:
     if faults:
         raise ConfigError([*dict.fromkeys(faults)])  # the file may be in the home folder
     path = instance.config_file or instance.home.config
-    subject = escape_text(str(path)) if path.exists() else "no file, all keys have their defaults"
-    click.echo(f"{subject}: valid")
+    click.echo(f"{escape_text(str(path))}: valid" if path.exists() else f"valid: {no_file(path)}")
+
+
+def no_file(path: Path) -> str:
+    """Describe a configuration that does not exist, which is valid."""
+    name = escape_text(str(path))
+    return f"{name} does not exist, so all keys have their defaults; zcproto config init writes it"
 
 
 class StartCheck(NamedTuple):
@@ -90,6 +125,7 @@ class StartCheck(NamedTuple):
     notes: list[str]
     status: dict[str, Any] | None
     """Of the server that runs with this home folder; None if none does, or it cannot be asked."""
+    is_running: bool
 
 
 def check_start(config: Config, home: Home, app: str | None, timeout: float) -> StartCheck:
@@ -122,7 +158,7 @@ def check_start(config: Config, home: Home, app: str | None, timeout: float) -> 
     faults = preflight(config, home, application, running=config if is_running else None)
     known = {fault.message for fault in faults}
     faults += (Fault("reload", message) for message in refused if message not in known)
-    return StartCheck(faults, notes, status)
+    return StartCheck(faults, notes, status, is_running)
 
 
 @config.command()
@@ -134,6 +170,9 @@ def show(instance: Instance, changed: bool) -> None:
     Passwords in addresses are hidden, and so is the path of a webhook, which may be a secret too.
     """
     found = instance.existing_config()
+    path = instance.config_file or instance.home.config
+    if not path.exists():
+        click.echo(f"zcproto: {no_file(path)}", err=True)
     text = config_as_toml(found, default_config(instance.home.path) if changed else None)
     text = _WEBHOOK.sub(r'\1(hidden)"', text)
     click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)

@@ -60,7 +60,9 @@ def _ask(home: Home) -> tuple[int, bytes]:
     try:
         answer = _exchange(home, system_clock.now() + LIMIT_S)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        raise ZcprotoError(f"no server runs with the home folder {escape_text(str(home.path))}") from None
+        raise ZcprotoError(
+            f"no server runs with the home folder {escape_text(str(home.path))}; start one, or use --home"
+        ) from None
     except PermissionError as error:
         raise ZcprotoError(f"{where}: you are not allowed; run this as the server's user") from error
     except (TimeoutError, BlockingIOError) as error:

@@ -32,6 +32,7 @@ from zcproto.errors import Code, ConfigError, ZcprotoError
 from zcproto.runtime.store_setup import MEMORY, SQLITE, build_carrier, build_store
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore, StoreUnavailable
+from zcproto.stores.sqlite.file import may_pass
 
 ASK_SERVER = "stop it, or ask it for its sessions: zcproto session list --server HOST:PORT --operator NAME"
 CONFIGURED = "configured"
@@ -164,11 +165,15 @@ def is_in_use(path: Path) -> bool:
 
 
 def damage_of(path: Path) -> list[str]:
-    """Return the problems that SQLite finds in a file."""
+    """Return the problems that SQLite finds in a file. Raises ZcprotoError if it cannot be read now."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
             rows = database.execute(f"PRAGMA integrity_check({MAX_FAULTS})").fetchall()
     except sqlite3.DatabaseError as error:
+        if may_pass(error):
+            shown = escape_text(str(path))
+            cure = "make room on its disk, and check the owner and mode of its folder"
+            raise ZcprotoError(f"{shown}: cannot be read: {error}; {cure}") from error
         return [str(error)]
     return [str(problem) for (problem,) in rows if problem != "ok"]
 

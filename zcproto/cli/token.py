@@ -70,7 +70,12 @@ def create(
     """Create a token and print it, once. It is valid at once, also with a running server."""
     instance.home.ensure()
     http = instance.read_config().http
-    if "metrics" in scopes and http.metrics != "token":
+    if not http.enabled:
+        cure = "set it to true and restart the server"
+        click.echo(
+            f"zcproto: http.enabled = false: the server has nothing to read by a token; {cure}", err=True
+        )
+    elif "metrics" in scopes and http.metrics != "token":
         cure = 'set it to "token" and run zcproto reload'
         click.echo(
             f'zcproto: http.metrics = "{http.metrics}": /metrics takes no machine token; {cure}', err=True

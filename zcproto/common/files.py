@@ -84,6 +84,8 @@ def file_errors(
     try:
         yield
     except OSError as fault:
+        if isinstance(fault, PermissionError):
+            fix = access_fix(Path(fault.filename) if isinstance(fault.filename, str) else path)
         reason = f"cannot be {action}: {fault.strerror or fault}{fix and '; ' + fix}"
         raise error(f"{escape_text(str(path))}: {reason}") from fault
     except UnusableFileError as fault:
@@ -103,6 +105,24 @@ def owner_fix(path: Path, owner: int) -> str:
     if os.geteuid() == _ROOT:
         return f"run as that user: sudo -u {user_name(owner)} COMMAND"
     return f"run as that user, or run: chown {os.geteuid()} {_quoted(path)}"
+
+
+def access_fix(path: Path) -> str:
+    """Return what to do about a file or folder that this user may not use."""
+    if not HAS_MODES:
+        return "run this as the user of the server"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return f"let the user of the server write to {_quoted(path.parent)}"
+    except OSError:
+        return "run this as the user of the server"
+    if status.st_uid == os.geteuid():
+        return f"run: chmod u+rw{'x' if stat.S_ISDIR(status.st_mode) else ''} {_quoted(path)}"
+    if status.st_uid != _ROOT:
+        return f"run this as its owner: sudo -u {user_name(status.st_uid)} COMMAND"
+    command = f"chown {os.geteuid()} {_quoted(path)}"
+    return f"run this as the user of the server; if this is that user, let root run: {command}"
 
 
 def user_name(uid: int) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import tomli
 from pydantic import BaseModel, ValidationError
 
-from zcproto.common.files import UnusableFileError, read_trusted_file
+from zcproto.common.files import UnusableFileError, access_fix, read_trusted_file
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text, toml_string
 from zcproto.config.checks import contradictions, split_key, value_of
@@ -134,16 +134,17 @@ def _validated(section: str, given: Mapping[str, _Given], refused: set[str], fau
 
 def _from_file(path: Path | None, home: Path) -> _Items:
     source = path or Home(home).config
-    name = escape_text(source.name, _MAX_SHOWN)
+    where, name = escape_text(str(source)), escape_text(source.name, _MAX_SHOWN)
     try:
         # It names a program that the server runs, addresses that receive alerts, and who may log in.
         data = read_trusted_file(source, MAX_FILE_BYTES)
     except FileNotFoundError:
         if path is not None:
-            yield f"{escape_text(str(source))}: no such file; create one with `zcproto config init`"
+            yield f"{where}: no such file; correct the path, or create it: zcproto --config {where} config init"
         return
     except OSError as error:
-        yield f"{escape_text(str(source))}: cannot be read: {error.strerror}"
+        fix = access_fix(source) if isinstance(error, PermissionError) else "check the path and its disk"
+        yield f"{where}: cannot be read: {error.strerror}; {fix}"
         return
     except UnusableFileError as error:
         yield from error.faults
@@ -152,16 +153,16 @@ def _from_file(path: Path | None, home: Path) -> _Items:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield f"{name}: is not UTF-8 text (line {line})"
+        yield f"{where}: is not UTF-8 text (line {line}); correct this line, or save the file as UTF-8"
         return
     try:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        yield f"{name}: is not TOML: {_where(str(error), text)}"
+        yield f"{where}: is not TOML: {_where(str(error), text)}; correct this line, or the one before"
         return
     except (ValueError, RecursionError):
         # Limits of Python that tomli does not translate: numbers of thousands of digits, and deep nesting.
-        yield f"{name}: holds a number of thousands of digits, or lists nested too deeply"
+        yield f"{where}: holds a number of thousands of digits, or lists nested too deeply; remove it"
         return
     yield from _from_document(document, name)
 

@@ -218,7 +218,7 @@ class CertificatesConfig(Settings):
     default a new certificate is active before a person can look. With workers the coordinator checks, and the
     workers follow; by themselves they check every two seconds at most."""
     alert_days: Annotated[tuple[int, ...], list_of(whole(1, 396), 0, 16)] = (30, 14, 7, 3, 1)
-    """Days before the expiry of a certificate at which an alert is sent."""
+    """Days before the expiry of a certificate at which an alert is sent, in the last third of its life."""
     site: Annotated[
         tuple[SiteConfig, ...], tables_of(SiteConfig, "certificates.site", 100, _duplicate_names)
     ] = ()

@@ -71,6 +71,8 @@ zcproto_config_reloads_total counter (result)
     Reloads of the configuration. A refused one was invalid and changed nothing.
 zcproto_config_refused gauge max
     1 after a refused reload, until one succeeds: a restart would fail.
+zcproto_file_unreadable gauge max
+    1 while users.toml, devices.toml or tokens.toml cannot be read: a restart would fail.
 
 # Connections
 zcproto_tcp_connections gauge

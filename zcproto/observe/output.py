@@ -164,7 +164,7 @@ class StandardError:
         stream = sys.stderr
         if stream is not self._stream:
             self._stream, self._descriptor = stream, _descriptor_of(stream)
-            self._is_terminal, self._is_journal = stream.isatty(), _is_journal(stream)
+            self._is_terminal, self._is_journal = stream.isatty(), is_journal(stream)
         return stream
 
     def flush(self) -> int:
@@ -204,7 +204,8 @@ def _descriptor_of(stream: TextIO) -> Descriptor | None:
         return None
 
 
-def _is_journal(stream: TextIO) -> bool:
+def is_journal(stream: TextIO) -> bool:
+    """Return whether systemd passes what a stream gets to its journal."""
     wanted = os.environ.get("JOURNAL_STREAM")
     if not wanted:
         return False

@@ -5,8 +5,9 @@ Events that any peer can cause are not raised one by one: they are counted, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from zcproto.admin.parts import Parts
@@ -131,6 +132,16 @@ def on_topics_checked(alerts: ServerAlerts, is_away: bool) -> None:
         alerts.raise_(AlertKind.TOPICS_AWAY, "topics and clients of other processes cannot be reached")
     else:
         alerts.resolve(AlertKind.TOPICS_AWAY, "topics and clients of other processes can be reached again")
+
+
+def on_file_read(alerts: ServerAlerts, path: Path, faults: Sequence[str]) -> None:
+    """Raise the alert of a file that a running server cannot read, or resolve it if there are no `faults`."""
+    if faults:
+        title = f"the last valid content applies, and a restart would fail: {faults[0]}"
+        details = {"faults": list(faults)}
+        alerts.raise_(AlertKind.FILE_UNREADABLE, title, about=str(path), changed=True, details=details)
+    else:
+        alerts.resolve(AlertKind.FILE_UNREADABLE, f"{path} can be read again", about=str(path))
 
 
 def on_issuer_failed(alerts: ServerAlerts, issuer: str, reason: str, can_serve: bool) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
@@ -68,6 +69,7 @@ from zcproto.runs.store import MemoryRuns, RunStore
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
     on_certificates_checked,
+    on_file_read,
     on_issuer_answered,
     on_issuer_failed,
     on_refresh_reused,
@@ -202,6 +204,7 @@ async def build(
     if role.connections is not None:
         state.connections_elsewhere = role.connections(state)
     jwt = await asyncio.to_thread(build_jwt, config.auth, clock, alerts)
+    on_read = partial(on_file_read, alerts)
     login = build_login(
         active,
         home,
@@ -212,6 +215,7 @@ async def build(
         throttle=role.throttle,
         counting=role.counting,
         report_gone=None if role.maintains else role.report_gone,
+        on_read=on_read,
     )
     acceptor, listener, http = build_endpoints(active, state, certificates, wheel, role.counting)
     loop_lag = LoopLag(
@@ -253,7 +257,15 @@ async def build(
         devices=login.devices,
         tokens=None
         if http is None
-        else build_tokens(home, login.login, alerts, clock, certificates.now, reports=role.maintains),
+        else build_tokens(
+            home,
+            login.login,
+            alerts,
+            clock,
+            certificates.now,
+            reports=role.maintains,
+            on_read=partial(on_read, home.tokens),
+        ),
         acceptor=acceptor,
         listener=listener,
         http=http,
@@ -426,11 +438,12 @@ def build_login(
     throttle: LoginThrottle | None = None,
     counting: Counting = ALONE,
     report_gone: ReportGone | None = None,
+    on_read: Callable[[Path, Sequence[str]], None] = lambda path, faults: None,
 ) -> LoginParts:
     """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates, and `jwt`.
 
     `now` is the time by which certificates are valid. `report_gone` is None if this process ends the sessions of
-    users and devices that are gone.
+    users and devices that are gone. `on_read` is called with the path of a file and its faults, as by `Directory`.
     """
     limits = active.config.limits
     if throttle is None:
@@ -458,12 +471,14 @@ def build_login(
         UserFile(home.users),
         on_gone=partial(_end_user_sessions, state),
         on_gone_elsewhere=report_gone and partial(_report_user, report_gone),
+        on_read=partial(on_read, home.users),
     )
     device_file = DeviceFile(home.devices)
     devices = Directory(
         device_file,
         on_gone=partial(_end_device_sessions, state),
         on_gone_elsewhere=report_gone and partial(_report_device, report_gone, state),
+        on_read=partial(on_read, home.devices),
     )
     enrollment = Enrollment(PairingFile(home.pairing), device_file, users, throttle)
     found += ApiKeyAuthenticator(users), DeviceAuthenticator(devices, users, on_refused=_log_device_refused)

@@ -20,8 +20,11 @@ from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App, Method
 from zcproto.auth import BUILT_IN_SCHEMES, DeviceFile, UserFile
 from zcproto.auth.tokens import TokenFile
-from zcproto.certs.acme.source import require_package
+from zcproto.certs.checker import CertificateChecker
 from zcproto.certs.examine import survey
+from zcproto.certs.external import ExternalSite, load_site
+from zcproto.certs.pair import Site
+from zcproto.certs.settings import certificate_settings
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.home import Home
 from zcproto.config import Config, RoleConfig
@@ -48,13 +51,14 @@ def preflight(
     app: App | Mapping[str, Method] | None,
     *,
     running: Config | None = None,
+    served: Site | None = None,
     has_users: bool = True,
 ) -> list[Fault]:
     """Return all faults. Reads files.
 
     `app` is the application, or all methods of a running server; None skips the check of the roles. `running` is
-    the configuration of a server that runs, whose ports are in use. `has_users` is whether users and devices are
-    in files.
+    the configuration of a server that runs, whose ports are in use, and `served` the certificates of its default
+    site. `has_users` is whether users and devices are in files.
     """
     checks: list[tuple[str, Callable[[], object]]] = [("home", home.check)] if home.path.exists() else []
     for path, key in ((config.log.file, LOG_KEY), (config.log.audit_file, AUDIT_KEY)):
@@ -67,7 +71,6 @@ def preflight(
     alerts = ServerAlerts(config.alerts, (), clock=system_clock, entropy=system_entropy)
     checks += [
         ("alerts", partial(sinks_of, config.alerts, system_clock)),
-        ("certificate", partial(_check_certificates, config)),
         ("store", partial(build_store, config, home)),
         ("issuer", partial(build_jwt, config.auth, system_clock, alerts)),
         ("collector", partial(check_telemetry, config.telemetry)),
@@ -78,7 +81,8 @@ def preflight(
     elif app is not None:
         checks.append(("roles", partial(access_of, app, config.auth.role)))
     checks += (("port", partial(_check_port, config, port, key)) for port, key in _ports(config, running))
-    return [Fault(name, message) for name, check in checks for message in _faults_of(check)]
+    found = [Fault(name, message) for name, check in checks for message in _faults_of(check)]
+    return [*found, *(Fault("certificate", fault) for fault in certificate_faults(config, running, served))]
 
 
 def _faults_of(check: Callable[[], object]) -> Sequence[str]:
@@ -86,8 +90,6 @@ def _faults_of(check: Callable[[], object]) -> Sequence[str]:
         check()
     except ConfigError as error:
         return error.faults
-    except CertificateError as error:
-        return [str(error)]
     return []
 
 
@@ -102,27 +104,25 @@ def _of_application(roles: Sequence[RoleConfig]) -> list[RoleConfig]:
     ]
 
 
-def _check_certificates(config: Config) -> None:
-    """Raise ConfigError for files of other programs that cannot be served; a server replaces its own."""
-    certificates, tls = config.certificates, config.tls
-    if certificates.mode == "acme":
-        require_package()
-    if certificates.mode != "files" and not certificates.site and tls.client_ca_file is None:
-        return
-    found = survey(
-        config, datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC), os.environ
-    ).certificates
-    faults = [
-        each.problem
-        for each in found
-        if each.problem
-        and (
-            (each.use == "server" and (certificates.mode == "files" or each.site))
-            or (each.use == "client-ca" and tls.client_ca_file is not None)
-        )
-    ]
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
+def certificate_faults(
+    config: Config, running: Config | None = None, served: Site | None = None
+) -> list[str]:
+    """Return what is wrong with certificates that a start would neither serve nor replace, as in `preflight`."""
+    now = datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC)
+    try:
+        settings = certificate_settings(config)
+        faults = [
+            each.problem
+            for each in survey(config, now, os.environ).certificates
+            if each.problem and each.use == "server" and not each.is_managed
+        ]
+        faults += CertificateChecker(settings, (), random=lambda: 0.0, environ=os.environ).faults(now)
+        is_same = running is not None and certificate_settings(running) == settings
+        if not faults and served is not None and is_same and isinstance(settings.default, ExternalSite):
+            load_site(settings.default, now, os.environ, served)
+    except CertificateError as error:
+        return [str(error)]
+    return list(dict.fromkeys(faults))
 
 
 def _ports(config: Config, running: Config | None) -> Iterator[tuple[int, str]]:

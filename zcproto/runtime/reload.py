@@ -122,6 +122,7 @@ async def _checked(parts: Parts, read: ReadConfig) -> Config:
         parts.home,
         parts.state.methods,
         running=parts.config,
+        served=parts.certificates.serving.sites[0],
         has_users=parts.users is not None,
     )
     if faults:

@@ -566,3 +566,17 @@ def test_renewal_requested_during_an_order_fails_nothing(harness: AcmeHarness) -
     outcomes = [begun, harness.check()]
     assert "renewed" in kinds(*outcomes)
     assert "renewal_failed" not in kinds(*outcomes)
+
+
+def test_fault_of_the_folder_is_found_before_the_start(harness: AcmeHarness) -> None:
+    assert harness.checker.faults(harness.now) == []
+    harness.check()
+    assert harness.checker.faults(harness.now) == []
+    harness.desk.site.directory.chmod(0o755)
+    (found,) = harness.checker.faults(harness.now)
+    assert "others can list or change this folder (mode 0755); run: chmod 700" in found
+    harness.checker.close()
+    harness.restart()
+    with pytest.raises(CertificateError) as refused:
+        harness.check()
+    assert str(refused.value) == found

@@ -132,6 +132,12 @@ class AcmeSource(SiteSource):
         self._update()
         return happened
 
+    def check_start(self, now: datetime) -> None:
+        self._managed.check_start(now)
+        require_package()
+        if self._site.directory.exists():
+            files.check_folder(self._site.directory)
+
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
         happened = self._managed.check(now, monotonic, force)
         result = self.visits.take_result()

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 import resource
 import shlex
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
+from cryptography import x509
 
 from zcproto import accelerator
 from zcproto.alerts.service import webhook_of
@@ -28,7 +30,7 @@ from zcproto.auth.oidc import KeysFailed
 from zcproto.bus.sealing import fingerprint, load_keys
 from zcproto.certs.examine import FileState, SurveyedCertificate, survey
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
-from zcproto.cli.config import StartCheck, app_option, check_start
+from zcproto.cli.config import StartCheck, app_option, check_start, no_file
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.remote import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
@@ -39,8 +41,10 @@ from zcproto.common.files import user_name
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
 from zcproto.config import Config, OidcConfig
+from zcproto.config.load import PREFIX
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.build import check_telemetry, provider_of
+from zcproto.runtime.preflight import certificate_faults
 from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES, usable_cores, worker_count
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
@@ -57,17 +61,20 @@ MAX_FILES: Final = 1_000
 
 IN_USE: Final = "in use"
 
-RESTORE: Final = (
-    "start the server, which issues another; to keep the pin, restore the key from a backup first"
+REISSUED: Final = "the server issues another at its start, or within a minute if it runs"
+RESTORE: Final = f"{REISSUED}; to keep the pin, restore the files from a backup first"
+OLD_CERTIFICATE: Final = (
+    "the server does not serve the files on the disk; if they are older than a minute, zcproto alert list has the"
+    " reason"
 )
-RESTORE_BY_HAND: Final = "restore the key from a backup, or set certificates.repair = true to issue another"
-NOT_SERVING: Final = "the server is stopped or hangs: see its log, then start or restart it"
 
 _OF_PRIVATE: Final = (0o077, "read or change", "go-rwx")
 _OF_PUBLIC: Final = (0o022, "change", "go-w")
 """The forbidden permissions of a file, what they allow, and the mode that removes them."""
 
 _PUBLIC: Final = frozenset({".crt", ".pem", ".crl", ".toml~", ".log"})
+"""Endings of names, also before the ".aside" of a damaged file."""
+
 _MIB: Final = 1024 * 1024
 
 MAX_TIMEOUT: Final = 60
@@ -122,7 +129,7 @@ def doctor(
         if any(
             each.check == "port" and each.state == OK and each.found.endswith(IN_USE) for each in findings
         ):
-            findings += own_server(config, trust, instance.home, login, timeout)
+            findings += own_server(config, trust, instance.home, login, timeout, findings)
     if address is not None:
         findings += remote.check(address, trust, instance.home, login, timeout)
     print_report(
@@ -179,7 +186,7 @@ def _permissions(home: Home) -> Iterator[Result]:
         quoted = shlex.quote(str(path))
         if stat.S_ISLNK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
             continue
-        is_public = path.suffix in _PUBLIC or path.name == "config.toml"
+        is_public = Path(path.name.removesuffix(".aside")).suffix in _PUBLIC or path.name == "config.toml"
         forbidden, what, mode = _OF_PUBLIC if is_public else _OF_PRIVATE
         if status.st_uid not in (0, owner):
             yield FAULT, f"{path}: belongs to uid {status.st_uid}", f"run: chown {owner} {quoted}"
@@ -195,21 +202,24 @@ def _files(home: Path) -> Iterator[Path]:
 
 def configuration(instance: Instance, findings: list[Finding]) -> Config | None:
     """Check the configuration. Return it, or None if it has faults."""
+    where = instance.config_file or instance.home.config
     try:
         config = instance.read_config()
     except ConfigError as error:
-        findings += [Finding("config", *_config_fault(fault)) for fault in error.faults]
+        findings += [Finding("config", *_config_fault(fault, where)) for fault in error.faults]
         return None
-    where = instance.config_file or instance.home.config
-    found = str(where) if where.exists() else "no file: all keys have their defaults"
-    findings.append(Finding("config", OK, found))
+    findings.append(Finding("config", OK, str(where) if where.exists() else no_file(where)))
     return config
 
 
-def _config_fault(fault: str) -> Result:
-    if "; run: " in fault:  # its owner or its mode
+def _config_fault(fault: str, file: Path) -> Result:
+    """Return a fault, with the place at which to correct it."""
+    name = re.escape(escape_text(file.name))
+    sources = dict.fromkeys(re.findall(rf"\(({name}|{PREFIX}[^()]+)\)", fault))
+    if not sources:  # it is about the file, and has its own cure
         return from_message(fault)
-    return FAULT, fault, "zcproto config init writes a file with every key"
+    places = [f"the variable {each}" if each.startswith(PREFIX) else str(file) for each in sources]
+    return FAULT, fault, f"correct it in {' or '.join(places)}, then run: zcproto config check"
 
 
 def server(config: Config, home: Home) -> list[Finding]:
@@ -280,7 +290,10 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
     except ZcprotoError as error:
         yield from_message(str(error))
         return
-    yield from map(from_message, found.problems)
+    refused = [from_message(fault) for fault in certificate_faults(config)]
+    yield from refused
+    folder = str(config.certificates.directory)
+    yield from (from_message(each) for each in found.problems if not (refused and each.startswith(folder)))
     for row in found.certificates:
         if row.state is FileState.NOT_MADE:
             yield OK, f"{row.certificate.name}: does not exist yet; a server creates it"
@@ -289,14 +302,23 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
                 f"{row.certificate}: expired on {row.leaf.not_valid_after_utc:%Y-%m-%d}" if row.leaf else ""
             )
             state, problem, cure = from_message(row.problem or ended)
-            if row.is_managed and not cure.startswith("run: "):  # other cures are for files of other programs
-                cure = RESTORE if config.certificates.repair else RESTORE_BY_HAND
+            is_consequence = refused and (row.is_managed or row.use != "server")
+            if is_consequence or problem in (each[1] for each in refused):
+                continue
+            if row.is_managed or (row.use == "ca" and row.leaf is None):
+                cure = RESTORE  # other cures are for files of other programs
+                if row.leaf is not None and not _is_of_now(row.leaf, now):
+                    cure = f"check the clock of this machine (date -u); if it is right, {REISSUED}"
             yield state, problem, cure or "replace the file"
         elif row.leaf is not None:
             yield _good(row, now)
             if row.note:
                 problem, _, cure = row.note.partition("; ")
                 yield WARNING, problem, cure
+
+
+def _is_of_now(certificate: x509.Certificate, now: datetime) -> bool:
+    return certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
 
 
 def _good(row: SurveyedCertificate, now: datetime) -> Result:
@@ -328,7 +350,11 @@ def _store(config: Config, home: Home) -> Iterator[Result]:
         if used:
             yield OK, f"{path.name}: a server runs with these sessions"
             return
-        faults = damage_of(path)
+        try:
+            faults = damage_of(path)
+        except ZcprotoError as error:
+            yield from_message(str(error))
+            return
         if faults:
             cure = "restore it (docs/backup.md); otherwise a server sets it aside and starts without sessions"
             yield FAULT, f"{path}: damaged: {escape_text('; '.join(faults), 300)}", cure
@@ -458,11 +484,13 @@ def starting(checked: StartCheck, config: Config, known: Sequence[Finding]) -> I
     reported = {each.found for each in known}
     for fault in checked.faults:
         finding = Finding(fault.check, *from_message(fault.message))
+        if not finding.cure:  # its message says what is allowed
+            finding = finding._replace(cure="correct it, then run: zcproto config check")
         if finding.found not in reported:
             yield finding
     for note in checked.notes:
         yield Finding("server", WARNING, *from_message(note)[1:])
-    yield Finding("file limit", *_file_limit(config, checked.status))
+    yield Finding("file limit", *_file_limit(config, checked))
     if away := ({} if checked.status is None else checked.status.get("runs", {})).get("away"):
         cure = "see runs.away and runs.refused in its log"
         yield Finding("durable runs", WARNING, f"{counted(away, 'process')} cannot reach the store", cure)
@@ -486,10 +514,12 @@ def _is_free(config: Config) -> bool:
     return True
 
 
-def _file_limit(config: Config, status: Mapping[str, Any] | None) -> Result:
+def _file_limit(config: Config, checked: StartCheck) -> Result:
     """Judge the limit of the running server; that of this shell is another one."""
+    status = checked.status
     if status is None:
-        return SKIPPED, "no server runs; its limit is that of its service (LimitNOFILE=), not of this shell"
+        reason = "the server cannot be asked" if checked.is_running else "no server runs"
+        return SKIPPED, f"{reason}; its limit is that of its service (LimitNOFILE=), not of this shell"
     if not hasattr(resource, "prlimit"):
         return SKIPPED, "this system does not show the limit of another process"
     wanted = config.limits.max_connections + SPARE_FILES
@@ -505,15 +535,28 @@ def _file_limit(config: Config, status: Mapping[str, Any] | None) -> Result:
 
 
 def own_server(
-    config: Config, trust: TrustChoice, home: Home, login: tuple[str, Path | None] | None, timeout: float
+    config: Config,
+    trust: TrustChoice,
+    home: Home,
+    login: tuple[str, Path | None] | None,
+    timeout: float,
+    known: Sequence[Finding],
 ) -> Iterator[Finding]:
-    """Check the server of this machine over the network."""
+    """Check the server of this machine over the network. `known` is what was found in its files."""
     name = None
-    if config.certificates.mode != "own" and trust == TrustChoice():
+    is_own_trust = trust == TrustChoice()
+    if config.certificates.mode != "own" and is_own_trust:
         trust, name = own_trust(config)
-    for each in remote.check(own_address(config), trust, home, login, timeout, server_name=name):
-        # No firewall can be the cause between a machine and itself.
-        yield each._replace(cure=NOT_SERVING) if each.cure in remote.CURES_OF_SILENCE else each
+    is_known = any(each.state == FAULT and each.check in ("certificate", "reload") for each in known)
+    for each in remote.check(
+        own_address(config), trust, home, login, timeout, server_name=name, is_here=True
+    ):
+        if each.check != "trust" or each.state != FAULT or not is_own_trust:
+            yield each
+        elif is_known:
+            yield Finding("trust", SKIPPED, "the files of the certificates have faults")
+        else:
+            yield each._replace(cure=OLD_CERTIFICATE)
 
 
 def own_trust(config: Config) -> tuple[TrustChoice, str | None]:

@@ -25,6 +25,7 @@ from zcproto.client.endpoints import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
+from zcproto.config.types import is_loopback
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import Welcomed
 from zcproto.errors import CallError, Code, ConfigError, TlsError, ZcprotoError
@@ -57,10 +58,12 @@ SESSION_CURES: Final = {
 
 _FIREWALL: Final = "a firewall drops packets, or the machine is down: check both, and the port"
 
-CURES_OF_SILENCE: Final = frozenset(
+_CURES_OF_SILENCE: Final = frozenset(
     {_FIREWALL, CURES[TlsFailure.HANDSHAKE_TIMEOUT], CURES[TlsFailure.DISCONNECTED]}
 )
-"""The cures for servers of other machines that do not answer."""
+"""The cures for servers of other machines that do not answer. None of them applies to this machine."""
+
+NOT_SERVING: Final = "the server is stopped or hangs: see its log, then start or restart it"
 
 _ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
 
@@ -95,11 +98,13 @@ def check(
     timeout: float,
     *,
     server_name: str | None = None,
+    is_here: bool = False,
 ) -> list[Finding]:
     """Run the steps until one fails. Raises ConfigError for a malformed address or pin.
 
     `login` is the user of the session to open, and the file with the key. `server_name`, by default the host, is
-    requested from the server and looked for in its certificate.
+    requested from the server and looked for in its certificate. `is_here`: the server is of this machine, as behind
+    a loopback address.
     """
     address = parse_address(text)
     try:
@@ -113,7 +118,10 @@ def check(
         certificate = _connect(address, name, timeout, findings)
         _judge(address, name, trust.ca_file(home, text), pins, timeout, certificate, findings)
     except StepFailed as failed:
-        findings.append(failed.finding)
+        found = failed.finding
+        if found.cure in _CURES_OF_SILENCE and (is_here or is_loopback(address.host)):
+            found = found._replace(cure=NOT_SERVING)
+        findings.append(found)
         if login is not None:
             findings.append(Finding("session", SKIPPED, "no key is sent to a server that is not trusted"))
     else:

@@ -195,7 +195,7 @@ class DatabaseFile:
                 return self._open_database()
             except (sqlite3.Error, UnicodeDecodeError) as error:
                 self._disconnect()
-                if code_of(error) in _TRANSIENT and not is_damage(error):
+                if may_pass(error):
                     raise StoreUnavailable(reason_of(error)) from error
                 self._set_aside(reason_of(error))
             except BaseException:
@@ -377,6 +377,11 @@ def is_damage(error: Exception) -> bool:
     """
     short_read = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ
     return short_read or code_of(error) in _DAMAGED or isinstance(error, UnicodeDecodeError)
+
+
+def may_pass(error: Exception) -> bool:
+    """Return whether an error says nothing about the content of the file: its disk may be full."""
+    return code_of(error) in _TRANSIENT and not is_damage(error)
 
 
 def code_of(error: Exception) -> int:
