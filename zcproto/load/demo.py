@@ -185,7 +185,7 @@ def run_demo(demo: Demo, console: Console) -> Result:
     try:
         result = _measured(demo, outputs, console, started)
     except KeyboardInterrupt:
-        _print(console, _interrupted(time.monotonic() - started))
+        _print(console, f"Interrupted, so nothing is proven. {_end(time.monotonic() - started)}")
         raise
     _print(console, conclusion(result, time.monotonic() - started))
     return result
@@ -217,7 +217,7 @@ def _measured(demo: Demo, outputs: Outputs, console: Console, started: float) ->
                 arrival_rate=demo.arrival_rate,
                 ca_file=home.certs / "ca.crt",
             )
-            return run_and_report(fit(plan, console), outputs, console)
+            return run_and_report(fit(plan, console), outputs, console, keeps_part=False)
 
 
 def fit(plan: Plan, console: Console) -> Plan:
@@ -233,7 +233,7 @@ def fit(plan: Plan, console: Console) -> Plan:
         rate=CALIBRATING_RATE,
         duration_s=CALIBRATING_SECONDS,
     )
-    result = measure(trial, Console(quiet=True))
+    result = measure(trial, Console(quiet=True), keeps_part=False)
     if result.verdict is not Verdict.VERIFIED:
         return plan  # its report shows why
     fitting = replace(
@@ -293,13 +293,7 @@ def conclusion(result: Result, seconds: float) -> str:
             f" each with its own session; all {answers:,} answers were correct, and the counts of both sides agree."
             f" {end}"
         )
-    if result.verdict is Verdict.INTERRUPTED:
-        return _interrupted(seconds)
     return f"Not proven: {'; '.join(result.reasons())}. {end}"
-
-
-def _interrupted(seconds: float) -> str:
-    return f"Interrupted, so nothing is proven. {_end(seconds)}"
 
 
 def _end(seconds: float) -> str:
