@@ -178,7 +178,9 @@ class Context(Generic[State]):
     def user(self) -> str:
         """The name of the session's user. Raises Unauthenticated if the call has no session."""
         if self._request.session is None:
-            raise Unauthenticated("this method needs a session; call session.open first")
+            raise Unauthenticated(
+                "this method needs a session; connect with a user and a key, or another login"
+            )
         return self._request.session.user
 
     @property

@@ -54,6 +54,9 @@ MAX_CONNECT_TIMEOUT = 10.0
 START_TIMEOUT = 60.0
 """Seconds to wait for a server that is starting: its first start creates RSA keys, slowly on a small machine."""
 
+CALL_CLIENT: Final = "zcproto-call"
+"""The name of `zcproto call` as a client: it finds out by a call that a method is a stream."""
+
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 2_000
 STREAM_SHAPES = frozenset({"server", "client", "both"})
@@ -295,6 +298,7 @@ def call(
         raise click.UsageError("--key-file goes with --user.")
     limit = DEFAULT_TIMEOUT if timeout is None else timeout
     options: dict[str, Any] = {"user": user, "key": key, "timeout": limit, "key_log_file": key_log}
+    options["client"] = CALL_CLIENT
     if by_login:
         from zcproto.cli.login import stored_login  # noqa: PLC0415
 
@@ -313,16 +317,17 @@ def call(
             except Unauthenticated as error:
                 if user is not None or by_login:
                     raise
+                near = await _like(client, method)
+                hint = f"; or did you mean {near!r}, which needs none?" if near else ""
                 raise ZcprotoError(
                     f"{escape_text(method)} needs a session; use --user NAME and --key-file FILE, or set"
-                    f" {USER_VARIABLE} and {KEY_FILE_VARIABLE}"
+                    f" {USER_VARIABLE} and {KEY_FILE_VARIABLE}{hint}"
                 ) from error
             except Unimplemented as error:
-                names = [str(each["name"]) for each in listed_methods(await client.call("server.info"))]
-                near = get_close_matches(method, names, 1)
-                if error.details or not near:
+                near = await _like(client, method)
+                if error.details or near is None:
                     raise
-                raise ZcprotoError(f"unknown method {method!r}; did you mean {near[0]!r}?") from error
+                raise ZcprotoError(f"unknown method {method!r}; did you mean {near!r}?") from error
             except FailedPrecondition as error:
                 if error.details.get("shape") not in STREAM_SHAPES:
                     raise
@@ -332,6 +337,12 @@ def call(
                 click.echo(json_text(to_json(result), indent=2))
 
     run(work())
+
+
+async def _like(client: Client, method: str) -> str | None:
+    """Return the method with the most similar name among those that this client can call."""
+    names = [str(each["name"]) for each in listed_methods(await client.call("server.info"))]
+    return next(iter(get_close_matches(method, names, 1)), None)
 
 
 async def _print_stream(

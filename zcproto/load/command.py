@@ -70,17 +70,20 @@ def check(plan: Plan, outputs: Outputs) -> None:
     )
 
 
-def measure(plan: Plan, out: TextIO) -> Result:
-    """Carry out a checked plan and show its progress. Raises ConfigError if the server refuses its first user."""
+def measure(plan: Plan, out: TextIO, *, keeps_part: bool = True) -> Result:
+    """Carry out a checked plan and show its progress. Raises ConfigError if the server refuses its first user.
+
+    Ctrl-C ends the run early with partial results, or raises KeyboardInterrupt unless `keeps_part`.
+    """
     with closing(Progress(out)) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_run_interruptible(plan, view))
+        return runner.run(_run_interruptible(plan, view) if keeps_part else run(plan, view, Stop()))
 
 
-def run_and_report(plan: Plan, outputs: Outputs, out: TextIO) -> Result:
-    """Carry out a plan, print its report and write its files. Raises ConfigError before it connects."""
+def run_and_report(plan: Plan, outputs: Outputs, out: TextIO, *, keeps_part: bool = True) -> Result:
+    """Carry out a plan like `measure`, print its report and write its files. Raises ConfigError before that."""
     check(plan, outputs)
     started = time.time()
-    result = measure(plan, out)
+    result = measure(plan, out, keeps_part=keeps_part)
     report.show(result, out, outputs.bars)
     write_outputs(
         outputs,

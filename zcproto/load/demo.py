@@ -186,7 +186,7 @@ def run_demo(demo: Demo, out: TextIO) -> Result:
     try:
         result = _measured(demo, outputs, out, started)
     except KeyboardInterrupt:
-        click.echo(_interrupted(time.monotonic() - started), out)
+        click.echo(f"Interrupted, so nothing is proven. {_end(time.monotonic() - started)}", out)
         raise
     click.echo(conclusion(result, time.monotonic() - started), out)
     return result
@@ -218,7 +218,7 @@ def _measured(demo: Demo, outputs: Outputs, out: TextIO, started: float) -> Resu
                 arrival_rate=demo.arrival_rate,
                 ca_file=home.certs / "ca.crt",
             )
-            return run_and_report(fit(plan, out), outputs, out)
+            return run_and_report(fit(plan, out), outputs, out, keeps_part=False)
 
 
 def fit(plan: Plan, out: TextIO) -> Plan:
@@ -234,7 +234,7 @@ def fit(plan: Plan, out: TextIO) -> Plan:
         rate=CALIBRATING_RATE,
         duration_s=CALIBRATING_SECONDS,
     )
-    result = measure(trial, io.StringIO())
+    result = measure(trial, io.StringIO(), keeps_part=False)
     if result.verdict is not Verdict.VERIFIED:
         return plan  # its report shows why
     fitting = replace(
@@ -294,13 +294,7 @@ def conclusion(result: Result, seconds: float) -> str:
             f" each with its own session; all {answers:,} answers were correct, and the counts of both sides agree."
             f" {end}"
         )
-    if result.verdict is Verdict.INTERRUPTED:
-        return _interrupted(seconds)
     return f"Not proven: {'; '.join(result.reasons())}. {end}"
-
-
-def _interrupted(seconds: float) -> str:
-    return f"Interrupted, so nothing is proven. {_end(seconds)}"
 
 
 def _end(seconds: float) -> str:
