@@ -22,6 +22,7 @@ SCENARIOS: Final = {
     "acme": "Order and renew certificates of a CA under load: no connection is lost.",
     "attacks": "Floods, half frames, frames without effect, blocked threads: others notice nothing.",
     "durable": "Durable runs on workers and servers that are killed: each item once, or the right error.",
+    "durable_costs": "Items of durable runs beside those of plain streams, and 10,000 idle runs: CPU and memory.",
     "failover": "Failovers of Valkey and paused servers: no dead token is accepted again.",
     "failover_clients": "Kill one of three servers again and again: clients go on at the others.",
     "frozen_server": "One of two servers hangs: clients go on at the other within seconds.",

@@ -13,9 +13,8 @@ from typing import Any, Final
 import click
 
 from bench.machine import machine
-from bench.report import Report, Row
+from bench.report import Report, Row, new_console
 from zcproto.load.command import Outputs, check_outputs
-from zcproto.load.progress import new_console
 from zcproto.load.report import moment
 
 SCHEMA: Final = "zcproto-measurement/1"

@@ -138,6 +138,12 @@ class Report:
         }
 
 
+def new_console(width: int = 110) -> Console:
+    """Return standard output. A file or a pipe has no width, and tables must not be cut there."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=width)
+
+
 def plain_table(title: str = "") -> Table:
     """Return an empty table in the style of all reports."""
     return Table(

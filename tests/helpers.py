@@ -20,7 +20,7 @@ from hypothesis import settings
 from tests.limits import TIMEOUT
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent, ServerStream
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_calls import ServerCall, encode_call
+from zcproto.connection.server_calls import CallToClient, ServerCall, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
@@ -487,7 +487,7 @@ class ConnectionPair:
 
     def call(self, method: str = "approve", timeout: float = 30.0) -> ServerCall:
         """Call a method of the client by its session."""
-        body = encode_call(method, {"tool": "shell"}, timeout, None, self.settings.max_body)
+        body = encode_call(CallToClient(method, {"tool": "shell"}, timeout), self.settings.max_body)
         wall, now = self.clock.wall(), self.clock.now()
         return self.server.call(self.opened.session.id, method, body, timeout_s=timeout, wall=wall, now=now)
 

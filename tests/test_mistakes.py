@@ -23,7 +23,9 @@ import zcproto
 from tests.server.helpers import KEY, PATIENT_CLIENT, ServerThread
 from zcproto import App, Client, Context, Items
 from zcproto.cli import main
+from zcproto.client.blocking import BlockingStream
 from zcproto.client.streams import Stream
+from zcproto.client.typed import BlockingTypedClient, TypedClient, TypedStream
 from zcproto.errors import ZcprotoError
 
 ADDRESS = "localhost:7443"
@@ -68,7 +70,8 @@ def positional(*words: str) -> None: ...
 def unresolved(order: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
-async def without_yield() -> AsyncIterator[int]: ...  # type: ignore[empty-body]
+async def without_yield() -> AsyncIterator[int]:
+    raise NotImplementedError
 
 
 def twice() -> None:
@@ -111,6 +114,10 @@ DEFINITIONS: dict[str, tuple[Callable[[], object], str]] = {
     "name of the protocol": (add(plain, name="server.x"), "are reserved for the protocol"),
     "name twice": (twice, "is registered twice"),
     "application in itself": (itself, "an application cannot include itself"),
+    "include of a module": (lambda: App().include(zcproto), "include an App object, such as jobs.app"),  # type: ignore[arg-type]
+    "serve of a name": (lambda: zcproto.serve("shop:app"), "zcproto serve takes a name like shop:app"),  # type: ignore[arg-type]
+    "serve with a setting": (lambda: zcproto.serve(App(), port=7443), "has no option 'port'; give a Config"),
+    "settings as a dict": (lambda: zcproto.Server(App(), {}), "config is a Config, such as Config(server="),  # type: ignore[arg-type]
     "handler without a name": (
         lambda: zcproto.connect(ADDRESS).handler(plain),  # type: ignore[arg-type]
         'the handler has no name; write @client.handler("NAME")',
@@ -159,6 +166,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two kinds of trust": ({"ca_file": "ca.crt", "verify": False}, "remove it or the others"),
     "device without name": ({"device": zcproto.Device}, "device_name is missing; give the name"),
+    "timeout as text": ({"timeout": "5"}, "timeout is a number of seconds, such as timeout=5.0"),
+    "start_timeout as text": ({"start_timeout": "5"}, "start_timeout is a number of seconds"),
+    "timeout below 0": ({"timeout": -1}, "timeout: -1 is below 0; give seconds, or None for no limit"),
+    "max_connections as text": ({"max_connections": "2"}, "max_connections is an int"),
+    "verify as text": ({"verify": "no"}, "verify is True or False"),
+    "on_event as text": ({"on_event": "print"}, "on_event is a function"),
+    "middleware without a list": ({"middleware": print}, "middleware is a list of functions"),
     "too many connections": ({"max_connections": 1000}, "is out of range; give from 1 to 64"),
 }
 
@@ -187,6 +201,19 @@ def test_mistake_in_the_address_is_refused_with_its_cure(address: str) -> None:
     assert ADDRESSES[address] in str(caught.value)
 
 
+@pytest.mark.parametrize("address", [7443, None, [7443]])
+def test_address_that_is_not_a_text_is_refused_with_the_cure(address: Any) -> None:
+    with pytest.raises(TypeError, match='the address is a str, such as "host:7443"'):
+        zcproto.connect(address)
+
+
+def test_port_by_position_is_refused_with_the_cure() -> None:
+    with pytest.raises(
+        TypeError, match=re.escape('as in connect("host:7443"), or a list; give options by name')
+    ):
+        zcproto.connect("localhost", 7443)  # type: ignore[misc]
+
+
 # --- in calls --------------------------------------------------------------------------------------------------
 
 app = App()
@@ -199,6 +226,16 @@ async def take(chunks: Items[bytes]) -> int:
 
 @app.method("stream")
 async def give(context: Context) -> AsyncIterator[int]:
+    yield 1
+
+
+@app.method("open", public=True)
+def open_to_all() -> None: ...
+
+
+@app.method("late")
+async def late() -> AsyncIterator[int]:
+    await asyncio.get_running_loop().create_future()
     yield 1
 
 
@@ -228,6 +265,11 @@ async def read_twice(client: Client) -> None:
     for _ in range(2):
         async for _item in stream:
             pass
+
+
+async def use_closed(client: Client) -> None:
+    await client.close()
+    await client.call("wait")
 
 
 CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
@@ -261,6 +303,32 @@ CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
         lambda client: client.call("wait", timeout=0.001),
         "wait has not answered within 0.001 s; give it a longer timeout",
     ),
+    "no time": (lambda client: client.call("wait", timeout=-1), "not answered within -1 s; give it a longer"),
+    "timeout as text": (lambda client: client.call("wait", timeout="5"), "timeout is a number of seconds"),  # type: ignore[arg-type]
+    "params of a stream": (lambda client: client.stream("give", "x"), "as in stream('give', name=...)"),  # type: ignore[arg-type, return-value]
+    "window of one number": (lambda client: client.stream("give", window=8), "window is (items, bytes)"),  # type: ignore[arg-type, return-value]
+    "empty window": (lambda client: client.stream("give", window=(0, 1)), "both above 0"),  # type: ignore[return-value]
+    "item_timeout as text": (
+        lambda client: client.stream("give", item_timeout="5"),  # type: ignore[arg-type, return-value]
+        "item_timeout is a number of seconds",
+    ),
+    "late item": (
+        lambda client: finish(client.stream("late", item_timeout=0.001)),
+        "late has sent no item within 0.001 s",
+    ),
+    "items as bytes": (
+        lambda client: client.stream("items", items=b"some"),  # type: ignore[arg-type, return-value]
+        "items is a list or an iterator of items, not bytes",
+    ),
+    "items as params": (
+        lambda client: finish(client.stream("items", chunks=[b""])),
+        "chunks is sent as the items of the stream",
+    ),
+    "reopen without a function": (
+        lambda client: client.stream("give", reopen=True),  # type: ignore[arg-type, return-value]
+        "reopen is a function of the last item",
+    ),
+    "closed": (use_closed, "this client is closed; create a new one"),
     "second open": (lambda client: client.open(), "was opened before; create a new one"),
 }
 
@@ -270,7 +338,7 @@ async def test_mistake_in_a_call_is_an_error_with_its_cure(mistake: str, server:
     call, message = CALLS[mistake]
     options = {"user": "ada", "key": f"{KEY}\n", "ca_file": server.ca_file, **PATIENT_CLIENT}
     async with zcproto.connect(f"127.0.0.1:{server.port}", **options) as client:
-        with pytest.raises((RuntimeError, TypeError, ZcprotoError)) as caught:
+        with pytest.raises((RuntimeError, TypeError, ValueError, ZcprotoError)) as caught:
             await call(client)
     assert message in str(caught.value)
 
@@ -279,7 +347,10 @@ async def test_private_method_without_a_session_names_the_cure(server: ServerThr
     async with zcproto.connect(
         f"127.0.0.1:{server.port}", ca_file=server.ca_file, **PATIENT_CLIENT
     ) as client:
-        with pytest.raises(zcproto.Unauthenticated, match="this needs a session: log in first"):
+        with pytest.raises(
+            zcproto.Unauthenticated,
+            match="this needs a session: connect with a user and a key, or another login",
+        ):
             await client.call("keys")
 
 
@@ -331,6 +402,82 @@ def with_other_loop(client: Client) -> None:
         loop.close()
 
 
+async def use(value: Any, way: str) -> None:
+    match way:
+        case "with":
+            with value:
+                pass
+        case "async with":
+            async with value:
+                pass
+        case "for":
+            for _ in value:
+                pass
+        case "async for":
+            async for _ in value:
+                pass
+        case "await":
+            await value
+
+
+WAYS: dict[str, tuple[Any, str, str]] = {
+    "with a client": (
+        lambda: zcproto.connect(ADDRESS),
+        "with",
+        "Client: write async with; a program without",
+    ),
+    "async with a blocking client": (
+        lambda: zcproto.connect_blocking(ADDRESS),
+        "async with",
+        "BlockingClient: write with; a program with asyncio uses connect",
+    ),
+    "with a server": (lambda: zcproto.Server(App(), zcproto.Config()), "with", "Server: write async with"),
+    "for events": (lambda: zcproto.connect(ADDRESS).events, "for", "EventStream: write async for"),
+    **{
+        f"{way} {kind.__name__}": (lambda kind=kind: kind.__new__(kind), way, f"{kind.__name__}: {cure}")
+        for kind in (Stream, TypedStream)
+        for way, cure in (
+            ("with", "write async with"),
+            ("for", "write async for"),
+            ("await", "read it by async for, or open it by async with"),
+        )
+    },
+    **{
+        f"{way} BlockingStream": (
+            lambda: BlockingStream.__new__(BlockingStream),
+            way,
+            f"BlockingStream: {cure}; a program with asyncio uses connect",
+        )
+        for way, cure in (("async with", "write with"), ("async for", "write for"))
+    },
+}
+
+
+@pytest.mark.parametrize("mistake", WAYS)
+async def test_use_without_async_or_with_it_names_the_cure(mistake: str) -> None:
+    make, way, message = WAYS[mistake]
+    with pytest.raises(TypeError, match=re.escape(message)):
+        await use(make(), way)
+
+
+def test_blocking_stream_that_is_read_twice_names_the_cure(server: ServerThread) -> None:
+    options = {"user": "ada", "key": KEY, "ca_file": server.ca_file, **PATIENT_CLIENT}
+    with zcproto.connect_blocking(f"127.0.0.1:{server.port}", **options) as client:
+        stream = client.stream("stream")
+        assert [*stream] == [1]
+        with pytest.raises(RuntimeError, match="was read to its end; open another one"):
+            next(iter(stream))
+        with pytest.raises(TypeError, match="items is a list or an iterator of items, not async_generator"):
+            client.stream("items", items=numbers())  # type: ignore[arg-type]
+
+
+def test_typed_client_of_the_other_kind_names_the_cure() -> None:
+    with pytest.raises(TypeError, match="write this module by zcproto stubs --blocking"):
+        TypedClient(zcproto.connect_blocking(ADDRESS))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="write this module without --blocking"):
+        BlockingTypedClient(zcproto.connect(ADDRESS))  # type: ignore[arg-type]
+
+
 # --- on the command line ---------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
@@ -353,6 +500,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "port out of range": (["call", "localhost:99999", "m"], "the port must be a number from 1 to 65535"),
     "application without object": (["serve", "shop"], "give the application as MODULE:APP, for example"),
     "module that is missing": (["serve", "missing_shop:app"], "check the name, or install it"),
+    "command of another program": (["run", "shop:app"], "No command 'run'; did you mean serve?"),
+    "text that is no JSON": (["topic", "publish", "prices", "high"], "Write a text as '\"text\"'"),
     "folder without reload": (["serve", "--reload-dir", "."], "--reload-dir goes with --reload."),
     "blocking TypeScript": (
         ["stubs", "tests.cli.stub_app:app", "--language", "typescript", "--blocking"],
@@ -406,3 +555,10 @@ def test_unknown_method_is_answered_with_the_one_that_was_meant(
     options = ["--user", "ada", "--key-file", str(key_file), "--ca", str(server.ca_file)]
     assert main(["call", f"127.0.0.1:{server.port}", "kees", *options]) == 1
     assert "unknown method 'kees'; did you mean 'keys'?" in capsys.readouterr().err
+
+
+def test_public_method_is_suggested_to_a_caller_without_a_session(
+    server: ServerThread, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["call", f"127.0.0.1:{server.port}", "opn", "--ca", str(server.ca_file)]) == 1
+    assert "or did you mean 'open', which needs none?" in " ".join(capsys.readouterr().err.split())

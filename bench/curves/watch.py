@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import sys
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -13,7 +14,7 @@ from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.caller import Operator
 from zcproto.load.plan import Plan
-from zcproto.load.progress import new_console, view_for
+from zcproto.load.progress import Progress
 from zcproto.load.result import Result
 from zcproto.load.run import Stop, View, run
 
@@ -79,7 +80,7 @@ def watched_run(plan: Plan) -> Watched:
         finally:
             watching.stop()
 
-    with view_for(new_console()) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with closing(Progress(sys.stdout)) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(carry_out(view))
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from bench import machine
 from bench.command import OUTPUT, write_json
 from bench.curves.run import Grown
+from bench.report import new_console
 from bench.requirements import table
 from bench.requirements.run import Run, run_requirements
 from bench.requirements.sizes import FULL, QUICK
@@ -78,7 +79,7 @@ def measure(*, requirements: bool, curves: bool, quick: bool, only: Sequence[str
     with default_settings():
         if requirements:
             run = run_requirements(QUICK if quick else FULL, progress, only)
-            table.show(run, _console())
+            table.show(run, new_console(WIDTH))
         if curves:
             grown = _curves(quick, () if requirements else only, progress)
     _write(files, described, started, run, grown)
@@ -101,14 +102,8 @@ def _curves(quick: bool, only: Sequence[str], progress: Console) -> Grown:
     from bench.curves import report, run, sizes  # noqa: PLC0415  matplotlib takes half a second to import
 
     grown = run.run_curves(sizes.QUICK if quick else sizes.FULL, progress, only)
-    report.show(grown, _console())
+    report.show(grown, new_console(WIDTH))
     return grown
-
-
-def _console() -> Console:
-    """Return standard output. A file or a pipe has no width, and tables must not be cut there."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 def _write(

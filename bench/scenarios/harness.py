@@ -12,10 +12,11 @@ import json
 import random
 import signal
 import socket
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -28,7 +29,7 @@ from zcproto.load.caller import Caller, Operator
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds
 from zcproto.load.plan import Plan
 from zcproto.load.processes import on_processor
-from zcproto.load.progress import new_console, view_for
+from zcproto.load.progress import Progress
 from zcproto.load.record import Latencies, RequestKind
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
@@ -121,7 +122,7 @@ def run_load_beside(plan: Plan, beside: Callable[[Operator], Awaitable[None]]) -
     """As `load_beside`, in an event loop of its own, on another processor than the server."""
     with (
         on_processor(1),
-        view_for(new_console()) as view,
+        closing(Progress(sys.stdout)) as view,
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
         return runner.run(load_beside(plan, view, beside))

@@ -48,6 +48,7 @@ from zcproto.wire.frame import (
     GOAWAY,
     NO_TOKEN,
     PING,
+    PONG,
     REQUEST,
     RESPONSE,
     WELCOME,
@@ -127,6 +128,8 @@ class HostileConnection(asyncio.Protocol):
             if frame[1] == REQUEST:
                 self._counts["requests"] += 1
                 self._respond(frame[2], decode_request(frame[7])[0])
+            elif frame[1] == PONG and self._flood is None:
+                self._flood = asyncio.create_task(self._send_flood())
 
     def _respond(self, stream: int, method: str) -> None:
         result: Any = {}
@@ -144,7 +147,8 @@ class HostileConnection(asyncio.Protocol):
             self._transport.write(self._frame(GOAWAY, 0, goaway))
             self._transport.close()
         elif self._kind != "sessions" and self._flood is None:
-            self._flood = asyncio.create_task(self._send_flood())
+            # A session that is revoked together with the answer that opens it would end the client's `connect`.
+            self._transport.write(self._frame(PING))
 
     async def _send_flood(self) -> None:
         if self._kind == "pings":

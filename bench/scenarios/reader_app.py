@@ -1,4 +1,4 @@
-"""The application of the scenarios `readers` and `topics`: topics, and methods that count those alive of them."""
+"""The application of the scenarios `readers`, `topics` and `durable_costs`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ async def hold(context: Context) -> AsyncIterator[int]:
         yield 0
     finally:
         alive[connection] -= 1
+
+
+async def numbers(total: int, pause: float) -> AsyncIterator[int]:
+    """Send numbers, with a pause of so many seconds before each but the first; a negative one has no end."""
+    for number in range(total):
+        if number and pause < 0:
+            await asyncio.Event().wait()
+        elif number and pause:
+            await asyncio.sleep(pause)
+        yield number
+
+
+app.method("plain")(numbers)
+app.method("durable", durable=True)(numbers)
 
 
 @app.method("alive", roles=OPERATORS)

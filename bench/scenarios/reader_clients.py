@@ -1,4 +1,4 @@
-"""The clients of the scenario `readers`. Each class runs in a process of its own (`helper`)."""
+"""The clients of `readers`, `topics` and `durable_costs`. Each class runs in a process of its own (`helper`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from bench.compare.client import Connection, context_for
 from bench.scenarios.harness import for_each
 from bench.scenarios.sessions import open_session
 from bench.stage import HOST
+from zcproto.client.client import Client
+from zcproto.client.options import ConnectOptions
 from zcproto.common.clock import system_clock
 from zcproto.connection.client_streams import ClientStream
 from zcproto.errors import Code, ZcprotoError
@@ -121,6 +123,38 @@ class Unread:
         """Give the credit, and read nothing more."""
         for one in self._made:
             one.send([one.frame_of(CREDIT, 9, encode_body(UNLIMITED))])
+
+
+class RunReaders:
+    """Clients that read streams of numbers, each on its connection."""
+
+    def __init__(self, port: int, ca_file: Path, users: Sequence[Credential]) -> None:
+        self._clients = [
+            Client(f"{HOST}:{port}", ConnectOptions(user=user, key=key, ca_file=ca_file))
+            for user, key in users
+        ]
+
+    async def open(self) -> None:
+        await for_each(self._clients, Client.open, AT_ONCE)
+
+    async def read(self, method: str, total: int, pause: float) -> int:
+        """Read one stream in each client at once; return how many got every number once and in order."""
+
+        async def is_complete(client: Client) -> bool:
+            stream = client.stream(method, durable=method == "durable", total=total, pause=pause)
+            return [number async for number in stream] == [*range(total)]
+
+        return sum(await asyncio.gather(*map(is_complete, self._clients)))
+
+    async def leave(self, runs: int) -> None:
+        """Start so many durable runs in each client, and leave each after its first number."""
+
+        async def start(client: Client) -> None:
+            for _ in range(runs):
+                async with client.stream("durable", durable=True, total=2, pause=-1.0) as stream:
+                    await stream.receive()
+
+        await for_each(self._clients, start, AT_ONCE)
 
 
 class Hasty:

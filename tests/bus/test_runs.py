@@ -60,7 +60,7 @@ async def test_random_operations_have_the_answers_of_the_table(server: ServerPro
     await runs.start()
     await until(lambda: runs.is_up)
     try:
-        assert await agree(carrier, seed, 500) > 100
+        assert await agree(carrier, seed, 600) > 100
     finally:
         await runs.stop()
 

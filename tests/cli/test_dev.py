@@ -14,6 +14,7 @@ import zcproto
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, PATIENT_CLIENT, ServerThread
 from zcproto import App, Client, Ended
+from zcproto.cli.connect import CALL_CLIENT
 from zcproto.cli.dev import Development
 
 Capture = pytest.CaptureFixture[str]
@@ -131,7 +132,7 @@ async def test_refusals_are_shown_with_the_method_that_was_meant(
             (ada, "refuse", "no such thing; name another"),
             (ada, "leave", "the server cancelled the method"),
             (anyone, "helo", "no method 'helo'; did you mean 'hello'?"),
-            (anyone, "turn", "this needs a session: log in first"),
+            (anyone, "turn", "this needs a session: connect with a user and a key"),
         ):
             with pytest.raises(zcproto.CallError) as caught:
                 await client.call(method)
@@ -143,8 +144,18 @@ async def test_refusals_are_shown_with_the_method_that_was_meant(
         "ada refuse ms NOT_FOUND: no such thing; name another",
         "ada leave ms cancelled",
         "- helo UNAUTHENTICATED: no method 'helo'; did you mean 'hello'?",
-        "- turn UNAUTHENTICATED: this needs a session: log in first (session.open)",
+        "- turn UNAUTHENTICATED: this needs a session: connect with a user and a key, or another login",
     ]
+
+
+async def test_stream_that_the_command_has_called_first_is_shown_once(
+    server: ServerThread, capsys: Capture
+) -> None:
+    async with server.connect("ada", key=KEY, client=CALL_CLIENT, **PATIENT_CLIENT) as client:
+        with pytest.raises(zcproto.FailedPrecondition):
+            await client.call("words", kind="right")
+        await finish(client, "right")
+    assert lines(capsys) == ["ada words ms"]
 
 
 def test_default_application_has_a_banner(capsys: Capture) -> None:

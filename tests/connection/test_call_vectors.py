@@ -12,7 +12,7 @@ from tests.helpers import NOW
 from tests.wire.vectors import Vector, document, typed
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import CallEnded, CallReceived, CallWithdrawn, ConnectionEnded
-from zcproto.connection.server_calls import encode_call
+from zcproto.connection.server_calls import CallToClient, encode_call
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import Code
 from zcproto.wire.decoder import FrameDecoder
@@ -61,7 +61,7 @@ class ServerReceiver(Receiver):
         self.server, session = server, sessions[0].session
         if calls is not None:
             server.register(session.id, frozenset({"approve"}), 32)
-        body = encode_call("approve", {}, 30.0, None, 1_000)
+        body = encode_call(CallToClient("approve", {}, 30.0), 1_000)
         for number in self.context["calls"]:
             call = server.call(session.id, "approve", body, timeout_s=30.0, wall=self.wall, now=NOW)
             assert call.number == number

@@ -30,7 +30,11 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
-        *(path for room in ("docs", "spec", "bench", "clients") for path in (ROOT / room).rglob("*.md")),
+        *(
+            path
+            for room in ("docs", "spec", "bench", "clients", "examples")
+            for path in (ROOT / room).rglob("*.md")
+        ),
     ]
 )
 PAGES = [path for path in PAGES if "node_modules" not in path.parts]
@@ -213,6 +217,13 @@ def test_modules_and_benchmarks_that_are_run_exist(page: Path) -> None:
     assert [module for module, _ in found if module not in FOREIGN and find_spec(module) is None] == []
     benchmarks = {" ".join(arguments.split()) for module, arguments in found if module == "bench"}
     assert [fault for command in sorted(benchmarks) for fault in faults_of(command, bench)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_package_is_installed_from_a_clone(page: Path) -> None:
+    """`zcproto` on PyPI is another project's package."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"pip install [^\n|`]*?(?<![/\w])zcproto\b", text) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -146,7 +146,7 @@ def test_messages_of_every_kind_are_found() -> None:
     found = {message.text for message in all_messages()}
     assert {
         "…: others can read this key; run: …",
-        "UNAUTHENTICATED: this method needs a session; call session.open first",
+        "UNAUTHENTICATED: this method needs a session; connect with a user and a key, or another login",
         "pin_malformed: more than … pins",
         "--key-file goes with --user.",
         "…: does not belong to …; configure a matching certificate and key",

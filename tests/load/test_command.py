@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.limits import TIMEOUT
 from tests.load.helpers import plan, plan_for, verified_result
@@ -30,13 +29,8 @@ from zcproto.load.result import Verdict
 from zcproto.load.run import Stop
 
 
-def console() -> tuple[Console, io.StringIO]:
-    out = io.StringIO()
-    return Console(file=out, width=110, highlight=False), out
-
-
 def test_run_prints_its_report_and_writes_its_files(serve: Serve, tmp_path: Path) -> None:
-    view, out = console()
+    out = io.StringIO()
     outputs = Outputs(
         tmp_path / "run.json",
         tmp_path / "run.hlog",
@@ -44,7 +38,7 @@ def test_run_prints_its_report_and_writes_its_files(serve: Serve, tmp_path: Path
         {"connect_cpu_s": 1e-9},
         tmp_path / "run.html",
     )
-    result = run_and_report(plan_for(serve()), outputs, view)
+    result = run_and_report(plan_for(serve()), outputs, out)
     assert EXIT_CODES[result.verdict] == 0
     assert "verified: 10 of 10 connections" in out.getvalue()
     written = json.loads((tmp_path / "run.json").read_text())
@@ -65,9 +59,9 @@ def test_search_for_the_highest_rate_writes_its_report(
 ) -> None:
     monkeypatch.setattr(find_max, "MAX_RATE", 400.0)
     monkeypatch.setattr(report, "SATURATED_LAG_MS", 1e6)
-    view, out = console()
+    out = io.StringIO()
     outputs = Outputs(json=tmp_path / "s.json", plot=tmp_path / "s.svg", html=tmp_path / "s.html")
-    search = find_max_and_report(plan_for(serve()), TIMEOUT * 1000, outputs, view)
+    search = find_max_and_report(plan_for(serve()), TIMEOUT * 1000, outputs, out)
     assert search.highest == 400.0
     assert [step.rate for step in search.steps] == [200.0, 400.0]
     sentence = "highest rate with a p99 below 900000 ms: 400 requests/s"
@@ -80,8 +74,8 @@ def test_search_for_the_highest_rate_writes_its_report(
 def test_failed_run_has_exit_code_1(serve: Serve) -> None:
     app = App()
     app.method("echo")(lambda **params: {})
-    view, out = console()
-    result = run_and_report(plan_for(serve(app)), Outputs(), view)
+    out = io.StringIO()
+    result = run_and_report(plan_for(serve(app)), Outputs(), out)
     assert EXIT_CODES[result.verdict] == 1
     assert "10 of 10 connections not verified" in out.getvalue()
 
@@ -89,17 +83,17 @@ def test_failed_run_has_exit_code_1(serve: Serve) -> None:
 def test_invalid_plan_is_refused_before_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "run", None)
     with pytest.raises(ConfigError, match="at most --sessions 10"):
-        run_and_report(plan(sessions=11), Outputs(), console()[0])
+        run_and_report(plan(sessions=11), Outputs(), io.StringIO())
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (100, 100))
     with pytest.raises(ConfigError, match="--connections 72"):
-        run_and_report(plan(connections=200, processes=2), Outputs(), console()[0])
+        run_and_report(plan(connections=200, processes=2), Outputs(), io.StringIO())
 
 
 def test_unwritable_files_are_refused_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "run", None)
     outputs = Outputs(tmp_path / "no" / "run.json", tmp_path / "run.hlog", tmp_path / "run.gif")
     with pytest.raises(ConfigError) as caught:
-        run_and_report(plan(), outputs, console()[0])
+        run_and_report(plan(), outputs, io.StringIO())
     assert [fault.partition(": ")[0] for fault in caught.value.faults] == [
         str(tmp_path / "no" / "run.json"),
         str(tmp_path / "run.gif"),
@@ -108,12 +102,12 @@ def test_unwritable_files_are_refused_before_the_run(monkeypatch: pytest.MonkeyP
 
 def test_ctrl_c_ends_a_run_early_with_a_report(serve: Serve) -> None:
     server = serve()
-    view, out = console()
+    out = io.StringIO()
     begun = threading.Timer(0, lambda: (server.until(lambda: server.server.state.counters.requests > 50),
                                         os.kill(os.getpid(), signal.SIGINT)))  # fmt: skip
     begun.start()
     before = signal.getsignal(signal.SIGINT)
-    result = run_and_report(plan_for(server, duration_s=60.0), Outputs(), view)
+    result = run_and_report(plan_for(server, duration_s=60.0), Outputs(), out)
     begun.join()
     assert EXIT_CODES[result.verdict] == 130
     assert "interrupted: the figures cover part of the run" in out.getvalue()
@@ -134,7 +128,7 @@ def test_second_ctrl_c_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(command, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        run_and_report(plan(), Outputs(), console()[0])
+        run_and_report(plan(), Outputs(), io.StringIO())
     assert requested == [True]
 
 

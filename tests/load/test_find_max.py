@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from tests.load.helpers import latencies, plan, verified_result
 from zcproto.load.find_max import MAX_RATE, PRECISION, TRIES, Search, show_search
@@ -108,7 +107,7 @@ def test_report_shows_the_runs_by_rate() -> None:
     unanswered = replace(plan(rate=5.0))
     made.add(Result(unanswered, Record()))
     out = io.StringIO()
-    show_search(made, Console(file=out, width=400))
+    show_search(made, out)
     lines = [line.split() for line in out.getvalue().splitlines() if line.strip()]
     rows = [line for line in lines if line[0][0].isdigit()]
     assert rows[0] == ["5", "0", "-", "-", "no:", *made.steps[-1].cause.split()]

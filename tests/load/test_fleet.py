@@ -10,7 +10,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
 from zcproto.load import fleet, fleet_demo
 from zcproto.load.fleet import Fault, Seen, judge
@@ -50,6 +49,7 @@ def killed(victim: str = "worker", at: float = 5.0, pid: int = OWNER) -> Fault:
         (LOST | {"end_items": 3}, [killed()], "wrong"),
         ({"end": "NOT_FOUND"}, [killed(), killed("coordinator", 6.0, 9)], "both_lost"),
         ({"end": "NOT_FOUND"}, [killed(), killed("coordinator", 60.0, 9)], "unexplained"),
+        ({"end": "NOT_FOUND"}, [killed("coordinator", -60.0, 9), killed()], "unexplained"),
         ({"end": "NOT_FOUND"}, [killed()], "unexplained"),
         ({"end": "CANCELLED", "reason": "resumed_elsewhere"}, [killed()], "unexplained"),
     ],
@@ -114,7 +114,7 @@ def test_plot_is_an_image_and_the_report_names_what_was_lost() -> None:
     seen = pictured()
     assert ElementTree.fromstring(draw(seen, "a fleet")).tag.endswith("svg")
     out = io.StringIO()
-    show(seen, judge(seen, ITEMS), Console(file=out, width=110))
+    show(seen, judge(seen, ITEMS), out)
     assert "ended with owner_lost: their process was killed" in out.getvalue()
     assert out.getvalue().rstrip().endswith("after the items that were stored.")
 
@@ -129,7 +129,7 @@ def test_small_demonstration_loses_nothing_and_leaves_nothing(
     monkeypatch.setattr(fleet.WorkerFleet, "victims", ("worker",))
     out, path = io.StringIO(), tmp_path / "fleet.json"
     demo = FleetDemo(clients=4, seconds=4.0, kind="workers", json=path)
-    assert run_fleet_demo(demo, Console(file=out, width=110)) == 0, out.getvalue()
+    assert run_fleet_demo(demo, out) == 0, out.getvalue()
     written = json.loads(path.read_text())
     assert written["counts"]["a worker was killed, times"] >= 1
     assert not any(written["lost"].values())

@@ -1,32 +1,23 @@
 from __future__ import annotations
 
 import io
+from contextlib import closing
 
 import pytest
-from rich.console import Console
 
 from zcproto.load import progress
-from zcproto.load.progress import Bars, Lines, new_console, view_for
+from zcproto.load.progress import Progress
 
 
 def counts(**changes: int) -> dict[str, int]:
     return {"connect": 0, "load": 0, "verify": 0, "failed": 0, **changes}
 
 
-def test_terminal_gets_bars_of_its_width_and_others_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(view_for(Console(file=io.StringIO(), force_terminal=True)), Bars)
-    assert isinstance(view_for(Console(file=io.StringIO())), Lines)
-    assert new_console().width == progress.PLAIN_WIDTH
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "77")
-    assert new_console().width == 77
-
-
 def test_lines_appear_at_start_end_and_every_period(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 50.0
     monkeypatch.setattr(progress, "monotonic", lambda: now)
     out = io.StringIO()
-    with Lines(Console(file=out, width=110, highlight=False)) as lines:
+    with closing(Progress(out)) as lines:
         lines.update(counts())  # before any phase
         lines.phase("connect", "connecting", 1_000)
         for now, done in ((50.5, 0), (51.0, 100), (52.0, 400), (53.0, 500), (54.0, 1_000), (54.5, 1_000)):  # noqa: B007
@@ -41,17 +32,23 @@ def test_lines_appear_at_start_end_and_every_period(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_bars_show_progress_and_failures() -> None:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=110, highlight=False, color_system=None)
-    with Bars(console) as bars:
-        bars.update(counts())  # before any phase
-        bars.phase("connect", "connecting", 1_000)
-        bars.update(counts(connect=400, failed=3))
-        bars.phase("close", "closing", 1_000)
-        bars.update(counts(connect=1_000))
-    text = out.getvalue()
-    assert "connecting" in text
-    assert "400/1000" in text
-    assert "3 failed" in text
-    assert "closing" in text
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_gets_one_rewritten_line_for_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    out = Terminal()
+    with closing(Progress(out)) as shown:
+        shown.update(counts())  # before any phase
+        shown.phase("connect", "connecting", 1_000)
+        now = 51.0
+        shown.update(counts(connect=400, failed=3))
+        shown.phase("close", "closing", 1_000)
+    assert out.getvalue() == (
+        "\rconnecting: 1,000\x1b[K"
+        "\rconnecting: 400 of 1,000 (400/s), 3 failed\x1b[K\n"
+        "\rclosing: 1,000\x1b[K\n"
+    )

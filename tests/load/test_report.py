@@ -6,7 +6,6 @@ import io
 import json
 
 import pytest
-from rich.console import Console
 
 from tests.load.helpers import latencies, plan, stats, verified_result
 from tests.server.helpers import KEY
@@ -19,7 +18,7 @@ BARS = {"memory_per_connection_kib": 38.0, "pause_connecting_ms": 5.0}
 
 def shown(result: Result, bars: dict[str, float] | None = None) -> str:
     out = io.StringIO()
-    show(result, Console(file=out, width=110, highlight=False), bars or {})
+    show(result, out, bars or {})
     return out.getvalue()
 
 

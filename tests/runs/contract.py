@@ -31,7 +31,10 @@ class Reference:
 
     async def call(self, name: str, *arguments: Any) -> Any:
         operation = getattr(self.table, name)
-        if name in ("open", "append", "restore", "detach", "forget"):
+        if name == "append":
+            key, info, *rest, taken = arguments
+            return operation(key, info.generation, *rest, self.now, taken)
+        if name in ("open", "restore", "detach", "forget"):
             return operation(*arguments, self.now)
         return operation(*arguments)
 
@@ -72,6 +75,7 @@ async def agree(carrier: RunCarrier, seed: int, steps: int) -> int:
             attachment, position = known.attachment, chance.randint(known.first, known.next)
         bodies = [b"%d " % step * chance.randrange(1, 60) for _ in range(chance.randrange(4))]
         end = (chance.choice([0, 2]), b"end") if chance.random() < 0.1 else None
+        taken = (attachment, position, order) if chance.random() < 0.5 else None
         lost = RunState(
             info, taken=chance.randrange(10), attachment=attachment, order=order, is_attached=True
         )
@@ -80,8 +84,8 @@ async def agree(carrier: RunCarrier, seed: int, steps: int) -> int:
                 ("open", (key, Opening("chat", b"digest", 0, attachment, True, info))),
                 ("open", (key, Opening("chat", None, position, attachment, chance.random() < 0.5))),
                 ("open", (key, Opening(chance.choice(["chat", "x"]), b"other", 0, attachment, True, info))),
-                ("append", (key, info.generation, known.next if known else position, bodies, end)),
-                ("append", (key, info.generation, position, bodies, end)),
+                ("append", (key, info, known.next if known else position, bodies, end, taken)),
+                ("append", (key, info, position, bodies, end, taken)),
                 ("read", (key, attachment, position, chance.randrange(1, 5), chance.randrange(900), order)),
                 ("take", (key, attachment, position, order)),
                 ("detach", (key, attachment)),

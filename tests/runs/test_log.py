@@ -443,7 +443,7 @@ def test_sweep_forgets_users_without_runs_and_known_ids() -> None:
         (lambda table: append(table, 1, 1), True),
         (lambda table: append(table, 1, 0, OK), True),
         (lambda table: append(table, 1, 0), False),
-        (lambda table: table.take(ADA, "first", 1), True),
+        (lambda table: table.take(ADA, "first", 1), False),
         (lambda table: table.open(ADA, ATTACHING, 0), True),
         (lambda table: table.detach(ADA, "first", 0), True),
         (lambda table: table.cancel(ADA, "caller"), True),
@@ -463,6 +463,14 @@ def test_change_of_a_run_wakes_those_who_watch_it(change: Callable[[RunTable], A
     woken.append(2)
     change(table)
     assert woken
+
+
+def test_taken_items_of_a_full_run_wake_its_owner() -> None:
+    table, woken = started(LIMITS.items), []
+    table.watch(ADA, lambda: woken.append(1))
+    table.take(ADA, "first", 1)
+    table.take(ADA, "first", 2)  # its owner knows that there is room
+    assert woken == [1]
 
 
 def test_first_reason_of_a_cancellation_stays_and_an_ended_run_cannot_be_cancelled() -> None:

@@ -68,7 +68,10 @@ class LossyCarrier:
             if store.chance.random() < store.faults:
                 self.cut()
                 raise Unavailable("the request was lost")
-            if name in ("open", "append", "restore", "detach", "forget"):
+            if name == "append":
+                key, info, *rest, taken = arguments
+                arguments = (key, info.generation, *rest, 0.0, taken)
+            elif name in ("open", "restore", "detach", "forget"):
                 arguments = (*arguments, 0.0)
             result = deepcopy(getattr(store.table, name)(*arguments))
             if store.chance.random() < store.faults:
@@ -233,7 +236,50 @@ async def test_copies_are_bounded_and_refuse_new_runs_alone() -> None:
     assert state.next == 2
     await runs.stop()
     with pytest.raises(Unavailable):
-        await runs.read(KEY, "a", 0, 1, 1)
+        await runs.read(KEY, "b", 0, 1, 1)
+
+
+async def test_owner_reads_its_copies_until_another_process_changes_the_run() -> None:
+    store = Store(random.Random(0))
+    store.faults = 0.0
+    first, second = await process_of(store, "p0"), await process_of(store, "p1")
+    await first.open(KEY, opening("a", starts=True))
+    await first.append(KEY, INFO.generation, 0, [b"x" * 10] * 3, None)
+    store.faults = 1.0  # an operation would be repeated for ever
+    state, bodies = await first.read(KEY, "a", 1, 2, 1)
+    assert (state.next, bodies) == (3, [b"x" * 10])
+    assert await first.read(KEY, "a", 3, 2, 100) == (state, [])
+    store.faults = 0.0
+    await second.open(KEY, opening("b"))
+    first.woken(KEY)
+    with pytest.raises(Superseded):
+        await first.read(KEY, "a", 1, 2, 100)
+    await first.append(KEY, INFO.generation, 3, [b"y"], None)
+    with pytest.raises(Superseded):
+        await first.read(KEY, "a", 3, 2, 100)
+    await first.stop()
+    await second.stop()
+
+
+async def test_what_the_own_reader_has_taken_is_recorded_by_the_next_append() -> None:
+    store, woken = Store(random.Random(0)), list[int]()
+    store.faults = 0.0
+    runs = await process_of(store, "p0")
+    await runs.open(KEY, opening("a", starts=True))
+    full = await runs.append(KEY, INFO.generation, 0, [b"x"] * LIMITS.items, None)
+    assert full is not None
+    assert full.is_full
+    runs.watch(KEY, lambda: woken.append(1))
+    await runs.take(KEY, "a", 4)
+    assert woken, "the owner may append again"
+    assert store.table.runs()[0][1].taken == 0
+    state = await runs.append(KEY, INFO.generation, LIMITS.items, [], None)
+    assert state is not None
+    assert (state.taken, state.is_full) == (4, False)
+    await runs.append(KEY, INFO.generation, LIMITS.items, [], (0, b"end"))
+    await runs.take(KEY, "a", LIMITS.items)
+    assert store.table.runs()[0][1].taken == LIMITS.items, "no append follows"
+    await runs.stop()
 
 
 async def test_run_and_its_params_count_until_the_copy_of_its_end_is_dropped(

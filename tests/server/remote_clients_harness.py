@@ -13,6 +13,7 @@ from tests.sessions.helpers import CountedEntropy
 from zcproto.app.context import MOST_FOUND, ConnectedClient
 from zcproto.bus.topics import Carrier, SharedTopics
 from zcproto.common.clock import Clock, Entropy
+from zcproto.connection.server_calls import CallToClient
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import CallError, Unavailable
 from zcproto.server.clients import Answered, CallLimits, RegisteredClients
@@ -119,10 +120,8 @@ class Connection:
         self.withdrawn = 0
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    async def call_here(
-        self, session_id: str, method: str, params: Any, seconds: float, traceparent: str | None
-    ) -> Any:
-        self.calls.append((method, params))
+    async def call_here(self, session_id: str, call: CallToClient) -> Any:
+        self.calls.append((call.method, call.params))
         try:
             return await asyncio.shield(self.answer)
         except asyncio.CancelledError:
@@ -175,7 +174,7 @@ class Process:
         return connection
 
     def ask(self, user: str = "ada", seconds: float = 3600.0, **options: Any) -> asyncio.Task[Any]:
-        asked = self.pending.ask(user, "approve", {"tool": "ls"}, seconds, 1 << 20, None, **options)
+        asked = self.pending.ask(user, CallToClient("approve", {"tool": "ls"}, seconds), 1 << 20, **options)
         return asyncio.create_task(asked)
 
     async def find(self, user: str | None = None, most: int = MOST_FOUND) -> list[ConnectedClient]:

@@ -251,7 +251,7 @@ def test_call_without_session_reaches_only_public_methods(server: ServerThread) 
         for method in ("plain", "operators", "no.such.method", "session.info", "server.stats"):
             refused = client.refused(method)
             assert refused.code == Code.UNAUTHENTICATED
-            assert refused.message == "this needs a session: log in first (session.open)"
+            assert refused.message == "this needs a session: connect with a user and a key, or another login"
         # Existing and unknown methods cannot be distinguished.
         bodies = {client.refused(method).body for method in ("plain", "no.such.method")}
         assert len(bodies) == 1
@@ -383,7 +383,7 @@ def test_context_user_without_session_is_unauthenticated(client: Client) -> None
     refused = client.refused("context.user", token=NO_TOKEN)
     assert (refused.code, refused.message) == (
         Code.UNAUTHENTICATED,
-        "this method needs a session; call session.open first",
+        "this method needs a session; connect with a user and a key, or another login",
     )
 
 

@@ -360,6 +360,7 @@ def test_bound_that_a_reload_has_lowered_holds_for_the_next_item(client: Peer, w
     begin(client, n=6)
     client.harness.state.runs.reconfigure(RunLimits(items=2, runs_per_user=1), 5.0)
     taken(client, 3)
+    attach(again(client), 3)  # the owner appends
     answers = attach(again(client), 3)
     assert (accepted(answers)["first"], items(answers)) == (3, [3, 4, 5])
     assert refusal(attach(again(client), 0, {}, id="new"))[0] == Code.RESOURCE_EXHAUSTED

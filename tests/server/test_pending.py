@@ -11,6 +11,7 @@ import pytest
 from tests.server.protocol_harness import ABANDON_AFTER, Harness, Peer, items, nothing_left
 from zcproto.app.context import Context
 from zcproto.connection.events import GoAwayReason
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import (
     CallError,
     Cancelled,
@@ -71,7 +72,8 @@ def connect(harness: Harness, user: str = "ada", *methods: str, key: str = "") -
 
 def ask(harness: Harness, user: str = "ada", timeout: float = TIMEOUT, **options: Any) -> asyncio.Task[Any]:
     state = harness.state
-    task = harness.loop.create_task(state.ask(user, "approve", {"tool": "x"}, timeout, None, **options))
+    call = CallToClient("approve", {"tool": "x"}, timeout)
+    task = harness.loop.create_task(state.ask(user, call, **options))
     harness.turn()
     return task
 
@@ -508,7 +510,7 @@ def test_bytes_that_wait_are_limited(harness: Harness, monkeypatch: pytest.Monke
 def test_call_that_cannot_be_made_leaves_nothing(
     harness: Harness, params: dict[str, Any], timeout: float, error: type[Exception]
 ) -> None:
-    made = harness.state.ask("ada", "approve", params, timeout, None)
+    made = harness.state.ask("ada", CallToClient("approve", params, timeout))
     with pytest.raises(error):
         harness.loop.run_until_complete(made)
     assert len(harness.state.pending) == 0
@@ -521,7 +523,7 @@ def test_ten_thousand_calls_end_without_a_trace(harness: Harness) -> None:
 
     async def ask_all() -> list[asyncio.Task[Any]]:
         tasks = [
-            asyncio.create_task(state.ask(user, "approve", {}, TIMEOUT, None))
+            asyncio.create_task(state.ask(user, CallToClient("approve", {}, TIMEOUT)))
             for user in users
             for _ in range(100)
         ]

@@ -11,6 +11,7 @@ import pytest
 from tests.server.protocol_harness import Harness
 from zcproto.app.app import Method
 from zcproto.connection.events import Request
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import Code
 from zcproto.server.protocol import TracedProtocol
 from zcproto.wire.message import RequestMeta
@@ -43,10 +44,10 @@ class FakeTracing:
         self.seen.append(f"left {entered}")
 
     async def call_client(
-        self, method: str, peer: str, traceparent: str | None, send: Callable[[str | None], Awaitable[Any]]
+        self, call: CallToClient, peer: str, send: Callable[[CallToClient], Awaitable[Any]]
     ) -> Any:
-        self.seen.append((method, peer, traceparent))
-        return await send(TRACE)
+        self.seen.append((call.method, peer, call.traceparent))
+        return await send(call._replace(traceparent=TRACE))
 
 
 def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(harness: Harness) -> None:

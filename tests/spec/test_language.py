@@ -19,8 +19,9 @@ import pytest
 ROOT: Final = Path(__file__).parents[2]
 
 CHECKED: Final = (
-    *("zcproto", "docs", "spec", "bench", "clients", "tests"),
+    *("zcproto", "docs", "spec", "bench", "clients", "examples", "tests", ".github"),
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", ".ci"),
+    *("GOVERNANCE.md", "CODE_OF_CONDUCT.md"),
 )
 SUFFIXES: Final = {
     *(

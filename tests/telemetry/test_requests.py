@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from tests.telemetry.helpers import NOT_SAMPLED, SAMPLED, TRACE_ID, Spans
 from zcproto.app.app import App
 from zcproto.app.context import Context
+from zcproto.connection.server_calls import CallToClient
 from zcproto.telemetry.requests import _AMBIENT
 from zcproto.telemetry.spans import context_of, ids_for_log, trace_calls, traceparent_of
 from zcproto.testing import MemoryServer
@@ -190,10 +191,10 @@ async def test_client_gets_the_span_of_its_call_as_parent(of_caller: str | None)
     async with MemoryServer(make_app()) as server:
         tracing = spans.trace(server, make_app())
 
-        async def send(header: str | None) -> None:
-            sent.append(header)
+        async def send(call: CallToClient) -> None:
+            sent.append(call.traceparent)
 
-        await tracing.call_client("approve", "192.0.2.1", of_caller, send)
+        await tracing.call_client(CallToClient("approve", {}, 5.0, of_caller), "192.0.2.1", send)
     assert sent == [traceparent_of(trace.NonRecordingSpan(spans.only().context))]
     assert (spans.only().parent is None) == (of_caller is None)
 

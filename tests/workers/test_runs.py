@@ -87,7 +87,7 @@ async def test_random_operations_have_the_answers_of_the_table(tmp_path: Path, s
     runs = SharedRuns(carrier, LIMITS, "p")
     await runs.start()
     await until(lambda: runs.is_up)
-    assert await agree(carrier, seed, 500) > 100
+    assert await agree(carrier, seed, 600) > 100
     await runs.stop()
     await fleet.server.close()
 
@@ -97,9 +97,13 @@ async def test_run_of_one_worker_is_read_in_another(fleet: Fleet) -> None:
     is_new, _ = await first.open(KEY, opening())
     await put(first, 0, b"a", b"b")
     assert is_new
+    woken = asyncio.Event()
+    first.watch(KEY, woken.set)
+    await until(lambda: len(fleet.hub._watched) == 1)
     is_new, state = await second.open(KEY, opening("second", 1, starts=False))
     assert (is_new, state.next) == (False, 2)
     assert await items(second, "second", 1) == [b"b"]
+    await woken.wait()
     with pytest.raises(Superseded):
         await items(first, "first")
 

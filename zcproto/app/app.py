@@ -242,6 +242,8 @@ class Method:
 
     def check_result(self, result: Any) -> None:
         """Raise TypeError for a result of another type than annotated, which would be sent all the same."""
+        if inspect.iscoroutine(result):
+            raise TypeError("the result is a coroutine; await it")
         self.signature.result.check_sent(result, "result")
 
     def check_items(self) -> None:
@@ -401,6 +403,8 @@ class App(Generic[State]):
         methods; its authenticators are not used. Raises ValueError for a name that is registered, malformed or
         reserved, and for an application that includes this one; then nothing changes.
         """
+        if not isinstance(other, App):
+            raise TypeError(f"include an App object, such as jobs.app, not a {type(other).__name__}")
         if other is self or other._includes(self):
             raise ValueError("an application cannot include itself")
         for name in other._names():

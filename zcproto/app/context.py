@@ -12,6 +12,7 @@ from zcproto.auth.identity import Channel
 from zcproto.common.roles import NO_ROLES
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, Request
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import CallError, ConnectionClosed, FailedPrecondition, Unauthenticated
 from zcproto.sessions import Session
 
@@ -29,15 +30,7 @@ ASK_TIMEOUT: Final = 3600.0
 class ClientConnections(Protocol):
     """A connection of a client, as a call to it uses it."""
 
-    async def call_client(
-        self,
-        user: str,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call_client(self, user: str, session_id: str, call: CallToClient) -> Any:
         """Call a method of the client here, or where its session has registered it."""
 
 
@@ -97,17 +90,16 @@ class ConnectedClient:
         """
         if params is not None:
             named = {**params, **named}
+        call = CallToClient(method, named, timeout, traceparent)
         made: Awaitable[Any]
         if not pending:
-            made = self._connection.call_client(
-                self.user, self.session_id, method, named, timeout, traceparent
-            )
+            made = self._connection.call_client(self.user, self.session_id, call)
         elif self._pending is None:
             raise FailedPrecondition(
                 "a pending call needs a durable run, or a request with an idempotency key; send one"
             )
         else:
-            made = self._pending(self.user, method, named, timeout, traceparent)
+            made = self._pending(self.user, call)
         return await result_of(made, returns)
 
 
@@ -140,15 +132,7 @@ class CallConnection(ClientConnections, Protocol):
     def peer_certificate(self) -> bytes | None: ...
     def channel(self, context: Context | None = None) -> Channel: ...
     async def ask(
-        self,
-        user: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-        *,
-        caller: Session | None = None,
-        bound: bool = False,
+        self, user: str, call: CallToClient, *, caller: Session | None = None, bound: bool = False
     ) -> Any: ...
     def has_ended(self, request: Request) -> bool: ...
     def lifespan_value(self, method: str) -> Any: ...
@@ -194,7 +178,9 @@ class Context(Generic[State]):
     def user(self) -> str:
         """The name of the session's user. Raises Unauthenticated if the call has no session."""
         if self._request.session is None:
-            raise Unauthenticated("this method needs a session; call session.open first")
+            raise Unauthenticated(
+                "this method needs a session; connect with a user and a key, or another login"
+            )
         return self._request.session.user
 
     @property
@@ -285,9 +271,8 @@ class Context(Generic[State]):
         InvalidArgument for params that cannot be sent, Cancelled if the session of the caller was revoked.
         """
         named = named if params is None else {**params, **named}
-        made = self.caller.ask(
-            user, method, named, timeout, self.traceparent, caller=self._request.session, bound=bound
-        )
+        call = CallToClient(method, named, timeout, self.traceparent)
+        made = self.caller.ask(user, call, caller=self._request.session, bound=bound)
         return await result_of(made, returns)
 
     async def find_clients(

@@ -5,7 +5,7 @@
 --
 -- Keys, after the prefix. TAG stands for a user, as in sessions.lua.
 --   d:{TAG}    the runs of a user: a hash from an id to its place in the order of starting and the bytes of its items;
---              and the channel on which the id of a run that has changed is published
+--              and the channel on which the id of a run that has changed is published: after an append with the process
 --   g:{TAG}    ids of runs that have gone, by the time until which they are known: a sorted set
 --   j:{TAG}ID  a run, see below
 --   k:{TAG}ID  its items: a list
@@ -38,8 +38,8 @@ local function size_of(body)
   return ITEM_BYTES + #body - OVERHEAD
 end
 
-local function wake(id)
-  redis.call(PUBLISH, USER, id)
+local function wake(id, process)
+  redis.call(PUBLISH, USER, process and id .. '\0' .. process or id)
 end
 
 -- The runs of the user: places and sizes by id, and the ids in the order of starting.
@@ -103,9 +103,10 @@ local function save(run, place)
   redis.call('PEXPIRE', USER, TTL)
 end
 
-local function state(run)
+-- What a process gets of a run, which may know what is fixed of it.
+local function state(run, knows_info)
   local ended = run.ec and {run.ec, run.eb}
-  return {run.i, run.f, run.n, run.t, run.a, run.o, run.d, run.c, ended, run.z}
+  return {not knows_info and run.i, run.f, run.n, run.t, run.a, run.o, run.d, run.c, ended, run.z}
 end
 
 local function is_known(id)
@@ -211,19 +212,46 @@ function operations.open(method, digest, position, attachment, is_bound, info)
   return {'done', info and info[2] == run.g, state(run)}
 end
 
-function operations.append(generation, first, bodies, code, body)
+-- Wake the other runs that wait for room at the bound of the user.
+local function wake_waiting(ids)
+  for _, id in ipairs(ids) do
+    local other = id ~= ID and load(id)
+    if other and other.z then
+      wake(id)
+    end
+  end
+end
+
+-- Record what a reader has taken of a run, and return whether that changes the run.
+local function take(run, attachment, position, order)
+  position = math.min(position, run.n)
+  if not is_read_by(run, attachment, order) or position <= run.t then
+    return false
+  end
+  for _, body in ipairs(redis.call('LRANGE', items_key(run.id), run.t - run.f, position - run.f - 1)) do
+    run.u = run.u - size_of(body)
+  end
+  run.t = position
+  return true
+end
+
+function operations.append(generation, first, bodies, code, body, taken, process)
   local run = load(ID)
   if not run or run.g ~= generation then
     return {'fenced'}
   elseif run.ec then
     if code == run.ec and first + #bodies == run.n then
-      return {'done', state(run)}
+      return {'done', state(run, true)}
     end
     return {'fenced'}
   elseif first > run.n or (code and first + #bodies < run.n) then
     return {'gap', run.n}
   end
+  local has_taken = taken and take(run, unpack(taken))
   local _, sizes, ids = index()
+  if has_taken and total(sizes) >= USER_BYTES then
+    wake_waiting(ids)
+  end
   for i = run.n - first + 1, #bodies do
     local size = size_of(bodies[i])
     redis.call('RPUSH', items_key(ID), bodies[i])
@@ -257,13 +285,12 @@ function operations.append(generation, first, bodies, code, body)
       user_size = user_size - sizes[dropped]
     end
   end
-  local was_full = run.z
   run.z = is_full(run, user_size)
   save(run)
-  if #bodies > 0 or code or was_full ~= run.z then
-    wake(ID)
+  if (#bodies > 0 or code) and run.a:match('^[^.]*') ~= process then
+    wake(ID, process)
   end
-  return {'done', state(run)}
+  return {'done', state(run, true)}
 end
 
 function operations.restore(info, taken, attachment, order, is_attached, cancel)
@@ -309,29 +336,19 @@ end
 
 function operations.take(attachment, position, order)
   local run = load(ID)
-  if not run or not is_read_by(run, attachment, order) then
+  if not run or not take(run, attachment, position, order) then
     return false
-  end
-  position = math.min(position, run.n)
-  if position <= run.t then
-    return false
-  end
-  for _, body in ipairs(redis.call('LRANGE', items_key(ID), run.t - run.f, position - run.f - 1)) do
-    run.u = run.u - size_of(body)
   end
   local _, sizes, ids = index()
   local user_size = total(sizes)
-  run.t = position
+  local was_full = run.z
   run.z = is_full(run, user_size)
   save(run)
-  wake(ID)
+  if was_full and not run.z then
+    wake(ID)
+  end
   if user_size >= USER_BYTES then
-    for _, id in ipairs(ids) do
-      local other = load(id)
-      if other and other.z then
-        wake(id)
-      end
-    end
+    wake_waiting(ids)
   end
   return true
 end

@@ -3,7 +3,8 @@
 Decides: the keys and the script (runs.lua), what is sealed, when a process is missing.
 
 Rules:
-- All keys of a user are in one slot. A change publishes the id of the run on the channel of its user.
+- All keys of a user are in one slot. A change publishes the id of the run on the channel of its user: after an
+  append with the process, which need not be woken.
 - Items and ends are sealed. An item that does not open ends its attachment with DATA_LOSS.
 - Each process renews a sign of life. It costs nothing for each run.
 - The bound of all users is that of each process: a script sees the keys of one slot alone. A store that is full
@@ -37,6 +38,7 @@ from zcproto.runs.log import (
     RunLimits,
     RunState,
     Superseded,
+    Taken,
     not_bound,
     out_of_range,
     too_many_runs,
@@ -54,6 +56,7 @@ _GROW: Final = Script(f"#!lua flags=\n{_SOURCE}")
 _CHANGE: Final = Script(f"#!lua flags=allow-oom\n{_SOURCE}")
 _GROWING: Final = ("open", "append", "restore")
 _END: Final = b"end"
+_BY: Final = "\0"
 
 log = get_logger(__name__)
 
@@ -119,10 +122,13 @@ class ValkeyRuns:
     def _sign(self, process: str) -> bytes:
         return self._prefix + b"y:" + process.encode()
 
-    def _about(self, key: RunKey, generation: bytes, position: int | bytes) -> bytes:
-        """Return what an item or the end of a run is sealed for."""
-        place = position if isinstance(position, bytes) else b"%d" % position
-        about: bytes = msgpack.packb([b"run", utf8(key.user), key.id.encode(), generation, place])
+    def _about(self, key: RunKey, generation: bytes) -> Callable[[int | bytes], bytes]:
+        """Return what returns for what an item at a position of a run, or its end, is sealed."""
+        run: bytes = msgpack.packb([b"run", utf8(key.user), key.id.encode(), generation])
+
+        def about(position: int | bytes) -> bytes:
+            return run + (position if isinstance(position, bytes) else b"%d" % position)
+
         return about
 
     # --- commands --------------------------------------------------------------------------------------
@@ -165,13 +171,18 @@ class ValkeyRuns:
             reason = str(error)
         raise Unavailable(f"the store of durable runs: {reason}", {"retry_after_ms": RETRY_MS}) from None
 
-    def _state(self, key: RunKey, values: Sequence[Any], *, is_listed: bool = False) -> RunState:
-        """Return a run. One that is listed may have an end that cannot be opened: its body is empty then."""
+    def _state(
+        self, key: RunKey, values: Sequence[Any], info: RunInfo | None = None, *, is_listed: bool = False
+    ) -> RunState:
+        """Return a run, perhaps with an `info` that is known.
+
+        One that is listed may have an end that cannot be opened: its body is empty then.
+        """
         packed, first, next_, taken, attachment, order, is_attached, cancel, end, is_full = values
-        info = RunInfo(*msgpack.unpackb(packed, unicode_errors="surrogatepass"))
+        info = info or RunInfo(*msgpack.unpackb(packed, unicode_errors="surrogatepass"))
         opened: End | None = None
         if end:
-            body = self._opener.open(self._about(key, info.generation, _END), end[1])
+            body = self._opener.open(self._about(key, info.generation)(_END), end[1])
             if body is None and not is_listed:
                 raise DataLoss("the end of the run cannot be opened; the servers have different keys")
             opened = end[0], body or b""
@@ -207,19 +218,25 @@ class ValkeyRuns:
         raise too_many_runs(self._limits.runs_per_user)
 
     async def append(
-        self, key: RunKey, generation: bytes, first: int, bodies: Sequence[bytes], end: End | None
+        self,
+        key: RunKey,
+        info: RunInfo,
+        first: int,
+        bodies: Sequence[bytes],
+        end: End | None,
+        taken: Taken | None,
     ) -> RunState | None:
-        sealed = [
-            self._sealer.seal(self._about(key, generation, position), body)
-            for position, body in enumerate(bodies, first)
-        ]
+        about, seal = self._about(key, info.generation), self._sealer.seal
+        sealed = [seal(about(position), body) for position, body in enumerate(bodies, first)]
         code, body = (False, b"") if end is None else end
         if end is not None:
-            body = self._sealer.seal(self._about(key, generation, _END), body)
-        answer = await self._run("append", *key, generation, first, sealed, code, body)
+            body = seal(about(_END), body)
+        answer = await self._run(
+            "append", *key, info.generation, first, sealed, code, body, taken or False, self._process
+        )
         match answer:
             case [b"done", state]:
-                return self._state(key, state)
+                return self._state(key, state, info)
             case [b"gap", next_]:
                 raise Gap(next_)
         return None
@@ -245,9 +262,9 @@ class ValkeyRuns:
                 raise Superseded
             case _:
                 raise NotFound("the run has gone")
-        bodies = []
+        bodies, about = [], self._about(key, state.info.generation)
         for place, body in enumerate(sealed or (), position):
-            opened = self._opener.open(self._about(key, state.info.generation, place), body)
+            opened = self._opener.open(about(place), body)
             if opened is None:
                 raise DataLoss("an item of the run cannot be opened; the servers have different keys")
             bodies.append(opened)
@@ -345,5 +362,7 @@ class ValkeyRuns:
             return
         if message is None:  # the slot is moved
             self._connection.begin(self._follow(channel))
-        else:
-            self._runs.woken(RunKey(user, message.decode("ascii", "replace")))
+            return
+        id_, _, appender = message.decode("ascii", "replace").partition(_BY)
+        if appender != self._process:
+            self._runs.woken(RunKey(user, id_))

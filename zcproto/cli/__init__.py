@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Instance", "command_group", "group", "instance_options", "main"]
 
 COMMANDS = {
+    "new": ("zcproto.cli.config:new", "Write a small application with a test and a configuration."),
     "serve": ("zcproto.cli.serve:serve", "Run a server for your application, or a built-in one."),
     "status": ("zcproto.cli.status:status", "Show the status of a running server, once or continuously."),
     "health": ("zcproto.cli.health:health", "Check that a running server answers, for containers."),
@@ -70,12 +71,20 @@ COMMANDS = {
 }
 """Module and purpose of each command."""
 
+OTHER_NAMES = {
+    **dict.fromkeys(("run", "start", "up", "runserver", "server"), "serve"),
+    **dict.fromkeys(("stop", "shutdown", "down", "quit"), "drain"),
+    **dict.fromkeys(("restart",), "upgrade"),
+    **dict.fromkeys(("check", "diagnose"), "doctor"),
+    **dict.fromkeys(("ping",), "health"),
+}
+"""Names that people try for commands, by those of other programs."""
+
 EXTRAS = {
     "acme": "acme",
     "hdrh": "hdr",
     "jwt": "oidc",
     "redis": "valkey",
-    "rich": "bench",
     "watchfiles": "reload",
 }
 """Packages of the extras of zcproto."""
@@ -136,8 +145,8 @@ class _LazyGroup(Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS:
-            near = get_close_matches(args[0][:60], COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}."
+            meant = OTHER_NAMES.get(args[0]) or next(iter(get_close_matches(args[0][:60], COMMANDS, 1)), None)
+            hint = f"did you mean {meant}?" if meant else f"commands: {', '.join(COMMANDS)}."
             raise click.UsageError(f"No command {escape_text(args[0], 60)!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -153,7 +154,6 @@ def bench(
     from zcproto.client.endpoints import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, find_max_and_report, run_and_report  # noqa: PLC0415
     from zcproto.load.plan import Plan, check_plan, processes_for, read_credentials  # noqa: PLC0415
-    from zcproto.load.progress import new_console  # noqa: PLC0415
 
     host, port = parse_address(address)
     stream: str = load["stream"]
@@ -190,10 +190,10 @@ def bench(
     )
     check_plan(plan)
     check_connection(trust, instance.home, address)
-    outputs, console = Outputs(json_file, hdr_file, plot, html=html), new_console()
+    outputs, out = Outputs(json_file, hdr_file, plot, html=html), sys.stdout
     if find_max is None:
-        return EXIT_CODES[run_and_report(plan, outputs, console).verdict]
-    search = find_max_and_report(plan, find_max, outputs, console)
+        return EXIT_CODES[run_and_report(plan, outputs, out).verdict]
+    search = find_max_and_report(plan, find_max, outputs, out)
     return EXIT_INTERRUPTED if search.interrupted else int(search.highest is None)
 
 
@@ -266,9 +266,8 @@ def demo(
         return 0
     from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
     from zcproto.load.demo import Demo, run_demo  # noqa: PLC0415
-    from zcproto.load.progress import new_console  # noqa: PLC0415
 
-    result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot, html=html), new_console())
+    result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot, html=html), sys.stdout)
     return EXIT_CODES[result.verdict]
 
 
@@ -302,7 +301,6 @@ def fleet(
     It leaves no process and no file. Exit code 0 if nothing was lost.
     """
     from zcproto.load.fleet_demo import FleetDemo, run_fleet_demo  # noqa: PLC0415
-    from zcproto.load.progress import new_console  # noqa: PLC0415
 
     wanted = FleetDemo(clients, seconds, kind or "", seed, json=json_file, plot=plot, html=html)
-    return run_fleet_demo(wanted, new_console())
+    return run_fleet_demo(wanted, sys.stdout)

@@ -37,8 +37,8 @@ from zcproto.cli import (
 from zcproto.cli import cert_report as reports
 from zcproto.cli.audit import recorded
 from zcproto.cli.control import ControlError, find_control
-from zcproto.cli.output import aligned, print_report, private_file, report_options, utc
-from zcproto.common.text import counted, escape_text
+from zcproto.cli.output import print_report, private_file, report_options, utc
+from zcproto.common.text import aligned, counted, escape_text
 from zcproto.config import Config
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.tls.pins import key_pin

@@ -15,8 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from zcproto.certs import pair
 from zcproto.certs.examine import FileState, Survey, SurveyedCertificate, is_self_signed, type_of
 from zcproto.certs.notices import day
-from zcproto.cli.output import aligned
-from zcproto.common.text import escape_text
+from zcproto.common.text import aligned, escape_text
 from zcproto.tls import pins
 
 MAX_SHOWN_NAMES = 8

@@ -1,4 +1,4 @@
-"""`zcproto config` and `zcproto deploy`: the files from which an operator sets up a server."""
+"""`zcproto config`, `zcproto deploy` and `zcproto new`: the files from which a server is set up."""
 
 from __future__ import annotations
 
@@ -193,13 +193,29 @@ def deploy(tool: str, out: Path | None, force: bool) -> None:
     if out is None:
         for name, text in texts.items():
             click.echo(f"# {name}\n{text}" if len(texts) > 1 else text, nl=False)
-        return
+    else:
+        write_files(texts, out, force=force)
+
+
+@click.command()
+@click.argument("folder", metavar="NAME", type=click.Path(path_type=Path, file_okay=False))
+def new(folder: Path) -> None:
+    """Write a small application with a test, a configuration and a Containerfile, into the new folder NAME.
+
+    Nothing that exists is replaced.
+    """
+    write_files(read_files("application"), folder, force=False)
+
+
+def write_files(texts: dict[str, str], out: Path, *, force: bool) -> None:
+    """Write files into a folder and print their paths. Raises ZcprotoError if one exists, without `force`."""
     for name, text in texts.items():
         path = out / name
         try:
             out.mkdir(parents=True, exist_ok=True)
             with path.open("w" if force else "x", encoding="utf-8") as file:
                 file.write(text)
+            path.chmod(path.stat().st_mode & ~0o022)  # a configuration that others can change is refused
         except FileExistsError:
             raise ZcprotoError(f"{escape_text(str(path))}: already exists; --force replaces it") from None
         except OSError as error:
@@ -208,6 +224,6 @@ def deploy(tool: str, out: Path | None, force: bool) -> None:
 
 
 def read_files(tool: str) -> dict[str, str]:
-    """Return the files for one of TOOLS: their names with their text, sorted."""
+    """Return the files of a folder of zcproto/deploy: their names with their text, sorted."""
     paths = sorted((files("zcproto") / "deploy" / tool).iterdir(), key=lambda path: path.name)
-    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+    return {path.name.removesuffix(".in"): path.read_text(encoding="utf-8") for path in paths}

@@ -41,7 +41,7 @@ from zcproto.errors import (
     Unimplemented,
     ZcprotoError,
 )
-from zcproto.tls.failure import TlsFailure
+from zcproto.tls.failure import CERTIFICATE_CURES, TlsFailure
 
 if TYPE_CHECKING:
     from zcproto.client import Client
@@ -54,12 +54,16 @@ MAX_CONNECT_TIMEOUT = 10.0
 START_TIMEOUT = 60.0
 """Seconds to wait for a server that is starting: its first start creates RSA keys, slowly on a small machine."""
 
+CALL_CLIENT: Final = "zcproto-call"
+"""The name of `zcproto call` as a client: it finds out by a call that a method is a stream."""
+
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 2_000
 STREAM_SHAPES = frozenset({"server", "client", "both"})
 """Methods that refuse a call with their shape, without being run, and are called again as a stream."""
 
 CURES: Final = {
+    **CERTIFICATE_CURES,
     TlsFailure.NOT_TLS: "check that this is the port of zcproto, and that no proxy terminates TLS",
     TlsFailure.UNSUPPORTED_VERSION: "this is not a zcproto server, or a proxy before it uses an old TLS version",
     TlsFailure.NO_SHARED_SUITE: "this is not a zcproto server, or a proxy before it uses other cipher suites",
@@ -67,10 +71,6 @@ CURES: Final = {
     TlsFailure.CERTIFICATE_REQUIRED: "it requires client certificates (tls.client_auth): connect with one",
     TlsFailure.DISCONNECTED: "it may be at its limit (its log has connection.refused), or a balancer has no server",
     TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try from the server itself",
-    TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
-    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
-        "connect to one of its names, or add this one to certificates.names on the server"
-    ),
     TlsFailure.CERTIFICATE_UNTRUSTED: (
         "get the CA of the server (zcproto cert export-ca) and use --ca, or use --pin"
     ),
@@ -298,6 +298,7 @@ def call(
         raise click.UsageError("--key-file goes with --user.")
     limit = DEFAULT_TIMEOUT if timeout is None else timeout
     options: dict[str, Any] = {"user": user, "key": key, "timeout": limit, "key_log_file": key_log}
+    options["client"] = CALL_CLIENT
     if by_login:
         from zcproto.cli.login import stored_login  # noqa: PLC0415
 
@@ -316,16 +317,17 @@ def call(
             except Unauthenticated as error:
                 if user is not None or by_login:
                     raise
+                near = await _like(client, method)
+                hint = f"; or did you mean {near!r}, which needs none?" if near else ""
                 raise ZcprotoError(
                     f"{escape_text(method)} needs a session; use --user NAME and --key-file FILE, or set"
-                    f" {USER_VARIABLE} and {KEY_FILE_VARIABLE}"
+                    f" {USER_VARIABLE} and {KEY_FILE_VARIABLE}{hint}"
                 ) from error
             except Unimplemented as error:
-                names = [str(each["name"]) for each in listed_methods(await client.call("server.info"))]
-                near = get_close_matches(method, names, 1)
-                if error.details or not near:
+                near = await _like(client, method)
+                if error.details or near is None:
                     raise
-                raise ZcprotoError(f"unknown method {method!r}; did you mean {near[0]!r}?") from error
+                raise ZcprotoError(f"unknown method {method!r}; did you mean {near!r}?") from error
             except FailedPrecondition as error:
                 if error.details.get("shape") not in STREAM_SHAPES:
                     raise
@@ -335,6 +337,12 @@ def call(
                 click.echo(json_text(to_json(result), indent=2))
 
     run(work())
+
+
+async def _like(client: Client, method: str) -> str | None:
+    """Return the method with the most similar name among those that this client can call."""
+    names = [str(each["name"]) for each in listed_methods(await client.call("server.info"))]
+    return next(iter(get_close_matches(method, names, 1)), None)
 
 
 async def _print_stream(

@@ -22,7 +22,7 @@ from urllib.parse import urlencode
 import click
 
 from zcproto.cli import Instance, command_group
-from zcproto.cli.json_values import read_json
+from zcproto.cli.json_values import json_value
 from zcproto.cli.output import json_text, print_report, print_result, report_options, table, utc
 from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
@@ -264,7 +264,8 @@ def publish(instance: Instance, name: str, event: str, as_json: bool) -> None:
 
     JSON is the event, or @FILE for a file with it.
     """
-    done = require_control(instance.home).post("/v1/topics/publish", topic=name, event=read_json(event))
+    value = json_value(event)
+    done = require_control(instance.home).post("/v1/topics/publish", topic=name, event=value)
     print_result(as_json, done, f"published in {name}")
 
 
@@ -310,7 +311,8 @@ def answer_call(instance: Instance, id: str, result: str, as_json: bool) -> None
 
     JSON is what the call returns, or @FILE for a file with it. The audit trail records it.
     """
-    done = require_control(instance.home).post("/v1/calls/answer", id=id, result=read_json(result))
+    value = json_value(result)
+    done = require_control(instance.home).post("/v1/calls/answer", id=id, result=value)
     print_result(as_json, done, f"answered {done['method']} for {escape_text(done['user'])}")
 
 

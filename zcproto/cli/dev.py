@@ -19,6 +19,7 @@ import click
 
 from zcproto.app.app import RESERVED_PREFIXES, App, default_app
 from zcproto.app.context import Context
+from zcproto.cli.connect import CALL_CLIENT
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.middleware import CallNext
 from zcproto.common.text import escape_text
@@ -49,6 +50,7 @@ class Development:
     def ready(self, server: Server) -> None:
         """Let the server report the requests that it refuses."""
         server.state.on_refused = self._refused
+        self._record = server.state.registry.record
 
     def print_banner(self, addresses: Sequence[tuple[str, int]]) -> None:
         ports = sorted({port for _, port in addresses})
@@ -74,9 +76,15 @@ class Development:
             spent = f"{MS_PER_SECOND * (system_clock.now() - began):.1f} ms"
             _print(context.session, context.method, f"{spent}  {outcome}".rstrip())
 
+    def _is_of_command(self, session: Session | None) -> bool:
+        record = None if session is None else self._record(session.raw_id)
+        return record is not None and record.client == CALL_CLIENT
+
     def _refused(self, name: str, session: Session | None, answer: Answer) -> Answer:
         """Report a request that may not run. Return its answer, with the method that was meant."""
         code, message, details = decode_error(answer.body)
+        if "shape" in details and self._is_of_command(session):
+            return answer  # it is sent again as a stream
         if name not in self._methods and not name.startswith(RESERVED_PREFIXES):
             near = get_close_matches(name, self._methods, 1)
             message = f"no method {name!r}; " + (

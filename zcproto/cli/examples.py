@@ -3,6 +3,7 @@
 from typing import Final
 
 EXAMPLES: Final = {
+    "new": "zcproto new shop",
     "serve": "zcproto serve shop.api:app --reload",
     "status": "zcproto status --watch",
     "health": "zcproto health --ready",

@@ -53,6 +53,16 @@ def parse_params(text: str | None) -> dict[str, Any]:
     return value
 
 
+def json_value(argument: str) -> Any:
+    """Return a value of any type like `read_json`."""
+    try:
+        return read_json(argument)
+    except click.UsageError as error:
+        raise click.UsageError(
+            f"""{error.message} Write a text as '"text"', in quotes of both kinds."""
+        ) from error
+
+
 def read_json(argument: str) -> Any:
     """Return the value of a JSON text, or of the file that @FILE names. Raises click.UsageError."""
     if not argument.startswith("@"):

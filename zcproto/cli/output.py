@@ -15,7 +15,7 @@ import click
 from zcproto.cli import instance_options
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.files import new_file, replaced_file
-from zcproto.common.text import escape_text
+from zcproto.common.text import aligned, escape_text
 from zcproto.errors import ZcprotoError
 
 MAX_CELL = 128
@@ -49,18 +49,6 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows in columns under their heads. Cells are escaped for a terminal."""
     return aligned([head, *([escape_text(cell, MAX_CELL) or "-" for cell in row] for row in rows)])
-
-
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return aligned columns, those in `right` aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def utc(ms: int | None = None) -> datetime:

@@ -28,7 +28,7 @@ from collections.abc import (
 from dataclasses import replace
 from inspect import isawaitable
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 from zcproto.client.client import UNSET, Client, SessionClient, UserSession
 from zcproto.client.credentials import Device, LoginSource
@@ -36,7 +36,8 @@ from zcproto.client.endpoints import Address, Endpoint
 from zcproto.client.handlers import Event, Function, run_in_thread, settle
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
-from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream
+from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream, check_items
+from zcproto.common.misuse import refuse
 from zcproto.common.process import new_event_loop
 from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.errors import ConnectionClosed
@@ -138,6 +139,9 @@ class BlockingSessionClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    if not TYPE_CHECKING:
+        __aenter__ = __aexit__ = refuse("write with; a program with asyncio uses connect")
+
     @property
     def session(self) -> ClientSession | None:
         """The open session, or None."""
@@ -226,6 +230,7 @@ class BlockingSessionClient:
         **named: Any,
     ) -> BlockingStream:
         """Open a stream like `Client.stream`, with `with`, or with `for` alone. `items` may block."""
+        check_items(items, Iterable)
         stream = self._client.stream(
             method,
             params,
@@ -378,6 +383,10 @@ class BlockingStream:
         with contextlib.suppress(ConnectionClosed):
             self._wait(self._stream.__aexit__(*error))
 
+    if not TYPE_CHECKING:
+        __aenter__ = __aexit__ = refuse("write with; a program with asyncio uses connect")
+        __aiter__ = refuse("write for; a program with asyncio uses connect")
+
     def close(self) -> None:
         """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""
         self.__exit__()
@@ -404,6 +413,7 @@ class BlockingStream:
         return self._wait(self._stream.finished())
 
     def __iter__(self) -> Iterator[Any]:
+        aiter(self._stream)  # raises RuntimeError if it was read
         if not self._is_open:  # the short form, without `with`
             with self:
                 yield from self

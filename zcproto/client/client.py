@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, Unpack
 
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device, LoginSource, PositionFile, SessionFile
@@ -33,7 +33,7 @@ from zcproto.client.options import (
     ConnectOptions,
     EnrollOptions,
     accept_options,
-    check_connections,
+    check_options,
     choose_credentials,
 )
 from zcproto.client.protocol import TIMED_OUT, TOO_LATE, ClientProtocol, PendingStream
@@ -65,6 +65,7 @@ from zcproto.client.streams import (
 from zcproto.common.clock import Clock, MonotonicClock, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
+from zcproto.common.misuse import check_seconds, refuse
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import (
@@ -86,6 +87,8 @@ CLOSED_AT_ONCE: Final = 32
 _OTHER_LOOP: Final = (
     "this client belongs to another event loop; create it in the one that uses it, or use connect_blocking"
 )
+
+_IS_CLOSED: Final = "this client is closed; create a new one"
 
 _LATE: Final = frozenset({TIMED_OUT, TOO_LATE})
 
@@ -168,6 +171,9 @@ class SessionClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    if not TYPE_CHECKING:
+        __enter__ = __exit__ = refuse("write async with; a program without asyncio uses connect_blocking")
+
     # --- state ------------------------------------------------------------------------------------
 
     @property
@@ -225,7 +231,8 @@ class SessionClient:
             )
             return checked_result(returns, result)
         if params is not None:  # without a call, for speed
-            named = {**params} if params.__class__ is dict and not named else _merged(method, params, named)
+            is_plain = params.__class__ is dict and not named
+            named = {**params} if is_plain else _merged("call", method, params, named)
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         if get_running_loop() is not self._loop:
@@ -244,6 +251,8 @@ class SessionClient:
         meta: dict[str, Any] | None = None
         if timeout is UNSET:
             timeout, meta = self._options.timeout, self._default_meta
+        elif timeout.__class__ is not float:
+            check_seconds("timeout", timeout)
         now = self._now()
         deadline = NEVER if timeout is None else now + timeout
         attempt: Attempt | None = None
@@ -255,7 +264,7 @@ class SessionClient:
                 now, meta = self._now(), None
             if meta is None and deadline != NEVER:
                 if now >= deadline:
-                    raise DeadlineExceeded(TIMED_OUT)
+                    raise DeadlineExceeded(_late(method, timeout))
                 meta = _deadline_meta(deadline - now)
             if idempotency_key is not None or traceparent is not None:
                 meta = _meta(meta, idempotency_key, traceparent)
@@ -271,8 +280,7 @@ class SessionClient:
                     raise
             except (CallError, ConnectionClosed) as error:
                 if timeout is not None and isinstance(error, DeadlineExceeded) and error.message in _LATE:
-                    late = f"{method} has not answered within {timeout:g} s; give it a longer timeout"
-                    raise DeadlineExceeded(late, error.details) from error
+                    raise DeadlineExceeded(_late(method, timeout), error.details) from error
                 attempt = attempt or Attempt(self._random)
                 is_idempotent = idempotency_key is not None
                 await self._after_failure(
@@ -326,7 +334,7 @@ class SessionClient:
         run = RunPosition(system_entropy(RUN_ID_SIZE).hex()) if durable else None
         return self._stream(
             method,
-            named if params is None else _merged(method, params, named),
+            named if params is None else _merged("stream", method, params, named),
             window=window,
             timeout=timeout,
             item_timeout=item_timeout,
@@ -381,6 +389,9 @@ class SessionClient:
     ) -> Stream:
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
+        check_seconds("timeout", timeout)
+        check_seconds("item_timeout", item_timeout)
+        _check_window(window)
         request = StreamRequest(
             method,
             params,
@@ -570,7 +581,7 @@ class SessionClient:
     async def _ready(self) -> ClientProtocol:
         while True:
             if self._closed:
-                raise ConnectionClosed("this client is closed", clean=True)
+                raise ConnectionClosed(_IS_CLOSED, clean=True)
             await self._sessions.ensure()
             connection = await self._connections.wait_ready()
             if connection.ready and self._loop.time() < self._sessions.valid_until:
@@ -633,14 +644,26 @@ class SessionClient:
             self.events.put(event.body)
 
 
-def _merged(method: str, params: Mapping[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+def _merged(function: str, method: str, params: Mapping[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """Return the params of a call. Raises TypeError if they are no mapping, or a name is given twice."""
     if not isinstance(params, Mapping):
-        raise TypeError(f"params are given by name, as in call({method!r}, name=...), or as a mapping")
+        raise TypeError(f"params are given by name, as in {function}({method!r}, name=...), or as a mapping")
     twice = params.keys() & named.keys()
     if twice:
         raise TypeError(f"{min(twice)} is given twice, in the mapping and by name")
     return {**params, **named}
+
+
+def _check_window(window: Credit) -> None:
+    """Raise TypeError or ValueError for a window in which no item fits."""
+    if not (isinstance(window, Sequence) and len(window) == 2 and all(isinstance(n, int) for n in window)):
+        raise TypeError(f"window is (items, bytes), such as window={DEFAULT_WINDOW}")
+    if min(window) < 1:
+        raise ValueError(f"window is (items, bytes), both above 0, such as window={DEFAULT_WINDOW}")
+
+
+def _late(method: str, timeout: float | None) -> str:
+    return f"{method} has not answered within {timeout:g} s; give it a longer timeout"
 
 
 def _deadline_meta(left: float) -> dict[str, Any]:
@@ -687,7 +710,7 @@ class Client(SessionClient):
         dial: Dial | None = None,
     ) -> None:
         self.addresses = parse_addresses(address)
-        check_connections(options)
+        check_options(options)
         self.address = self.addresses[0]
         service = ",".join(sorted(map(str, self.addresses)))
         super().__init__(options, MonotonicClock(clock), random, service)
@@ -830,7 +853,7 @@ class Client(SessionClient):
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
         if self._closed:
-            raise ConnectionClosed("this client is closed", clean=True)
+            raise ConnectionClosed(_IS_CLOSED, clean=True)
         self._users[user] = None
         self._had_users = True
         return self._connections, self._wheel

@@ -219,7 +219,7 @@ class ConnectionManager:
         """
         while self.current is None:
             if self._closed:
-                raise ConnectionClosed("this client is closed", clean=True)
+                raise ConnectionClosed("this client is closed; create a new one", clean=True)
             await join(self._start())
         return self.current
 

@@ -23,7 +23,7 @@ Must not know: sockets, TLS, how a name is resolved, sessions, calls.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Final, NamedTuple, TypeVar
@@ -91,6 +91,8 @@ class Endpoint(NamedTuple):
 def parse_addresses(given: str | Sequence[str]) -> tuple[Address, ...]:
     """Parse a list of addresses, or a text that separates them by commas. Raises ConfigError."""
     texts = given.split(",") if isinstance(given, str) else given
+    if not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise TypeError('the address is a str, such as "host:7443", or a list of these')
     addresses = tuple(dict.fromkeys(parse_address(text.strip()) for text in texts))
     if not 1 <= len(addresses) <= MAX_ADDRESSES:
         raise ConfigError([f"addresses: {len(addresses)} are given; give from 1 to {MAX_ADDRESSES} of them"])

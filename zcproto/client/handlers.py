@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from zcproto.client.protocol import ClientProtocol, PendingCall, mark_retrieved
 from zcproto.client.retry import Backoff, Random, Then, retry_after_ms, what_next
@@ -42,6 +42,7 @@ from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.exceptions import traceback_lines
 from zcproto.common.middleware import Middleware, around
+from zcproto.common.misuse import refuse
 from zcproto.common.parameters import Signature
 from zcproto.common.text import escape_text
 from zcproto.connection.client_calls import ClientCall, ClientCallState
@@ -137,6 +138,9 @@ class EventStream:
 
     def __aiter__(self) -> EventStream:
         return self
+
+    if not TYPE_CHECKING:
+        __iter__ = refuse("write async for, or await anext(client.events)")
 
     async def __anext__(self) -> Event:
         body = await self._queue.get()

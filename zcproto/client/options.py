@@ -29,6 +29,7 @@ from zcproto.client.handlers import Call, Event
 from zcproto.client.streams import OutgoingCall
 from zcproto.common.home import Home, resolve_home
 from zcproto.common.middleware import Middleware
+from zcproto.common.misuse import check_seconds
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
@@ -168,8 +169,24 @@ class EnrollOptions(TypedDict, total=False):
     home: str | Path | None
 
 
-def check_connections(options: ConnectOptions) -> None:
-    """Raise ConfigError for options on connections that are out of range."""
+def check_options(options: ConnectOptions) -> None:
+    """Raise ConfigError for options on connections that are out of range, TypeError for values of another type."""
+    for name in ("timeout", "connect_timeout", "start_timeout"):
+        check_seconds(name, getattr(options, name))
+    for name in ("verify", "system_store", "session"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name} is True or False")
+    for name in ("max_connections", "max_calls"):
+        if not isinstance(getattr(options, name), int):
+            raise TypeError(f"{name} is an int")
+    for name in ("on_event", "on_connected"):
+        if getattr(options, name) is not None and not callable(getattr(options, name)):
+            raise TypeError(f"{name} is a function")
+    for name in ("middleware", "handler_middleware"):
+        if not isinstance(getattr(options, name), Sequence):
+            raise TypeError(f"{name} is a list of functions, such as {name}=[trace]")
+    if options.timeout is not None and options.timeout < 0:
+        raise ConfigError([f"timeout: {options.timeout:g} is below 0; give seconds, or None for no limit"])
     if options.address_order not in ("random", "listed"):
         raise ConfigError([f'address_order: {options.address_order!r} is unknown; give "random" or "listed"'])
     if not 1 <= options.max_connections <= MAX_CONNECTIONS:
@@ -355,6 +372,11 @@ def accept_options(
         def with_options(
             address: str | Sequence[str], *args: Keywords.args, **keywords: Keywords.kwargs
         ) -> Result:
+            if args:
+                raise TypeError(
+                    f'{function.__name__}() takes one address, as in {function.__name__}("host:7443"), or a list;'
+                    " give options by name"
+                )
             _check_names(function.__name__, keywords)
             given = options(*args, **keywords)
             return function(address, complete_options(given, parse_addresses(address)))

@@ -721,5 +721,5 @@ async def join(task: asyncio.Task[None]) -> None:
     """Await a task that is shared with other callers: cancelling one of them does not cancel it."""
     await asyncio.wait([task])
     if task.cancelled():
-        raise ConnectionClosed("this client is closed", clean=True)
+        raise ConnectionClosed("this client is closed; create a new one", clean=True)
     task.result()

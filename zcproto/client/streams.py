@@ -26,7 +26,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from zcproto.client.credentials import PositionFile
 from zcproto.client.endpoints import Endpoint
@@ -34,6 +34,7 @@ from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt, is_resumed_elsewhere
 from zcproto.client.session import ANSWER_TIMEOUT, STABLE_AFTER
 from zcproto.common.middleware import Middleware, around
+from zcproto.common.misuse import refuse
 from zcproto.errors import CallError, Cancelled, ConnectionClosed, DeadlineExceeded
 from zcproto.wire.message import Credit, Resume
 
@@ -221,6 +222,11 @@ class Stream:
         reopen: Reopen | None = None,
         middleware: StreamMiddleware | None = None,
     ) -> None:
+        check_items(items, Iterable | AsyncIterable)
+        if reopen is not None and not callable(reopen):
+            raise TypeError(
+                "reopen is a function of the last item, such as reopen=lambda last: {'after': last['id']}"
+            )
         if items is not None and reopen is not None:
             raise ValueError("a stream with items cannot be opened again; choose items or reopen")
         self._run = request.run
@@ -305,6 +311,11 @@ class Stream:
             await asyncio.wait([self._sender])
         if self._middleware is not None:
             await self._middleware.leave()
+
+    if not TYPE_CHECKING:
+        __enter__ = __exit__ = refuse("write async with")
+        __iter__ = refuse("write async for")
+        __await__ = refuse("read it by async for, or open it by async with")
 
     async def cancel(self) -> bool:
         """Cancel the method of a durable stream. Return whether it was running. Raises like `client.call`."""
@@ -396,7 +407,10 @@ class Stream:
                 async with asyncio.timeout(self._item_timeout):
                     await pending.wait()
             except TimeoutError:
-                raise DeadlineExceeded("no item within item_timeout") from None
+                raise DeadlineExceeded(
+                    f"{self._request.method} has sent no item within {self._item_timeout:g} s; end the items that"
+                    " it takes, or give it a longer item_timeout"
+                ) from None
 
     def _accepted(self, run: RunPosition) -> None:
         """Record that the present attachment was accepted: its session was valid, and the run has begun."""
@@ -552,6 +566,12 @@ class Stream:
         """Close the iterator of `items`."""
         if self._sender is not None and self._sender is not asyncio.current_task():
             self._sender.cancel()
+
+
+def check_items(items: object, kind: Any) -> None:
+    """Raise TypeError unless `items` can be sent one by one, or are None."""
+    if items is not None and (isinstance(items, str | bytes) or not isinstance(items, kind)):
+        raise TypeError(f"items is a list or an iterator of items, not {type(items).__name__}")
 
 
 async def _each(items: SentItems) -> AsyncGenerator[Any, None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 from zcproto.client.blocking import BlockingSessionClient, BlockingStream
 from zcproto.client.client import UNSET, SessionClient
 from zcproto.client.streams import SentItems, Stream
+from zcproto.common.misuse import refuse
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -61,6 +62,11 @@ class TypedStream(_Checked[Stream, SentItem, Result]):
     async def __aexit__(self, *exception: object) -> None:
         await self._stream.__aexit__(*exception)
 
+    if not TYPE_CHECKING:
+        __enter__ = __exit__ = refuse("write async with")
+        __iter__ = refuse("write async for")
+        __await__ = refuse("read it by async for, or open it by async with")
+
     async def __aiter__(self) -> AsyncIterator[SentItem]:
         async for item in self._stream:
             yield self._item.validate_python(item)
@@ -78,6 +84,10 @@ class TypedClient:
 
     def __init__(self, client: SessionClient) -> None:
         """Call the methods by `client`: a `zcproto.Client` or one of its sessions."""
+        if not isinstance(client, SessionClient):
+            raise TypeError(
+                "give a client of zcproto.connect, or write this module by zcproto stubs --blocking"
+            )
         self._client = client
 
     async def _call(
@@ -144,6 +154,10 @@ class BlockingTypedClient:
 
     def __init__(self, client: BlockingSessionClient) -> None:
         """Call the methods by `client`: a `zcproto.BlockingClient` or one of its sessions."""
+        if not isinstance(client, BlockingSessionClient):
+            raise TypeError(
+                "give a client of zcproto.connect_blocking, or write this module without --blocking"
+            )
         self._client = client
 
     def _call(

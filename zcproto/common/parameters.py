@@ -168,6 +168,9 @@ class Signature:
             if len(faults) > MAX_FAULTS:
                 break
             check = self._checkers.get(name, self._check_rest)
+            if self.items is not None and name == self.items[0]:
+                faults.append((name, "is sent as the items of the stream"))
+                continue
             if check is None or name in self._reserved:
                 faults.append((shown_name(name), "is unknown"))
                 continue

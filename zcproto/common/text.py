@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _PLAIN = re.compile(r"[ -~]*")
 
@@ -26,6 +27,18 @@ def escape_text(text: str, limit: int | None = None) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, as in "1 session" and "2,000 sessions"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Return aligned columns, those in `right` aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def extra_cure(extra: str) -> str:

@@ -275,9 +275,20 @@ def _text(value: object, depth: int = 0) -> str:
     return str(value)
 
 
+_OTHER_NAMES: Final = {
+    **dict.fromkeys(
+        ("cert", "certfile", "cert_file", "certificate_file", "chain_file"), "certificates.certificate"
+    ),
+    **dict.fromkeys(("keyfile", "key_file", "private_key", "certificate_key"), "certificates.key"),
+}
+"""Names that people try for the files of the server's certificate, by those of other servers."""
+
+
 def _unknown_key(key: str) -> str:
     """Return the sentence for an unknown key of a known section."""
     section, name = split_key(key[: 2 * _MAX_SHOWN])
+    if section in ("tls", "server", "certificates") and name in _OTHER_NAMES:
+        return f'unknown key; did you mean {_OTHER_NAMES[name]} (with certificates.mode = "files")?'
     known = list(sections()[section].model_fields)
     near = [f"{section}.{each}" for each in nearest(name, known)]
     candidates = _keys_named(name) or near or _nearest_anywhere(name)

@@ -12,7 +12,7 @@ TOKEN_ERRORS: Final = {
         Code.UNAUTHENTICATED, "unknown token: open a session", {"reason": "unknown_token"}
     ),
     Code.TOKEN_EXPIRED: encode_error(Code.TOKEN_EXPIRED, "token expired: refresh it or open a session"),
-    Code.TOKEN_REVOKED: encode_error(Code.TOKEN_REVOKED, "token revoked: open a session"),
+    Code.TOKEN_REVOKED: encode_error(Code.TOKEN_REVOKED, "token revoked: log in again (open_session)"),
     Code.SESSION_REPLACED: encode_error(
         Code.SESSION_REPLACED, "session replaced by a newer one of this user"
     ),
@@ -34,7 +34,7 @@ NEEDS_CERTIFICATE: Final = encode_error(
 )
 NEEDS_SESSION: Final = encode_error(
     Code.UNAUTHENTICATED,
-    "this needs a session: log in first (session.open)",
+    "this needs a session: connect with a user and a key, or another login",
 )
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 LEFT: Final = encode_error(Code.CANCELLED, "cancelled by the caller", {"reason": "caller"})

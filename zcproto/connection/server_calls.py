@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from math import ceil, inf
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from zcproto.errors import (
     CallError,
@@ -46,6 +46,16 @@ _ARRAY_OF_3: Final = b"\x93"
 
 ANSWER_CODES: Final = frozenset({*range(Code.CANCELLED, Code.UNAUTHENTICATED + 1), Code.STALE_TIMESTAMP})
 """Codes that a FAILURE may have; any other is UNKNOWN."""
+
+
+class CallToClient(NamedTuple):
+    """What a method calls at a client."""
+
+    method: str
+    params: Mapping[str, Any]
+    timeout_s: float
+    """Sent as the call's deadline."""
+    traceparent: str | None = None
 
 
 class ServerCallState(Enum):
@@ -88,8 +98,9 @@ class ServerCall:
 
 
 def no_handler(method: str) -> Unavailable:
+    """Return the error of a CALL to a client that has not registered `method`."""
     return Unavailable(
-        f"the client handles no method {method!r} on this connection; let it await client.handle before it calls"
+        f"the client handles no method {method!r} on this connection; the client must await client.handle first"
     )
 
 
@@ -184,19 +195,13 @@ class ServerCalls:
         return [call for call in self._waiting if call.deadline <= now]
 
 
-def encode_call(
-    method: str,
-    params: Mapping[str, Any] | None,
-    timeout_s: float,
-    traceparent: str | None,
-    max_body: int,
-) -> bytes:
+def encode_call(call: CallToClient, max_body: int) -> bytes:
     """Return the body of a CALL. Raises InvalidArgument if it cannot be sent."""
-    meta: dict[str, Any] = {"deadline_ms": min(ceil(timeout_s * MS), MAX_DEADLINE_MS)}
-    if traceparent is not None:
-        meta["traceparent"] = traceparent
+    meta: dict[str, Any] = {"deadline_ms": min(ceil(call.timeout_s * MS), MAX_DEADLINE_MS)}
+    if call.traceparent is not None:
+        meta["traceparent"] = call.traceparent
     try:
-        body = encode_request(method, params, meta)
+        body = encode_request(call.method, call.params, meta)
     except MessageError as error:
         raise InvalidArgument(str(error)) from error
     if len(body) > max_body:

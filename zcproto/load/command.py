@@ -7,15 +7,17 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from rich.console import Console
+import click
 
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
@@ -24,7 +26,7 @@ from zcproto.load import hdr, report
 from zcproto.load.find_max import Search, show_search
 from zcproto.load.plan import SPARE_FILES, Plan, check_plan, require_open_files
 from zcproto.load.plot import draw_run, draw_search
-from zcproto.load.progress import view_for
+from zcproto.load.progress import Progress
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
 
@@ -68,18 +70,21 @@ def check(plan: Plan, outputs: Outputs) -> None:
     )
 
 
-def measure(plan: Plan, console: Console) -> Result:
-    """Carry out a checked plan and show its progress. Raises ConfigError if the server refuses its first user."""
-    with view_for(console) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_run_interruptible(plan, view))
+def measure(plan: Plan, out: TextIO, *, keeps_part: bool = True) -> Result:
+    """Carry out a checked plan and show its progress. Raises ConfigError if the server refuses its first user.
+
+    Ctrl-C ends the run early with partial results, or raises KeyboardInterrupt unless `keeps_part`.
+    """
+    with closing(Progress(out)) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(_run_interruptible(plan, view) if keeps_part else run(plan, view, Stop()))
 
 
-def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
-    """Carry out a plan, print its report and write its files. Raises ConfigError before it connects."""
+def run_and_report(plan: Plan, outputs: Outputs, out: TextIO, *, keeps_part: bool = True) -> Result:
+    """Carry out a plan like `measure`, print its report and write its files. Raises ConfigError before that."""
     check(plan, outputs)
     started = time.time()
-    result = measure(plan, console)
-    report.show(result, console, outputs.bars)
+    result = measure(plan, out, keeps_part=keeps_part)
+    report.show(result, out, outputs.bars)
     write_outputs(
         outputs,
         report.as_json(result, outputs.bars, started),
@@ -91,7 +96,7 @@ def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
     return result
 
 
-def find_max_and_report(plan: Plan, limit_ms: float, outputs: Outputs, console: Console) -> Search:
+def find_max_and_report(plan: Plan, limit_ms: float, outputs: Outputs, out: TextIO) -> Search:
     """Search the highest rate whose p99 is below a limit, print the report and write the files.
 
     The search begins at the rate of the plan. Raises ConfigError before it connects.
@@ -100,16 +105,16 @@ def find_max_and_report(plan: Plan, limit_ms: float, outputs: Outputs, console: 
     started = time.time()
     search = Search(limit_ms)
     for rate in search.rates(plan.rate):
-        console.print(f"{rate:,.0f} requests/s", highlight=False)
-        search.add(measure(replace(plan, rate=rate), console))
-    show_search(search, console)
+        click.echo(f"{rate:,.0f} requests/s", out)
+        search.add(measure(replace(plan, rate=rate), out))
+    show_search(search, out)
     value = {"started": report.moment(started), "machine": report.machine(), **search.as_json()}
     write_outputs(outputs, value, lambda page: show_search(search, page), lambda: draw_search(search))
     return search
 
 
 def write_outputs(
-    outputs: Outputs, value: dict[str, Any], show: Callable[[Console], None], draw: Callable[[], str]
+    outputs: Outputs, value: dict[str, Any], show: Callable[[TextIO], None], draw: Callable[[], str]
 ) -> None:
     """Write the result as JSON, as a plot, and as a page with both the plot and the report."""
     if outputs.json is not None:
@@ -136,42 +141,37 @@ async def _run_interruptible(plan: Plan, view: View) -> Result:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-WIDTH: Final = 110
 _TEMPLATE: Final = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>zcproto: measured</title>
 <style>
-body {{ margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font-family: system-ui, sans-serif; color: #1f2933 }}
-pre {{ overflow-x: auto; font: clamp(0.5rem, 2vw, 0.9rem)/1.4 ui-monospace, monospace }}
-figure {{ margin: 0; overflow-x: auto }}
-svg {{ width: 100%; min-width: 34rem }}
-@media (max-width: 40rem) {{ body {{ margin-top: 1rem }} }}
+body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font-family: system-ui, sans-serif; color: #1f2933 }
+pre { overflow-x: auto; font: clamp(0.5rem, 2vw, 0.9rem)/1.4 ui-monospace, monospace }
+figure { margin: 0; overflow-x: auto }
+svg { width: 100%; min-width: 34rem }
+@media (max-width: 40rem) { body { margin-top: 1rem } }
 </style>
 <body>
 <h1>zcproto</h1>
 <p>ABOUT</p>
 <figure>PLOT</figure>
-<pre>{code}</pre>
+<pre>REPORT</pre>
 </body>
 </html>
 """
 
 
-def write_page(path: Path, value: Mapping[str, Any], show: Callable[[Console], None], plot: str) -> None:
+def write_page(path: Path, value: Mapping[str, Any], show: Callable[[TextIO], None], plot: str) -> None:
     """Write what `show` prints, below when and where it was measured, and a plot."""
     machine = value["machine"]
     about = (
         f"{value['started']} on {machine['host']}, zcproto {machine['zcproto']}, {machine['cpus']} CPUs,"
         f" {machine['system']}, Python {machine['python']}, {machine['openssl']}"
     )
-    console = Console(file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, highlight=False)
-    show(console)
-    template = _TEMPLATE.replace("ABOUT", _literal(escape(about))).replace("PLOT", _literal(plot))
-    path.write_text(console.export_html(code_format=template, inline_styles=True), encoding="utf-8")
-
-
-def _literal(text: str) -> str:
-    """Return text that `str.format` leaves as it is."""
-    return text.replace("{", "{{").replace("}", "}}")
+    printed = io.StringIO()
+    show(printed)
+    parts = {"ABOUT": escape(about), "PLOT": plot, "REPORT": escape(printed.getvalue())}
+    page = re.sub("ABOUT|PLOT|REPORT", lambda match: parts[match[0]], _TEMPLATE)
+    path.write_text(page, encoding="utf-8")

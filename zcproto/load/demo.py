@@ -5,6 +5,7 @@ The server is a separate process, demo_child.py, which never outlives its parent
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import shutil
@@ -16,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TextIO
 
-from rich.console import Console
+import click
 
 from zcproto.auth import UserFile
 from zcproto.common.home import Home
@@ -170,39 +171,39 @@ class Demo:
     html: Path | None = None
 
 
-def run_demo(demo: Demo, console: Console) -> Result:
+def run_demo(demo: Demo, out: TextIO) -> Result:
     """Run a demonstration. Raises ConfigError if the system does not allow so many connections."""
     require_open_files(demo.connections + SERVER_SPARE, demo.connections, lambda limit: limit - SERVER_SPARE)
     outputs = Outputs(json=demo.json, plot=demo.plot, html=demo.html, bars=BARS)
     check_outputs(outputs)
     started = time.monotonic()
-    _print(
-        console,
+    click.echo(
         "zcproto demo: creates users and certificates in a temporary folder, starts a server there, opens"
         f" {demo.connections:,} TLS 1.3 connections to it from another process, each with its own session, and"
         " checks every answer.",
+        out,
     )
     try:
-        result = _measured(demo, outputs, console, started)
+        result = _measured(demo, outputs, out, started)
     except KeyboardInterrupt:
-        _print(console, _interrupted(time.monotonic() - started))
+        click.echo(f"Interrupted, so nothing is proven. {_end(time.monotonic() - started)}", out)
         raise
-    _print(console, conclusion(result, time.monotonic() - started))
+    click.echo(conclusion(result, time.monotonic() - started), out)
     return result
 
 
-def _measured(demo: Demo, outputs: Outputs, console: Console, started: float) -> Result:
+def _measured(demo: Demo, outputs: Outputs, out: TextIO, started: float) -> Result:
     with temporary_home() as home:
         operator, credentials = _make_users(home, demo.connections)
         _configure(home, demo.connections)
-        _print(
-            console,
+        click.echo(
             f"{len(credentials):,} users created; generating keys (RSA-4096 takes several seconds) ...",
+            out,
         )
         with DemoServer(home.path) as server:
-            _print(
-                console,
+            click.echo(
                 f"server listening at 127.0.0.1:{server.port} after {time.monotonic() - started:.1f} s",
+                out,
             )
             plan = Plan(
                 host="127.0.0.1",
@@ -217,10 +218,10 @@ def _measured(demo: Demo, outputs: Outputs, console: Console, started: float) ->
                 arrival_rate=demo.arrival_rate,
                 ca_file=home.certs / "ca.crt",
             )
-            return run_and_report(fit(plan, console), outputs, console)
+            return run_and_report(fit(plan, out), outputs, out, keeps_part=False)
 
 
-def fit(plan: Plan, console: Console) -> Plan:
+def fit(plan: Plan, out: TextIO) -> Plan:
     """Return the plan with rates that the machine can hold, found with its first connections."""
     connections = plan.connections // CALIBRATING_SHARE
     if connections < CALIBRATING_LEAST:
@@ -233,7 +234,7 @@ def fit(plan: Plan, console: Console) -> Plan:
         rate=CALIBRATING_RATE,
         duration_s=CALIBRATING_SECONDS,
     )
-    result = measure(trial, Console(quiet=True))
+    result = measure(trial, io.StringIO(), keeps_part=False)
     if result.verdict is not Verdict.VERIFIED:
         return plan  # its report shows why
     fitting = replace(
@@ -241,10 +242,10 @@ def fit(plan: Plan, console: Console) -> Plan:
         arrival_rate=min(plan.arrival_rate, USED_SHARE * result.connect_rate),
         rate=min(plan.rate, USED_SHARE * result.request_rate),
     )
-    _print(
-        console,
+    click.echo(
         f"this machine opens {result.connect_rate:,.0f} connections or answers {result.request_rate:,.0f} requests"
         f" per second; the load is {fitting.arrival_rate:,.0f} and {fitting.rate:,.0f}",
+        out,
     )
     return fitting
 
@@ -293,18 +294,8 @@ def conclusion(result: Result, seconds: float) -> str:
             f" each with its own session; all {answers:,} answers were correct, and the counts of both sides agree."
             f" {end}"
         )
-    if result.verdict is Verdict.INTERRUPTED:
-        return _interrupted(seconds)
     return f"Not proven: {'; '.join(result.reasons())}. {end}"
-
-
-def _interrupted(seconds: float) -> str:
-    return f"Interrupted, so nothing is proven. {_end(seconds)}"
 
 
 def _end(seconds: float) -> str:
     return f"The server is stopped and its folder deleted; total time {seconds:.0f} s."
-
-
-def _print(console: Console, sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)

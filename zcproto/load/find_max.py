@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TextIO
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import click
 
 from zcproto.load.hdr import percentiles_ms
-from zcproto.load.report import generator_saturated, new_table
+from zcproto.load.report import generator_saturated, table
 from zcproto.load.result import Result, Verdict
 
 SCHEMA: Final = "zcproto-bench-find-max/1"
@@ -112,19 +110,12 @@ class Search:
         }
 
 
-def show_search(search: Search, console: Console) -> None:
+def show_search(search: Search, out: TextIO) -> None:
     """Print the runs in the order of their rates, and the conclusion."""
-    console.print(_step_table(search))
-    style = "bold red" if search.highest is None else "bold green"
-    console.print(Text(search.conclusion, style), soft_wrap=True)
-
-
-def _step_table(search: Search) -> Table:
-    table = new_table("Requests per second", "planned", "reached", "p50 ms", "p99 ms", "")
-    table.columns[0].justify = "right"
-    table.columns[4].justify, table.columns[4].no_wrap = "left", False
+    rows = []
     for step in sorted(search.steps, key=lambda step: step.rate):
         waits = (f"{step.latency_ms[key]:,.2f}" if step.latency_ms else "-" for key in ("p50", "p99"))
-        mark = Text("ok", "green") if step.holds else Text(f"no: {step.cause}", "yellow")
-        table.add_row(f"{step.rate:,.0f}", f"{step.reached:,.0f}", *waits, mark)
-    return table
+        mark = "ok" if step.holds else f"no: {step.cause}"
+        rows.append((f"{step.rate:,.0f}", f"{step.reached:,.0f}", *waits, mark))
+    click.echo(table("Requests per second", ("planned", "reached", "p50 ms", "p99 ms", ""), rows, (4,)), out)
+    click.secho(search.conclusion, out, fg="red" if search.highest is None else "green", bold=True)

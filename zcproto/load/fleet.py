@@ -56,8 +56,8 @@ LINE_BYTES: Final = 1 << 26
 
 WORKER_VICTIMS: Final = ("worker",) * 5 + ("coordinator",) * 3 + ("upgrade",) * 2
 SERVER_VICTIMS: Final = ("server",) * 3 + ("upgrade",)
-BOTH_LOST_S: Final = 15.0
-"""A coordinator that is killed within this time of a worker may lose its runs: nothing has them any more."""
+WRITE_BACK_S: Final = 15.0
+"""A worker that is killed so soon after a coordinator may not have written back its runs."""
 
 
 @dataclass(slots=True)
@@ -370,7 +370,7 @@ class Judgement:
     owner_lost: int = 0
     """Ended with the error that says so: the process that ran the method was killed."""
     both_lost: int = 0
-    """Unknown, as that process and the coordinator were both killed."""
+    """Unknown: that process was killed, and the coordinator too before the reader had the end."""
     wrong: list[str] = field(default_factory=list)
     """Items that were missing, repeated, out of order or different."""
     unexplained: list[str] = field(default_factory=list)
@@ -405,7 +405,7 @@ def judge(seen: Seen, items: int) -> Judgement:
         elif (
             each.end == "NOT_FOUND"
             and lost_at is not None
-            and any(abs(at - lost_at) < BOTH_LOST_S for at in coordinators)
+            and any(lost_at - WRITE_BACK_S < at < each.ended for at in coordinators)
         ):
             made.both_lost += 1
         else:
@@ -441,7 +441,7 @@ def settings_for(kind: str, connections: int) -> dict[str, dict[str, Any]]:
         "limits": {"max_connections": 2 * connections + 64, "connections_per_address": 0},
         "certificates": {"key_types": ["ecdsa-p256"]},
         "tls": {"max_pending": 2 * connections + 64},
-        "sessions": {"per_user": 1_000},  # a client that is replaced leaves its session
+        "sessions": {"per_user": 1_000},  # the session of a replaced client stays
     }
 
 

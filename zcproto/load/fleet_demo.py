@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from rich.console import Console
-from rich.text import Text
+import click
 
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConfigError
@@ -86,7 +85,7 @@ class FleetDemo:
     html: Path | None = None
 
 
-def run_fleet_demo(demo: FleetDemo, console: Console) -> int:
+def run_fleet_demo(demo: FleetDemo, out: TextIO) -> int:
     """Run a demonstration; return the exit code. Raises ConfigError if it cannot be run here."""
     if not is_supported():
         raise ConfigError(["zcproto demo fleet needs Linux: it finds the processes of a server in /proc"])
@@ -96,19 +95,18 @@ def run_fleet_demo(demo: FleetDemo, console: Console) -> int:
     kind = demo.kind or ("servers" if store_program() else "workers")
     fleet = f"three servers on {store_program()}" if kind == "servers" else "a server of four workers"
     began = time.time()
-    _print(
-        console,
+    click.echo(
         f"zcproto demo fleet: starts {fleet} in a temporary folder. {demo.clients:,} clients read durable runs of"
         f" {ITEMS} items and answer a question in each, while connections are cut, clients are replaced, and"
         f" processes are killed or upgraded, for {demo.seconds:.0f} s.",
+        out,
     )
     with temporary_home() as home, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        seen = runner.run(_hurt(demo, kind, home.path, console))
+        seen = runner.run(_hurt(demo, kind, home.path, out))
     found = judge(seen, ITEMS)
-    console.print()
-    for line in picture(seen, is_ascii=console.options.ascii_only):
-        console.print(Text(line), soft_wrap=True)
-    show(seen, found, console)
+    is_ascii = not (out.encoding or "").lower().startswith("utf")
+    click.echo("\n".join(["", *picture(seen, is_ascii=is_ascii)]), out)
+    show(seen, found, out)
     value = {"started": report.moment(began), "machine": report.machine(), **as_json(seen, found)}
     write_outputs(
         outputs,
@@ -119,9 +117,9 @@ def run_fleet_demo(demo: FleetDemo, console: Console) -> int:
     return int(has_loss(found))
 
 
-async def _hurt(demo: FleetDemo, kind: str, folder: Path, console: Console) -> Seen:
+async def _hurt(demo: FleetDemo, kind: str, folder: Path, out: TextIO) -> Seen:
     home, users = prepare_home(folder / "home", demo.clients, settings_for(kind, demo.clients))
-    _print(console, "generating keys and starting processes ...")
+    click.echo("generating keys and starting processes ...", out)
     async with fleet_of(kind, home) as fleet:
         plan = ClientsPlan(
             fleet.addresses,
@@ -136,17 +134,17 @@ async def _hurt(demo: FleetDemo, kind: str, folder: Path, console: Console) -> S
             pictured=PICTURED,
             seed=demo.seed,
         )
-        _print(console, f"serving at {', '.join(fleet.addresses)}; clients connect ...")
-        seen = await conduct(fleet, [plan], INTERVAL_S, demo.seed, _Progress(console), demo.seconds)
-        _print(console, "all runs have ended; stopping the processes ...")
+        click.echo(f"serving at {', '.join(fleet.addresses)}; clients connect ...", out)
+        seen = await conduct(fleet, [plan], INTERVAL_S, demo.seed, _Progress(out), demo.seconds)
+        click.echo("all runs have ended; stopping the processes ...", out)
     return seen
 
 
 class _Progress:
     """Prints what is done to the fleet, and every LINE_PERIOD what the clients have received."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self._printed = 0.0
         self._faults = 0
 
@@ -156,12 +154,12 @@ class _Progress:
             return
         at = tick["at"] - seen.began
         for fault in seen.faults[self._faults :]:
-            _print(self._console, f"{fault.at - seen.began:5.1f} s  {WORDS[fault.victim][1]}", "bold")
+            click.secho(f"{fault.at - seen.began:5.1f} s  {WORDS[fault.victim][1]}", self._out, bold=True)
         self._faults = len(seen.faults)
         if at - self._printed >= LINE_PERIOD:
             self._printed = at
             ended = f"{tick['done']:,} of {tick['begun']:,} runs ended"
-            _print(self._console, f"{at:5.1f} s  {tick['items']:,} items, {ended}")
+            click.echo(f"{at:5.1f} s  {tick['items']:,} items, {ended}", self._out)
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -199,25 +197,20 @@ def _faults(faults: Iterable[Fault]) -> list[tuple[str, int]]:
     return [(WORDS[victim][1], count) for victim, count in Counter(each.victim for each in faults).items()]
 
 
-def show(seen: Seen, found: Judgement, console: Console) -> None:
+def show(seen: Seen, found: Judgement, out: TextIO) -> None:
     """Print the tables and the verdict."""
-    console.print()
-    table = report.new_table("What happened", "", "")
-    table.show_header = False
-    for words, count in counts(seen, found).items():
-        table.add_row(words, f"{count:,}")
-    console.print(table)
-    gaps = report.new_table("Longest gap between two items of a run, in s", "", *SHARES)
-    gaps.add_row("of all runs", *(f"{percentile(seen.gaps, share) or 0:.2f}" for share in SHARES.values()))
-    console.print(gaps)
-    lost = report.new_table("What was lost", "", "", "")
-    lost.show_header = False
-    for words, count in losses(found).items():
-        lost.add_row(words, f"{count:,}", Text("no", "bold red") if count else Text("ok", "green"))
-    console.print(lost)
-    for each in (*found.wrong[:5], *found.unexplained[:5], *found.twice[:5]):
-        _print(console, each)
-    console.print(Text(conclusion(found), "bold red" if has_loss(found) else "bold green"), soft_wrap=True)
+    happened = [(words, f"{count:,}") for words, count in counts(seen, found).items()]
+    gaps = ("of all runs", *(f"{percentile(seen.gaps, share) or 0:.2f}" for share in SHARES.values()))
+    lost = [(words, f"{count:,}", "no" if count else "ok") for words, count in losses(found).items()]
+    for part in (
+        "",
+        report.table("What happened", ("", ""), happened),
+        report.table("Longest gap between two items of a run, in s", ("", *SHARES), [gaps]),
+        report.table("What was lost", ("", "", ""), lost, (0, 2)),
+        *(*found.wrong[:5], *found.unexplained[:5], *found.twice[:5]),
+    ):
+        click.echo(part, out)
+    click.secho(conclusion(found), out, fg="red" if has_loss(found) else "green", bold=True)
 
 
 def conclusion(found: Judgement) -> str:
@@ -340,7 +333,3 @@ def _stretches(moments: Sequence[float]) -> list[list[float]]:
             parts.append([])
         parts[-1].append(moment)
     return parts
-
-
-def _print(console: Console, sentence: str, style: str | None = None) -> None:
-    console.print(Text(sentence, style or ""), soft_wrap=True)

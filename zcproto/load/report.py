@@ -7,20 +7,17 @@ import os
 import platform
 import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TextIO
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import click
 
-from zcproto.common.text import counted
+from zcproto.common.text import aligned, counted, escape_text
 from zcproto.load.hdr import PERCENTILES, percentiles_ms
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, RequestKind
-from zcproto.load.result import Counted, Moment, Result, Verdict
+from zcproto.load.result import Moment, Result, Verdict
 
 SCHEMA: Final = "zcproto-bench/1"
 SATURATED_LAG_MS: Final = 5.0
@@ -37,11 +34,7 @@ LATENCY_LABELS: Final = {
     "between_items": "item, from the one before",
     "last_request": "last request on each",
 }
-_STYLES: Final = {
-    Verdict.VERIFIED: "bold green",
-    Verdict.FAILED: "bold red",
-    Verdict.INTERRUPTED: "bold yellow",
-}
+_COLOURS: Final = {Verdict.VERIFIED: "green", Verdict.FAILED: "red", Verdict.INTERRUPTED: "yellow"}
 
 
 class Figure(NamedTuple):
@@ -154,36 +147,35 @@ def generator_saturated(result: Result) -> bool:
     return max(late_ms) > SATURATED_LAG_MS or result.record.cpu_share > SATURATED_CPU_SHARE
 
 
-def show(result: Result, console: Console, bars: Mapping[str, float]) -> None:
+def show(result: Result, out: TextIO, bars: Mapping[str, float]) -> None:
     """Print the tables and the verdict."""
-    console.print()
-    console.print(_latency_table(result))
-    console.print(_rate_table(result))
     rows, saturated = figures(result, bars), generator_saturated(result)
-    console.print(_figure_table(rows, saturated))
+    for part in ("", _latency_table(result), _rate_table(result), _figure_table(rows, saturated)):
+        click.echo(part, out)
     if not saturated and not all(row.holds for row in rows):
-        console.print(
+        click.echo(
             "no: the figure is above what an idle machine reaches. Other programs or a slow processor raise it;"
-            " nothing that was verified depends on it.",
-            soft_wrap=True,
+            " nothing that was verified depends on it.\n",
+            out,
         )
-    console.print(_count_table(result))
-    _show_errors(result, console)
+    click.echo(_count_table(result), out)
+    if errors := _errors(result):
+        click.echo(table("Failures", ("", "count"), errors), out)
     if saturated:
-        console.print(
-            Text(
-                "generator saturated: it could not keep its schedule, so latencies and pauses do not describe the"
-                " server and are not judged; use more --processes, a lower --rate, or another machine",
-                "yellow",
-            )
+        click.secho(
+            "generator saturated: it could not keep its schedule, so latencies and pauses do not describe the"
+            " server and are not judged; use more --processes, a lower --rate, or another machine",
+            out,
+            fg="yellow",
         )
     if result.plan.operator is None:
-        console.print("the server's own count was not read; give --operator-key-file to compare it")
+        click.echo("the server's own count was not read; give --operator-key-file to compare it", out)
     if result.server_was_used:
-        console.print(
-            "memory per connection is omitted: this server has had connections before, whose memory is reused"
+        click.echo(
+            "memory per connection is omitted: this server has had connections before, whose memory is reused",
+            out,
         )
-    console.print(Text(_sentence(result), _STYLES[result.verdict]), soft_wrap=True)
+    click.secho(_sentence(result), out, fg=_COLOURS[result.verdict], bold=True)
 
 
 def _sentence(result: Result) -> str:
@@ -202,16 +194,15 @@ def _sentence(result: Result) -> str:
     return "failed: " + "; ".join(result.reasons())
 
 
-def new_table(title: str, *columns: str) -> Table:
-    """Return a table whose first column is on the left and whose others are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Return a table with its title and an empty line below. Columns but those in `left` are numbers."""
+    cells = [[escape_text(cell) for cell in row] for row in rows]
+    right = [column for column in range(len(head)) if column not in left]
+    return f"{click.style(title, bold=True)}\n{aligned([head, *cells] if any(head) else cells, right)}\n"
 
 
-def _latency_table(result: Result) -> Table:
-    table = new_table("Latency in ms, from when each was due", "", "count", *PERCENTILES, "max")
+def _latency_table(result: Result) -> str:
+    rows = []
     measured = _latencies(result)
     for name, label in LATENCY_LABELS.items():
         if name not in measured:
@@ -219,19 +210,25 @@ def _latency_table(result: Result) -> Table:
         latencies = measured[name]
         values = percentiles_ms(latencies)
         cells = [f"{values[key]:.2f}" if values else "-" for key in (*PERCENTILES, "max")]
-        table.add_row(label, f"{latencies.total:,}", *cells)
-    return table
+        rows.append([label, f"{latencies.total:,}", *cells])
+    return table("Latency in ms, from when each was due", ("", "count", *PERCENTILES, "max"), rows)
 
 
-def _rate_table(result: Result) -> Table:
-    table = new_table("Rate per second", "", "planned", "reached", "seconds")
+def _rate_table(result: Result) -> str:
     plan = result.plan
-    table.add_row(
-        "connections", f"{plan.arrival_rate:,.0f}", f"{result.connect_rate:,.0f}", f"{result.connect_s:.1f}"
-    )
     load, reached = _load_rate(result)
-    table.add_row(load, f"{plan.rate:,.0f}", f"{reached:,.0f}", f"{result.load_s:.1f}")
-    return table
+    rows = (
+        ("connections", plan.arrival_rate, result.connect_rate, result.connect_s),
+        (load, plan.rate, reached, result.load_s),
+    )
+    return table(
+        "Rate per second",
+        ("", "planned", "reached", "seconds"),
+        [
+            (what, f"{planned:,.0f}", f"{rate:,.0f}", f"{seconds:.1f}")
+            for what, planned, rate, seconds in rows
+        ],
+    )
 
 
 def _load_rate(result: Result) -> tuple[str, float]:
@@ -239,65 +236,50 @@ def _load_rate(result: Result) -> tuple[str, float]:
     return ("items", result.item_rate) if result.plan.stream else ("requests", result.request_rate)
 
 
-def _figure_table(rows: list[Figure], saturated: bool) -> Table:
-    with_bars = any(row.bar is not None for row in rows)
-    table = new_table("Figures", "", "figure", "unit", *(("below", "") if with_bars else ()))
-    table.columns[2].justify = "left"
-    for row in rows:
-        value = "-" if row.value is None else f"{row.value:,.2f}"
-        cells: list[str | Text] = [row.label, value, row.unit]
+def _figure_table(figures: list[Figure], saturated: bool) -> str:
+    with_bars = any(each.bar is not None for each in figures)
+    rows = []
+    for each in figures:
+        cells = [each.label, "-" if each.value is None else f"{each.value:,.2f}", each.unit]
         if with_bars:
-            cells += ["", ""] if row.bar is None else [f"{row.bar:g}", _mark_bar(row, saturated)]
-        table.add_row(*cells)
-    return table
+            mark = "not judged" if saturated and not each.holds else _mark(each.holds)
+            cells += ["", ""] if each.bar is None else [f"{each.bar:g}", mark]
+        rows.append(cells)
+    return table("Figures", ("", "figure", "unit", *(("below", "") if with_bars else ())), rows, (0, 2, 4))
 
 
-def _count_table(result: Result) -> Table:
-    table = new_table("Counts of both sides", "", "planned", "client", "server", "")
-    for row in result.counted():
-        table.add_row(*_count_cells(row))
-    verified = result.verified_connections
-    planned = result.plan.connections
-    table.add_row(
-        "verified by a last request", f"{planned:,}", f"{verified:,}", "", _mark(verified == planned)
+def _count_table(result: Result) -> str:
+    rows = [
+        [row.what, f"{row.asked:,}", f"{row.client:,}", "-" if row.server is None else f"{row.server:,}",
+         _mark(row.agree)]
+        for row in result.counted()
+    ]  # fmt: skip
+    verified, planned = result.verified_connections, result.plan.connections
+    rows.append(
+        ["verified by a last request", f"{planned:,}", f"{verified:,}", "", _mark(verified == planned)]
     )
-    return table
+    return table("Counts of both sides", ("", "planned", "client", "server", ""), rows, (0, 4))
 
 
-def _count_cells(row: Counted) -> list[str | Text]:
-    server = "-" if row.server is None else f"{row.server:,}"
-    return [row.what, f"{row.asked:,}", f"{row.client:,}", server, _mark(row.agree)]
+def _mark(holds: bool) -> str:
+    return "ok" if holds else "no"
 
 
-def _mark(holds: bool) -> Text:
-    return Text("ok", "green") if holds else Text("no", "bold red")
-
-
-def _mark_bar(row: Figure, saturated: bool) -> Text:
-    if row.holds:
-        return Text("ok", "green")
-    return Text("not judged" if saturated else "no", "yellow")
-
-
-def _show_errors(result: Result, console: Console) -> None:
-    table = new_table("Failures", "", "count")
+def _errors(result: Result) -> list[tuple[str, str]]:
+    """Return failures and how often each happened."""
+    counts: dict[str, int] = {}
     for kind, tally in result.record.tallies.items():
-        for name, number in sorted(tally.errors.items()):
-            table.add_row(f"{kind.value}: error {name}", f"{number:,}")
-        for cause, number in sorted(tally.not_sent.items()):
-            table.add_row(f"{kind.value}: not sent, {cause}", f"{number:,}")
-        if tally.unequal:
-            table.add_row(f"{kind.value}: wrong answer", f"{tally.unequal:,}")
-        if tally.lost:
-            table.add_row(f"{kind.value}: no answer", f"{tally.lost:,}")
+        counts |= {f"{kind.value}: error {name}": number for name, number in sorted(tally.errors.items())}
+        counts |= {
+            f"{kind.value}: not sent, {cause}": number for cause, number in sorted(tally.not_sent.items())
+        }
+        counts |= {f"{kind.value}: wrong answer": tally.unequal, f"{kind.value}: no answer": tally.lost}
     items = result.record.items
-    for outcome, number in (("wrong or out of order", items.unequal), ("did not arrive", items.lost)):
-        if number:
-            table.add_row(f"items: {outcome}", f"{number:,}")
-    for cause, number in sorted(result.record.lost_connections.items()):
-        table.add_row(f"connection: {cause}", f"{number:,}")
-    if table.row_count:
-        console.print(table)
+    counts |= {"items: wrong or out of order": items.unequal, "items: did not arrive": items.lost}
+    counts |= {
+        f"connection: {cause}": number for cause, number in sorted(result.record.lost_connections.items())
+    }
+    return [(what, f"{number:,}") for what, number in counts.items() if number]
 
 
 def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[str, Any]:

@@ -20,10 +20,9 @@ Time is an argument, in monotonic seconds. It must not know: processes, connecti
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Final, NamedTuple
 
 from zcproto.errors import (
@@ -55,6 +54,9 @@ RETRY_MS: Final = 1_000
 
 End = tuple[int, bytes]
 """The code, 0 for RESPONSE, and the body of the answer to a run."""
+
+Taken = tuple[str, int, int]
+"""An attachment, the position before which it needs no items, and its order."""
 
 
 class RunKey(NamedTuple):
@@ -146,10 +148,21 @@ class RunState:
     is_full: bool = False
 
 
+def within(bodies: Iterable[bytes], size: int) -> list[bytes]:
+    """Return the first items, at least one, that have at most so many bytes."""
+    found: list[bytes] = []
+    for body in bodies:
+        size -= ITEM_BYTES + len(body)
+        if found and size < 0:
+            break
+        found.append(body)
+    return found
+
+
 @dataclass(slots=True, eq=False)
 class _Run:
     state: RunState
-    items: deque[bytes] = field(default_factory=deque)
+    items: list[bytes] = field(default_factory=list)  # a deque has room for 64 at once
     size: int = 0  # of the items that are kept, and of the end
     untaken: int = 0  # of those that were not taken
     keep_until: float = 0.0  # after the end
@@ -169,10 +182,10 @@ class _Run:
             self.attach(attachment, order)
         return attachment == self.state.attachment
 
-    def bodies(self, position: int, end: int) -> Iterator[bytes]:
+    def bodies(self, position: int, end: int) -> list[bytes]:
         """Return the items that are kept, from a position on."""
         first = self.state.first
-        return islice(self.items, position - first, end - first)
+        return self.items[position - first : end - first]
 
 
 @dataclass(slots=True)
@@ -265,13 +278,7 @@ class RunTable:
             raise Superseded
         if position < state.first or (position > state.next and state.end is not None):
             raise out_of_range(state.first, state.next)
-        found: list[bytes] = []
-        for body in run.bodies(position, position + items):
-            size -= ITEM_BYTES + len(body)
-            if found and size < 0:
-                break
-            found.append(body)
-        return state, found
+        return state, within(run.bodies(position, position + items), size)
 
     def take(self, key: RunKey, attachment: str, position: int, order: int = 0) -> None:
         """Record that an attachment needs no item before a position. Without an effect if it is not the newest."""
@@ -284,9 +291,10 @@ class RunTable:
             return
         for body in run.bodies(state.taken, position):
             run.untaken -= ITEM_BYTES + len(body)
-        state.taken = position
+        was_full, state.taken = state.is_full, position
         state.is_full = self._is_full(key.user, run)
-        self._wake(run)
+        if was_full and not state.is_full:  # else its owner learns of it with the next append
+            self._wake(run)
         user = self._users[key.user]
         if user.size >= self.limits.bytes_per_user:  # its other runs may wait for this room
             for other in user.runs.values():
@@ -335,11 +343,19 @@ class RunTable:
     # --- the owner -------------------------------------------------------------------------------------
 
     def append(
-        self, key: RunKey, generation: bytes, first: int, bodies: Sequence[bytes], end: End | None, now: float
+        self,
+        key: RunKey,
+        generation: bytes,
+        first: int,
+        bodies: Sequence[bytes],
+        end: End | None,
+        now: float,
+        taken: Taken | None = None,
     ) -> RunState | None:
         """Add items, the first of which has the position `first`, and the end. Return the state.
 
-        Return None if the run has gone, has ended otherwise, or is of another generation. Raises Gap.
+        `taken` is recorded before, as `take` does. Return None if the run has gone, has ended otherwise, or is of
+        another generation. Raises Gap.
         """
         run = self._get(key)
         if run is None or run.state.info.generation != generation:
@@ -349,6 +365,8 @@ class RunTable:
             return state if state.end == end and first + len(bodies) == state.next else None
         if first > state.next or (end is not None and first + len(bodies) < state.next):
             raise Gap(state.next)
+        if taken is not None:
+            self.take(key, *taken)
         size = 0
         for body in bodies[state.next - first :]:
             run.items.append(body)
@@ -421,7 +439,7 @@ class RunTable:
             pass
 
     def _drop_item(self, user: _User, run: _Run) -> None:
-        size = ITEM_BYTES + len(run.items.popleft())
+        size = ITEM_BYTES + len(run.items.pop(0))
         run.size -= size
         user.size -= size
         self.size -= size

@@ -8,7 +8,8 @@ Decides: what a process repeats when the store was away or has lost a part, and 
 Rules:
 - The owner of a run keeps its items until they were taken, and the end for COPY_S more. A gap in the log, which a
   failover leaves, is filled from there; so is a log that is missing, unless the run was deleted.
-- An append waits while the store is away. So do readers: they get stored items alone.
+- An append waits while the store is away. So do readers: they get stored items alone. The owner's own reader gets
+  them from the copies, unless another process has changed the run since the owner has seen its state.
 - An attachment and what it has taken are repeated after the store was away. A newer attachment has a higher order.
 - After each reconnection all that wait read again, and readers every POLL_S: a wake-up may be lost. The host looks
   at its runs as often.
@@ -21,11 +22,10 @@ It must not know: links, Valkey, methods.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.common.backoff import backoff_s
@@ -40,9 +40,12 @@ from zcproto.runs.log import (
     End,
     Gap,
     Opening,
+    RunInfo,
     RunKey,
     RunLimits,
     RunState,
+    Taken,
+    within,
 )
 from zcproto.wire.message import encode_error
 
@@ -83,8 +86,15 @@ class RunCarrier(Protocol):
     async def open(self, key: RunKey, opening: Opening) -> tuple[bool, RunState]: ...
 
     async def append(
-        self, key: RunKey, generation: bytes, first: int, bodies: Sequence[bytes], end: End | None
-    ) -> RunState | None: ...
+        self,
+        key: RunKey,
+        info: RunInfo,
+        first: int,
+        bodies: Sequence[bytes],
+        end: End | None,
+        taken: Taken | None,
+    ) -> RunState | None:
+        """Record what the own reader has taken, as `take`, and append. The state has the same `info`."""
 
     async def restore(self, key: RunKey, lost: RunState) -> bool: ...
 
@@ -155,7 +165,7 @@ def process_of(attachment: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Owned:
-    """A run of this process. `state` is the last one that the store has returned.
+    """A run of this process. `state` is the last one that an append has returned, after `seen` of the `changes`.
 
     `copies` begin at `base`. The store has had all before `stored`.
     """
@@ -163,14 +173,22 @@ class _Owned:
     state: RunState
     base: int = 0
     stored: int = 0
-    copies: deque[bytes] = field(default_factory=deque)
+    copies: list[bytes] = field(default_factory=list)
     end: End | None = None
+    taken: Taken | None = None
     forget_at: float | None = None
+    changes: int = 0
+    seen: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def next(self) -> int:
         return self.base + len(self.copies)
+
+    def serves(self, attachment: str, position: int) -> bool:
+        """Return whether the copies have what an attachment may read from a position on."""
+        is_read_by = self.seen == self.changes and self.state.attachment == attachment
+        return is_read_by and self.base <= position <= self.stored
 
 
 @dataclass(slots=True)
@@ -273,7 +291,7 @@ class SharedRuns:
         except BaseException as error:
             if info is not None:
                 if isinstance(error, Unavailable | TimeoutError | asyncio.CancelledError):
-                    self._begin(self._disown(key, info.generation))  # it may have been started
+                    self._begin(self._disown(key, info))  # it may have been started
                 elif isinstance(error, ResourceExhausted):
                     self._begin(self._suspect_all(key.user))
                 self._starting.discard(info.generation)
@@ -286,8 +304,10 @@ class SharedRuns:
         if is_new:
             if key in self._owned:  # the store has lost that one, and its end
                 self._release(key, self._owned[key])
+            assert info is not None, "it was started"
+            state = replace(state, info=info)
             self._owned[key] = _Owned(state)
-            self.size += RUN_BYTES + state.info.size
+            self.size += RUN_BYTES + info.size
         if info is not None:
             self._starting.discard(info.generation)
         return is_new, state
@@ -310,10 +330,11 @@ class SharedRuns:
         """Bring the log of a run to what its owner has. Return None if the run has ended otherwise."""
         async with run.lock:
             while self._owned.get(key) is run:
-                bodies = [*islice(run.copies, run.stored - run.base, None)]
+                bodies, changes = run.copies[run.stored - run.base :], run.changes
+                end, taken = run.end, run.taken
                 try:
                     state = await self._repeat(
-                        self._carrier.append, key, run.state.info.generation, run.stored, bodies, run.end
+                        self._carrier.append, key, run.state.info, run.stored, bodies, end, taken
                     )
                 except Gap as gap:  # a failover has taken a part of the log
                     self.repaired += 1
@@ -326,10 +347,15 @@ class SharedRuns:
                         break
                     run.stored = run.base
                     continue
-                run.state, run.stored = state, state.next
+                has_more = state.next > run.stored or state.end is not None
+                run.state, run.stored, run.seen = state, state.next, changes
+                if run.taken is taken:
+                    run.taken = None
                 self._drop_copies(run, state.taken)
                 if state.end is not None and run.forget_at is None:
                     run.forget_at = self._now() + COPY_S
+                if has_more:
+                    self._wake(key)
                 return state
         self._release(key, run)
         return None
@@ -339,9 +365,10 @@ class SharedRuns:
         return await self._repeat(self._carrier.restore, key, lost)
 
     def _drop_copies(self, run: _Owned, before: int) -> None:
-        while run.base < before and run.copies:
-            self.size -= ITEM_BYTES + len(run.copies.popleft())
-            run.base += 1
+        count = min(max(before - run.base, 0), len(run.copies))
+        self.size -= sum(ITEM_BYTES + len(body) for body in run.copies[:count])
+        del run.copies[:count]
+        run.base += count
 
     def _release(self, key: RunKey, run: _Owned) -> None:
         if self._owned.get(key) is run:
@@ -362,6 +389,10 @@ class SharedRuns:
     ) -> tuple[RunState, Sequence[bytes]]:
         """Return items as `RunTable.read`. Waits while the store is away."""
         attachment = self._named(attachment)
+        run = self._owned.get(key)
+        if run is not None and run.serves(attachment, position):
+            last = min(position + items, run.stored)
+            return run.state, within(run.copies[position - run.base : last - run.base], size)
         reader = self._readers.get((key, attachment), _Reader(0))
         state, bodies = await self._repeat(
             self._carrier.read, key, attachment, position, items, size, reader.order
@@ -378,6 +409,12 @@ class SharedRuns:
         reader = self._readers.get((key, attachment))
         if reader is not None and position > reader.taken:
             reader.taken = position
+            run = self._owned.get(key)
+            if run is not None and run.end is None:  # the next append records it
+                run.taken = attachment, position, reader.order
+                if run.state.is_full:
+                    self._wake(key)
+                return
             with suppress(Unavailable):
                 await self._carrier.take(key, attachment, position, reader.order)
 
@@ -434,7 +471,13 @@ class SharedRuns:
         self._up.clear()
 
     def woken(self, key: RunKey) -> None:
-        """A run has changed."""
+        """A run has changed, but by an append of this process."""
+        run = self._owned.get(key)
+        if run is not None:
+            run.changes += 1
+        self._wake(key)
+
+    def _wake(self, key: RunKey) -> None:
         for wake in tuple(self._watchers.get(key, ())):
             wake()
 
@@ -486,23 +529,24 @@ class SharedRuns:
         elif info.generation not in self._starting:
             run = self._owned.get(key)
             if run is None or run.state.info.generation != info.generation:
-                self._begin(self._disown(key, info.generation))
+                self._begin(self._disown(key, info))
 
     async def _suspect_all(self, user: str) -> None:
         """Look for runs of a user whose owners are lost: they count for its bound."""
         with suppress(Unavailable):
             await self.runs(user)
 
-    async def _disown(self, key: RunKey, generation: bytes, items: int = 0) -> None:
+    async def _disown(self, key: RunKey, info: RunInfo, items: int = 0) -> None:
         """Write the end of a run that no process runs."""
         while True:
             try:
-                await self._repeat(self._carrier.append, key, generation, items, [], owner_lost(items))
+                await self._repeat(self._carrier.append, key, info, items, [], owner_lost(items), None)
             except Gap as gap:
                 items = gap.next
             else:
                 self.lost += 1
                 log_lost(key, items)
+                self.woken(key)
                 return
 
     async def _check(self) -> None:
@@ -537,8 +581,7 @@ class SharedRuns:
         for key, state in suspects.items():
             if state.info.owner in lost:
                 self._suspects.pop(key, None)
-                await self._disown(key, state.info.generation, state.next)
-                self.woken(key)
+                await self._disown(key, state.info, state.next)
         for key, attachment in attached.items():
             if process_of(attachment) in lost:
                 with suppress(NotFound):

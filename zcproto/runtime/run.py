@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -60,6 +61,10 @@ def run_server(
     manager = ServiceManager.from_environ(os.environ, os.getpid())
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
     options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
+    for name in options.keys() - inspect.signature(Server).parameters:
+        raise TypeError(
+            f"serve() has no option {name!r}; give a Config, such as Config(server=ServerConfig(port=7443))"
+        )
     first = FirstStart(progress, sys.stderr if sys.stderr.isatty() else None)
     server = Server(app, config, home=home, authenticators=authenticators, progress=first.progress, **options)
     first.begin(server.config, server.home)

@@ -40,10 +40,12 @@ from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
+from zcproto.common.misuse import refuse
 from zcproto.common.text import counted
 from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import ConfigError, FailedPrecondition
 from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
@@ -103,6 +105,12 @@ class Server:
         `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those
         that replace `http.redirect_port`; the server closes them.
         """
+        if not isinstance(app, App | None):
+            raise TypeError(
+                f"app is an App object, not {type(app).__name__}; zcproto serve takes a name like shop:app"
+            )
+        if not isinstance(config, Config | None):
+            raise TypeError("config is a Config, such as Config(server=ServerConfig(port=7443))")
         self.home = resolve_home(None, os.environ) if home is None else Home(Path(home))
         if config is None:
             read_config = partial(load_config, None, home=self.home.path, environ=os.environ)
@@ -164,6 +172,9 @@ class Server:
     async def __aenter__(self) -> Self:
         await self.start()
         return self
+
+    if not TYPE_CHECKING:
+        __enter__ = __exit__ = refuse("write async with, or use zcproto.serve")
 
     async def __aexit__(self, *error: object) -> None:
         await self.drain()
@@ -337,9 +348,8 @@ class Server:
         `Context.ask` does the same in a method, and describes it.
         """
         named = named if params is None else {**params, **named}
-        return await result_of(
-            self.state.ask(user, method, named, timeout, traceparent, bound=bound), returns
-        )
+        call = CallToClient(method, named, timeout, traceparent)
+        return await result_of(self.state.ask(user, call, bound=bound), returns)
 
     async def find_clients(
         self, *, user: str | None = None, handles: str | None = None

@@ -13,7 +13,7 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from math import inf
@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from zcproto.common.text import escape_text
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_calls import ServerCall, encode_call
+from zcproto.connection.server_calls import CallToClient, ServerCall, encode_call
 from zcproto.errors import (
     CallError,
     Code,
@@ -65,29 +65,25 @@ class CallRunner:
         self._waiting: dict[ServerCall, asyncio.Future[Any]] = {}
         self._offers: dict[ServerCall, tuple[str, Answered]] = {}
 
-    async def call(
-        self,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-        has_room: Callable[[int], bool],
-    ) -> Any:
+    async def call(self, session_id: str, made: CallToClient, has_room: Callable[[int], bool]) -> Any:
         """Call a method of the client and return its result. Raises like `ConnectedClient.call`."""
         clients, clock = self._state.clients, self._state.clock
         known = self._connection.sessions.get(session_id)
         with ExitStack() as counted:
             try:
-                if timeout <= 0:
+                if made.timeout_s <= 0:
                     raise DeadlineExceeded("the timeout of the call is over")
-                limit = self._connection.settings.max_body
-                body = encode_call(method, params, timeout, traceparent, limit)
+                body = encode_call(made, self._connection.settings.max_body)
                 if not has_room(len(body)):
                     raise ResourceExhausted("the client reads too slowly; call it later")
                 counted.enter_context(clients.in_flight_for("" if known is None else known.user))
                 call = self._connection.call(
-                    session_id, method, body, timeout_s=timeout, wall=clock.wall(), now=clock.now()
+                    session_id,
+                    made.method,
+                    body,
+                    timeout_s=made.timeout_s,
+                    wall=clock.wall(),
+                    now=clock.now(),
                 )
             except CallError as error:
                 clients.count(REFUSED[error.code])

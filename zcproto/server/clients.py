@@ -15,13 +15,14 @@ It must not know: what is on the wire, who calls.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Final, Protocol
 
 from zcproto.app.context import ClientConnections, ConnectedClient
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import CallError, ResourceExhausted
 from zcproto.sessions import Session
 
@@ -76,14 +77,7 @@ class Registering(ClientConnections, Protocol):
     @property
     def is_draining(self) -> bool: ...
 
-    async def call_here(
-        self,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call_here(self, session_id: str, call: CallToClient) -> Any:
         """Call a method that the client has registered on this connection."""
 
     def offer(self, session_id: str, method: str, body: bytes, answered: Answered) -> Callable[[], None]:

@@ -39,6 +39,7 @@ from zcproto.common.parameters import Ended
 from zcproto.connection.events import NEVER, DurableStream, Request
 from zcproto.connection.refusals import RESUMED_ELSEWHERE
 from zcproto.connection.server import ServerConnection
+from zcproto.connection.server_calls import CallToClient
 from zcproto.errors import (
     CallError,
     Cancelled,
@@ -84,7 +85,7 @@ MAX_STOPPING: Final = 16
 
 _ID_SIZE: Final = 16
 
-NOT_DURABLE: Final = "this method is not durable; declare it with durable=True, or open it as another stream"
+NOT_DURABLE: Final = "this method is not durable; declare it with durable=True, or open it as a plain stream"
 
 
 def serve_runs(state: ServerState, store: RunStore, abandon_after: float) -> None:
@@ -263,10 +264,10 @@ class DurableRuns:
                 for body in bodies:
                     position += 1
                     yield body
-                if not bodies:
-                    if state.end is not None and position == state.next:
-                        yield Ended(Answer(*state.end))
-                        return
+                if state.end is not None and position == state.next:
+                    yield Ended(Answer(*state.end))
+                    return
+                if not bodies or position >= state.next:
                     await changed.wait()
         finally:
             self.store.unwatch(key, changed.set)
@@ -472,8 +473,8 @@ class OwnedRun:
         self.method = method
         self.peer = peer
         self.session = request.session
-        self.request = Request(
-            0, request.token, request.session, request.method, request.params, request.meta, held=True
+        self.request = Request(  # its params are in the arguments
+            0, request.token, request.session, request.method, {}, request.meta, held=True
         )
         self._arguments = method.bind(request.params)
         if method.context_name is not None:
@@ -750,38 +751,20 @@ class RunCaller:
     ) -> Any:
         return await self._state.threads.run(f"user {context.user}", partial(function, **arguments))
 
-    async def call_client(
-        self,
-        user: str,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call_client(self, user: str, session_id: str, call: CallToClient) -> Any:
         """Call a method that the session has registered on any of its connections."""
-        connection = self._state.clients.handling(user, session_id, method)
+        connection = self._state.clients.handling(user, session_id, call.method)
         if connection is None:
             self._state.clients.count("unavailable")
             raise Unavailable("the client handles no such method, or is not connected")
-        return await connection.call_here(session_id, method, params, timeout, traceparent)
+        return await connection.call_here(session_id, call)
 
     async def ask(
-        self,
-        user: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-        *,
-        caller: Session | None = None,
-        bound: bool = False,
+        self, user: str, call: CallToClient, *, caller: Session | None = None, bound: bool = False
     ) -> Any:
         """Make a pending call, which ends with the run."""
         with self._run.asking():
-            return await self._state.ask(
-                user, method, params, timeout, traceparent, caller=caller, peer=self.peer, bound=bound
-            )
+            return await self._state.ask(user, call, caller=caller, peer=self.peer, bound=bound)
 
     async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]:
         return await self._state.find_clients(user, handles)

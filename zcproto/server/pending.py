@@ -43,7 +43,7 @@ from typing import Any, Final, Protocol
 
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.connection.server_calls import encode_offer
+from zcproto.connection.server_calls import CallToClient, encode_offer
 from zcproto.errors import (
     CallError,
     Cancelled,
@@ -239,11 +239,8 @@ class PendingCalls:
     async def ask(
         self,
         user: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
+        made: CallToClient,
         max_body: int,
-        traceparent: str | None,
         *,
         caller: Session | None = None,
         peer: str = "",
@@ -256,15 +253,15 @@ class PendingCalls:
         """
         call = PendingCall(
             user,
-            method,
+            made.method,
             bound=bound or (caller is not None and caller.bound and caller.user == user),
             session="" if caller is None else caller.id,
             peer=peer,
         )
-        call.traceparent = traceparent
+        call.traceparent = made.traceparent
         answer: asyncio.Future[tuple[Any, CallError | None]] = asyncio.get_running_loop().create_future()
         call.done = partial(_settle, answer)
-        self.add(call, params, timeout, max_body)
+        self.add(call, made.params, made.timeout_s, max_body)
         try:
             value, error = await answer
         except asyncio.CancelledError:

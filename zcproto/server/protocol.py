@@ -47,7 +47,7 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.refusals import TOKEN_ERRORS
 from zcproto.connection.server import REPORTED_STEP, ServerConnection
-from zcproto.connection.server_calls import no_handler
+from zcproto.connection.server_calls import CallToClient, no_handler
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError, Unimplemented
 from zcproto.observe.log import is_on
@@ -512,63 +512,33 @@ class ServerProtocol(asyncio.Protocol):
         """Whether the client was asked to leave, or the conversation has ended."""
         return self._connection is None or self._connection.state is not State.OPEN
 
-    async def call_client(
-        self,
-        user: str,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call_client(self, user: str, session_id: str, call: CallToClient) -> Any:
         """Call a method of a session's client and return its result.
 
         The client may have registered the method on another of its connections only: the newest one is called then.
         """
         clients = self._state.clients
         connection: Registering = self
-        if not clients.handles(self, session_id, method):
-            connection = clients.handling(user, session_id, method) or self
-        return await self._state.trace_call(
-            method,
-            connection.peer,
-            traceparent,
-            lambda header: connection.call_here(session_id, method, params, timeout, header),
-        )
+        if not clients.handles(self, session_id, call.method):
+            connection = clients.handling(user, session_id, call.method) or self
+        return await self._state.trace_call(call, connection.peer, partial(connection.call_here, session_id))
 
     async def find_clients(self, user: str | None, handles: str | None) -> list[ConnectedClient]:
         """Return clients of all processes that handle calls."""
         return await self._state.find_clients(user, handles)
 
-    async def call_here(
-        self,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call_here(self, session_id: str, call: CallToClient) -> Any:
         """Call a method that the client has registered on this connection, and return its result."""
         if self._calls is None:
             self._state.clients.count("unavailable")
-            raise no_handler(method)
-        return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
+            raise no_handler(call.method)
+        return await self._calls.call(session_id, call, self._has_room)
 
     async def ask(
-        self,
-        user: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-        *,
-        caller: Session | None = None,
-        bound: bool = False,
+        self, user: str, call: CallToClient, *, caller: Session | None = None, bound: bool = False
     ) -> Any:
         """Make a pending call."""
-        return await self._state.ask(
-            user, method, params, timeout, traceparent, caller=caller, peer=self.peer, bound=bound
-        )
+        return await self._state.ask(user, call, caller=caller, peer=self.peer, bound=bound)
 
     def offer(self, session_id: str, method: str, body: bytes, answered: Answered) -> Callable[[], None]:
         """Offer a pending call on this connection. Raises Unavailable, ResourceExhausted."""

@@ -23,16 +23,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import msgpack
 
 from zcproto.app.context import ConnectedClient
 from zcproto.bus.topics import INBOX, OnSent, SharedTopics
-from zcproto.connection.server_calls import encode_call
+from zcproto.connection.server_calls import CallToClient, encode_call
 from zcproto.errors import (
     CallError,
     ConnectionClosed,
@@ -96,21 +97,11 @@ class RemoteClient:
         self.connection_id = connection_id
         self.peer = peer
 
-    async def call_client(
-        self,
-        user: str,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call_client(self, user: str, session_id: str, call: CallToClient) -> Any:
         """Call a method of the client where it is connected."""
-
-        async def call(header: str | None) -> Any:
-            return await self._clients.call(self, user, session_id, method, params, timeout, header)
-
-        return await self._clients.state.trace_call(method, self.peer, traceparent, call)
+        return await self._clients.state.trace_call(
+            call, self.peer, partial(self._clients.call, self, user, session_id)
+        )
 
 
 @dataclass(slots=True)
@@ -315,16 +306,7 @@ class RemoteClients:
 
     # --- calls of this process -------------------------------------------------------------------------
 
-    async def call(
-        self,
-        client: RemoteClient,
-        user: str,
-        session_id: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
-    ) -> Any:
+    async def call(self, client: RemoteClient, user: str, session_id: str, call: CallToClient) -> Any:
         """Call a method of a client. Raises like `ConnectedClient.call`."""
         process, waiter = client.process, asyncio.get_running_loop().create_future()
         host = self._hosts.get(process)
@@ -343,21 +325,22 @@ class RemoteClients:
                 try:
                     counted.enter_context(self._calls.one_for(user, self.state.clients.limits))
                     number = self._next_number()
-                    body = self._body(method, params, timeout, traceparent)
+                    body = self._body(call)
                     if not self._topics.is_up:
                         raise Unavailable(
                             "the process of the client cannot be reached now; retry",
                             {"retry_after_ms": _RETRY_MS},
                         )
                     who = user, session_id, client.connection_id
-                    self.send(process, CALL, number, *who, method, body, timeout, traceparent, on_sent=sent)
+                    what = call.method, body, call.timeout_s, call.traceparent
+                    self.send(process, CALL, number, *who, *what, on_sent=sent)
                 except CallError as error:
                     self.state.clients.count(REFUSED[error.code])
                     raise
                 host.calls[number] = waiter
                 self.watch()
                 try:
-                    async with asyncio.timeout(timeout):
+                    async with asyncio.timeout(call.timeout_s):
                         return await waiter
                 except TimeoutError:
                     raise DeadlineExceeded("the client has not answered in time") from None
@@ -373,14 +356,11 @@ class RemoteClients:
         with suppress(ResourceExhausted):  # then the next CHECK does it
             self.send(process, WITHDRAW, number)
 
-    def _body(
-        self, method: str, params: Mapping[str, Any], timeout_s: float, traceparent: str | None
-    ) -> bytes:
-        if timeout_s <= 0:
+    def _body(self, call: CallToClient) -> bytes:
+        if call.timeout_s <= 0:
             raise DeadlineExceeded("the timeout of the call is over")
-        limit = min(self.state.settings.max_body, MAX_BODY)
-        encode_call(method, params, timeout_s, traceparent, limit)  # raises what a local call does
-        return encode_body(params)
+        encode_call(call, min(self.state.settings.max_body, MAX_BODY))  # raises what a local call does
+        return encode_body(call.params)
 
     def _answered(self, sender: str, number: int, kind: int, body: bytes) -> None:
         host = self._hosts.get(sender)
@@ -443,7 +423,8 @@ class RemoteClients:
             if connection is None:
                 clients.count("unavailable")
                 raise Unavailable(f"the client handles no method {method!r}; find it again")
-            result = await connection.call_here(session_id, method, decode_body(body), timeout, traceparent)
+            call = CallToClient(method, decode_body(body), timeout, traceparent)
+            result = await connection.call_here(session_id, call)
             kind, answer = RESULT, encode_body(result)
             if len(answer) > MAX_BODY:
                 raise ResourceExhausted(

@@ -31,6 +31,7 @@ from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import DurableStream, GoAwayReason
 from zcproto.connection.server import ConnectionTotals, ServerConnection
+from zcproto.connection.server_calls import CallToClient
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Aborted, CallError, Cancelled, Code, ZcprotoError
 from zcproto.observe.log import LogBatch, get_logger
@@ -468,10 +469,7 @@ class ServerState:
     async def ask(
         self,
         user: str,
-        method: str,
-        params: Mapping[str, Any],
-        timeout: float,  # noqa: ASYNC109  it is sent
-        traceparent: str | None,
+        call: CallToClient,
         *,
         caller: Session | None = None,
         peer: str = "",
@@ -479,21 +477,19 @@ class ServerState:
     ) -> Any:
         """Make a pending call, and return its result."""
 
-        def ask(traceparent: str | None) -> Awaitable[Any]:
+        def ask(call: CallToClient) -> Awaitable[Any]:
             most = self.settings.max_body
-            return self.pending.ask(
-                user, method, params, timeout, most, traceparent, caller=caller, peer=peer, bound=bound
-            )
+            return self.pending.ask(user, call, most, caller=caller, peer=peer, bound=bound)
 
-        return await self.trace_call(method, peer, traceparent, ask)
+        return await self.trace_call(call, peer, ask)
 
     async def trace_call(
-        self, method: str, peer: str, traceparent: str | None, call: Callable[[str | None], Awaitable[Any]]
+        self, call: CallToClient, peer: str, send: Callable[[CallToClient], Awaitable[Any]]
     ) -> Any:
-        """Make a call to a client, which gets the traceparent to send, in a span if there is tracing."""
+        """Make a call to a client, in a span if there is tracing."""
         if self.tracing is None:
-            return await call(traceparent)
-        return await self.tracing.call_client(method, peer, traceparent, call)
+            return await send(call)
+        return await self.tracing.call_client(call, peer, send)
 
     def lifespan_value(self, method: str) -> Any:
         """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""

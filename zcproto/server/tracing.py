@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from zcproto.app.app import Method
 from zcproto.connection.events import Request
+from zcproto.connection.server_calls import CallToClient
 from zcproto.wire.message import RequestMeta
 
 
@@ -33,6 +34,6 @@ class Tracing(Protocol):
         """Make the trace current again that was so before."""
 
     async def call_client(
-        self, method: str, peer: str, traceparent: str | None, send: Callable[[str | None], Awaitable[Any]]
+        self, call: CallToClient, peer: str, send: Callable[[CallToClient], Awaitable[Any]]
     ) -> Any:
-        """Send a call to a client, with the `traceparent` that it gets, and return its result."""
+        """Send a call to a client, with another `traceparent` if it has a span, and return its result."""

@@ -37,6 +37,7 @@ from zcproto.app.app import RESERVED_PREFIXES, Method
 from zcproto.app.context import Context
 from zcproto.common.middleware import CallNext
 from zcproto.connection.events import Request
+from zcproto.connection.server_calls import CallToClient
 from zcproto.telemetry.spans import (
     NO_CONTEXT,
     SYSTEM,
@@ -168,13 +169,13 @@ class RequestTracing:
             detach(entered)
 
     async def call_client(
-        self, method: str, peer: str, traceparent: str | None, send: Callable[[str | None], Awaitable[Any]]
+        self, call: CallToClient, peer: str, send: Callable[[CallToClient], Awaitable[Any]]
     ) -> Any:
-        parent = None if traceparent is None else context_of(traceparent)
-        attributes = {"rpc.system.name": SYSTEM, "rpc.method": method, "server.address": peer}
-        span = self._tracer.start_span(method, parent, SpanKind.CLIENT, attributes)
-        header = traceparent_of(span) or traceparent
-        return await run_within(span, parent, lambda: send(header), code_of_call)
+        parent = None if call.traceparent is None else context_of(call.traceparent)
+        attributes = {"rpc.system.name": SYSTEM, "rpc.method": call.method, "server.address": peer}
+        span = self._tracer.start_span(call.method, parent, SpanKind.CLIENT, attributes)
+        sent = call._replace(traceparent=traceparent_of(span) or call.traceparent)
+        return await run_within(span, parent, lambda: send(sent), code_of_call)
 
     # --- the span of a method -------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.context import suites_are_allowed
-from zcproto.tls.failure import TlsFailure, failure_of, reason_of
+from zcproto.tls.failure import CERTIFICATE_CURES, TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
 from zcproto.tls.transport import TlsPhase, TlsTransport, receive_buffer
 
@@ -52,16 +52,6 @@ _SENTENCES: Final = {
     TlsFailure.CERTIFICATE_REQUIRED: (
         "the server requires a client certificate; get one from the server's operator and pass it as `certificate`,"
         " with its `certificate_key`"
-    ),
-}
-
-_CURES: Final = {
-    TlsFailure.CERTIFICATE_UNTRUSTED: (
-        "; get the CA of the server (zcproto cert export-ca), and give it as ca_file"
-    ),
-    TlsFailure.CERTIFICATE_EXPIRED: "; renew it on the server, or correct the clock of this machine",
-    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
-        "; connect to one of its names, or add this one to certificates.names on the server"
     ),
 }
 
@@ -208,7 +198,9 @@ class TlsClientTransport(TlsTransport):
     def _fail_for(self, error: ssl.SSLError) -> None:
         failure = failure_of(error)
         if isinstance(error, ssl.SSLCertVerificationError):
-            detail = error.verify_message.rstrip(".") + _CURES.get(failure, "")
+            detail = error.verify_message.rstrip(".")
+            if failure in CERTIFICATE_CURES:
+                detail += f"; {CERTIFICATE_CURES[failure]}"
         else:
             detail = _ALERT_SENTENCES.get(reason_of(error), "")
         self._refuse(failure, detail)

@@ -51,6 +51,17 @@ class TlsFailure(Enum):
     OTHER = "other"
 
 
+CERTIFICATE_CURES: Final = {
+    TlsFailure.CERTIFICATE_UNTRUSTED: (
+        "get the CA of the server (zcproto cert export-ca), and give it as ca_file"
+    ),
+    TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
+    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
+        "connect to one of its names, or add this one to certificates.names on the server"
+    ),
+}
+"""The fix of each server certificate that a client refuses."""
+
 # OpenSSL's reason names (include/openssl/sslerr.h), as in `ssl.SSLError.reason`.
 _REASONS: Final = {
     TlsFailure.NO_SHARED_GROUP: "NO_SUITABLE_KEY_SHARE NO_SHARED_GROUPS",

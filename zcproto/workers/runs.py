@@ -1,7 +1,7 @@
 """The durable runs of all workers: in the table of the coordinator, which they reach over a link.
 
     worker: open, append, read, ... -> coordinator: RunTable
-    worker: WATCH                   -> coordinator: WOKEN, when a run has changed
+    worker: WATCH                   -> coordinator: WOKEN, when a run has changed, but by its own append
 
 Rules:
 - The link is of its own: the calls of sessions never wait behind items.
@@ -34,6 +34,7 @@ from zcproto.runs.log import (
     RunState,
     RunTable,
     Superseded,
+    Taken,
 )
 from zcproto.runs.shared import LOST_S, Absences, SharedRuns, log_lost, owner_lost, process_of
 from zcproto.runs.store import MemoryRuns
@@ -62,10 +63,9 @@ def state_values(state: RunState) -> list[Any]:
     return [info_values(state.info), *values[1:]]
 
 
-def state_of(values: Sequence[Any]) -> RunState:
-    """Reverse `state_values`."""
-    info, *rest = values
-    state = RunState(RunInfo(*info), *rest)
+def state_of(values: Sequence[Any], info: RunInfo | None = None) -> RunState:
+    """Reverse `state_values`, perhaps with an `info` that is known."""
+    state = RunState(info or RunInfo(*values[0]), *values[1:])
     state.end = _end_of(state.end)
     return state
 
@@ -80,11 +80,13 @@ class _Watched:
 
     key: RunKey
     links: dict[Link, None] = field(default_factory=dict)
+    appender: Link | None = None
+    """The one that appends now, and need not be woken."""
 
     def wake(self) -> None:
         data = pack(NOTICE, WOKEN, self.key)
         for link in self.links:
-            if link.waiting <= MAX_WAITING:  # else it reads every POLL_S
+            if link is not self.appender and link.waiting <= MAX_WAITING:  # else it reads every POLL_S
                 link.send(data)
 
 
@@ -178,7 +180,14 @@ class RunHub:
         is_complete = len(self._restored) >= self._workers or self._now() >= self._complete_at
         if name in _UNKNOWN_IS_AWAITED and not is_complete and not self.table.knows(key):
             raise Unavailable("the coordinator was replaced; retry", {"retry_after_ms": RETRY_MS})
-        return operation(key, *arguments[1:])
+        watched = self._watched.get(key) if name == "append" else None
+        if watched is None:
+            return operation(key, *arguments[1:])
+        watched.appender = link
+        try:
+            return operation(key, *arguments[1:])
+        finally:
+            watched.appender = None
 
     def _open(self, key: RunKey, opening: list[Any], info: list[Any] | None) -> Any:
         method, digest, position, attachment, is_bound = opening
@@ -188,12 +197,14 @@ class RunHub:
         is_new, state = self.table.open(key, given, self._now())
         return is_new, state_values(state)
 
-    def _append(self, key: RunKey, generation: bytes, first: int, bodies: list[bytes], end: Any) -> Any:
+    def _append(
+        self, key: RunKey, generation: bytes, first: int, bodies: list[bytes], end: Any, taken: Any
+    ) -> Any:
         try:
-            state = self.table.append(key, generation, first, bodies, _end_of(end), self._now())
+            state = self.table.append(key, generation, first, bodies, _end_of(end), self._now(), taken)
         except Gap as gap:
             return _GAP, gap.next
-        return None if state is None else state_values(state)
+        return None if state is None else (None, *state_values(state)[1:])
 
     def _restore(self, key: RunKey, lost: list[Any]) -> bool:
         was_known = self.table.knows(key)
@@ -286,12 +297,18 @@ class WorkerRuns:
         return is_new, state_of(state)
 
     async def append(
-        self, key: RunKey, generation: bytes, first: int, bodies: Sequence[bytes], end: End | None
+        self,
+        key: RunKey,
+        info: RunInfo,
+        first: int,
+        bodies: Sequence[bytes],
+        end: End | None,
+        taken: Taken | None,
     ) -> RunState | None:
-        answer = await self._call("append", *key, generation, first, bodies, end)
+        answer = await self._call("append", *key, info.generation, first, bodies, end, taken)
         if answer is not None and answer[0] == _GAP:
             raise Gap(answer[1])
-        return None if answer is None else state_of(answer)
+        return None if answer is None else state_of(answer, info)
 
     async def restore(self, key: RunKey, lost: RunState) -> bool:
         return bool(await self._call("restore", *key, state_values(lost)))

@@ -19,7 +19,7 @@ from zcproto.connection.events import (
     ServerEvent,
     SessionJoined,
 )
-from zcproto.connection.server_calls import ServerCall, encode_call
+from zcproto.connection.server_calls import CallToClient, ServerCall, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Code
@@ -141,7 +141,7 @@ class HostileClient:
             case 0:
                 server.register(self.session_id, frozenset({"ask"}), script.byte() % 5)
             case 1:
-                body = encode_call("ask", {}, 5.0, None, 1_000)
+                body = encode_call(CallToClient("ask", {}, 5.0), 1_000)
                 with contextlib.suppress(CallError):
                     call = server.call(
                         self.session_id, "ask", body, timeout_s=5.0, wall=clock.wall(), now=clock.now()

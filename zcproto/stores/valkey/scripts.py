@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha1, sha256
 from importlib.resources import files
 from typing import Any, Final, NamedTuple
@@ -70,6 +71,7 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogatepass")
 
 
+@lru_cache(maxsize=1_024)
 def tag_of(user: str) -> bytes:
     """Return the TAG of a user, which makes all of the user's keys share one slot of a cluster."""
     return urlsafe_b64encode(sha256(utf8(user)).digest()[:15])

@@ -1,0 +1,26 @@
+"""Errors with a cure for mistakes that Python reports without one, and checks of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+def refuse(cure: str) -> Callable[..., Any]:
+    """Return a special method that raises TypeError, as for `with` in place of `async with`.
+
+    Define it unless TYPE_CHECKING: a type checker finds such a mistake if the method does not exist.
+    """
+
+    def refused(self: object, *_: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__}: {cure}")
+
+    return refused
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raise TypeError unless an argument is a number of seconds, or None."""
+    if value is not None and not isinstance(value, int | float):
+        raise TypeError(
+            f"{name} is a number of seconds, such as {name}=5.0, or None, not {type(value).__name__}"
+        )
