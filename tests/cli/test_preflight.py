@@ -219,6 +219,11 @@ def break_installation(home: Path, case: str, taken: int) -> tuple[str, str]:
     return check, message.format(home=home, taken=taken)
 
 
+def printed(capsys: Capture) -> list[str]:
+    """Return what a command has printed on standard error, without the log of a server in this process."""
+    return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
+
+
 def start(config: Config, home: Path) -> None:
     """Start a server in this process."""
     configure_logging(config.log)
@@ -235,18 +240,21 @@ def test_every_command_refuses_what_cannot_start(
     with pytest.raises(ConfigError) as refused:
         server.reload()
     assert refused.value.faults == [message]
-    (alert,) = server.in_loop(server.server.parts.alerts.center.open_alerts)
-    assert alert.kind is AlertKind.CONFIG_REFUSED
+    alerts = server.in_loop(server.server.parts.alerts.center.open_alerts)
+    (alert,) = [
+        each for each in alerts if each.kind is AlertKind.CONFIG_REFUSED
+    ]  # the file may have one, too
     assert message[:100] in alert.title
     assert message[:100] in server.in_loop(server.server.summary)
     for command in (["reload", "--dry-run"], ["config", "check"]):
         capsys.readouterr()
         assert main(command) == 2
-        assert capsys.readouterr().err.splitlines() == [f"zcproto: {message}"]
+        assert printed(capsys) == [f"zcproto: {message}"]
     server.drain()
 
+    capsys.readouterr()
     assert main(["config", "check", "--app", APP]) == 2
-    assert capsys.readouterr().err.splitlines() == [f"zcproto: {message}"]
+    assert printed(capsys) == [f"zcproto: {message}"]
     found = doctor("--app", APP)
     assert found.one(check, "fault") == message.replace("; ", " | ", 1)
     assert [each for each in found.faults if each != "permissions" or "mode" not in case] == [check]
