@@ -189,11 +189,12 @@ async def test_end_of_the_run_is_raised(code: Code, details: dict[str, Any]) -> 
         assert len(resumes(server)) == 2
 
 
+@pytest.mark.parametrize("loss", [cut, fail(Code.UNAVAILABLE)], ids=["connection", "unavailable"])
 @scripted
-async def test_stream_resumed_by_an_open_that_was_lost_goes_on_once(server: ScriptedServer) -> None:
-    """The server may carry out that OPEN, of a lost connection, after the one that followed it."""
-    elsewhere = detached("resumed_elsewhere")
-    server.script("chat", cut, run(1, elsewhere), run(2, elsewhere))
+async def test_stream_resumed_by_an_open_that_was_lost_goes_on_once(loss: Any) -> None:
+    """The server may carry out that OPEN after the one that followed it."""
+    server, elsewhere = ScriptedServer(**DURABLE), detached("resumed_elsewhere")
+    server.script("chat", loss, run(1, elsewhere), run(2, elsewhere))
     async with client_of(server) as client, client.stream("chat", durable=True) as stream:
         assert [await stream.receive(), await stream.receive()] == [0, 1]
         with pytest.raises(Cancelled):

@@ -35,7 +35,7 @@ from zcproto.client.retry import Attempt, is_resumed_elsewhere
 from zcproto.client.session import ANSWER_TIMEOUT, STABLE_AFTER
 from zcproto.common.middleware import Middleware, around
 from zcproto.common.misuse import wrong_use
-from zcproto.errors import CallError, Cancelled, ConnectionClosed, DeadlineExceeded
+from zcproto.errors import CallError, Cancelled, ConnectionClosed, DeadlineExceeded, Unavailable
 from zcproto.wire.message import Credit, Resume
 
 
@@ -152,7 +152,7 @@ class RunPosition:
 
     `is_known`: the run has begun, and is only attached to. Before that `opened_at` is when it was first opened.
     `accepted_at`: when the present attachment was accepted. `unanswered`: OPENs that were lost with their
-    connections, each of which the server may still take for the newest attachment.
+    connections, or ended with UNAVAILABLE. The server may still take each for the newest attachment.
     """
 
     id: str
@@ -540,7 +540,7 @@ class Stream:
                 now = asyncio.get_running_loop().time()
                 if pending.stream.is_accepted:
                     self._accepted(run)
-                elif isinstance(error, ConnectionClosed):
+                elif isinstance(error, ConnectionClosed | Unavailable):
                     run.unanswered += 1
                 if run.unanswered and not isinstance(error, ConnectionClosed) and is_resumed_elsewhere(error):
                     run.unanswered -= 1

@@ -192,6 +192,28 @@ describe("attachments", () => {
     });
   }
 
+  for (const loss of ["connection", "UNAVAILABLE"]) {
+    test(`OPEN that ended by ${loss} and is carried out later is replaced once`, async () => {
+      const stream = client.stream("chat", {}, { durable: true });
+      const taken = watch(taking(stream, 2));
+      const lost = await attached();
+      if (loss === "connection") {
+        lost.open.connection.end();
+      } else {
+        lost.fail(Code.UNAVAILABLE, {});
+      }
+      for (const item of [1, 2]) {
+        const next = await attached(RECONNECTED_MS);
+        next.accept();
+        next.items(item);
+        next.fail(Code.CANCELLED, { reason: "resumed_elsewhere", detached: true });
+      }
+      await settled();
+      assert.deepEqual(taken.value, [1, 2]);
+      await assert.rejects(stream.next(), Cancelled);
+    });
+  }
+
   test("stale item leaves the attachment and is read on the next one", async () => {
     const stream = client.stream("chat", {}, { durable: true });
     const taken = watch(taking(stream, 1));

@@ -138,13 +138,20 @@ export function isInterruption(error: unknown, wasLost: boolean): error is CallE
   if (error instanceof CallError) {
     const { code, details } = error;
     if (details["detached"] === true) {
-      return details["reason"] !== "resumed_elsewhere"; // of a durable stream
+      return !isResumedElsewhere(error); // of a durable stream
     }
     return (
       (code === Code.DATA_LOSS && wasLost) || (code === Code.CANCELLED && INTERRUPTING_REASONS.has(details["reason"]))
     );
   }
   return error instanceof ConnectionClosed;
+}
+
+/** Return whether another OPEN has replaced the attachment to a durable stream. */
+export function isResumedElsewhere(error: unknown): boolean {
+  return (
+    error instanceof CallError && error.details["detached"] === true && error.details["reason"] === "resumed_elsewhere"
+  );
 }
 
 const TRANSIENT: ReadonlySet<TlsFailure> = new Set<TlsFailure>([

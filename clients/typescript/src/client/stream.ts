@@ -6,11 +6,12 @@
  * Must not know: when connections are made, and which errors are retried.
  */
 
-import { Cancelled, ConfigError, DeadlineExceeded } from "../errors.js";
+import { CallError, Cancelled, Code, ConfigError, ConnectionClosed, DeadlineExceeded } from "../errors.js";
 import type { Credit, Params, Resume } from "../wire/message.js";
 import type { Clock, Timer } from "./clock.js";
 import type { PendingStream } from "./connection_driver.js";
 import { Deadline } from "./deadline.js";
+import { isResumedElsewhere } from "./retry.js";
 
 /** Items and bytes that the server may send ahead. */
 export const DEFAULT_WINDOW: Credit = [64, 262_144];
@@ -77,6 +78,7 @@ export interface Positions {
 export class RunPosition {
   #openedAt: number | undefined;
   #acceptedAt: number | undefined; // of the present attachment
+  #unanswered = 0; // OPENs that the server may still take for the newest attachment
 
   /** `position` counts the items that the application has received. `isKnown`: the run has begun, and is only attached to. */
   constructor(
@@ -101,6 +103,20 @@ export class RunPosition {
   accepted(now: number): void {
     this.#acceptedAt ??= now;
     this.isKnown = true;
+  }
+
+  /** Return why an attachment has ended: a connection, if it was replaced by an OPEN of this client that seemed lost. */
+  endedBy(error: unknown, isAccepted: boolean): unknown {
+    if (
+      !isAccepted &&
+      (error instanceof ConnectionClosed || (error instanceof CallError && error.code === Code.UNAVAILABLE))
+    ) {
+      this.#unanswered += 1;
+    } else if (this.#unanswered > 0 && isResumedElsewhere(error)) {
+      this.#unanswered -= 1;
+      return new ConnectionClosed("an earlier OPEN of this client resumed the stream, which goes on");
+    }
+    return error;
   }
 
   /** Return what the attachment has achieved, apart from its items. */

@@ -457,7 +457,13 @@ export class UserClient implements AsyncDisposable {
       const meta = { ...metaOf({ traceparent }, deadline.remainingMs()), window, ...resume, ...announced };
       pending = connection.openStream(method, params(), token, meta, deadline.at);
       opened(pending);
-      return abortable(pending, signal);
+      const { items } = pending;
+      const ended = abortable(pending, signal);
+      return run === undefined
+        ? ended
+        : ended.catch((error: unknown) => {
+            throw run.endedBy(error, items.isAccepted);
+          });
     };
     const hasBegun = () => pending?.hasBegun === true;
     const wasLost = () => pending?.items.wasLost === true;
