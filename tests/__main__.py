@@ -20,7 +20,7 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 """Rooms whose own tests must cover all lines and branches. Other tests run twice as fast without coverage."""
 
 VERSION_INDEPENDENT = (
-    *("bench", "costs", "deploy", "docs", "interop", "load", "mutation", "properties", "spec"),
+    *("bench", "costs", "deploy", "docs", "interop", "load", "mutation", "proofs", "properties", "spec"),
     *("admin/test_browser.py", "admin/test_prometheus.py", "app/test_typing.py", "certs/test_kill.py"),
     *("certs/test_thousand_days.py", "conformance/test_faults.py", "fuzz/test_search.py"),
     *("stores/sqlite/test_kill.py", "stores/test_hub_kill.py", "test_layers.py", "test_secrets_watch.py"),

@@ -320,6 +320,10 @@ CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
         lambda client: client.stream("items", items=b"some"),  # type: ignore[arg-type, return-value]
         "items is a list or an iterator of items, not bytes",
     ),
+    "items for a method without": (
+        lambda client: finish(client.stream("stream", items=[1])),
+        "this method takes no items; leave them out",
+    ),
     "items as params": (
         lambda client: finish(client.stream("items", chunks=[b""])),
         "chunks is sent as the items of the stream",

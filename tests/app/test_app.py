@@ -424,14 +424,14 @@ def test_items_are_no_param_of_the_caller() -> None:
     assert method.items is not None
     assert method.items[0] == "items"
     assert method.items[1].check("anything", "item 0") == "anything"
-    assert complaint(takes_and_sends, n=1, items=[1]) == "items is unknown"
+    assert complaint(takes_and_sends, n=1, items=[1]) == "items is sent as the items of the stream"
 
 
 def test_items_are_not_taken_from_further_params() -> None:
     async def collect(items: Items[int], **rest: Any) -> Any:
         return rest
 
-    assert complaint(collect, items=[1]) == "items is unknown"
+    assert complaint(collect, items=[1]) == "items is sent as the items of the stream"
     assert Method("m", collect).bind({"other": 1}) == {"other": 1}
 
 

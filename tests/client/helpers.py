@@ -327,7 +327,7 @@ class ServerLink(asyncio.Transport):
             if head in (CREDIT, END, ITEM):
                 self.on_streams.append((head, stream, token, decode_body(body) if body else None))
             elif head in (REQUEST, OPEN):
-                resume = decode_open(body)[-1] if head == OPEN else None
+                resume = decode_open(body)[4] if head == OPEN else None
                 method, params, meta = decode_request(body, may_resume=head == OPEN)
                 request = ReceivedRequest(self, stream, token, method, params, meta, now(), resume)
                 self.requests.append(request)

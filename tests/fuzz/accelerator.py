@@ -1,4 +1,4 @@
-"""Compare the accelerator with Python for a time, with random calls and mutated inputs.
+"""Compare the accelerator with Python: with the corpus, then for a time with random calls and mutated inputs.
 
     python -m tests.fuzz.accelerator MODULE SECONDS SEED
 
@@ -35,13 +35,15 @@ def main(path: str, seconds: float, seed: int) -> None:
     from tests.wire.accelerators import check_random, compiled
 
     assert compiled is sys.modules[NAME]
-    source, cases = random.Random(seed), 0
-    searches = [
-        (target, mutations(list(inputs(CORPUS / target.name).values()), target.max_size, seed=seed))
-        for target in map(target_named, TARGETS)
-    ]
-    end = time.monotonic() + seconds
-    while not cases or time.monotonic() < end:
+    source, cases, searches = random.Random(seed), 0, []
+    for target in map(target_named, TARGETS):
+        corpus = list(inputs(CORPUS / target.name).values())
+        for data in corpus:
+            target.check(data)
+        cases += len(corpus)
+        searches.append((target, mutations(corpus, target.max_size, seed=seed)))
+    end, replayed = time.monotonic() + seconds, cases
+    while cases == replayed or time.monotonic() < end:
         for _ in range(BATCH):
             check_random(source)
             for target, made in searches:

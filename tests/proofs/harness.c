@@ -33,6 +33,17 @@ any_arguments(PyObject **args, Py_ssize_t count)
         args[i] = model_argument();
 }
 
+/* Any arguments up to `most`; there is nothing beyond them. Return their number. */
+static Py_ssize_t
+any_call(PyObject **args, Py_ssize_t most)
+{
+    Py_ssize_t nargs = nondet_int();
+    ASSUME(nargs >= 0 && nargs <= most);
+    for (Py_ssize_t i = 0; i < most; i++)
+        args[i] = i < nargs ? model_argument() : NULL;
+    return nargs;
+}
+
 /* --- numbers, bytes, tuples ------------------------------------------------------------------------ */
 
 PyObject *
@@ -47,10 +58,22 @@ void
 proof_call_reference(void)
 {
     PyObject *args[10];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 10);
-    any_arguments(args, 10);
+    Py_ssize_t nargs = any_call(args, 10);
     model_finish(call_reference("encode_frame", args, nargs));
+}
+
+uint32_t
+contract_get32(Bytes p)
+{
+    ASSERT(CAN_READ(p, 4), "4 bytes can be read");
+    return (uint32_t)nondet_uint64();
+}
+
+uint64_t
+contract_get64(Bytes p)
+{
+    ASSERT(CAN_READ(p, 8), "8 bytes can be read");
+    return nondet_uint64();
 }
 
 void
@@ -93,6 +116,18 @@ proof_is_bytes(void)
     ASSERT(found == (is_type && (size < 0 || object->size == size)), "bytes of the type and size are read");
     ASSERT(!found || CAN_READ(bytes, (size_t)object->size), "they can be read");
     ASSERT(model_error == NO_ERROR && model_held == 0, "no exception is left");
+}
+
+PyObject *
+contract_tuple_of(PyObject **parts, Py_ssize_t count)
+{
+    int is_whole = 1;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        is_whole &= parts[i] != NULL;
+        Py_XDECREF(parts[i]);
+    }
+    ASSERT(is_whole || model_error != NO_ERROR, "a missing part left an exception");
+    return is_whole ? model_new(TUPLE) : NULL;
 }
 
 void
@@ -269,6 +304,27 @@ contract_write_frame(unsigned char *p, const Frame *frame)
     return p + BODY + frame->size;
 }
 
+/* Return a byte of a number, counted from its highest. */
+static unsigned char
+byte_of(uint64_t value, size_t i, size_t size)
+{
+    return (unsigned char)(value >> (8 * (size - 1 - i)));
+}
+
+/* Return a byte of a frame (zcp1.md, section 5). */
+static unsigned char
+frame_byte(const Frame *frame, size_t i)
+{
+    return i < 4    ? byte_of(64 + (uint64_t)frame->size, i, 4)
+           : i < 8  ? byte_of(frame->head, i - 4, 4)
+           : i < 12 ? byte_of(frame->stream, i - 8, 4)
+           : i < 20 ? byte_of(frame->timestamp, i - 12, 8)
+           : i < 28 ? frame->salt[i - 20]
+           : i < 36 ? byte_of(frame->counter, i - 28, 8)
+           : i < 68 ? frame->token[i - 36]
+                    : frame->body[i - 68];
+}
+
 void
 proof_write_frame(void)
 {
@@ -279,21 +335,16 @@ proof_write_frame(void)
     frame.body = any_bytes((size_t)frame.size);
     unsigned char *p = malloc((size_t)(68 + frame.size)), *end = write_frame(p, &frame);
     ASSERT(end == p + 68 + frame.size, "the end of the frame is returned");
-    ASSERT(get32(p) == 64 + (uint64_t)frame.size && get32(p + 4) == frame.head && get32(p + 8) == frame.stream &&
-               get64(p + 12) == frame.timestamp && get64(p + 28) == frame.counter,
-           "all numbers are in their places");
-    ASSERT(are_equal(p + 20, frame.salt, 8) && are_equal(p + 36, frame.token, 32), "salt and token are in their places");
     size_t i = nondet_size_t();
-    ASSERT(i >= (size_t)frame.size || p[68 + i] == frame.body[i], "each byte of the body is in its place");
+    ASSUME(i < (size_t)(68 + frame.size));
+    ASSERT(p[i] == frame_byte(&frame, i), "each byte is as the specification says");
 }
 
 void
 proof_encode_frame(void)
 {
     PyObject *args[8];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 8);
-    any_arguments(args, 8);
+    Py_ssize_t nargs = any_call(args, 8);
     model_finish(encode_frame(NULL, args, nargs));
 }
 
@@ -302,10 +353,8 @@ void
 proof_encode_frames(void)
 {
     PyObject *args[4];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 4);
-    any_arguments(args, 4);
-    ASSUME(args[0]->size <= 3);
+    Py_ssize_t nargs = any_call(args, 4);
+    ASSUME(nargs == 0 || args[0]->size <= 3);
     model_finish(encode_frames(NULL, args, nargs));
 }
 
@@ -330,9 +379,7 @@ void
 proof_scan_body(void)
 {
     PyObject *args[3];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 3);
-    any_arguments(args, 3);
+    Py_ssize_t nargs = any_call(args, 3);
     model_finish(scan_body(NULL, args, nargs));
 }
 
@@ -355,15 +402,13 @@ proof_decode(void)
     ASSERT(model_held == 0, "no reference leaks");
 }
 
-/* Up to FRAMES frames in any number of bytes. */
+/* Up to 3 frames, and 16 bytes more. */
 void
 proof_cut_values(void)
 {
     PyObject *args[11];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 11);
-    any_arguments(args, 11);
-    ASSUME(args[0]->size <= 3 * 68 + 16);
+    Py_ssize_t nargs = any_call(args, 11);
+    ASSUME(nargs == 0 || args[0]->size <= 3 * 68 + 16);
     model_finish(cut_values(NULL, args, nargs));
 }
 
@@ -372,10 +417,8 @@ void
 proof_fits(void)
 {
     PyObject *args[5];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 5);
-    any_arguments(args, 5);
-    ASSUME(args[0]->size <= 3);
+    Py_ssize_t nargs = any_call(args, 5);
+    ASSUME(nargs == 0 || args[0]->size <= 3);
     model_finish(fits(NULL, args, nargs));
 }
 
@@ -453,7 +496,11 @@ contract_request_in(Bytes frame, size_t size, size_t end, PyObject **its, PyObje
     ASSERT(model_error == NO_ERROR, "Python code is called without an exception");
     ASSERT(size >= BODY && CAN_READ(frame, size), "the frame can be read");
     ASSERT(CAN_READ(its, RULES * sizeof *its) && CAN_READ(by, DECODERS * sizeof *by), "rules and decoders can be read");
-    return nondet_bool() ? NULL : model_any();
+    if (nondet_bool())
+        return model_new(TUPLE);
+    if (nondet_bool())
+        model_fail();
+    return NULL;
 }
 
 void
@@ -472,13 +519,12 @@ proof_request_in(void)
         model_finish(request);
 }
 
-/* A batch of any number of bytes. */
+/* Up to 3 frames, and 16 bytes more. */
 void
 proof_read_requests(void)
 {
     PyObject *args[6];
-    Py_ssize_t nargs = nondet_int();
-    ASSUME(nargs >= 0 && nargs <= 6);
-    any_arguments(args, 6);
+    Py_ssize_t nargs = any_call(args, 6);
+    ASSUME(nargs == 0 || args[0]->size <= 3 * 68 + 16);
     model_finish(read_requests(NULL, args, nargs));
 }

@@ -41,6 +41,9 @@ class Proof(NamedTuple):
     """Functions that are replaced by their contracts."""
 
     unwind: int = 9
+    bounds: tuple[str, ...] = ()
+    """Iterations of single loops, which CBMC asserts to be enough, as for `unwind`."""
+
     loops: tuple[Loop, ...] = ()
     symbols: tuple[str, ...] = ()
     """The variables in the contracts of loops, as CBMC names them."""
@@ -68,12 +71,13 @@ PROOFS: Final = (
     Proof("fitting_size", "any number of bytes; equal to the specification", unwind=41),
     Proof("read_body", "any object of any size; equal to the model"),
     Proof("read_frame", "any object"),
-    Proof("write_frame", "a body of any size; each byte is in its place", unwind=41),
+    Proof("write_frame", "a body of any size; each byte as specified"),
     Proof("encode_frame", "any objects", ("call_reference", "write_frame")),
     Proof(
         "encode_frames",
         "up to 3 frames, each of any size",
         ("call_reference", "read_frame", "write_frame"),
+        bounds=("encode_frames.0:4", "encode_frames.1:4"),
         is_quick=False,
     ),
     Proof(
@@ -110,17 +114,22 @@ PROOFS: Final = (
     ),
     Proof("scan_body", "any objects of any size", ("call_reference", "is_plain")),
     Proof("decode", "any number of bytes", ("is_plain",)),
-    Proof("cut_values", "up to 3 frames and 16 bytes", ("read_rules", "fitting_size", "decode"), unwind=12),
-    Proof("fits", "any objects with up to 3 items", ("call_reference",)),
+    Proof(
+        "cut_values",
+        "up to 3 frames and 16 bytes",
+        ("read_rules", "fitting_size", "decode", "tuple_of", "get32", "get64"),
+        unwind=12,
+        bounds=("cut_values.0:5",),
+    ),
+    Proof("fits", "any objects with up to 3 items", ("call_reference",), bounds=("fits.0:4",)),
     Proof("read_meta", "any object"),
     Proof("request_message", "any number of bytes, any decoded value", ("decode", "read_meta")),
     Proof("request_in", "a frame of any size", ("request_message",)),
     Proof(
         "read_requests",
-        "a batch of any size",
-        ("read_rules", "fitting_size", "request_in"),
-        unwind=18,
-        is_quick=False,
+        "up to 3 frames and 16 bytes",
+        ("read_rules", "fitting_size", "request_in", "get64"),
+        bounds=("read_requests.0:5",),
     ),
 )
 
@@ -143,7 +152,8 @@ def prove(proof: Proof, folder: Path, source: Path = SOURCE) -> Outcome:
         rules.write_text(json.dumps(_loop_contracts(proof)))
         options = ("--loop-contracts-file", str(rules), "--dfcc", entry, "--apply-loop-contracts")
         _run("goto-instrument", "--no-malloc-may-fail", *options, str(program), str(program))
-    unwind = ("--unwind", str(proof.unwind))
+    unwind = ["--unwind", str(proof.unwind)]
+    unwind += ["--unwindset", ",".join(proof.bounds)] if proof.bounds else []
     output = _run("cbmc", *unwind, *CHECKS, "--drop-unused-functions", str(program), may_fail=True)
     found = re.search(r"\*\* (\d+) of (\d+) failed", output)
     if found is None:

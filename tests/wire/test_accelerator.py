@@ -313,6 +313,19 @@ TRACED: dict[str, tuple[Any, ...]] = {
         *(REQUEST_RULES, 5, WALL),
     )
 }
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "read_requests": (frame(body=encode_body(["m", {}, {"deadline_ms": 0}])), 0, REQUEST_RULES, 5, WALL),
+    "cut_values": (frame(body=b"\xc1"), *RULES, message.unpack),
+    "encode_frame": (REQUEST, 7, WALL, SALT[:-1], 6, TOKEN, b"body"),
+    "encode_frames": ([(REQUEST, 7, WALL, TOKEN, b"body"), (REQUEST, 8, WALL)], SALT, 6),
+    "scan_body": (b"\x92\xa1m", 0),
+    "fits": ({"user": "ada", "unknown": 1}, CLASSES, NAMED, REQUIRED),
+}
+TRUNCATED: dict[str, tuple[Any, ...]] = {
+    "read_requests": (frame() + frame(counter=7)[:-1], 0, REQUEST_RULES, 5, WALL),
+    "cut_values": (frame() + frame(counter=7)[:-1], *RULES, message.unpack),
+    "scan_body": (encode_body({"a": [1, 2]})[:-1], 32),
+}
 FOR_THE_REFERENCE: dict[str, tuple[Any, ...]] = {
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
     "encode_frames": ([(REQUEST, 7, WALL, TOKEN, b"body"), (REQUEST, -1, WALL, TOKEN, b"")], SALT, 6),
@@ -325,7 +338,10 @@ FOR_THE_REFERENCE: dict[str, tuple[Any, ...]] = {
 @needs_compiled
 @pytest.mark.parametrize(
     ("name", "args"),
-    [*CALLS.items(), *TRACED.items(), *FOR_THE_REFERENCE.items()],
+    [
+        *(*CALLS.items(), *TRACED.items(), *FOR_THE_REFERENCE.items()),
+        *(*REFUSED.items(), *TRUNCATED.items()),
+    ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_calls_leak_nothing(name: str, args: tuple[Any, ...]) -> None:
@@ -341,7 +357,7 @@ def test_calls_leak_nothing(name: str, args: tuple[Any, ...]) -> None:
 
     def growth(function: Any) -> int:
         call(function, 100)
-        return -call(function, 100) + call(function, 2_000)
+        return -call(function, 100) + call(function, 10_000)
 
     counts = [sys.getrefcount(each) for each in args]
     reference = accelerator.references.get(name)

@@ -71,8 +71,13 @@ def test_id_of_a_pending_call_is_checked(pending: object) -> None:
 @pytest.mark.parametrize("meta", [{}, {"deadline_ms": 5}])
 def test_streams_with_credit_alone_share_one_meta(meta: dict[str, Any]) -> None:
     decoded = decode_open(encode_request("m", {}, {"credit": [1, 2], **meta}))
-    assert decoded[2:] == (RequestMeta(meta.get("deadline_ms")), (1, 2), None)
+    assert decoded[2:] == (RequestMeta(meta.get("deadline_ms")), (1, 2), None, False)
     assert (decoded[2] is NO_META) is (not meta)
+
+
+@pytest.mark.parametrize(("items", "expected"), [(True, True), (False, False), (1, False), (None, False)])
+def test_stream_announces_items_by_true_alone(items: object, expected: bool) -> None:
+    assert decode_open(encode_request("m", {}, {"credit": [1, 2], "items": items}))[5] is expected
 
 
 def test_stream_without_credit_has_none_yet() -> None:

@@ -37,7 +37,7 @@ from zcproto.client.handlers import Event, Function, run_in_thread, settle
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream, check_items
-from zcproto.common.misuse import refuse
+from zcproto.common.misuse import wrong_use
 from zcproto.common.process import new_event_loop
 from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.errors import ConnectionClosed
@@ -140,7 +140,7 @@ class BlockingSessionClient:
         self.close()
 
     if not TYPE_CHECKING:
-        __aenter__ = __aexit__ = refuse("write with; a program with asyncio uses connect")
+        __aenter__ = __aexit__ = wrong_use("write with; a program with asyncio uses connect")
 
     @property
     def session(self) -> ClientSession | None:
@@ -384,8 +384,8 @@ class BlockingStream:
             self._wait(self._stream.__aexit__(*error))
 
     if not TYPE_CHECKING:
-        __aenter__ = __aexit__ = refuse("write with; a program with asyncio uses connect")
-        __aiter__ = refuse("write for; a program with asyncio uses connect")
+        __aenter__ = __aexit__ = wrong_use("write with; a program with asyncio uses connect")
+        __aiter__ = wrong_use("write for; a program with asyncio uses connect")
 
     def close(self) -> None:
         """Leave the stream: cancel it, unless it is durable or has ended. Idempotent."""

@@ -65,7 +65,7 @@ from zcproto.client.streams import (
 from zcproto.common.clock import Clock, MonotonicClock, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
-from zcproto.common.misuse import check_seconds, refuse
+from zcproto.common.misuse import check_seconds, wrong_use
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import (
@@ -172,7 +172,7 @@ class SessionClient:
         await self.close()
 
     if not TYPE_CHECKING:
-        __enter__ = __exit__ = refuse("write async with; a program without asyncio uses connect_blocking")
+        __enter__ = __exit__ = wrong_use("write async with; a program without asyncio uses connect_blocking")
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -400,6 +400,7 @@ class SessionClient:
             traceparent,
             Attempt(self._random),
             run,
+            items is not None,
         )
         middleware = None
         if self._options.middleware:
@@ -426,6 +427,8 @@ class SessionClient:
             meta = _deadline_meta(request.deadline - now)
         if request.traceparent is not None:
             meta = _meta(meta, None, request.traceparent)
+        if request.has_items:
+            meta = {**(meta or {}), "items": True}
         self._sessions.used(now)
         token = self._sessions.token
         return connection.open_stream(

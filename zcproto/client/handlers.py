@@ -42,7 +42,7 @@ from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.exceptions import traceback_lines
 from zcproto.common.middleware import Middleware, around
-from zcproto.common.misuse import refuse
+from zcproto.common.misuse import wrong_use
 from zcproto.common.parameters import Signature
 from zcproto.common.text import escape_text
 from zcproto.connection.client_calls import ClientCall, ClientCallState
@@ -140,7 +140,7 @@ class EventStream:
         return self
 
     if not TYPE_CHECKING:
-        __iter__ = refuse("write async for, or await anext(client.events)")
+        __iter__ = wrong_use("write async for, or await anext(client.events)")
 
     async def __anext__(self) -> Event:
         body = await self._queue.get()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import ipaddress
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +29,6 @@ from zcproto.client.handlers import Call, Event
 from zcproto.client.streams import OutgoingCall
 from zcproto.common.home import Home, resolve_home
 from zcproto.common.middleware import Middleware
-from zcproto.common.misuse import check_seconds
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
@@ -170,21 +169,7 @@ class EnrollOptions(TypedDict, total=False):
 
 
 def check_options(options: ConnectOptions) -> None:
-    """Raise ConfigError for options on connections that are out of range, TypeError for values of another type."""
-    for name in ("timeout", "connect_timeout", "start_timeout"):
-        check_seconds(name, getattr(options, name))
-    for name in ("verify", "system_store", "session"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name} is True or False")
-    for name in ("max_connections", "max_calls"):
-        if not isinstance(getattr(options, name), int):
-            raise TypeError(f"{name} is an int")
-    for name in ("on_event", "on_connected"):
-        if getattr(options, name) is not None and not callable(getattr(options, name)):
-            raise TypeError(f"{name} is a function")
-    for name in ("middleware", "handler_middleware"):
-        if not isinstance(getattr(options, name), Sequence):
-            raise TypeError(f"{name} is a list of functions, such as {name}=[trace]")
+    """Raise ConfigError for options on connections that are out of range."""
     if options.timeout is not None and options.timeout < 0:
         raise ConfigError([f"timeout: {options.timeout:g} is below 0; give seconds, or None for no limit"])
     if options.address_order not in ("random", "listed"):
@@ -337,15 +322,35 @@ _OTHER_NAMES: Final = {
 """Names that people try for options, by those of other libraries."""
 
 
-def _check_names(function: str, given: Iterable[str]) -> None:
-    """Raise TypeError for a name that no option has."""
-    known = [each.name for each in fields(ConnectOptions)]
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
+_KNOWN: Final = tuple(each.name for each in fields(ConnectOptions))
+
+_KINDS: Final[Mapping[str, tuple[Any, str]]] = {
+    "timeout": (int | float | None, "a number of seconds, such as timeout=5.0, or None"),
+    **{
+        name: (int | float, f"a number of seconds, such as {name}=5.0")
+        for name in ("connect_timeout", "start_timeout")
+    },
+    **dict.fromkeys(("verify", "system_store", "session"), (bool, "True or False")),
+    **dict.fromkeys(("max_connections", "max_calls"), (int, "an int")),
+    **dict.fromkeys(("on_event", "on_connected"), (Callable | None, "a function")),
+    **{
+        name: (Sequence, f"a list of functions, such as {name}=[trace]")
+        for name in ("middleware", "handler_middleware")
+    },
+}
+"""The types of options whose values would fail later, or would be ignored."""
+
+
+def _check_given(function: str, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a name that no option has, and for a value of another type."""
+    for name, value in given.items():
+        if name not in _KNOWN:
+            near = get_close_matches(name, _KNOWN, 1)
             meant = _OTHER_NAMES.get(name) or (near[0] if near else "")
             cure = f"give {meant}" if meant else "see zcproto.client.ConnectOptions"
             raise TypeError(f"{function}() has no option {name!r}; {cure}")
+        if name in _KINDS and not isinstance(value, _KINDS[name][0]):
+            raise TypeError(f"{name} is {_KINDS[name][1]}, not {type(value).__name__}")
 
 
 class WithOptions(Protocol[Keywords, Result_co]):
@@ -377,7 +382,7 @@ def accept_options(
                     f'{function.__name__}() takes one address, as in {function.__name__}("host:7443"), or a list;'
                     " give options by name"
                 )
-            _check_names(function.__name__, keywords)
+            _check_given(function.__name__, keywords)
             given = options(*args, **keywords)
             return function(address, complete_options(given, parse_addresses(address)))
 

@@ -34,7 +34,7 @@ from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt, is_resumed_elsewhere
 from zcproto.client.session import ANSWER_TIMEOUT, STABLE_AFTER
 from zcproto.common.middleware import Middleware, around
-from zcproto.common.misuse import refuse
+from zcproto.common.misuse import wrong_use
 from zcproto.errors import CallError, Cancelled, ConnectionClosed, DeadlineExceeded
 from zcproto.wire.message import Credit, Resume
 
@@ -185,6 +185,7 @@ class StreamRequest:
     traceparent: str | None
     attempt: Attempt
     run: RunPosition | None = None
+    has_items: bool = False
 
 
 class StreamOpener(Protocol):
@@ -313,9 +314,9 @@ class Stream:
             await self._middleware.leave()
 
     if not TYPE_CHECKING:
-        __enter__ = __exit__ = refuse("write async with")
-        __iter__ = refuse("write async for")
-        __await__ = refuse("read it by async for, or open it by async with")
+        __enter__ = __exit__ = wrong_use("write async with")
+        __iter__ = wrong_use("write async for")
+        __await__ = wrong_use("read it by async for, or open it by async with")
 
     async def cancel(self) -> bool:
         """Cancel the method of a durable stream. Return whether it was running. Raises like `client.call`."""
@@ -472,6 +473,10 @@ class Stream:
         try:
             pending = await self._wanted()
             pending.connection.send_item(pending.stream, item)
+        except EOFError:
+            raise EOFError(
+                "the method has ended and takes no items; await stream.finished() for its result"
+            ) from None
         finally:
             self._is_sending = False
 
@@ -569,7 +574,7 @@ class Stream:
 
 
 def check_items(items: object, kind: Any) -> None:
-    """Raise TypeError unless `items` can be sent one by one, or are None."""
+    """Raise TypeError for `items` that cannot be sent one by one. None is accepted."""
     if items is not None and (isinstance(items, str | bytes) or not isinstance(items, kind)):
         raise TypeError(f"items is a list or an iterator of items, not {type(items).__name__}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 from zcproto.client.blocking import BlockingSessionClient, BlockingStream
 from zcproto.client.client import UNSET, SessionClient
 from zcproto.client.streams import SentItems, Stream
-from zcproto.common.misuse import refuse
+from zcproto.common.misuse import wrong_use
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -63,9 +63,9 @@ class TypedStream(_Checked[Stream, SentItem, Result]):
         await self._stream.__aexit__(*exception)
 
     if not TYPE_CHECKING:
-        __enter__ = __exit__ = refuse("write async with")
-        __iter__ = refuse("write async for")
-        __await__ = refuse("read it by async for, or open it by async with")
+        __enter__ = __exit__ = wrong_use("write async with")
+        __iter__ = wrong_use("write async for")
+        __await__ = wrong_use("read it by async for, or open it by async with")
 
     async def __aiter__(self) -> AsyncIterator[SentItem]:
         async for item in self._stream:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-def refuse(cure: str) -> Callable[..., Any]:
+def wrong_use(cure: str) -> Callable[..., Any]:
     """Return a special method that raises TypeError, as for `with` in place of `async with`.
 
     Define it unless TYPE_CHECKING: a type checker finds such a mistake if the method does not exist.

@@ -59,12 +59,14 @@ class StreamState(Enum):
 class ServerStream(Request):
     """A stream of items.
 
-    `credit` is what the client allows. `items` are the client's, None if the method takes none. `waits_until`: an
+    `credit` is what the client allows. `items` are the client's, None if the method takes none, and `has_items` is
+    whether the client has announced some. `waits_until`: an
     item waits for credit, at most until then; NEVER if none waits. `worker` is the edge's: what runs its method.
     """
 
     credit: SendCredit = field(default_factory=lambda: SendCredit((0, 0)))
     items: ItemQueue | None = None
+    has_items: bool = False
     waits_until: float = NEVER
     is_answered: bool = False
     worker: Any = None

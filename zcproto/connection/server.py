@@ -435,11 +435,12 @@ class ServerConnection:
         ):
             return
         credit = resume = None
+        has_items = False
         try:
             if head == REQUEST:
                 method, params, meta = decode_request(body, self.settings.max_depth)
             else:
-                method, params, meta, credit, resume = decode_open(body, self.settings.max_depth)
+                method, params, meta, credit, resume, has_items = decode_open(body, self.settings.max_depth)
         except MessageError as error:
             self._refuse("malformed", stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
             return
@@ -450,6 +451,7 @@ class ServerConnection:
         elif resume is None:
             opened = ServerStream(stream, token, session, method, params, meta)
             opened.credit = SendCredit(credit)
+            opened.has_items = has_items
             yield opened
         elif self.settings.streams is None or not self.settings.streams.durable:
             self._refuse("malformed", stream, token, refusals.NOT_DURABLE, wall)

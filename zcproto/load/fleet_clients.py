@@ -87,28 +87,34 @@ class Connection:
 
     def __init__(self, addresses: list[str], options: ConnectOptions) -> None:
         self._dialer = Dialer(options, MonotonicClock(system_clock), system_clock)
-        self._last: ClientProtocol | None = None
+        self._made: list[ClientProtocol] = []  # a second one, if the server of the first is slow
         self._has_vanished = False
         self.client = Client(addresses, options, dial=self._dial)
 
     async def _dial(self, *attempt: Any) -> ClientProtocol:
-        self._last = await self._dialer(*attempt)
+        made = await self._dialer(*attempt)
+        self._made = [*self._living(), made]
         if self._has_vanished:  # else the client would log out on it
-            self._last.abort()
-        return self._last
+            made.abort()
+        return made
+
+    def _living(self) -> list[ClientProtocol]:
+        return [each for each in self._made if each.error is None]
 
     def cut(self) -> bool:
         """Abort the connection. Return whether there was one."""
-        if self._last is None or self._last.error is not None:
-            return False
-        self._last.abort()
-        return True
+        living = self._living()
+        for each in living:
+            each.abort()
+        return bool(living)
 
     async def vanish(self) -> None:
         """End as a process that is killed: the session stays open."""
         self._has_vanished = True
-        if self.cut() and self._last is not None:
-            await self._last.closed
+        living = self._living()
+        self.cut()
+        for each in living:
+            await each.closed
         await self.client.close()
 
 

@@ -40,7 +40,7 @@ from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
-from zcproto.common.misuse import refuse
+from zcproto.common.misuse import wrong_use
 from zcproto.common.text import counted
 from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.config import Config, load_config
@@ -174,7 +174,7 @@ class Server:
         return self
 
     if not TYPE_CHECKING:
-        __enter__ = __exit__ = refuse("write async with, or use zcproto.serve")
+        __enter__ = __exit__ = wrong_use("write async with, or use zcproto.serve")
 
     async def __aexit__(self, *error: object) -> None:
         await self.drain()

@@ -275,6 +275,12 @@ class Dispatcher:
             if items is None:
                 self._answer_exception(stream, ResourceExhausted(TOO_MANY_ITEMS))
                 return
+        elif stream.has_items:
+            refusal = FailedPrecondition(
+                "this method takes no items; leave them out", {"shape": method.shape}
+            )
+            self._answer_exception(stream, refusal)
+            return
         self._state.traffic_begins()
         self._connection.hold(stream, self._state.clock.now())
         if method.shape == "client":

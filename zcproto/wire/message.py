@@ -237,14 +237,14 @@ Credit = tuple[int, int]
 
 def decode_open(
     body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
-) -> tuple[str, dict[str, Any], RequestMeta, Credit, Resume | None]:
-    """Return method, params, meta, the client's first credit, and what it resumes, of an OPEN.
+) -> tuple[str, dict[str, Any], RequestMeta, Credit, Resume | None, bool]:
+    """Return method, params, meta, first credit, what is resumed, and whether the client has items, of an OPEN.
 
     Raises MessageError.
     """
     method, params, meta = decode_request(body, max_depth, may_resume=True)
     if meta is NO_META:
-        return method, params, meta, (0, 0), None
+        return method, params, meta, (0, 0), None, False
     if meta.idempotency_key is not None:
         raise MessageError("meta.idempotency_key cannot be used with a stream: its output is not kept")
     # A second decode, so that requests do not pay for the keys.
@@ -258,7 +258,7 @@ def decode_open(
     if meta == NO_META:
         meta = NO_META  # equal, but shared: an open stream keeps it
     resumed = None if resume is None else _read_resume(resume, attaches=sent_params is None)
-    return method, params, meta, (credit[0], credit[1]), resumed
+    return method, params, meta, (credit[0], credit[1]), resumed, sent_meta.get("items") is True
 
 
 def _read_resume(resume: Any, *, attaches: bool) -> Resume:

@@ -58,11 +58,13 @@ def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
         case Kind.REQUEST | Kind.CALL:
             return _request(*decode_request(body, max_depth))
         case Kind.OPEN:
-            method, params, meta, credit, resume = decode_open(body, max_depth)
+            method, params, meta, credit, resume, has_items = decode_open(body, max_depth)
             given = decode_body(body, max_depth)[2:]
             message = _request(method, params, meta)
             if given and given[0].get("credit") is not None:
                 message["meta"]["credit"] = list(credit)
+            if has_items:
+                message["meta"]["items"] = True
             if resume is not None:
                 message["meta"]["resume"] = {"id": resume.id, "from": resume.position}
                 message["params"] = None if resume.attaches else message["params"]

@@ -26,6 +26,9 @@ export const CONNECT_TIMEOUT_MS = 10_000;
 /** How long to wait for a server that is starting. */
 export const START_TIMEOUT_MS = 10_000;
 
+/** The oldest version of Node.js that has what this client needs, as in package.json. */
+const NODE = [20, 9] as const;
+
 const KNOWN_HOSTS_FILE = "known_hosts.json";
 const MAX_WARNED = 64;
 const RUN_ID_SIZE = 16;
@@ -127,6 +130,8 @@ export interface ConnectOptions extends TrustedServerOptions {
  * TlsError, ConnectionClosed, or a CallError of `session.open`.
  */
 export async function connect(address: string | readonly string[], options: ConnectOptions = {}): Promise<Client> {
+  checkNode(process.versions.node);
+  checkNames(options);
   const client = new Client(await settingsOf(address, options), options.onConnected);
   await client.open();
   return client;
@@ -227,6 +232,37 @@ async function requireCredentials(options: SessionOptions): Promise<Credentials>
     throw new ConfigError(["sessionFor: credentials are missing; give user and key, device and deviceName, or login"]);
   }
   return credentials;
+}
+
+/** Reject a version of Node.js that is too old. @internal */
+export function checkNode(version: string): void {
+  const [major = 0, minor = 0] = version.split(".").map(Number);
+  if (major < NODE[0] || (major === NODE[0] && minor < NODE[1])) {
+    throw new ConfigError([`Node.js ${version} is too old; install ${NODE.join(".")} or later`]);
+  }
+}
+
+const NAMES: readonly (keyof ConnectOptions)[] = [
+  ...(["caFile", "pins", "systemStore", "serverHostname", "timeoutMs", "connectTimeoutMs", "startTimeoutMs"] as const),
+  ...(["addressOrder", "home", "user", "key", "device", "deviceName", "login", "certificate", "keyFile"] as const),
+  ...(["keyPassphrase", "verify", "session", "client", "onEvent", "onConnected", "maxConnections"] as const),
+  ...(["positionsFile", "maxCalls", "tracing", "maxFrame"] as const),
+];
+
+/** Reject names that no option has, which programs without types would not notice. */
+function checkNames(options: ConnectOptions): void {
+  if (typeof options !== "object") {
+    throw new ConfigError(['options: give an object; the port is part of the address, as in connect("host:7443")']);
+  }
+  for (const name of Object.keys(options)) {
+    if (!(NAMES as readonly string[]).includes(name)) {
+      const plain = (text: string) => text.replaceAll("_", "").toLowerCase();
+      const meant = NAMES.find((known) => plain(known) === plain(name) || plain(known) === `${plain(name)}ms`);
+      throw new ConfigError([
+        `${name}: connect lacks this option; ${meant === undefined ? "see ConnectOptions" : `give ${meant}`}`,
+      ]);
+    }
+  }
 }
 
 function checkNumbers(numbers: Record<string, number>): void {

@@ -73,6 +73,12 @@ describe("calls", () => {
     );
   });
 
+  test("timeout without its unit, or as text, is refused with the cure", () => {
+    for (const options of [{ timeout: 5 }, { timeoutMs: "5" }] as object[]) {
+      assert.throws(() => client.call("echo", {}, options), /give timeoutMs, a number of milliseconds/);
+    }
+  });
+
   test("calls carry the token and the timeout as deadline_ms", async () => {
     await client.call("echo", {}, { timeoutMs: 1_500, traceparent: "00-x" });
     const { token, meta } = server.requests.at(-1) ?? {};

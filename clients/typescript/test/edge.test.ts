@@ -19,7 +19,7 @@ import { inspect } from "node:util";
 import { addressText, parseAddress } from "../src/client/address.js";
 import { chooseCredentials } from "../src/client/session.js";
 import { escapeText } from "../src/client/text.js";
-import { connect } from "../src/connect.js";
+import { checkNode, connect } from "../src/connect.js";
 import { Device } from "../src/edge/device.js";
 import { KnownHosts, MAX_HOSTS } from "../src/edge/known_hosts.js";
 import { certificatePin, keyPin, MAX_PINS, parsePins } from "../src/edge/pins.js";
@@ -227,6 +227,48 @@ describe("invalid options", () => {
   for (const [name, options] of invalid) {
     test(`${name} is refused`, () => assert.rejects(connect("localhost:1", { ...options, home: folder }), ConfigError));
   }
+
+  const cures: [string, unknown, unknown, RegExp][] = [
+    ["a port alone", 7443, {}, /the address is a string, such as "host:7443"/],
+    ["a port after the host", "localhost", 7443, /the port is part of the address, as in connect\("host:7443"\)/],
+    [
+      "an option of the client in Python",
+      "localhost",
+      { ca_file: "ca.crt" },
+      /ca_file: connect lacks this option; give caFile/,
+    ],
+    ["a timeout without its unit", "localhost", { timeout: 5 }, /timeout: connect lacks this option; give timeoutMs/],
+    ["an unknown option", "localhost", { colour: "red" }, /colour: connect lacks this option; see ConnectOptions/],
+    [
+      "a path as key",
+      "localhost",
+      { user: "ada", key: "ada.key" },
+      /path of a file; give its text, as in readFileSync/,
+    ],
+    [
+      "bytes as key",
+      "localhost",
+      { user: "ada", key: Buffer.from("k") },
+      /it is a string; read the file of the key as text/,
+    ],
+  ];
+  for (const [name, address, options, cure] of cures) {
+    test(`${name} is refused with its cure`, () =>
+      assert.rejects(connect(address as string, options as object), { message: cure }));
+  }
+
+  test("an old version of Node.js is refused with the version that is needed", () => {
+    for (const version of ["18.20.8", "20.8.1"]) {
+      assert.throws(() => checkNode(version), /Node.js [0-9.]+ is too old; install 20.9 or later/);
+    }
+    checkNode("20.9.0");
+    checkNode("22.0.0");
+  });
+
+  test("white space around a key is ignored", () => {
+    const credentials = chooseCredentials({ hasCertificate: false, user: "u", key: "k\n" });
+    assert.deepEqual(credentials, chooseCredentials({ hasCertificate: false, user: "u", key: "k" }));
+  });
 
   test("no credentials and a certificate with a user are valid", () => {
     assert.equal(chooseCredentials({ hasCertificate: false }), undefined);

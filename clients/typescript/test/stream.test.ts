@@ -665,6 +665,7 @@ describe("retries", () => {
     });
 
     test("it cannot send items", async () => {
+      assert.throws(() => client.stream("jobs", {}, { window: [1, 0] }), /window: give \[items, bytes\], both above 0/);
       assert.throws(() => client.stream<{ id: number }>("jobs", {}, { reopen, items: [] }), ConfigError);
       await assert.rejects(client.stream<{ id: number }>("jobs", {}, { reopen }).send(1), /no more items/);
     });

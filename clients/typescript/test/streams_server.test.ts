@@ -238,6 +238,14 @@ test("item of another type is an InvalidArgument with its number", async () => {
   );
 });
 
+test("items for a method that takes none are refused", async () => {
+  const client = await connected();
+  await assert.rejects(
+    client.stream("forever", {}, { items: [1] }).next(),
+    /this method takes no items; leave them out/,
+  );
+});
+
 test("revoked session ends its streams, those of another user continue", async () => {
   const other = server.addUser("bob");
   const client = await connected();

@@ -64,10 +64,11 @@ void model_fail(void);                                  /* raise any exception *
 void Py_INCREF(PyObject *object);
 void Py_DECREF(PyObject *object);
 void Py_XDECREF(PyObject *object);
-#define Py_CLEAR(name) do { PyObject *cleared_ = (name); (name) = NULL; Py_XDECREF(cleared_); } while (0)
+void model_clear(PyObject **name);
+#define Py_CLEAR(name) model_clear(&(name)) /* without CPython's loops around a statement, which would be numbered */
 #define Py_None (&model_none)
-#define Py_RETURN_TRUE do { Py_INCREF(&model_true); return &model_true; } while (0)
-#define Py_RETURN_FALSE do { Py_INCREF(&model_false); return &model_false; } while (0)
+#define Py_RETURN_TRUE return PyBool_FromLong(1)
+#define Py_RETURN_FALSE return PyBool_FromLong(0)
 
 /* Exceptions. */
 PyObject *PyErr_Occurred(void);

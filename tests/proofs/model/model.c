@@ -166,6 +166,14 @@ Py_XDECREF(PyObject *object)
         give_up(object);
 }
 
+void
+model_clear(PyObject **name)
+{
+    PyObject *object = *name;
+    *name = NULL;
+    Py_XDECREF(object);
+}
+
 /* --- exceptions -------------------------------------------------------------------------------------- */
 
 PyObject *

@@ -33,6 +33,9 @@ export function addressText({ host, port }: Address): string {
 /** Parse a list of addresses, or a text that separates them by commas. Throws ConfigError. */
 export function parseAddresses(given: string | readonly string[]): readonly [Address, ...Address[]] {
   const texts = typeof given === "string" ? given.split(",") : given;
+  if (!Array.isArray(texts) || texts.some((text) => typeof text !== "string")) {
+    throw new ConfigError([`the address is a string, such as "host:${DEFAULT_PORT}", or an array of these`]);
+  }
   const unique = new Map(texts.map((text) => parseAddress(text.trim())).map((each) => [addressText(each), each]));
   const [first, ...others] = unique.values();
   if (first === undefined || unique.size > MAX_ADDRESSES) {

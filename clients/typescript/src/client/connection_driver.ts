@@ -25,6 +25,7 @@ import type { Token } from "../wire/frame.js";
 import type { Credit, Meta, Params } from "../wire/message.js";
 import type { Endpoint } from "./address.js";
 import type { Clock, Timer } from "./clock.js";
+import { TIMED_OUT } from "./deadline.js";
 import { MAX_RETRY_AFTER_MS } from "./retry.js";
 import { escapeText } from "./text.js";
 import { WaitingQueue } from "./waiting_queue.js";
@@ -415,7 +416,7 @@ export class ConnectionDriver {
     this.#pending.set(call.stream, call);
     if (deadline !== Number.POSITIVE_INFINITY) {
       call.timer = this.#clock.after(deadline - this.#clock.now(), () => {
-        this.abandon(call, new DeadlineExceeded("no response within the call's timeout"));
+        this.abandon(call, new DeadlineExceeded(TIMED_OUT));
         if (this.silence?.callTimedOut(this.#clock.now()) === true) {
           this.probe();
         }

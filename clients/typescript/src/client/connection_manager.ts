@@ -421,7 +421,7 @@ export class ConnectionManager implements ConnectionListener {
    * Each takes no longer than a TLS close.
    */
   async close(): Promise<void> {
-    this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
+    this.#closing.abort(new ConnectionClosed("this client is closed; connect again", { clean: true }));
     this.extra.close();
     await this.#connecting?.catch(() => undefined); // reported to its waiters
     await this.#besideEnded;

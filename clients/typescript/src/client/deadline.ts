@@ -3,6 +3,8 @@
 import { ConnectionClosed, DeadlineExceeded, TlsError, type ZcprotoError } from "../errors.js";
 import type { Clock } from "./clock.js";
 
+export const TIMED_OUT = "no response within the call's timeout; give it a longer timeoutMs";
+
 export class Deadline {
   /** In the clock's `now`; infinite without a timeout. */
   readonly at: number;
@@ -19,7 +21,7 @@ export class Deadline {
   check(): void {
     this.signal?.throwIfAborted();
     if (this.#clock.now() >= this.at) {
-      throw new DeadlineExceeded("no response within the call's timeout");
+      throw new DeadlineExceeded(TIMED_OUT);
     }
   }
 

@@ -174,6 +174,17 @@ function loginFault(login: unknown): string | undefined {
   return undefined;
 }
 
+/** Return the text of an API key. Throws ConfigError for another value, such as the path of its file. */
+function usableKey(key: unknown): string {
+  if (typeof key !== "string") {
+    throw new ConfigError(["key: it is a string; read the file of the key as text"]);
+  }
+  if (/[/\\]|\.(?:key|txt|pem)$/.test(key)) {
+    throw new ConfigError(['key: this is the path of a file; give its text, as in readFileSync(path, "utf8")']);
+  }
+  return key.trim();
+}
+
 /**
  * Choose the credentials: the login, the device, the API key, or else the certificate. Returns undefined without credentials.
  * Throws ConfigError for contradictory options.
@@ -215,7 +226,7 @@ export function chooseCredentials({
     if (user === undefined) {
       throw new ConfigError(["key: user is missing; give the user of the key"]);
     }
-    return new ApiKey(user, key);
+    return new ApiKey(user, usableKey(key));
   }
   if (hasCertificate) {
     return new Certificate(user);

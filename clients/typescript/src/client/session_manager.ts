@@ -704,7 +704,7 @@ export class SessionManager {
 
   /** Close the session on the server if the connection is ready, since the server limits sessions per user. */
   async close(connection: ConnectionDriver | undefined): Promise<void> {
-    this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
+    this.#closing.abort(new ConnectionClosed("this client is closed; connect again", { clean: true }));
     await this.#renewing?.catch(() => undefined); // reported to its waiters
     this.#timer?.cancel();
     this.#keeper.stop();

@@ -128,6 +128,8 @@ export interface StreamRequest {
   /** The run of a durable stream. */
   readonly run: RunPosition | undefined;
   readonly window: Credit;
+  /** Whether the application has items to send. */
+  readonly hasItems: boolean;
   readonly deadline: Deadline;
   readonly signal: AbortSignal;
   readonly traceparent: string | undefined;
@@ -193,6 +195,9 @@ export class Stream<Item = unknown, Result = unknown>
     if (items !== undefined && reopen !== undefined) {
       throw new ConfigError(["reopen: a stream that sends items cannot be opened again; leave out items or reopen"]);
     }
+    if (!isWindow(window)) {
+      throw new ConfigError([`window: give [items, bytes], both above 0, such as [${DEFAULT_WINDOW.join(", ")}]`]);
+    }
     if (run !== undefined && (items !== undefined || reopen !== undefined)) {
       throw new ConfigError([
         "durable: a durable stream sends no items and resumes by itself; leave out items and reopen",
@@ -208,6 +213,7 @@ export class Stream<Item = unknown, Result = unknown>
       reopening: reopen === undefined && run === undefined ? undefined : (error) => this.#drained(error),
       run,
       window,
+      hasItems: items !== undefined,
       deadline,
       signal,
       traceparent,
@@ -552,4 +558,8 @@ export class Stream<Item = unknown, Result = unknown>
       Promise.resolve(iterator.next()).then(resolve, reject);
     });
   }
+}
+
+function isWindow(window: unknown): boolean {
+  return Array.isArray(window) && window.length === 2 && window.every((part) => Number.isSafeInteger(part) && part > 0);
 }

@@ -235,7 +235,11 @@ export class UserClient implements AsyncDisposable {
     return token;
   }
 
-  #deadlineOf({ timeoutMs = this.#settings.timeoutMs, signal }: CallOptions = {}): Deadline {
+  #deadlineOf(options: CallOptions = {}): Deadline {
+    const { timeoutMs = this.#settings.timeoutMs, signal } = options;
+    if (typeof timeoutMs !== "number" || "timeout" in options) {
+      throw new TypeError("give timeoutMs, a number of milliseconds");
+    }
     return new Deadline(this.#clock, timeoutMs, signal);
   }
 
@@ -360,7 +364,7 @@ export class UserClient implements AsyncDisposable {
   async #ready(signal: AbortSignal | undefined): Promise<ConnectionDriver> {
     for (;;) {
       if (this.closing !== undefined) {
-        throw new ConnectionClosed("this client is closed", { clean: true });
+        throw new ConnectionClosed("this client is closed; connect again", { clean: true });
       }
       await this.#sessions.waitUntilUsable(signal);
       const connection = await this.#shared.manager.waitReady(signal);
@@ -442,6 +446,7 @@ export class UserClient implements AsyncDisposable {
 
   #runStream(request: StreamRequest, opened: (pending: PendingStream) => void): Promise<unknown> {
     const { method, params, reopening, run, window, deadline, signal, traceparent } = request;
+    const announced = request.hasItems ? { items: true as const } : {};
     let pending: PendingStream | undefined;
     const send = (connection: ConnectionDriver, token: Token) => {
       const now = this.#clock.now();
@@ -449,7 +454,7 @@ export class UserClient implements AsyncDisposable {
         throw new ConnectionClosed("the stream may have begun; call durableStreams to find it");
       }
       const resume = run === undefined ? {} : { resume: run.resume(now) };
-      const meta = { ...metaOf({ traceparent }, deadline.remainingMs()), window, ...resume };
+      const meta = { ...metaOf({ traceparent }, deadline.remainingMs()), window, ...resume, ...announced };
       pending = connection.openStream(method, params(), token, meta, deadline.at);
       opened(pending);
       return abortable(pending, signal);

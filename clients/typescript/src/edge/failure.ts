@@ -43,6 +43,8 @@ const BY_VERIFY_ERROR = new Map<string, TlsFailure>([
   ["CERT_REVOKED", "certificate_revoked"],
 ]);
 
+const UNTRUSTED_CURE = "get the CA of the server (zcproto cert export-ca), and give it as caFile";
+
 const RESETS = new Set(["ECONNRESET", "EPIPE", "ECONNABORTED", "ETIMEDOUT"]);
 
 /** Make a TlsError with the message for its failure. */
@@ -56,7 +58,8 @@ export function failureOf(error: NodeJS.ErrnoException, socket: TLSSocket, isCon
   if (!isConnected && verifyError) {
     const code = typeof verifyError === "string" ? verifyError : ((verifyError as NodeJS.ErrnoException).code ?? "");
     const failure = BY_VERIFY_ERROR.get(code) ?? "certificate_untrusted";
-    return new TlsError(failure, error.message, { cause: error });
+    const cure = failure === "certificate_untrusted" ? `; ${UNTRUSTED_CURE}` : "";
+    return new TlsError(failure, `${error.message}${cure}`, { cause: error });
   }
   const code = error.code ?? "";
   if (code.startsWith("ERR_SSL_")) {

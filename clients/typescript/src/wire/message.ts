@@ -25,6 +25,7 @@ export interface AcceptedRun extends Resume {
 /** The metadata of a request. */
 export interface Meta {
   credit?: Credit;
+  items?: true;
   resume?: Resume;
   deadline_ms?: number;
   idempotency_key?: string;
