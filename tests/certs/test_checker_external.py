@@ -113,7 +113,7 @@ def test_expiry_of_external_certificates_is_reported_at_each_threshold(
 
 
 @pytest.mark.parametrize("life", [1, 6, 47, 90])
-def test_short_external_certificate_is_no_alert_in_the_first_two_thirds_of_its_life(
+def test_short_external_certificate_raises_an_alert_only_in_the_last_third_of_its_life(
     tmp_path: Path, ec_key: Any, life: int
 ) -> None:
     write(tmp_path, "site", ec_key, "a.example", not_before=NOW, not_after=NOW + life * DAY)

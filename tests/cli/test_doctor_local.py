@@ -317,7 +317,7 @@ def test_full_disk_is_reported(
     assert doctor().state("disk") == state
 
 
-def test_full_disk_is_no_damage_of_the_sessions(
+def test_full_disk_does_not_count_as_damage_of_the_sessions(
     folder: Path, doctor: Doctor, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:

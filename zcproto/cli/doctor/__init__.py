@@ -61,6 +61,9 @@ MAX_FILES: Final = 1_000
 
 IN_USE: Final = "in use"
 
+CORRECT: Final = "correct it, then run: zcproto config check"
+"""The cure of a fault whose message says what would be right."""
+
 REISSUED: Final = "the server issues another at its start, or within a minute if it runs"
 RESTORE: Final = f"{REISSUED}; to keep the pin, restore the files from a backup first"
 OLD_CERTIFICATE: Final = (
@@ -291,7 +294,7 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
         yield from_message(str(error))
         return
     refused = [from_message(fault) for fault in certificate_faults(config)]
-    yield from refused
+    yield from ((state, problem, cure or CORRECT) for state, problem, cure in refused)
     folder = str(config.certificates.directory)
     yield from (from_message(each) for each in found.problems if not (refused and each.startswith(folder)))
     for row in found.certificates:
@@ -484,8 +487,7 @@ def starting(checked: StartCheck, config: Config, known: Sequence[Finding]) -> I
     reported = {each.found for each in known}
     for fault in checked.faults:
         finding = Finding(fault.check, *from_message(fault.message))
-        if not finding.cure:  # its message says what is allowed
-            finding = finding._replace(cure="correct it, then run: zcproto config check")
+        finding = finding._replace(cure=finding.cure or CORRECT)
         if finding.found not in reported:
             yield finding
     for note in checked.notes:
