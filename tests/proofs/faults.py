@@ -58,7 +58,7 @@ FAULTS: Final = (
     Fault("cut_values", "cut_values", "&& !is_out_of_memory()", ""),
     Fault("fits", "fits", "is_named < 0 || is_required < 0", "is_named < 0"),
     Fault("fits", "fits", "!PyDict_CheckExact(args[0]) ||", ""),
-    Fault("read_meta", "read_meta", "PyDict_Size(map) == 1 &&", "PyDict_Size(map) <= 1 &&"),
+    Fault("read_meta", "read_meta", "PyDict_CheckExact(map) &&", ""),
     Fault("read_meta", "read_meta", "Py_XDECREF(fields)", "(void)fields"),
     Fault("request_message", "request_message", "(size == 2 || size == 3)", "(size == 1 || size == 2)"),
     Fault("request_message", "request_message", "Py_INCREF(*meta)", "(void)*meta"),

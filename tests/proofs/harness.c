@@ -513,6 +513,7 @@ proof_request_in(void)
     ASSUME(size >= BODY);
     Bytes frame = any_bytes(size);
     PyObject *request = request_in(frame, size, nondet_size_t(), its, by, nondet_uint64());
+    ASSERT(model_error != OTHER_ERROR, "the errors of a body are cleared: the general path reports them");
     if (request == NULL && model_error == NO_ERROR)
         ASSERT(model_held == 0, "no reference leaks");
     else
