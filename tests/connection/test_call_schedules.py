@@ -25,7 +25,7 @@ from zcproto.connection.events import (
     ResponseReceived,
 )
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_calls import ServerCall, encode_call
+from zcproto.connection.server_calls import CallToClient, ServerCall, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.sessions import OpenedSession
@@ -123,7 +123,7 @@ class Ends:
 
     def call(self, user: str, method: str) -> None:
         number = len(self.outcomes) + len(self.calls)
-        body = encode_call(method, {"user": user, "number": number}, TIMEOUT, None, 1_000)
+        body = encode_call(CallToClient(method, {"user": user, "number": number}, TIMEOUT), 1_000)
         session_id = self.opened[user].session.id
         try:
             call = self.server.call(session_id, method, body, timeout_s=TIMEOUT, wall=WALL, now=self.now)

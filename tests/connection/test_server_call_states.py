@@ -13,7 +13,13 @@ from tests.connection.helpers import pair_in_session
 from tests.helpers import NOW, SALT, WALL, ConnectionPair, small_registry
 from zcproto.connection.events import CallEnded, ConnectionEnded, GoAwayReason
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_calls import ServerCall, ServerCallState, encode_call, encode_offer
+from zcproto.connection.server_calls import (
+    CallToClient,
+    ServerCall,
+    ServerCallState,
+    encode_call,
+    encode_offer,
+)
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import (
     Code,
@@ -161,7 +167,7 @@ def test_call_has_the_newest_token_the_deadline_and_the_traceparent() -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     newer = pair.registry.refresh(pair.opened.refresh_token, client="", address="", wall=WALL)
     pair.server.join(newer.session, newer.token, WALL, NOW)
-    body = encode_call("approve", {"tool": "shell"}, 0.0015, trace, 1_000)
+    body = encode_call(CallToClient("approve", {"tool": "shell"}, 0.0015, trace), 1_000)
     pair.server.call(pair.opened.session.id, "approve", body, timeout_s=0.0015, wall=WALL, now=NOW)
     answer = pair.answer()
     assert (answer.raw[1], answer.stream, answer.token) == (CALL, 1, newer.token)
@@ -291,11 +297,11 @@ def test_calls_are_refused_while_an_ended_session_has_some_in_flight() -> None:
 @pytest.mark.parametrize("params", [{"x": object()}, {"x": bytes(1_000)}])
 def test_params_that_cannot_be_sent_are_refused(params: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):
-        encode_call("approve", params, 1.0, None, 1_000)
+        encode_call(CallToClient("approve", params, 1.0), 1_000)
 
 
 def test_timeout_without_end_fits_the_wire() -> None:
-    assert decode_request(encode_call("m", {}, 1e300, None, 1_000))[2].deadline_ms == 2**53
+    assert decode_request(encode_call(CallToClient("m", {}, 1e300), 1_000))[2].deadline_ms == 2**53
 
 
 def test_deadlines_of_calls_are_deadlines_of_the_connection() -> None:
