@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from zcproto.common.text import escape_text
-from zcproto.errors import CallError, ConfigError, ConnectionClosed
+from zcproto.errors import CallError, ConfigError, ConnectionClosed, Unavailable
 from zcproto.load.caller import Operator, UserCaller
 from zcproto.load.plan import Plan, Target, shares, sources_for
 from zcproto.load.result import Moment, Result, StatsReading
@@ -174,7 +174,7 @@ class _Run:
             return
         try:
             stats = await self._operator.stats()
-        except ConnectionClosed as error:
+        except (ConnectionClosed, Unavailable) as error:  # Unavailable: it drains
             self._result.unread = f"the server's counters could not be read: {error}"
             return
         self._result.readings[moment] = StatsReading(
