@@ -198,9 +198,8 @@ class TlsClientTransport(TlsTransport):
     def _fail_for(self, error: ssl.SSLError) -> None:
         failure = failure_of(error)
         if isinstance(error, ssl.SSLCertVerificationError):
-            detail = error.verify_message.rstrip(".")
-            if failure in CERTIFICATE_CURES:
-                detail += f"; {CERTIFICATE_CURES[failure]}"
+            reason, cure = error.verify_message.rstrip("."), CERTIFICATE_CURES.get(failure)
+            detail = f"{reason}; {cure}" if cure else reason
         else:
             detail = _ALERT_SENTENCES.get(reason_of(error), "")
         self._refuse(failure, detail)
