@@ -234,7 +234,13 @@ INSTALLATIONS: list[tuple[Callable[[Machine], None], list[str], str, str, str]] 
     (webhook_down, [], "webhook", "warning", "cannot be reached: Connection refused | check the receiver"),
     (webhook_up, [], "webhook", "ok", ": reachable"),
     pytest.param(
-        *(run_as_root, ["home", "config"], "home", "fault", "| run as that user: sudo -u '#4711'"),
+        *(
+            run_as_root,
+            ["home", "config"],
+            "home",
+            "fault",
+            "| run as that user: sudo -u '#4711' zcproto --home",
+        ),
         marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
     ),
 ]

@@ -83,8 +83,8 @@ def test_file_of_a_foreign_owner_is_refused(path: Path, monkeypatch: pytest.Monk
     ("user", "owner", "fix"),
     [
         (1000, 4711, "run as that user, or run: chown 1000 '{path}'"),
-        (0, 4711, "run as that user: sudo -u '#4711' COMMAND"),
-        (0, 0, "run as that user: sudo -u root COMMAND"),
+        (0, 4711, "run as that user: sudo -u '#4711' zcproto --home DIR ..."),
+        (0, 0, "run as that user: sudo -u root zcproto --home DIR ..."),
     ],
 )
 def test_root_is_never_advised_to_take_a_file(
@@ -243,7 +243,7 @@ def test_system_error_names_path_action_and_fix(tmp_path: Path) -> None:
         (None, 1000, "missing", "let the user of the server write to {folder}"),
         (1000, 1000, "file", "run: chmod u+rw {path}"),
         (1000, 1000, "folder", "run: chmod u+rwx {path}"),
-        (4711, 1000, "file", "run this as its owner: sudo -u '#4711' COMMAND"),
+        (4711, 1000, "file", "run this as its owner: sudo -u '#4711' zcproto --home DIR ..."),
         (
             0,
             1000,

@@ -103,7 +103,7 @@ def trusted_owners() -> frozenset[int]:
 def owner_fix(path: Path, owner: int) -> str:
     """Return what to do about a file of another user. Root never takes one: a service would lose its files."""
     if os.geteuid() == _ROOT:
-        return f"run as that user: sudo -u {user_name(owner)} COMMAND"
+        return f"run as that user: sudo -u {user_name(owner)} zcproto --home DIR ..."
     return f"run as that user, or run: chown {os.geteuid()} {_quoted(path)}"
 
 
@@ -120,7 +120,7 @@ def access_fix(path: Path) -> str:
     if status.st_uid == os.geteuid():
         return f"run: chmod u+rw{'x' if stat.S_ISDIR(status.st_mode) else ''} {_quoted(path)}"
     if status.st_uid != _ROOT:
-        return f"run this as its owner: sudo -u {user_name(status.st_uid)} COMMAND"
+        return f"run this as its owner: sudo -u {user_name(status.st_uid)} zcproto --home DIR ..."
     command = f"chown {os.geteuid()} {_quoted(path)}"
     return f"run this as the user of the server; if this is that user, let root run: {command}"
 

@@ -174,7 +174,7 @@ def _permissions(home: Home) -> Iterator[Result]:
     if os.geteuid() == 0 and owner != 0:
         cure = (
             "run commands as the server's user, who cannot read files of root: sudo -u"
-            f" {user_name(owner)} zcproto ..."
+            f" {user_name(owner)} zcproto --home {shlex.quote(str(home.path))} ..."
         )
         yield WARNING, f"the home folder belongs to uid {owner}, and this is root", cure
     for number, path in enumerate(_files(home.path)):
