@@ -21,7 +21,7 @@ import pytest
 
 import zcproto
 from tests.server.helpers import KEY, PATIENT_CLIENT, ServerThread
-from zcproto import App, Client, Context, Items
+from zcproto import App, Client, Config, Context, Items, ServerConfig
 from zcproto.cli import main
 from zcproto.client.blocking import BlockingStream
 from zcproto.client.streams import Stream
@@ -125,6 +125,22 @@ DEFINITIONS: dict[str, tuple[Callable[[], object], str]] = {
     "lifespan without decorator": (
         lambda: App(lifespan=plain_lifespan),  # type: ignore[arg-type]
         "decorate the function with contextlib.asynccontextmanager",
+    ),
+    "lifespan by position": (
+        lambda: App(plain_lifespan),  # type: ignore[misc, arg-type]
+        "App: give arguments by name, as in App(lifespan=...)",
+    ),
+    "section by position": (
+        lambda: Config(ServerConfig()),  # type: ignore[misc]
+        "Config: give settings by name, such as server=...",
+    ),
+    "misspelt section": (
+        lambda: Config(sever=ServerConfig()),  # type: ignore[call-arg]
+        "Config: sever is an unknown key; did you mean server?",
+    ),
+    "misspelt setting": (
+        lambda: ServerConfig(prot=7443),  # type: ignore[call-arg]
+        "ServerConfig: prot is an unknown key; did you mean port?",
     ),
 }
 
@@ -368,6 +384,18 @@ async def test_result_with_a_key_that_is_not_str_is_logged_and_the_connection_st
             with pytest.raises(zcproto.InternalError):
                 await client.call("keys")
     assert found == 2 * ["value has a key of type int, not str, and cannot be sent"]
+
+
+@pytest.mark.parametrize("connect", [zcproto.connect, zcproto.connect_blocking])
+def test_method_of_the_server_as_attribute_names_the_cure(connect: Callable[[str], Any]) -> None:
+    client = connect(ADDRESS)
+    with pytest.raises(
+        AttributeError, match=r"'greet'; call a method .* by .*client\.call\(\"greet\", \.\.\.\)"
+    ):
+        client.greet(name="ada")
+    with pytest.raises(AttributeError, match=r"'_greet'$"):
+        client._greet  # noqa: B018
+    assert not hasattr(client, "greet")
 
 
 async def test_client_that_is_not_open_names_the_cure() -> None:

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from functools import partial
-from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Self, TypeVar, overload
 
 from zcproto.app.context import Context, State
 from zcproto.app.topics import Scope, Slow, Topic
@@ -335,6 +335,13 @@ class App(Generic[State]):
     `authenticators` decide who may open sessions. By default they are `BUILT_IN_SCHEMES`: the API keys, devices and
     client certificates of the server's home folder.
     """
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *arguments: object, **_: object) -> Self:
+            if arguments and cls.__init__ is App.__init__:
+                raise TypeError("App: give arguments by name, as in App(lifespan=...)")
+            return super().__new__(cls)
 
     def __init__(
         self,

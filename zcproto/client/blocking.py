@@ -37,7 +37,7 @@ from zcproto.client.handlers import Event, Function, run_in_thread, settle
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream, check_items
-from zcproto.common.misuse import wrong_use
+from zcproto.common.misuse import no_such_method, wrong_use
 from zcproto.common.process import new_event_loop
 from zcproto.common.value_types import RETURNS_ANY, Returned
 from zcproto.errors import ConnectionClosed
@@ -141,6 +141,7 @@ class BlockingSessionClient:
 
     if not TYPE_CHECKING:
         __aenter__ = __aexit__ = wrong_use("write with; a program with asyncio uses connect")
+        __getattr__ = no_such_method("client.call")
 
     @property
     def session(self) -> ClientSession | None:

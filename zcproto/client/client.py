@@ -65,7 +65,7 @@ from zcproto.client.streams import (
 from zcproto.common.clock import Clock, MonotonicClock, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.middleware import around, check_middleware
-from zcproto.common.misuse import check_seconds, wrong_use
+from zcproto.common.misuse import check_seconds, no_such_method, wrong_use
 from zcproto.common.value_types import RETURNS_ANY, Returned, checked_result
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import (
@@ -173,6 +173,7 @@ class SessionClient:
 
     if not TYPE_CHECKING:
         __enter__ = __exit__ = wrong_use("write async with; a program without asyncio uses connect_blocking")
+        __getattr__ = no_such_method("await client.call")
 
     # --- state ------------------------------------------------------------------------------------
 

@@ -18,6 +18,21 @@ def wrong_use(cure: str) -> Callable[..., Any]:
     return refused
 
 
+def no_such_method(write: str) -> Callable[..., Any]:
+    """Return a `__getattr__` for clients, which raises AttributeError with the call to write for a server's method.
+
+    Define it unless TYPE_CHECKING, as above.
+    """
+
+    def refused(self: object, name: str) -> NoReturn:
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if not name.startswith("_"):
+            message += f'; call a method of the server by {write}("{name}", ...)'
+        raise AttributeError(message, name=name, obj=self)
+
+    return refused
+
+
 def check_seconds(name: str, value: object) -> None:
     """Raise TypeError unless an argument is a number of seconds, or None."""
     if value is not None and not isinstance(value, int | float):

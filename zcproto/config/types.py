@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import tomli
@@ -107,6 +107,21 @@ class Settings(BaseModel):
     """A frozen table of settings. The docstring below each attribute describes it, see `descriptions`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, /, *values: object, **settings: object) -> Self:
+            """Raise TypeError for an unknown setting in code; `faults_of` reports those of a file."""
+            if values:
+                raise TypeError(
+                    f"{cls.__name__}: give settings by name, such as {next(iter(cls.model_fields))}=..."
+                )
+            for name in settings:
+                if name not in cls.model_fields:
+                    raise TypeError(
+                        f"{cls.__name__}: {name} is an {unknown_key(name, cls.model_fields, 'it')}"
+                    )
+            return super().__new__(cls)
 
 
 # --- kinds of values -------------------------------------------------------------------------------------
