@@ -213,11 +213,11 @@ def pattern_of(shown: str) -> str:
 # --- a reader ------------------------------------------------------------------------------------------------
 
 PIP: Final = f"""
-import re, sys, tomllib
+import os, re, shutil, sys, tomllib
 from importlib import metadata
 with open({str(ROOT / "pyproject.toml")!r}, "rb") as file:
     own = tomllib.load(file)["project"]["optional-dependencies"]
-for requirement in sys.argv[2:]:
+for requirement in sys.argv[3:]:
     if requirement[0] == "-":
         continue
     _, is_folder, name = requirement.rpartition("/")
@@ -226,8 +226,19 @@ for requirement in sys.argv[2:]:
     assert is_clone or name != "zcproto", "on PyPI, zcproto is another project's package"
     known = own if is_clone else metadata.metadata(name).get_all("Provides-Extra", [])
     assert set(extras) <= set(known), requirement
+    path = requirement.partition("[")[0]
+    assert not is_clone or os.path.exists(path + "/pyproject.toml"), path + " is no clone"
+    programs = os.path.dirname(sys.argv[1])
+    if os.path.exists(programs + "/of-packages/" + name):
+        shutil.copy(programs + "/of-packages/" + name, programs)
 """
-"""Checks that a `pip install` names packages that are installed, and extras that they have."""
+"""Checks that a `pip install` names packages that are installed, clones, and extras that they have.
+
+The programs of packages exist from then on. Its first argument is the fake pip.
+"""
+
+PACKAGES: Final = {"pytest", "uvicorn"}
+"""Programs that exist only after `pip install` of their packages."""
 
 
 ZCPROTO: Final = f"""
@@ -268,6 +279,7 @@ class Reader:
         self.clone, self.folder = self.home / "zcproto", self.home / "project"
         self.folder.mkdir(parents=True)
         self.clone.mkdir()
+        (self.clone / "pyproject.toml").touch()
         (self.home / ".zeroclaw").mkdir(0o700)
         shutil.copytree(certs, self.home / ".zeroclaw" / "certs")
         self.files: dict[str, str] = {}
@@ -463,7 +475,7 @@ class Reader:
 
     def _write_programs(self) -> None:
         """Write the programs that an installation would have."""
-        self._bin.mkdir()
+        (self._bin / "of-packages").mkdir(parents=True)
         python = shlex.quote(sys.executable)
         for name, command in {
             # Its log is as on a terminal.
@@ -471,11 +483,11 @@ class Reader:
             "python": f'exec {python} "$@"',
             "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"'
             f' && ln -sf {shlex.quote(str(self._bin))}/* "$3/bin/"',
-            "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
+            "pip": f'exec {python} -c {shlex.quote(PIP)} "$0" "$@"',
             "npm": 'mkdir -p node_modules/@zcproto && ln -s "$NODE_CLIENT" node_modules/@zcproto/client',
             "pytest": f'exec {python} -m pytest -p no:cacheprovider -p zcproto.testing.plugin "$@"',
             "uvicorn": f'exec {python} -m uvicorn "$@"',
         }.items():
-            program = self._bin / name
+            program = self._bin / "of-packages" / name if name in PACKAGES else self._bin / name
             program.write_text(f"#!/bin/sh\n{command}\n")
             program.chmod(0o755)
