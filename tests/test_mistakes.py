@@ -349,6 +349,10 @@ CALLS: dict[str, tuple[Callable[[Client], Awaitable[Any]], str]] = {
         "reopen is a function of the last item",
     ),
     "closed": (use_closed, "this client is closed; create a new one"),
+    "resume where nothing is durable": (
+        lambda client: finish(client.resume("A" * 22)),
+        "this server has no durable streams",
+    ),
     "second open": (lambda client: client.open(), "was opened before; create a new one"),
 }
 

@@ -76,6 +76,7 @@ from zcproto.errors import (
     DeadlineExceeded,
     InvalidArgument,
     NotFound,
+    Unimplemented,
     ZcprotoError,
 )
 from zcproto.wire.frame import NO_TOKEN
@@ -371,8 +372,14 @@ class SessionClient:
         )
 
     async def durable_streams(self) -> list[dict[str, Any]]:
-        """Return the durable streams of this user that run or are kept, as `stream.list` describes them."""
-        found: list[dict[str, Any]] = await self.call("stream.list")
+        """Return the durable streams of this user that run or are kept, as `stream.list` describes them.
+
+        Raises Unimplemented if the server has none, and otherwise like `call`.
+        """
+        try:
+            found: list[dict[str, Any]] = await self.call("stream.list")
+        except Unimplemented as error:
+            raise Unimplemented("this server has no durable streams") from error
         return found
 
     def _stream(
