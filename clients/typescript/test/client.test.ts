@@ -105,6 +105,18 @@ describe("calls", () => {
     );
   });
 
+  test("deadline that the server notices first has the same message", async () => {
+    server.on("sleep", () => NO_RESPONSE);
+    const call = watch(client.call("sleep", {}, { timeoutMs: 100 }));
+    await server.clock.advance(0);
+    const sleeping = server.requests.find(({ method }) => method === "sleep");
+    assert.ok(sleeping);
+    server.last.fail(sleeping, Code.DEADLINE_EXCEEDED, {}, "the deadline has passed");
+    await server.clock.advance(0);
+    assert.ok(call.error instanceof DeadlineExceeded);
+    assert.match(call.error.message, /give it a longer timeoutMs/);
+  });
+
   test("timed out call is cancelled without affecting others", async () => {
     server.on("sleep", () => NO_RESPONSE);
     const slow = watch(client.call("sleep", {}, { timeoutMs: 100 }));

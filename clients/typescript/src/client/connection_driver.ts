@@ -20,12 +20,12 @@ import type {
 import type { ItemStream } from "../connection/item_streams.js";
 import { PROBE_MS, QUIET_MS, Silence } from "../connection/silence.js";
 import type { Welcome } from "../connection/welcome.js";
-import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
+import { CallError, Code, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
 import type { Token } from "../wire/frame.js";
 import type { Credit, Meta, Params } from "../wire/message.js";
 import type { Endpoint } from "./address.js";
 import type { Clock, Timer } from "./clock.js";
-import { TIMED_OUT } from "./deadline.js";
+import { TIMED_OUT, TOO_LATE } from "./deadline.js";
 import { MAX_RETRY_AFTER_MS } from "./retry.js";
 import { escapeText } from "./text.js";
 import { WaitingQueue } from "./waiting_queue.js";
@@ -314,7 +314,9 @@ export class ConnectionDriver {
         break;
       case "error":
         this.#removePending(event.stream)?.fail(
-          CallError.fromWire(event.code, escapeText(event.message, MAX_MESSAGE), event.details),
+          event.code === Code.DEADLINE_EXCEEDED && event.message === TOO_LATE
+            ? new DeadlineExceeded(TIMED_OUT, event.details)
+            : CallError.fromWire(event.code, escapeText(event.message, MAX_MESSAGE), event.details),
         );
         break;
       case "accepted":

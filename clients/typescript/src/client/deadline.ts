@@ -5,6 +5,9 @@ import type { Clock } from "./clock.js";
 
 export const TIMED_OUT = "no response within the call's timeout; give it a longer timeoutMs";
 
+/** What a server answers that notices it first. */
+export const TOO_LATE = "the deadline has passed";
+
 export class Deadline {
   /** In the clock's `now`; infinite without a timeout. */
   readonly at: number;
