@@ -191,7 +191,7 @@ def test_program_that_cannot_run_is_refused_at_start(tmp_path: Path) -> None:
     for path, fault in (
         (tmp_path / "none", "cannot be run: No such file"),
         (tmp_path, "is not a program"),
-        (Path("/etc/passwd"), "is not a program"),
+        (Path("/etc/passwd"), r"run: chmod \+x /etc/passwd"),
     ):
         with pytest.raises(ConfigError, match=rf"alerts\.command: .*{fault}"):
             Command([str(path)], timeout=1.0, environ={})

@@ -36,6 +36,7 @@ import hashlib
 import hmac
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -474,11 +475,11 @@ def check_program(path: Path) -> None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
-            raise ConfigError(
-                [
-                    f"{key}: {escape_text(str(path))} is not a program that this user may run; run: chmod +x on it"
-                ]
+            shown = escape_text(str(path))
+            fault = (
+                f"{key}: {shown} is not a program that this user may run; run: chmod +x {shlex.quote(shown)}"
             )
+            raise ConfigError([fault])
         check_access(path, status, OTHERS_WRITE)
         check_place(path)
     except OSError as error:
