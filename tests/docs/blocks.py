@@ -229,7 +229,7 @@ for requirement in sys.argv[3:]:
     path = requirement.partition("[")[0]
     assert not is_clone or os.path.exists(path + "/pyproject.toml"), path + " is no clone"
     programs = os.path.dirname(sys.argv[1])
-    if os.path.exists(programs + "/of-packages/" + name):
+    if os.path.isfile(programs + "/of-packages/" + name):
         shutil.copy(programs + "/of-packages/" + name, programs)
 """
 """Checks that a `pip install` names packages that are installed, clones, and extras that they have.
