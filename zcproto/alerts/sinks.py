@@ -476,10 +476,10 @@ def check_program(path: Path) -> None:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
             shown = escape_text(str(path))
-            fault = (
-                f"{key}: {shown} is not a program that this user may run; run: chmod +x {shlex.quote(shown)}"
+            program = shlex.quote(shown)
+            raise ConfigError(
+                [f"{key}: {shown} is not a program that this user may run; run: chmod +x {program}"]
             )
-            raise ConfigError([fault])
         check_access(path, status, OTHERS_WRITE)
         check_place(path)
     except OSError as error:
