@@ -227,7 +227,7 @@ for requirement in sys.argv[3:]:
     known = own if is_clone else metadata.metadata(name).get_all("Provides-Extra", [])
     assert set(extras) <= set(known), requirement
     path = requirement.partition("[")[0]
-    assert not is_clone or os.path.exists(path + "/pyproject.toml"), path + " is no clone"
+    assert not is_clone or os.path.exists(path + "/pyproject.toml"), path + " is not a clone"
     programs = os.path.dirname(sys.argv[1])
     if os.path.isfile(programs + "/of-packages/" + name):
         shutil.copy(programs + "/of-packages/" + name, programs)
