@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -28,7 +30,14 @@ def main() -> None:
     finally:
         if options.log:
             options.log.write_text("\n".join(lines) + "\n")
-    print(world.digest, dict(world.truth.ended), f"{time.process_time() - begun:.1f} s of CPU, {world.scheduler.turns} turns")
+        sys.stdout.flush()
+    print(
+        world.digest,
+        dict(world.truth.ended),
+        f"{time.process_time() - begun:.1f} s of CPU, {world.scheduler.turns} turns",
+    )
+    sys.stdout.flush()
+    os._exit(0)  # crashed processes are as they were: their coroutines must not be closed
 
 
 main()

@@ -35,13 +35,15 @@ class _Selector:
 class SimulatedLoop(asyncio.BaseEventLoop):
     """The event loop of a process."""
 
-    def __init__(self, scheduler: Scheduler, name: str) -> None:
+    def __init__(self, scheduler: Scheduler, name: str, run: int) -> None:
         super().__init__()
         self._selector = _Selector()
         self._clock_resolution = 1e-9
         self._scheduler = scheduler
         self.name = name
-        self.random = scheduler.random_of(name)
+        self.run = f"{name}.{run}"
+        """The name of this process and no other, not even after a restart."""
+        self.random = scheduler.random_of(self.run)
         self.free_at = 0.0  # a turn, or a pause, lasts until then
         self.planned = inf  # of the scheduler
         self.has_crashed = False

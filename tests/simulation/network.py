@@ -8,6 +8,7 @@ sender's buffer fill, as TCP does.
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections import deque
 from collections.abc import Callable
 from random import Random
@@ -43,7 +44,9 @@ class Network:
         self._number += 1
         random = self._random_of(f"connection {self._number}")
         link = frozenset((client[0].name, server[0].name))
-        near, far = (End(self, self._number, link, each[0], random) for each in (client, server))
+        near, far = (
+            End(self, self._number, link, client[0].name, each[0], random) for each in (client, server)
+        )
         near.peer_end, far.peer_end = far, near
         self._connections[self._number] = near, far
         near.begin(lambda: client[1])
@@ -79,21 +82,27 @@ class Network:
         self.held_until[frozenset((name, other))] = until
 
 
+def address_of(process: str) -> str:
+    """Return the IP address of a process, which no other has."""
+    number = zlib.crc32(process.encode())
+    return ".".join(map(str, (10, *number.to_bytes(4, "big")[:3])))
+
+
 class End(asyncio.Transport):
     """One end of a connection."""
-
-    peer = "127.0.0.1"
 
     def __init__(
         self,
         network: Network,
         number: int,
         link: frozenset[str],
+        client: str,
         loop: SimulatedLoop,
         random: Random,
     ) -> None:
         super().__init__()
         self.network, self.number, self.link, self.loop = network, number, link, loop
+        self.peer = address_of(client)
         self.protocol: asyncio.Protocol
         self._random = random
         self.peer_end = self

@@ -59,9 +59,9 @@ class Disk:
 class ServerProcess:
     """One run of a server. `open` starts it, `crash` or `stop` end it."""
 
-    def __init__(self, loop: SimulatedLoop, app: App[Any], config: Config, store: Any, disk: Disk) -> None:
+    def __init__(self, loop: SimulatedLoop, app: App[Any], config: Config, link: Any, disk: Disk) -> None:
         self.loop, self.clock = loop, ProcessClock(loop)
-        self._app, self._config, self._store, self._disk = app, config, store, disk
+        self._app, self._config, self.link, self._disk = app, config, link, disk
         self.state: ServerState | None = None
         self.sync: StoreSync | None = None
         self._running = AsyncExitStack()
@@ -79,7 +79,7 @@ class ServerProcess:
         build.PendingRevocations, original = lambda path: pending, build.PendingRevocations  # type: ignore[assignment, misc]
         try:
             state, self.sync = build.build_state(
-                config, NO_HOME, settings, alerts, wheel, clock, entropy, self._store
+                config, NO_HOME, settings, alerts, wheel, clock, entropy, self.link
             )
         finally:
             build.PendingRevocations = original  # type: ignore[misc]
