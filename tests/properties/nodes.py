@@ -132,7 +132,12 @@ class MemoryPending(PendingRevocations):
         self._disk.update(self._entries)
 
 
-WRITES = frozenset({"create", "rotate", "touch", "end", "end_user", "end_all", "lease", "ping"})
+WRITES = frozenset(
+    {
+        *("create", "rotate", "touch", "end", "end_user", "end_all", "lease", "expire", "ping"),
+        *("claim", "keep_answer", "release_claim"),
+    }
+)
 
 Applied = tuple[str, int, str, tuple[Any, ...]]
 """The node and the time of an operation, its name and arguments."""
