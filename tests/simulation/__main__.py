@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.simulation.faults import FAULTS
 from tests.simulation.world import Plan, World
 
 
@@ -18,7 +19,10 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--fault", choices=sorted(FAULTS))
     options = parser.parse_args()
+    if options.fault:
+        FAULTS[options.fault]()
     plan = Plan(
         seed=options.seed, seconds=options.hours * 3600, servers=options.servers, clients=options.clients
     )

@@ -13,14 +13,13 @@ from tests.simulation.loop import SimulatedLoop
 from zcproto.admin.parts import ActiveConfig
 from zcproto.alerts.service import ServerAlerts
 from zcproto.app.app import App
-from zcproto.auth import Identity
 from zcproto.app.authentication import CallableAuthenticator
+from zcproto.auth import Identity
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.config import Config
 from zcproto.runs.log import RunTable
 from zcproto.runs.store import MemoryRuns
 from zcproto.runtime import build
-from zcproto.runtime.background import clean_sessions
 from zcproto.server.durable import serve_runs
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods

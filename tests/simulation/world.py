@@ -6,7 +6,6 @@ import asyncio
 import gc
 import hashlib
 import logging
-import random as system_random
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -318,7 +317,7 @@ class World:
 
 @contextmanager
 def deterministic(scheduler: Scheduler) -> Iterator[None]:
-    """Let randomness that is no parameter come from the seed, and nothing from threads or the garbage collector."""
+    """Let randomness that cannot be given come from the seed, and nothing from threads or the garbage collector."""
     random = scheduler.random_of("process")
     patches: list[tuple[Any, str, Any]] = [
         (product_client, "system_entropy", random.randbytes),
