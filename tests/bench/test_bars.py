@@ -316,6 +316,7 @@ UNMET: list[tuple[Callable[..., Report], dict[str, Any], str]] = [
     (killed_server, {"damage": 1}, "damage"),
     (killed_server, {"failed": Counter({"close: NOT_FOUND": 2})}, "failed fault"),
     (killed_workers, {"returns": {"worker": 1.5}}, "worker_back_s"),
+    (killed_workers, {"returns": {"supervisor": 1.5}}, "over_start"),
     (killed_workers, {"gone_s": [2.0], "left": 1}, "gone_s left"),
     (outage, {"lost": 1}, "lost"),
     (outage, {"failed": Counter({"TOKEN_REVOKED": 2})}, "failed"),
