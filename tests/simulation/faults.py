@@ -8,7 +8,7 @@ from typing import Any, Final
 from zcproto.server.idempotency import IdempotencyCache
 
 
-def _ask_nobody() -> None:
+def _ask_none() -> None:
     """A server runs a call with an idempotency key without a look at what other servers run."""
 
     async def claim(self: IdempotencyCache, name: Any, run: Any) -> None:
@@ -17,4 +17,4 @@ def _ask_nobody() -> None:
     IdempotencyCache._claim = claim  # type: ignore[method-assign]
 
 
-FAULTS: Final[dict[str, Callable[[], None]]] = {"claims_are_not_asked": _ask_nobody}
+FAULTS: Final[dict[str, Callable[[], None]]] = {"claims_are_not_asked": _ask_none}
