@@ -209,6 +209,9 @@ class ClientProcess(Process):
                 outcome = "ok"
             except ZcprotoError as error:
                 outcome = type(error).__name__
+            if outcome in ("TokenRevoked", "SessionReplaced", "TokenExpired") and self.client is not None:
+                client, self.client = self.client, None
+                await client.close()
             self._truth.end(call)
             self._truth.log(self.name, f"{call}: {outcome}")
             await self._think(self._think_s)

@@ -44,6 +44,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.run = f"{name}.{run}"
         """The name of this process and no other, not even after a restart."""
         self.random = scheduler.random_of(self.run)
+        self._turns = scheduler.random_of(f"{self.run} turns")
         self.free_at = 0.0  # a turn, or a pause, lasts until then
         self.planned = inf  # of the scheduler
         self.has_crashed = False
@@ -68,7 +69,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             except BaseException as error:
                 future.set_exception(error)
 
-        self.call_later(self.random.uniform(*THREAD_S), run)
+        self.call_later(self._turns.uniform(*THREAD_S), run)
         return future
 
     def run_turn(self) -> None:
@@ -151,7 +152,7 @@ class Scheduler:
                 self.turns += 1
                 loop.planned = -inf  # it plans itself afterwards
                 loop.run_turn()
-                loop.free_at = max(loop.free_at, self.now + loop.random.uniform(*TURN_S))
+                loop.free_at = max(loop.free_at, self.now + loop._turns.uniform(*TURN_S))
                 loop.planned = inf
             due = loop.next_turn
             if due < inf:

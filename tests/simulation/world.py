@@ -8,7 +8,7 @@ import hashlib
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -23,6 +23,7 @@ from tests.simulation.servers import Disk, ServerProcess
 from tests.simulation.store import ServerLink, SharedStore
 from tests.simulation.truth import Truth, Violation
 from zcproto.client import client as product_client
+from zcproto.common.deadlines import DeadlineWheel, Timers
 from zcproto.config import load_config
 from zcproto.observe import log as product_log
 
@@ -315,13 +316,46 @@ class World:
                 raise Violation(f"{name} has left {left}")
 
 
+class OrderedSet(dict[Any, None]):
+    """A set whose order does not depend on the addresses of its members."""
+
+    def __init__(self, members: Iterable[Any] = ()) -> None:
+        super().__init__(dict.fromkeys(members))
+
+    def add(self, member: Any) -> None:
+        self[member] = None
+
+    def discard(self, member: Any) -> None:
+        dict.pop(self, member, None)
+
+    def pop(self) -> Any:  # type: ignore[override]
+        return self.popitem()[0]
+
+
+class OrderedBuckets(dict[int, Any]):
+    """The buckets of a DeadlineWheel."""
+
+    def __setitem__(self, tick: int, entries: Iterable[Any]) -> None:
+        super().__setitem__(tick, OrderedSet(entries))
+
+
+def new_wheel(wheel: DeadlineWheel, timers: Timers) -> None:
+    """Replace `DeadlineWheel.__init__`."""
+    original_wheel(wheel, timers)
+    wheel._buckets = OrderedBuckets()
+
+
+original_wheel = DeadlineWheel.__init__
+
+
 @contextmanager
 def deterministic(scheduler: Scheduler) -> Iterator[None]:
     """Let randomness that cannot be given come from the seed, and nothing from threads or the garbage collector."""
     random = scheduler.random_of("process")
     patches: list[tuple[Any, str, Any]] = [
         (product_client, "system_entropy", random.randbytes),
-        (product_log, "_write_line", lambda line: None),
+        (DeadlineWheel, "__init__", new_wheel),
+        (product_log._LogState, "write", lambda state, line: None),
         (secrets, "token_bytes", lambda size=32: random.randbytes(size)),
     ]
     with ExitStack() as stack:
