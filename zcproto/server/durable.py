@@ -69,7 +69,7 @@ from zcproto.server.protocol_methods import protocol_method
 from zcproto.server.state import DETACHED, ServerState, log
 from zcproto.server.streams import StreamRunner
 from zcproto.sessions import EndReason, Session
-from zcproto.wire.frame import MIN_LENGTH
+from zcproto.wire.frame import MIN_LENGTH, NO_TOKEN
 from zcproto.wire.message import MessageError, encode_error
 
 SWEEP_S: Final = 5.0
@@ -473,8 +473,8 @@ class OwnedRun:
         self.method = method
         self.peer = peer
         self.session = request.session
-        self.request = Request(  # its params are in the arguments
-            0, request.token, request.session, request.method, {}, request.meta, held=True
+        self.request = Request(  # its params are in the arguments; a run must not keep a token that is valid
+            0, NO_TOKEN, request.session, method.name, {}, request.meta, held=True
         )
         self._arguments = method.bind(request.params)
         if method.context_name is not None:
@@ -702,7 +702,7 @@ class OwnedRun:
 
 
 class RunContext(Context[Any]):
-    """A call of a durable method. It continues without its connection."""
+    """A call of a durable method. It continues without its connection, and has no token."""
 
     __slots__ = ()
 
@@ -715,14 +715,20 @@ class RunCaller:
     It lacks the parts of a `CallConnection` that only the methods of the protocol use.
     """
 
-    __slots__ = ("_run", "_state", "id", "peer", "suppress_revoked_event")
+    __slots__ = ("_run", "_state", "suppress_revoked_event")
 
     def __init__(self, state: ServerState, run: OwnedRun) -> None:
         self._state = state
         self._run = run
-        self.peer = run.peer
-        self.id = f"run {run.key.id}"
         self.suppress_revoked_event = False
+
+    @property
+    def id(self) -> str:
+        return f"run {self._run.key.id}"
+
+    @property
+    def peer(self) -> str:
+        return self._run.peer
 
     @property
     def stopping(self) -> asyncio.Event:
