@@ -64,7 +64,8 @@ def application(truth: Truth, server: str, random: Random) -> App[Any]:
 
     @app.method("count", durable=True)
     async def count(context: Context, call: str, upto: int) -> AsyncIterator[int]:
-        note(context)
+        assert context.session is not None
+        truth.check_ended(context.session.id, server)  # a durable method has no token
         truth.ran(call, server)
         for number in range(upto):
             yield number

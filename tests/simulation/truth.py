@@ -86,7 +86,7 @@ class Truth:
 
     def used(self, session_id: str, token: bytes, server: str) -> None:
         """A server has accepted a token."""
-        self._check_ended(session_id, server)
+        self.check_ended(session_id, server)
         newest = self.newest.get(session_id)
         if newest is None or newest[0] == token:
             self.newest.setdefault(session_id, (token, self.now()))
@@ -99,12 +99,13 @@ class Truth:
 
     def streamed(self, session_id: str, token: bytes, server: str) -> None:
         """A stream that a token has opened goes on."""
-        self._check_ended(session_id, server)
+        self.check_ended(session_id, server)
         rotated_at = self.rotated.get(token)
         if rotated_at is not None:
             self._check_bound(f"the stream of session {session_id}", rotated_at + STREAM_S, "", server)
 
-    def _check_ended(self, session_id: str, server: str) -> None:
+    def check_ended(self, session_id: str, server: str) -> None:
+        """A server has run something for a session: it must not have ended for too long."""
         session = self.sessions.get(session_id)
         if session is not None:
             self._check_bound(f"session {session_id}", session.ended_at, session.by, server)
