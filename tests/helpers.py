@@ -11,9 +11,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from hypothesis import settings
 
@@ -52,6 +52,8 @@ FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYE
 
 ROOT: Final = Path(__file__).parents[1]
 
+T = TypeVar("T")
+
 
 def machine_settings(*, max_examples: int, steps: int) -> settings:
     """Return the settings of a state machine: these, or those of `--hypothesis-profile=long`."""
@@ -86,6 +88,17 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
         timeout=TIMEOUT,
         check=False,
     )
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that must never suspend, without an event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise AssertionError("the coroutine suspended")
 
 
 def raising(error: BaseException) -> Callable[..., Any]:

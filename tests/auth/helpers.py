@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from zcproto.auth import Identity, Login
 from zcproto.auth.directory import Directory
 from zcproto.auth.files import Entry, TableFile
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.sessions import token_from_text, token_text
-
-T = TypeVar("T")
 
 DIGEST = token_text(bytes(range(32)))
 VALID_NAMES = [
@@ -41,17 +39,6 @@ def digest_of(key: str) -> bytes:
     raw = token_from_text(key)
     assert raw is not None
     return sha256(raw).digest()
-
-
-def drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that must never suspend, without an event loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    coroutine.close()
-    raise AssertionError("the coroutine suspended")
 
 
 async def decision(answer: Identity | Awaitable[Identity | None] | None) -> Identity | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.auth.helpers import DIGEST, FunctionAuthenticator, directory, drive, identified
+from tests.auth.helpers import DIGEST, FunctionAuthenticator, directory, identified
+from tests.helpers import drive
 from zcproto.auth import Identity, Login, Throttle, UserFile
 from zcproto.auth.identity import NO_CHANNEL, Authenticator
 from zcproto.auth.login import MAX_PENDING, ApplicationAuthenticator

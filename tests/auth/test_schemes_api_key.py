@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.auth.helpers import DIGEST, FakeLog, decision, directory, drive, write
+from tests.auth.helpers import DIGEST, FakeLog, decision, directory, write
+from tests.helpers import drive
 from tests.limits import TIMEOUT
 from zcproto import auth
 from zcproto.auth import Identity, UserFile, schemes

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.auth.helpers import directory, drive, identified, write
+from tests.auth.helpers import directory, identified, write
+from tests.helpers import drive
 from zcproto.auth import DeviceFile, Identity, Login, Throttle, UserFile, schemes
 from zcproto.auth.devices import is_public_key, is_signed
 from zcproto.auth.identity import Channel

@@ -11,7 +11,8 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.auth.helpers import FakeLog, directory, drive, identified, write
+from tests.auth.helpers import FakeLog, directory, identified, write
+from tests.helpers import drive
 from zcproto.auth import Identity, Login, Throttle, UserFile
 from zcproto.auth.identity import Channel
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, certificate_key

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import SALT, WALL
+from tests.helpers import SALT, WALL, drive
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.memory_store import MemoryStore
 from zcproto.common.deadlines import DeadlineWheel
@@ -160,11 +160,7 @@ class Server:
         if name in WRITES and name != "ping":
             self.applied.append((node, at, name, arguments))
         self.store.holder, self._at = node, at
-        try:
-            getattr(self.store, name)(*arguments).send(None)
-        except StopIteration as done:
-            return done.value
-        raise AssertionError("the store waited")
+        return drive(getattr(self.store, name)(*arguments))
 
     def behind(self, lost: int) -> Server:
         """Return a server without the last operations."""

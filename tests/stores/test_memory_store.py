@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any
-
 import pytest
 
+from tests.helpers import drive
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import (
     FIVE,
@@ -57,31 +55,24 @@ class TestMemoryStore(StoreContract, RepeatedRefreshContract):
     """It stands for a shared store in other tests, and its sessions end with it."""
 
 
-def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Return the result of a coroutine that never suspends."""
-    with pytest.raises(StopIteration) as stopped:
-        coroutine.send(None)
-    return stopped.value.value
-
-
 def test_no_operation_suspends() -> None:
     store = MemoryStore(registry())
     record = session()
     wanted = rotation(record)
-    assert at_once(store.open(lambda change: None)) is None
-    assert at_once(store.create(record, FIVE)) == Created()
-    assert at_once(store.find(record.token_digest)) == at_once(store.get(record.id)) == record
-    assert at_once(store.list()) == at_once(store.list("alice")) == [record]
-    at_once(store.touch([(record.id, WALL + 1)]))
-    at_once(store.rotate(wanted))
-    at_once(store.claim("alice", "k", digest("body"), LEASE))
-    at_once(store.keep_answer("alice", "k", b"answer", KEEP))
-    at_once(store.release_claim("alice", "k"))
-    at_once(store.expire(WALL, KEEP_ENDED, 10))
-    assert at_once(store.end([record.id], Code.TOKEN_REVOKED, WALL)) != []
-    assert at_once(store.end_user("alice", Code.TOKEN_REVOKED, WALL)) == []
-    assert at_once(store.end_all(Code.TOKEN_REVOKED, WALL)) == at_once(store.count()) == 0
-    assert at_once(store.ping()) is at_once(store.close()) is None
+    assert drive(store.open(lambda change: None)) is None
+    assert drive(store.create(record, FIVE)) == Created()
+    assert drive(store.find(record.token_digest)) == drive(store.get(record.id)) == record
+    assert drive(store.list()) == drive(store.list("alice")) == [record]
+    drive(store.touch([(record.id, WALL + 1)]))
+    drive(store.rotate(wanted))
+    drive(store.claim("alice", "k", digest("body"), LEASE))
+    drive(store.keep_answer("alice", "k", b"answer", KEEP))
+    drive(store.release_claim("alice", "k"))
+    drive(store.expire(WALL, KEEP_ENDED, 10))
+    assert drive(store.end([record.id], Code.TOKEN_REVOKED, WALL)) != []
+    assert drive(store.end_user("alice", Code.TOKEN_REVOKED, WALL)) == []
+    assert drive(store.end_all(Code.TOKEN_REVOKED, WALL)) == drive(store.count()) == 0
+    assert drive(store.ping()) is drive(store.close()) is None
 
 
 async def test_registry_is_the_only_copy() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import FakeClock
+from tests.helpers import FakeClock, drive
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FAILS
 from tests.stores.service.harness import (
@@ -126,27 +126,22 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     registry = SessionRegistry(SessionSettings(), CountedEntropy())
     sessions = SessionService(registry, clock)
 
-    def at_once(work: Any) -> Any:
-        with pytest.raises(StopIteration) as stopped:
-            work.send(None)
-        return stopped.value.value
-
-    opened = at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
-    again = at_once(sessions.refresh(opened.refresh_token, client=CLIENT, address=ADDRESS))
+    opened = drive(sessions.open("ada", client=CLIENT, address=ADDRESS))
+    again = drive(sessions.refresh(opened.refresh_token, client=CLIENT, address=ADDRESS))
     assert again.session.id == opened.session.id
-    assert [info.id for info in at_once(sessions.list("ada"))] == [opened.session.id]
-    assert at_once(sessions.look_up(b"x" * 32, ADDRESS, Code.UNAUTHENTICATED)) is None
-    assert at_once(sessions.revoke(again.session.id, user="ada", reason=""))
+    assert [info.id for info in drive(sessions.list("ada"))] == [opened.session.id]
+    assert drive(sessions.look_up(b"x" * 32, ADDRESS, Code.UNAUTHENTICATED)) is None
+    assert drive(sessions.revoke(again.session.id, user="ada", reason=""))
     assert registry.kept == 0
     for _ in range(3):
-        opened = at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
-    assert at_once(sessions.revoke(opened.session.id, user="ada", reason=""))
-    assert at_once(sessions.revoke_user("ada", "")) == 2
-    opened = at_once(sessions.open("ada", client=CLIENT, address=ADDRESS, key="device:phone"))
-    assert at_once(sessions.find_by_refresh_token(opened.refresh_token)).user == "ada"
-    assert at_once(sessions.revoke_key("ada", "device:phone", "")) == 1
-    at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
-    assert at_once(sessions.revoke_all("")) == 1
+        opened = drive(sessions.open("ada", client=CLIENT, address=ADDRESS))
+    assert drive(sessions.revoke(opened.session.id, user="ada", reason=""))
+    assert drive(sessions.revoke_user("ada", "")) == 2
+    opened = drive(sessions.open("ada", client=CLIENT, address=ADDRESS, key="device:phone"))
+    assert drive(sessions.find_by_refresh_token(opened.refresh_token)).user == "ada"
+    assert drive(sessions.revoke_key("ada", "device:phone", "")) == 1
+    drive(sessions.open("ada", client=CLIENT, address=ADDRESS))
+    assert drive(sessions.revoke_all("")) == 1
     assert sessions.statistics() == {"state": "healthy"}
     assert not sessions.looks_up
 
