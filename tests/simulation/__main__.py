@@ -34,7 +34,6 @@ def main() -> None:
     finally:
         if options.log:
             options.log.write_text("\n".join(lines) + "\n")
-        sys.stdout.flush()
     print(
         world.digest,
         dict(world.truth.ended),

@@ -14,7 +14,7 @@ def _ask_none() -> None:
     async def claim(self: IdempotencyCache, name: Any, run: Any) -> None:
         return None
 
-    IdempotencyCache._claim = claim  # type: ignore[method-assign]
+    IdempotencyCache._claim = claim
 
 
 FAULTS: Final[dict[str, Callable[[], None]]] = {"claims_are_not_asked": _ask_none}

@@ -75,20 +75,20 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def run_turn(self) -> None:
         """Run what is ready."""
         events._set_running_loop(self)
-        sys.set_asyncgen_hooks(self._asyncgen_firstiter_hook, self._asyncgen_finalizer_hook)  # type: ignore[attr-defined]
+        sys.set_asyncgen_hooks(self._asyncgen_firstiter_hook, self._asyncgen_finalizer_hook)
         try:
-            self._run_once()  # type: ignore[attr-defined]
+            self._run_once()
         finally:
             events._set_running_loop(None)
 
     @property
     def next_turn(self) -> float:
         """When something is ready to run."""
-        if self._ready:  # type: ignore[has-type]
+        if self._ready:
             return self.free_at
-        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[has-type]
+        timers: list[asyncio.TimerHandle] = self._scheduled
         while timers and timers[0].cancelled():
-            heapq.heappop(timers)._scheduled = False  # type: ignore[attr-defined]
+            heapq.heappop(timers)._scheduled = False
             self._timer_cancelled_count -= 1
         return max(timers[0].when(), self.free_at) if timers else inf
 
@@ -100,7 +100,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         """Run nothing any more. Tasks stay where they are."""
         self.has_crashed = True
         for task in asyncio.all_tasks(self):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            task._log_destroy_pending = False
 
     def _process_events(self, event_list: object) -> None:
         """Nothing has come."""
@@ -168,8 +168,8 @@ def one_thread() -> Iterator[None]:
     def refuse(thread: threading.Thread) -> None:
         raise AssertionError(f"the simulation has no threads: {thread.name}")
 
-    threading.Thread.start = refuse  # type: ignore[method-assign]
+    threading.Thread.start = refuse
     try:
         yield
     finally:
-        threading.Thread.start = start  # type: ignore[method-assign]
+        threading.Thread.start = start

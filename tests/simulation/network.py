@@ -34,8 +34,6 @@ class Network:
         self._number = 0
         self.held_until: dict[frozenset[str], float] = {}
         """Links that carry nothing until a time."""
-        self.refusing: dict[frozenset[str], float] = {}
-        """Links that cannot be connected until a time."""
 
     def connect(
         self, client: tuple[SimulatedLoop, asyncio.Protocol], server: tuple[SimulatedLoop, Accept]
@@ -61,13 +59,11 @@ class Network:
         """Return the connections of these processes, the oldest first."""
         return [ends for ends in self._connections.values() if ends[0].link.issuperset(names)]
 
-    def cut(self, *names: str) -> int:
-        """Reset the connections of these processes. Return how many. What is in flight is lost."""
-        cut = self.between(*names)
-        for ends in cut:
+    def cut(self, *names: str) -> None:
+        """Reset the connections of these processes. What is in flight is lost."""
+        for ends in self.between(*names):
             for end in ends:
                 end.lose(TlsFailure.CONNECTION_RESET)
-        return len(cut)
 
     def crashed(self, name: str, *, is_silent: bool) -> None:
         """End the connections of a crashed process. Without its machine, others notice nothing for now."""

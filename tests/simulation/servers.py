@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from tests.properties.nodes import MemoryPending
@@ -56,14 +54,13 @@ class Disk:
 
 
 class ServerProcess:
-    """One run of a server. `open` starts it, `crash` or `stop` end it."""
+    """One run of a server. `open` starts it. It ends when its loop crashes, or with the simulation."""
 
     def __init__(self, loop: SimulatedLoop, app: App[Any], config: Config, link: Any, disk: Disk) -> None:
         self.loop, self.clock = loop, ProcessClock(loop)
         self._app, self._config, self.link, self._disk = app, config, link, disk
         self.state: ServerState | None = None
         self.sync: StoreSync | None = None
-        self._running = AsyncExitStack()
 
     @property
     def name(self) -> str:
@@ -75,42 +72,25 @@ class ServerProcess:
         settings = replace(build.session_settings(config), max_sessions=MAX_SESSIONS, dead_limit=MAX_SESSIONS)
         wheel = DeadlineWheel(self.loop)
         pending = MemoryPending(self._disk.revocations)
-        build.PendingRevocations, original = lambda path: pending, build.PendingRevocations  # type: ignore[assignment, misc]
+        build.PendingRevocations, original = lambda path: pending, build.PendingRevocations
         try:
             state, self.sync = build.build_state(
                 config, NO_HOME, settings, alerts, wheel, clock, entropy, self.link
             )
         finally:
-            build.PendingRevocations = original  # type: ignore[misc]
+            build.PendingRevocations = original
         state.run = self.name
         login = build.build_login(
             ActiveConfig(config), NO_HOME, state, [CallableAuthenticator("api_key", identify)], now=None
-        ).login  # type: ignore[arg-type]
+        ).login
         state.add_methods([*protocol_methods(state, login, app=self._app), *self._app])
         runs = MemoryRuns(RunTable(build.run_limits(config)), clock.now)
         serve_runs(state, runs, config.streams.durable_abandon_after)
-        stack = self._running
-        stack.callback(state.close)
-        stack.callback(wheel.close)
         if self.sync is not None:
             await self.sync.start()
-            stack.push_async_callback(self.sync.stop)
-        stack.push_async_callback(partial(state.tasks.close, 2.0))
         self.state = state
 
     def accept(self) -> asyncio.Protocol:
         if self.state is None:
             raise ConnectionRefusedError
         return ServerProtocol(self.state)
-
-    async def stop(self) -> None:
-        """End in order, as after a drain."""
-        state, self.state = self.state, None
-        assert state is not None
-        state.stopping.set()
-        if state.runs is not None:
-            state.runs.close()
-        for connection in list(state.connections):
-            connection.cancel_all()
-            connection.close("drain_timeout")
-        await self._running.aclose()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from tests.helpers import drive
 from tests.properties import nodes
 from tests.simulation.loop import SimulatedLoop
 from tests.stores.memory_store import MemoryStore
@@ -21,9 +22,6 @@ from zcproto.stores.base import Claim
 DELAY_S = 2e-4, 2e-3
 SLOW_S = 0.2
 MAX_SESSIONS = 5_000
-
-Operation = tuple[str, int, str, tuple[Any, ...]]
-"""The process and the time of an operation, its name and arguments."""
 
 
 class Copy:
@@ -41,11 +39,7 @@ class Copy:
 
     def apply(self, node: str, at: int, name: str, arguments: tuple[Any, ...]) -> Any:
         self.store.holder, self.at = node, at
-        try:
-            getattr(self.store, name)(*arguments).send(None)
-        except StopIteration as done:
-            return done.value
-        raise AssertionError("the store waited")
+        return drive(getattr(self.store, name)(*arguments))
 
     def copy(self, random: Random) -> Copy:
         """Return a replica with the same data."""
@@ -70,7 +64,7 @@ class SharedStore(nodes.Store):
         self._on_lost = on_lost
         self.primary: Any = Copy(random)
         self._replica = Copy(random)
-        self._lagging: deque[Operation] = deque()
+        self._lagging: deque[nodes.Applied] = deque()
 
     def apply(self, link: nodes.StoreLink, server: Any, name: str, arguments: tuple[Any, ...]) -> Any:
         if server is self.primary and name in nodes.WRITES and name != "ping":
@@ -96,11 +90,10 @@ class ServerLink(nodes.StoreLink):
     def __init__(
         self, store: SharedStore, loop: SimulatedLoop, process: str, living: Callable[[], Sequence[str]]
     ) -> None:
-        super().__init__(store, loop)  # type: ignore[arg-type]
+        super().__init__(store, loop)
         self.name = process
         self._living = living
         self._random = loop.random
-        self.reached_since = loop.time()
 
     def _send(self, arrive: Callable[[], object]) -> None:
         delay = self._random.uniform(*DELAY_S) + (SLOW_S if self.mode == nodes.SLOW else 0.0)

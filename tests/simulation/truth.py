@@ -36,9 +36,8 @@ class Truth:
 
     now: Callable[[], float]
     log: Callable[..., None]
-    reached_since: Callable[[str], float]
-    """Since when a server has reached the store without a gap."""
-    begun: Counter[str] = field(default_factory=Counter)
+    reached_since: Callable[[], float]
+    """Since when all servers and the store could have exchanged everything."""
     ended: Counter[str] = field(default_factory=Counter)
     calls: dict[str, tuple[float, str]] = field(default_factory=dict)
     """Calls in progress: when they must have ended, and the process of the client."""
@@ -67,7 +66,6 @@ class Truth:
         self.excused.update(call for call, ran_on in self.runs.items() if ran_on == server)
 
     def begin(self, call: str, timeout: float, process: str) -> None:
-        self.begun[call.partition(" ")[0]] += 1
         self.calls[call] = self.now() + timeout, process
 
     def end(self, call: str) -> None:
@@ -114,7 +112,7 @@ class Truth:
         """Check that something has ended lately, or that this server cannot have learned of it yet."""
         bound = ended_at
         if server != by:
-            bound = max(bound, self.reached_since(server)) + SHARED_BOUND_S
+            bound = max(bound, self.reached_since()) + SHARED_BOUND_S
         if self.now() > bound:
             age = self.now() - ended_at
             raise self.violated(

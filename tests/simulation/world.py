@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,6 @@ class World:
         self.network = Network(self.scheduler.random_of)
         self._show = show
         self._digest = hashlib.sha256()
-        self.lines = 0
         self.truth = Truth(lambda: self.scheduler.now, self.log, self._reached_since)
         self.servers: dict[str, ServerProcess] = {}
         self.clients: dict[str, ClientProcess] = {}
@@ -95,6 +95,7 @@ class World:
         self._failed_over_at = -inf
         self._disks = {name: Disk() for name in self.server_names}
         self._runs = 0
+        self._timers: list[tuple[float, Callable[[], None]]] = []
         self.paused_until: dict[str, float] = {}
         self._graveyard: list[object] = []
         self.failure: BaseException | None = None
@@ -113,7 +114,6 @@ class World:
     def log(self, process: str, text: str) -> None:
         line = f"{self.scheduler.now:12.6f}  {process:10}  {text}"
         self._digest.update(line.encode() + b"\n")
-        self.lines += 1
         if self._show is not None:
             self._show(line)
 
@@ -202,8 +202,7 @@ class World:
         if name in ("claim", "keep_answer", "release_claim"):
             self.truth.excused.add(arguments[1])
 
-    def _reached_since(self, server: str) -> float:
-        """Since when all servers and the store could have exchanged everything."""
+    def _reached_since(self) -> float:
         return max(self._disturbed_until, *self.paused_until.values(), 0.0)
 
     # --- faults --------------------------------------------------------------------------------------
@@ -266,7 +265,6 @@ class World:
 
     def run(self) -> None:
         """Run the plan. Raises Violation, or what a process has raised."""
-        self._timers: list[tuple[float, Callable[[], None]]] = []
         with deterministic(self.scheduler):
             for name in self.server_names:
                 self._start_server(name)
@@ -276,7 +274,7 @@ class World:
             for number in range(self.plan.thieves):
                 self._start_thief(f"thief{number + 1}")
             for fault in self.faults:
-                self._timers.append((fault.at, lambda fault=fault: self._inject(fault)))  # type: ignore[misc]
+                self._timers.append((fault.at, partial(self._inject, fault)))
             self._run_until(end)
             self._run_until(end + SETTLE_S)
             for process in (*self.clients.values(), *self.thieves.values()):
@@ -328,7 +326,7 @@ class OrderedSet(dict[Any, None]):
     def discard(self, member: Any) -> None:
         dict.pop(self, member, None)
 
-    def pop(self) -> Any:  # type: ignore[override]
+    def pop(self) -> Any:
         return self.popitem()[0]
 
 
