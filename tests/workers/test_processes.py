@@ -643,8 +643,12 @@ async def user_in_each(
             ca_file=server.home / "certs" / "ca.crt",
             connect_timeout=TIMEOUT,
         )
-        each = await stack.enter_async_context(connecting)
-        clients.setdefault(await each.call(method, **params), each)
+        async with contextlib.AsyncExitStack() as closing:
+            each = await closing.enter_async_context(connecting)
+            pid = await each.call(method, **params)
+            if pid not in clients:  # others close and give their session back: a user has few
+                clients[pid] = each
+                await stack.enter_async_context(closing.pop_all())
     return clients
 
 
