@@ -54,9 +54,9 @@ def test_programs_run_as_printed(
 
 
 def clone_in(folder: Path) -> Path:
-    """Where the page finds this clone: by a link in `folder` if a shell would split its own path.
+    """Return a path of this clone that needs no quotes: its own one, or a link in `folder`.
 
-    Compilers start afresh behind a link, so the path is used as it is where that is possible.
+    The link is not used always, because cargo compiles the client again behind it.
     """
     if shlex.quote(str(ROOT)) == str(ROOT):
         return ROOT

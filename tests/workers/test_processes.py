@@ -643,12 +643,9 @@ async def user_in_each(
             ca_file=server.home / "certs" / "ca.crt",
             connect_timeout=TIMEOUT,
         )
-        async with contextlib.AsyncExitStack() as closing:
-            each = await closing.enter_async_context(connecting)
-            pid = await each.call(method, **params)
-            if pid not in clients:  # others close and give their session back: a user has few
-                clients[pid] = each
-                await stack.enter_async_context(closing.pop_all())
+        each = await stack.enter_async_context(connecting)
+        if clients.setdefault(await each.call(method, **params), each) is not each:
+            await each.close()  # its session is free again, of the few that a user has
     return clients
 
 
