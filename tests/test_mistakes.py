@@ -367,15 +367,28 @@ async def test_mistake_in_a_call_is_an_error_with_its_cure(mistake: str, server:
     assert message in str(caught.value)
 
 
-async def test_private_method_without_a_session_names_the_cure(server: ServerThread) -> None:
-    async with zcproto.connect(
-        f"127.0.0.1:{server.port}", ca_file=server.ca_file, **PATIENT_CLIENT
-    ) as client:
-        with pytest.raises(
-            zcproto.Unauthenticated,
-            match="this needs a session: connect with a user and a key, or another login",
-        ):
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        ({}, "connect with a user and a key, or another login"),
+        ({"user": "ada", "key": KEY, "session": False}, "call open_session() of the client first"),
+    ],
+    ids=["without credentials", "not opened"],
+)
+async def test_private_method_without_a_session_names_the_cure(
+    server: ServerThread, options: dict[str, Any], cure: str
+) -> None:
+    options |= {"ca_file": server.ca_file, **PATIENT_CLIENT}
+    async with zcproto.connect(f"127.0.0.1:{server.port}", **options) as client:
+        with pytest.raises(zcproto.Unauthenticated, match=re.escape(f"this needs a session: {cure}")):
             await client.call("keys")
+
+
+async def test_wrong_key_keeps_its_message_in_a_client_without_session(server: ServerThread) -> None:
+    options = {"ca_file": server.ca_file, "user": "ada", "key": KEY, "session": False, **PATIENT_CLIENT}
+    async with zcproto.connect(f"127.0.0.1:{server.port}", **options) as client:
+        with pytest.raises(zcproto.Unauthenticated, match="the login was not accepted"):
+            await client.call("session.open", scheme="api_key", user="ada", key="zk_wrong")
 
 
 async def test_result_with_a_key_that_is_not_str_is_logged_and_the_connection_stays(

@@ -531,7 +531,7 @@ class SessionClient:
             raise error
         elif then is Then.RAISE:
             if token == NO_TOKEN:
-                raise error
+                raise sessions.missing(error)
             if isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
                 await self._present_token(error, connection, token, deadline)
                 return

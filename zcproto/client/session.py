@@ -43,6 +43,7 @@ from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.secret import SecretBytes
 from zcproto.connection.events import NEVER, EventReceived
+from zcproto.connection.refusals import SESSION_MISSING
 from zcproto.errors import CallError, Code, ConnectionClosed, ProtocolError, Unauthenticated, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
 
@@ -245,6 +246,12 @@ class SessionManager:
             self.session = None
             self.token = NO_TOKEN
         self._update_validity()
+
+    def missing(self, error: CallError) -> CallError:
+        """Return the error of a call without a token: with credentials, the cure is to open the session."""
+        if self.credentials is None or error.message != SESSION_MISSING:
+            return error
+        return Unauthenticated("this needs a session: call open_session() of the client first", error.details)
 
     async def ensure(self) -> None:
         """Wait until calls may be sent: with a valid session, or without one if none is required.

@@ -32,10 +32,8 @@ NEEDS_ATTACH: Final = encode_error(
 NEEDS_CERTIFICATE: Final = encode_error(
     Code.UNAUTHENTICATED, "token bound to another client certificate: open a session", {"certificate": True}
 )
-NEEDS_SESSION: Final = encode_error(
-    Code.UNAUTHENTICATED,
-    "this needs a session: connect with a user and a key, or another login",
-)
+SESSION_MISSING: Final = "this needs a session: connect with a user and a key, or another login"
+NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, SESSION_MISSING)
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 LEFT: Final = encode_error(Code.CANCELLED, "cancelled by the caller", {"reason": "caller"})
 WRONG_TOKEN: Final = encode_error(
