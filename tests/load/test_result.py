@@ -46,6 +46,15 @@ def test_each_kind_of_failure_is_a_reason(
     assert result.verdict is Verdict.FAILED
 
 
+def test_method_that_the_server_lacks_is_named_with_the_cure() -> None:
+    result = verified_result()
+    result.record.tallies[LAST].errors = {"UNIMPLEMENTED": 10}
+    assert result.reasons() == [
+        "10 last requests got an error",
+        "the server has no method `echo`; name one of its own by --method or --stream",
+    ]
+
+
 @pytest.mark.parametrize("what", ["connections", "sessions", "requests"])
 def test_different_server_count_is_a_reason(what: str) -> None:
     result = verified_result()

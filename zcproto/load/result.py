@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from zcproto.common.text import counted
+from zcproto.errors import Code
 from zcproto.load.caller import ServerStats
 from zcproto.load.plan import Plan
 from zcproto.load.record import Record, RequestKind
@@ -140,6 +141,11 @@ class Result:
                 "could not be sent": sum(tally.not_sent.values()),
             }
             reasons += [f"{counted(n, noun)}{which} {result}" for result, n in results.items() if n]
+        if any(Code.UNIMPLEMENTED.name in tally.errors for tally in record.tallies.values()):
+            called = self.plan.stream or (self.plan.target.method if self.plan.target else "echo")
+            reasons.append(
+                f"the server has no method `{called}`; name one of its own by --method or --stream"
+            )
         items = record.items
         if items.unequal:
             reasons.append(f"{counted(items.unequal, 'item')} wrong or out of order")
