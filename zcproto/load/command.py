@@ -148,7 +148,7 @@ _TEMPLATE: Final = """<!doctype html>
 <title>zcproto: measured</title>
 <style>
 body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font-family: system-ui, sans-serif; color: #1f2933 }
-pre { overflow-x: auto; font: clamp(0.5rem, 2vw, 0.9rem)/1.4 ui-monospace, monospace }
+pre { white-space: pre-wrap; font: clamp(0.5rem, 2vw, 0.9rem)/1.4 ui-monospace, monospace }
 figure { margin: 0; overflow-x: auto }
 svg { width: 100%; min-width: 34rem }
 @media (max-width: 40rem) { body { margin-top: 1rem } }
