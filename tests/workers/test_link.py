@@ -152,12 +152,40 @@ async def test_notice_of_the_server_reaches_all_clients(pair: Pair) -> None:
     await until(lambda: heard == ["drain"] * 3)
 
 
-async def test_error_of_a_call_arrives_as_the_same_error_with_its_details(pair: Pair) -> None:
-    async def refuse(link: Link) -> None:
+Kind = Callable[[Callable[[Link], object]], Callable[[Link], object]]
+
+
+def waiting(handler: Callable[[Link], object]) -> Callable[[Link], object]:
+    """Return a handler that is a coroutine function."""
+
+    async def wait(link: Link) -> object:
+        await asyncio.sleep(0)
+        return handler(link)
+
+    return wait
+
+
+@pytest.fixture(params=[waiting, lambda handler: handler], ids=["waits", "at once"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """A kind of handler of calls, which is made from a function."""
+    return request.param  # type: ignore[no-any-return]
+
+
+async def test_call_is_answered_and_in_the_order_of_calls_if_its_handler_does_not_wait(pair: Pair) -> None:
+    client = await pair.connected()
+    served: list[int] = []
+    pair.topics.calls["now"] = lambda link, number: served.append(number) or [link.name, number]
+    numbers = [*range(30)]
+    answers = await asyncio.gather(*(client.call("now", number) for number in numbers))
+    assert (served, answers) == (numbers, [["worker 1", number] for number in numbers])
+
+
+async def test_error_of_a_call_arrives_as_the_same_error_with_its_details(pair: Pair, kind: Kind) -> None:
+    def refuse(link: Link) -> None:
         raise ResourceExhausted("wait", {"retry_after_ms": 5})
 
     client = await pair.connected()
-    pair.topics.calls["refuse"] = refuse
+    pair.topics.calls["refuse"] = kind(refuse)
     with pytest.raises(ResourceExhausted) as refused:
         await client.call("refuse")
     assert (refused.value.message, refused.value.details) == ("wait", {"retry_after_ms": 5})
@@ -167,15 +195,15 @@ async def test_error_of_a_call_arrives_as_the_same_error_with_its_details(pair: 
 
 @pytest.mark.parametrize("result", [object(), ZeroDivisionError()], ids=["unpackable", "raised"])
 async def test_fault_of_a_handler_is_reported_there_and_hidden_here(
-    pair: Pair, result: object, loop_reports: LoopReports
+    pair: Pair, kind: Kind, result: object, loop_reports: LoopReports
 ) -> None:
-    async def fail(link: Link) -> object:
+    def fail(link: Link) -> object:
         if isinstance(result, Exception):
             raise result
         return result
 
     client = await pair.connected()
-    pair.topics.calls["fail"] = fail
+    pair.topics.calls["fail"] = kind(fail)
     with pytest.raises(InternalError, match="the other process failed; see its log"):
         await client.call("fail")
     (reported,) = loop_reports.take()

@@ -16,8 +16,8 @@ Both ends have topics, call each other and send notices: the server through the 
 with `LinkServer.notify` to all of them. Arguments and results are what msgpack has: None, bool, int, float, str
 (with lone surrogates too), bytes, lists, and dicts; tuples arrive as lists.
 
-- A handler of calls is a coroutine function. The error of a CallError arrives as that error; any other exception
-  goes to the loop's exception handler and arrives as InternalError.
+- A handler of calls is a coroutine function, or a function that does not wait and is answered at once. A CallError
+  arrives as that error; any other exception goes to the loop's exception handler and arrives as InternalError.
 - `call` raises LinkLost if there is no connection, if it is lost, or if no answer comes in time: the call may have
   been executed. It raises ResourceExhausted, without an effect, if too many calls wait or the peer reads none.
 - A notice is delivered or the connection is lost: it is never dropped on a connection that goes on. Calls and
@@ -43,10 +43,11 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from types import CoroutineType
 from typing import Any, Final, cast
 
 import msgpack
@@ -244,8 +245,8 @@ _TURNS_TO_WRITE: Final = 2
 _ROOT: Final = 0
 _RETRY_MS: Final = 250
 
-CallHandler = Callable[..., Awaitable[Any]]
-"""Called with the link and the arguments of a call; returns its result."""
+CallHandler = Callable[..., Any]
+"""Called with the link and the arguments of a call. Returns its result, or a coroutine that does."""
 
 NoticeHandler = Callable[..., object]
 """Called with the link and the arguments of a notice. Must not raise."""
@@ -437,20 +438,29 @@ class Link(asyncio.Protocol):
         elif len(self._running) >= 2 * MAX_CALLS:
             self._refuse(number, _too_many_calls())
         else:
-            task = self._loop.create_task(self._run(number, handler, arguments), name="zcproto-link")
+            try:
+                result = handler(self, *arguments)
+                if not isinstance(result, CoroutineType):
+                    self.send(self._core.pack(ANSWER, number, result))
+                    return
+            except Exception as error:
+                self._failed(number, error)
+                return
+            task = self._loop.create_task(self._run(number, result), name="zcproto-link")
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    async def _run(self, number: int, handler: CallHandler, arguments: list[Any]) -> None:
+    async def _run(self, number: int, work: Coroutine[Any, Any, Any]) -> None:
         try:
-            data = self._core.pack(ANSWER, number, await handler(self, *arguments))
-        except CallError as error:
-            self._refuse(number, error)
+            self.send(self._core.pack(ANSWER, number, await work))
         except Exception as error:
+            self._failed(number, error)
+
+    def _failed(self, number: int, error: Exception) -> None:
+        if not isinstance(error, CallError):
             self._loop.call_exception_handler({"message": "a handler of a link failed", "exception": error})
-            self._refuse(number, InternalError("the other process failed; see its log"))
-        else:
-            self.send(data)
+            error = InternalError("the other process failed; see its log")
+        self._refuse(number, error)
 
     def _refuse(self, number: int, error: CallError) -> None:
         self.send(pack(ERROR, number, error.code, error.message, error.details))

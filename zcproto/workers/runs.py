@@ -170,7 +170,7 @@ class RunHub:
 
     # --- operations ------------------------------------------------------------------------------------
 
-    async def _perform(
+    def _perform(
         self, name: str, operation: Callable[..., Any], link: Link, user: str | None, *arguments: Any
     ) -> Any:
         if name in ("runs", "forget"):
