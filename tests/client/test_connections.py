@@ -37,7 +37,7 @@ PERMANENT = [
     "pin_mismatch",
     "no_application_protocol",
     "unsupported_version",
-    "no_shared_suite",
+    "no_shared_parameters",
     "wrong_parameters",
     "not_tls",
     "peer_rejected_certificate",

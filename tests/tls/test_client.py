@@ -294,7 +294,7 @@ def test_tls_1_2_only_server_is_unsupported_version(
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        (alert_record(AlertDescription.HANDSHAKE_FAILURE), "no_shared_suite"),
+        (alert_record(AlertDescription.HANDSHAKE_FAILURE), "no_shared_parameters"),
         (alert_record(AlertDescription.PROTOCOL_VERSION), "unsupported_version"),
         (alert_record(AlertDescription.NO_APPLICATION_PROTOCOL), "no_application_protocol"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not_tls"),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ServerPairs
+from tests.docs.messages import ROOT
 from tests.helpers import FakeTimers
+from tests.limits import TIMEOUT
 from tests.tls.conftest import NewPair
 from tests.tls.support import TlsPair
+from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import client_context
 from zcproto.tls.groups import NAMES, group_name, group_of
 
@@ -25,9 +32,59 @@ def test_negotiated_group_is_counted(
     assert pair.acceptor.groups == {expected: 1}
 
 
-@pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3, 5), reason="OpenSSL below 3.5 has no ML-KEM")
+needs_ml_kem = pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3, 5), reason="OpenSSL below 3.5 has no ML-KEM")
+
+
+@needs_ml_kem
 def test_default_group_is_post_quantum(new_pair: NewPair) -> None:
     assert new_pair().agree().acceptor.groups == {"X25519MLKEM768": 1}
+
+
+ANSWERS = """
+import contextlib, ssl, sys
+from pathlib import Path
+from zcproto.tls.client_hello import AlertDescription, alert_record
+from zcproto.tls.context import server_context
+
+context = server_context([tuple(map(Path, sys.argv[1:]))], ["zcp/1"])
+for hello in sys.stdin:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=True)
+    incoming.write(bytes.fromhex(hello))
+    with contextlib.suppress(ssl.SSLError):
+        tls.do_handshake()
+    print(outgoing.read().hex())
+"""
+"""Prints what a server answers to each ClientHello."""
+
+
+@needs_ml_kem
+def test_configuration_of_openssl_can_require_post_quantum_groups(
+    timers: FakeTimers,
+    server_pairs: ServerPairs,
+    server_tls: ssl.SSLContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The configuration is that of docs/security.md."""
+    found = re.search(r"```ini\n(openssl_conf .*?)```", (ROOT / "docs/security.md").read_text(), re.DOTALL)
+    assert found is not None
+    (tmp_path / "openssl.cnf").write_text(found[1])
+    monkeypatch.setenv("OPENSSL_CONF", str(tmp_path / "openssl.cnf"))
+    classical = client_context(verify=False)
+    classical.set_ecdh_curve("X25519")
+    hellos = [TlsPair(timers, server_tls, each).step() for each in (client_context(verify=False), classical)]
+    answers = subprocess.run(
+        [sys.executable, "-c", ANSWERS, *server_pairs.ecdsa],
+        input="\n".join(hello.hex() for hello in hellos),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=TIMEOUT,
+        cwd=ROOT,
+    ).stdout.split()
+    assert group_name(group_of(bytes.fromhex(answers[0]))) == "X25519MLKEM768"
+    assert bytes.fromhex(answers[1]) == alert_record(AlertDescription.HANDSHAKE_FAILURE)
 
 
 def hello(*extensions: bytes) -> bytes:

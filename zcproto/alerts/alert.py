@@ -132,7 +132,7 @@ certificate.key_replaced: error, ends quiet; file
 tls.failures: warning, ends rate; cause
     Many TLS connections failed for one cause within five minutes: more than `alerts.tls_failures`, or
     ten times as many for causes that any scanner produces.
-    Cure: `peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,
+    Cure: `peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`, `no_shared_group`,
     `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.
 session.revoked: warning, ends quiet; by whom
     Sessions were revoked by an operator, or because a user or a device was removed or changed. With

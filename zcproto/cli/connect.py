@@ -66,7 +66,10 @@ CURES: Final = {
     **CERTIFICATE_CURES,
     TlsFailure.NOT_TLS: "check that this is the port of zcproto, and that no proxy terminates TLS",
     TlsFailure.UNSUPPORTED_VERSION: "this is not a zcproto server, or a proxy before it uses an old TLS version",
-    TlsFailure.NO_SHARED_SUITE: "this is not a zcproto server, or a proxy before it uses other cipher suites",
+    TlsFailure.NO_SHARED_PARAMETERS: (
+        "it shares no cipher suite, key-exchange group or signature algorithm with this client: see tls.failed in"
+        " its log. Without such a line this is another server, or a proxy is before it"
+    ),
     TlsFailure.NO_APPLICATION_PROTOCOL: "this is not a zcproto server: check the port",
     TlsFailure.CERTIFICATE_REQUIRED: "it requires client certificates (tls.client_auth): connect with one",
     TlsFailure.DISCONNECTED: "it may be at its limit (its log has connection.refused), or a balancer has no server",

@@ -27,6 +27,7 @@ BY_SCANNERS: Final = frozenset(
     {
         *(TlsFailure.NOT_TLS, TlsFailure.PLAINTEXT_HTTP, TlsFailure.MALFORMED_CLIENT_HELLO),
         *(TlsFailure.CLIENT_HELLO_TOO_LARGE, TlsFailure.UNSUPPORTED_VERSION, TlsFailure.NO_SHARED_SUITE),
+        *(TlsFailure.NO_SHARED_GROUP, TlsFailure.NO_SHARED_PARAMETERS),
         *(TlsFailure.NO_APPLICATION_PROTOCOL, TlsFailure.HANDSHAKE_TIMEOUT, TlsFailure.DISCONNECTED),
         *(TlsFailure.CONNECTION_RESET, TlsFailure.TRUNCATED),
     }

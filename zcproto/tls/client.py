@@ -43,7 +43,10 @@ _SENTENCES: Final = {
     TlsFailure.DISCONNECTED: "the server closed the connection during the TLS handshake: it may be full or down",
     TlsFailure.NOT_TLS: "the server at this address does not speak TLS; check host and port",
     TlsFailure.UNSUPPORTED_VERSION: "the server does not speak TLS 1.3",
-    TlsFailure.NO_SHARED_SUITE: "the server supports none of the cipher suites of this protocol",
+    TlsFailure.NO_SHARED_PARAMETERS: (
+        "the server supports no cipher suite, key-exchange group or signature algorithm of this client; its log has"
+        " the cause"
+    ),
     TlsFailure.NO_APPLICATION_PROTOCOL: f"the server speaks TLS, but not {ALPN}",
     TlsFailure.WRONG_PARAMETERS: "the server negotiated a TLS version or cipher suite that is not allowed",
     TlsFailure.PEER_REJECTED_CERTIFICATE: (

@@ -29,6 +29,7 @@ class TlsFailure(Enum):
     DISCONNECTED = "disconnected"
     NO_SHARED_GROUP = "no_shared_group"
     NO_SHARED_SIGNATURE_ALGORITHM = "no_shared_signature_algorithm"
+    NO_SHARED_PARAMETERS = "no_shared_parameters"
     BAD_RECORD = "bad_record"
     RECORD_TOO_LARGE = "record_too_large"
     UNEXPECTED_MESSAGE = "unexpected_message"
@@ -65,10 +66,12 @@ CERTIFICATE_CURES: Final = {
 # OpenSSL's reason names (include/openssl/sslerr.h), as in `ssl.SSLError.reason`.
 _REASONS: Final = {
     TlsFailure.NO_SHARED_GROUP: "NO_SUITABLE_KEY_SHARE NO_SHARED_GROUPS",
-    TlsFailure.NO_SHARED_SUITE: "NO_SHARED_CIPHER SSLV3_ALERT_HANDSHAKE_FAILURE",
+    TlsFailure.NO_SHARED_SUITE: "NO_SHARED_CIPHER",
     TlsFailure.NO_SHARED_SIGNATURE_ALGORITHM: (
         "NO_SHARED_SIGNATURE_ALGORITHMS NO_SUITABLE_SIGNATURE_ALGORITHM"
     ),
+    # RFC 8446 section 6.2: the alert is the same for a suite, a group and a signature algorithm.
+    TlsFailure.NO_SHARED_PARAMETERS: "SSLV3_ALERT_HANDSHAKE_FAILURE",
     TlsFailure.UNSUPPORTED_VERSION: "UNSUPPORTED_PROTOCOL TLSV1_ALERT_PROTOCOL_VERSION",
     TlsFailure.NO_APPLICATION_PROTOCOL: "NO_APPLICATION_PROTOCOL TLSV1_ALERT_NO_APPLICATION_PROTOCOL",
     TlsFailure.NOT_TLS: "WRONG_VERSION_NUMBER",

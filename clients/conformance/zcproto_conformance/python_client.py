@@ -47,7 +47,7 @@ CAUSES: Final = {
     "pin_mismatch": "pin",
     "no_application_protocol": "protocol",
     "unsupported_version": "protocol",
-    "no_shared_suite": "protocol",
+    "no_shared_parameters": "protocol",
     "wrong_parameters": "protocol",
     "not_tls": "protocol",
     "sts_policy": "policy",

@@ -513,7 +513,7 @@ var tlsCauses = map[zcproto.TLSFailure]string{
 	zcproto.TLSPinMismatch:             "pin",
 	zcproto.TLSNoApplicationProtocol:   "protocol",
 	zcproto.TLSUnsupportedVersion:      "protocol",
-	zcproto.TLSNoSharedSuite:           "protocol",
+	zcproto.TLSNoSharedParameters:      "protocol",
 	zcproto.TLSWrongParameters:         "protocol",
 	zcproto.TLSNotTLS:                  "protocol",
 	zcproto.TLSStsPolicy:               "policy",

@@ -162,7 +162,7 @@ type TLSFailure string
 const (
 	TLSNotTLS                  TLSFailure = "not_tls"
 	TLSUnsupportedVersion      TLSFailure = "unsupported_version"
-	TLSNoSharedSuite           TLSFailure = "no_shared_suite"
+	TLSNoSharedParameters      TLSFailure = "no_shared_parameters"
 	TLSNoApplicationProtocol   TLSFailure = "no_application_protocol"
 	TLSWrongParameters         TLSFailure = "wrong_parameters"
 	TLSDisconnected            TLSFailure = "disconnected"

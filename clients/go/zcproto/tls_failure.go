@@ -15,7 +15,7 @@ var tlsDetails = map[TLSFailure]string{
 	TLSDisconnected:            "the server closed the connection during the TLS handshake; it may be full or shutting down",
 	TLSNotTLS:                  "the server at this address does not use TLS; check host and port",
 	TLSUnsupportedVersion:      "the server does not support TLS 1.3",
-	TLSNoSharedSuite:           "the server does not support any cipher suite of this protocol",
+	TLSNoSharedParameters:      "the server supports no cipher suite, key-exchange group or signature algorithm of this client; its log has the cause",
 	TLSNoApplicationProtocol:   "the server uses TLS but does not support zcp/1; check host and port",
 	TLSWrongParameters:         "the server selected a TLS version or cipher suite that is not allowed",
 	TLSPeerRejectedCertificate: "the server refused the certificate of this client; see the log of the server",
@@ -26,7 +26,7 @@ var tlsDetails = map[TLSFailure]string{
 
 // Alerts of RFC 8446 section 6, by the failure that they mean to a client.
 var tlsAlerts = map[tls.AlertError]TLSFailure{
-	40:  TLSNoSharedSuite,
+	40:  TLSNoSharedParameters,
 	42:  TLSPeerRejectedCertificate,
 	43:  TLSPeerRejectedCertificate,
 	44:  TLSPeerRejectedCertificate,

@@ -197,8 +197,8 @@ failures! {
     NotTls = "not_tls";
     /// The server does not support TLS 1.3.
     UnsupportedVersion = "unsupported_version";
-    /// The server supports no cipher suite of the protocol.
-    NoSharedSuite = "no_shared_suite";
+    /// The server supports no cipher suite, key-exchange group or signature algorithm of the client: the alert is the same.
+    NoSharedParameters = "no_shared_parameters";
     /// The server uses TLS and does not support `zcp/1`.
     NoApplicationProtocol = "no_application_protocol";
     /// The server selected a version or a suite that is not allowed.

@@ -101,7 +101,7 @@ export class ProtocolError extends ZcprotoError {
 export type TlsFailure =
   | "not_tls"
   | "unsupported_version"
-  | "no_shared_suite"
+  | "no_shared_parameters"
   | "no_application_protocol"
   | "wrong_parameters"
   | "disconnected"

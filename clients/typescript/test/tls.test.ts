@@ -97,7 +97,8 @@ function isFailure(failure: TlsFailure): (error: unknown) => boolean {
 describe("handshake", () => {
   const faulty: [string, TlsOptions, TlsFailure][] = [
     ["with TLS 1.2", { ...GOOD, maxVersion: "TLSv1.2" }, "unsupported_version"],
-    ["with other suites", { ...GOOD, ciphers: "TLS_AES_128_GCM_SHA256" }, "no_shared_suite"],
+    ["with other suites", { ...GOOD, ciphers: "TLS_AES_128_GCM_SHA256" }, "no_shared_parameters"],
+    ["with another group", { ...GOOD, ecdhCurve: "secp256k1" }, "no_shared_parameters"],
     ["without ALPN", { cert, key }, "no_application_protocol"],
     ["with another protocol", { ...GOOD, ALPNProtocols: ["http/1.1"] }, "no_application_protocol"],
     [

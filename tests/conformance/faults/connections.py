@@ -65,6 +65,10 @@ TRUST: Final[dict[str, Fault]] = {
         "accepts any suite",
         ("suites_are_allowed", "cipher[0] in SUITES", "True"),
     ),
+    "other-group": fault(
+        "treats every alert as one that may pass",
+        ("TlsClientTransport._fail_for", "failure = failure_of(error)", "failure = TlsFailure.PEER_ALERT"),
+    ),
     "no-alpn": fault("does not check ALPN", ("TlsClientTransport._judge", _JUDGE_ALPN, "if False:")),
     "no-tls": fault(
         "treats a server without TLS like one that is down",

@@ -159,6 +159,12 @@ async def _(harness: Harness) -> None:
     expect(error.get("cause") == "protocol", f"connect ended with {error} instead of cause protocol")
 
 
+@scenario("other-group", "4.2: a server that supports no key-exchange group of the client is refused")
+async def _(harness: Harness) -> None:
+    harness.context.set_ecdh_curve("secp256k1")  # not a group of TLS 1.3
+    await _expect_distrusted(harness, "protocol")
+
+
 @scenario("no-alpn", "4.1: a server that does not select zcp/1 is refused")
 async def _(harness: Harness) -> None:
     harness.context = tls_context(harness.leaf.file, alpn=None)

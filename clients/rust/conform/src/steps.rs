@@ -376,7 +376,7 @@ fn cause(failure: TlsFailure) -> &'static str {
         TlsFailure::PinMismatch => "pin",
         TlsFailure::NoApplicationProtocol
         | TlsFailure::UnsupportedVersion
-        | TlsFailure::NoSharedSuite
+        | TlsFailure::NoSharedParameters
         | TlsFailure::WrongParameters
         | TlsFailure::NotTls => "protocol",
         TlsFailure::StsPolicy => "policy",

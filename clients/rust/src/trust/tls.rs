@@ -379,7 +379,10 @@ pub(crate) fn explained(failure: TlsFailure) -> TlsError {
             }
             TlsFailure::NotTls => "the server at this address does not use TLS; check host and port",
             TlsFailure::UnsupportedVersion => "the server does not support TLS 1.3",
-            TlsFailure::NoSharedSuite => "the server does not support any cipher suite of this protocol",
+            TlsFailure::NoSharedParameters => {
+                "the server supports no cipher suite, key-exchange group or signature algorithm of this client; its log has the \
+                 cause"
+            }
             TlsFailure::NoApplicationProtocol => "the server uses TLS but does not support zcp/1; check host and port",
             TlsFailure::WrongParameters => "the server selected a TLS version or cipher suite that is not allowed",
             TlsFailure::PeerRejectedCertificate => {
@@ -404,7 +407,7 @@ pub(crate) fn failure_of(error: &rustls::Error, is_handshaking: bool) -> TlsErro
         E::InvalidCertificate(fault) => return certificate_failure(fault),
         E::AlertReceived(alert) => match alert {
             AlertDescription::ProtocolVersion => TlsFailure::UnsupportedVersion,
-            AlertDescription::HandshakeFailure => TlsFailure::NoSharedSuite,
+            AlertDescription::HandshakeFailure => TlsFailure::NoSharedParameters,
             AlertDescription::NoApplicationProtocol => TlsFailure::NoApplicationProtocol,
             AlertDescription::CertificateRequired => TlsFailure::CertificateRequired,
             AlertDescription::UnknownCA

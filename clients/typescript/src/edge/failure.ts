@@ -7,7 +7,8 @@ const MESSAGES: Readonly<Partial<Record<TlsFailure, string>>> = {
   disconnected: "the server closed the connection during the TLS handshake; it may be full or shutting down",
   not_tls: "the server at this address does not use TLS; check host and port",
   unsupported_version: "the server does not support TLS 1.3",
-  no_shared_suite: "the server does not support any cipher suite of this protocol",
+  no_shared_parameters:
+    "the server supports no cipher suite, key-exchange group or signature algorithm of this client; its log has the cause",
   no_application_protocol: "the server uses TLS but does not support zcp/1; check host and port",
   wrong_parameters: "the server selected a TLS version or cipher suite that is not allowed",
   peer_rejected_certificate: "the server refused the certificate of this client; see the log of the server",
@@ -21,7 +22,7 @@ const BY_REASON = new Map<string, TlsFailure>([
   ["PACKET_LENGTH_TOO_LONG", "not_tls"],
   ["UNSUPPORTED_PROTOCOL", "unsupported_version"],
   ["TLSV1_ALERT_PROTOCOL_VERSION", "unsupported_version"],
-  ["SSLV3_ALERT_HANDSHAKE_FAILURE", "no_shared_suite"],
+  ["SSLV3_ALERT_HANDSHAKE_FAILURE", "no_shared_parameters"],
   ["TLSV1_ALERT_NO_APPLICATION_PROTOCOL", "no_application_protocol"],
   ["DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "bad_record"],
   ["RECORD_LAYER_FAILURE", "bad_record"],
