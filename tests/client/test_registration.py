@@ -311,6 +311,17 @@ async def test_session_is_shown_before_its_idle_timeout() -> None:
 
 
 @scripted
+async def test_session_is_not_shown_when_that_extends_nothing() -> None:
+    """In the last half of the idle timeout before its expiry, each second would show it in vain."""
+    server = server_with_calls(idle_timeout_ms=60_000, expires_at=lambda number: WALL + number * 100_000)
+    async with Asked(server).client:
+        await asyncio.sleep(99)
+        assert server.methods == ["session.open", "session.handle", "session.info", "session.info"]
+        await asyncio.sleep(2)
+        assert registrations(server) == [(token(1), METHODS), (token(2), METHODS)]
+
+
+@scripted
 async def test_another_session_cancels_the_calls_of_the_earlier_one(server: ScriptedServer) -> None:
     asked = Asked(server)
     async with asked.client as client:

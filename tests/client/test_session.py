@@ -50,8 +50,11 @@ def test_use_extends_the_idle_limit_but_not_the_expiry() -> None:
     assert opened.valid_until == NOW + 30
     opened.used(NOW + 20)
     assert opened.valid_until == NOW + 50
+    assert opened.shown_before == 15
     opened.used(NOW + 90)
     assert opened.valid_until == NOW + 100
+    assert opened.shown_before == 0
+    assert session().shown_before == 0
 
 
 def test_session_reported_as_expired_stays_expired() -> None:

@@ -418,11 +418,10 @@ class Registrar:
         return connection.handle(names, self._handlers.limit, self._handlers, token, deadline)
 
     def _idle_left(self) -> float:
-        """Return the seconds until the session has to be shown: half of its idle timeout."""
-        session = self._sessions.session
-        if session is None or not session.idle_timeout_ms:
-            return self._sessions.valid_until - self._loop.time()
-        return self._sessions.valid_until - session.idle_timeout_ms / MS_PER_SECOND / 2 - self._loop.time()
+        """Return the seconds until the session has to be shown, or renewed."""
+        sessions = self._sessions
+        shown_before = 0.0 if sessions.session is None else sessions.session.shown_before
+        return sessions.valid_until - shown_before - self._loop.time()
 
     async def _after_error(self, error: CallError, connection: ClientProtocol, token: bytes) -> float:
         then = what_next(error)

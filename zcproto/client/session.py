@@ -119,6 +119,11 @@ class ClientSession:
         """Return the result that this session was made from, with the refresh token unless it may be spent."""
         return {**self._fields, "refresh_token": None if self._may_be_spent else self.refresh_token_bytes}
 
+    @property
+    def shown_before(self) -> float:
+        """Seconds before `valid_until` at which its token has to be sent: 0 if that extends nothing."""
+        return 0.0 if self.valid_until == self._ends else self._idle_s / 2
+
     def used(self, now: float) -> None:
         """Restart the idle timeout, because the token is being sent."""
         self.valid_until = min(self._ends, now + self._idle_s)
