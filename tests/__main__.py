@@ -20,12 +20,13 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 """Rooms whose own tests must cover all lines and branches. Other tests run twice as fast without coverage."""
 
 VERSION_INDEPENDENT = (
-    *("bench", "costs", "deploy", "docs", "interop", "load", "mutation", "proofs", "properties", "spec"),
+    *("adversity", "bench", "bus", "conformance", "costs", "deploy", "docs", "interop", "load", "mutation"),
+    *("proofs", "properties", "simulation", "spec", "stores/service", "stores/valkey"),
     *("admin/test_browser.py", "admin/test_prometheus.py", "app/test_typing.py", "certs/test_kill.py"),
-    *("certs/test_thousand_days.py", "conformance/test_faults.py", "fuzz/test_search.py"),
-    *("stores/sqlite/test_kill.py", "stores/test_hub_kill.py", "test_layers.py", "test_secrets_watch.py"),
+    *("certs/test_thousand_days.py", "cli/test_stubs.py", "fuzz/test_search.py", "test_layers.py"),
+    *("stores/sqlite/test_kill.py", "test_secrets_watch.py", "workers/test_hub_kill.py"),
 )
-"""Tests of other programs and documents, measurements, and searches for rare orders of events."""
+"""Tests of other programs, documents and faults from outside, measurements, searches for rare orders of events."""
 
 
 class Group(NamedTuple):
