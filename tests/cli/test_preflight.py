@@ -289,7 +289,10 @@ def test_roles_are_not_checked_without_the_application(home: Path, capsys: Captu
     assert main(["config", "check"]) == 0
     note = "auth.role is not checked; give the application with --app MODULE:APP"
     assert capsys.readouterr().err == f"zcproto: {note}\n"
-    assert note.replace("; ", " | ") in doctor().one("server", "warning")
+    report = doctor()
+    assert note.replace("; ", " | ") in report.one("server", "warning")
+    assert "free; no server runs" in report.one("port", "ok")
+    assert report.faults == []
 
 
 def test_port_of_a_socket_unit_may_be_in_use(

@@ -501,7 +501,7 @@ def starting(checked: StartCheck, config: Config, known: Sequence[Finding]) -> I
     where = f"{', '.join(config.server.host)} port {config.server.port}"
     if config.server.port == 0:
         yield Finding("port", SKIPPED, "server.port = 0 is a different port at each start")
-    elif checked.status is not None or checked.notes or not _is_free(config):
+    elif checked.is_running or not _is_free(config):
         yield Finding("port", OK, f"{where}: {IN_USE}")
     else:
         yield Finding("port", OK, f"{where}: free; no server runs")
