@@ -233,9 +233,10 @@ async def _(harness: Harness) -> None:
     stream, opened = await open_stream(peer, credit=[2, 60_000])
     for number in range(3):
         peer.connection.item(opened, number)
+    # An item that the application takes before the third arrives would allow the third.
+    await peer.connection.wait_for_end("after an item beyond the credit")
     await stream.expect_items(0, 1)
     await stream.expect_lost(clean=False)
-    await peer.connection.wait_for_end("after an item beyond the credit")
 
 
 @scenario("credit-lower", "18.5: a client ends the connection at a CREDIT lower than before")
