@@ -14,7 +14,7 @@ from zcproto.connection.server import ROTATION_GRACE_S
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, ConnectionClosed
 from zcproto.server.state import LISTED_CONNECTIONS
-from zcproto.sessions import SessionSettings
+from zcproto.sessions import EndReason, SessionSettings
 from zcproto.sessions.record import SessionRecord
 from zcproto.wire.frame import CALL, EVENT, WITHDRAW
 
@@ -183,6 +183,51 @@ def test_stolen_token_gets_no_event_after_a_refresh_elsewhere(
     assert thief.turn() == []
     show(thief, owner.token)
     assert harness.in_loop(lambda: send("news", 3))
+
+
+def test_stolen_refresh_token_of_a_bound_session_gets_no_event(harness: Harness) -> None:
+    """An expired session can be refreshed without its key, which session.attach proves afterwards."""
+    begin_session(harness)
+    thief = harness.connect()
+    opened = harness.registry.open(
+        "ada", client="", address="", wall=harness.clock.wall(), key="device:laptop"
+    )
+    harness.clock.advance(3_600)
+    thief.opened, thief.token = opened, bytes(32)
+    refresh(thief)
+    assert thief.protocol.session_used_since(opened.session.id) is None
+    assert not thief.protocol.send_event(opened.session.id, "news", 1)
+    assert show(thief, thief.token)[0].error.details == {"attach": True}
+
+
+# --- requests ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ended", "after_s"), [("revoked", 10), ("refreshed", 70)])
+def test_request_with_a_stolen_token_is_not_answered_for_long(
+    owner: Peer, harness: Harness, ended: str, after_s: int
+) -> None:
+    thief = harness.connect("mallory")
+    own = thief.request(6, "wait")
+    thief.token = owner.token
+    thief.send(own, thief.request(5, "wait"), thief.request(7, "wait", deadline_ms=90_000))
+    assert thief.turn() == []
+    if ended == "refreshed":
+        refresh(owner)
+    else:
+        revoke = harness.registry.revoke
+        harness.in_loop(lambda: revoke(owner.opened.session.id, user="ada", reason=EndReason.BY_USER))
+    harness.advance(after_s - 1)
+    assert {answer.stream for answer in thief.turn()} <= {0}
+    harness.advance(1)
+    answers = {answer.stream: answer for answer in thief.turn()}
+    assert {stream: answer.code for stream, answer in answers.items()} == {
+        5: Code.CANCELLED,
+        7: Code.CANCELLED,
+    }
+    first = harness.futures[0]
+    harness.in_loop(lambda: first.set_result("his own"))
+    assert [(answer.stream, answer.value) for answer in thief.turn()] == [(6, "his own")]
 
 
 # --- streams -------------------------------------------------------------------------------------------

@@ -272,7 +272,8 @@ class SessionsConfig(Settings):
     """How long a used refresh token returns the same new pair to the same client: a lost answer is retried
     within seconds, a thief comes later."""
     open_timeout: Annotated[float, duration("100ms", "5m")] = 10.0
-    """A connection that opens no session within this time is closed."""
+    """A connection that opens no session within this time is closed. A request in flight whose session has ended
+    is answered within this time."""
     bind_address: Annotated[str, BINDING] = "off"
     """Whether a token is valid only from the address of its opening: that exact address, or its network. Up
     to 32 bits apply to IPv4 addresses; IPv6 ones then match by 64. Clients that move between networks open a

@@ -86,6 +86,9 @@ NOT_DURABLE: Final = encode_error(
 NO_SESSION: Final = encode_error(
     Code.CANCELLED, "this connection has had no session for too long", {"reason": "token_expired"}
 )
+SESSION_LEFT: Final = encode_error(
+    Code.CANCELLED, "the session of this request has ended, or has left this connection"
+)
 SLOW_FRAME: Final = encode_error(Code.CANCELLED, "a frame of this connection took too long to arrive")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 

@@ -639,16 +639,24 @@ class ServerConnection:
             self._decoder.limit = self.limit
 
     def leave(self, session_id: str, now: float) -> None:
-        """Remove an ended session. Without any session, the limits of a new connection apply again."""
+        """Remove an ended session. Without any session, the limits of a new connection apply again.
+
+        Its requests in flight have a limit from now on: a thief's could wait long. Its streams are cut elsewhere.
+        """
         left = self.sessions.pop(session_id, None)
         if left is None:
             return
         self.tokens.forget(left.token)
+        ends_at = now + self.settings.open_timeout_s
+        for request in self._held.values():
+            session = None if isinstance(request, ServerStream) else request.session
+            if session is not None and session.id == session_id:
+                request.deadline = min(request.deadline, ends_at)
+        self.deadline_moved = True
         if not self.sessions:
             if self._decoder is not None:
                 self._decoder.limit = self.limit
-            self._session_deadline = now + self.settings.open_timeout_s
-            self.deadline_moved = True
+            self._session_deadline = ends_at
 
     def suspend(self, session_id: str, token_digest: bytes, wall: int, now: float) -> bool:
         """Suspend a session that has a token with this digest now, unless it was shown here (zcp1.md, section 9.6).
@@ -737,7 +745,14 @@ class ServerConnection:
         if self.state is _CLOSED:
             return []
         overdue = [held for held in self._held.values() if held.deadline <= now]
-        events: list[ServerEvent] = [self.cut(each, refusals.DEADLINE_EXCEEDED, wall) for each in overdue]
+        events: list[ServerEvent] = []
+        for each in overdue:
+            is_open = (
+                isinstance(each, ServerStream) or each.session is None or each.session.id in self.sessions
+            )
+            events.append(
+                self.cut(each, refusals.DEADLINE_EXCEEDED if is_open else refusals.SESSION_LEFT, wall)
+            )
         events += self.withdraw_overdue(wall, now)
         streams = self._streams
         if streams is not None and streams.in_flight:

@@ -228,7 +228,8 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
 
     def answer_tokens(caller: CallConnection, opened: OpenedSession) -> dict[str, Any]:
         session = opened.session
-        caller.join(session, opened.token)
+        if not session.bound or caller.has_proved(registry.key_of(session)):  # else session.attach joins it
+            caller.join(session, opened.token)
         return {
             "token": opened.token,
             "id": session.id,
